@@ -1,0 +1,34 @@
+# make demo: from nothing to a distilled student and its report. make test: the quick tests.
+SHELL := bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint type install clean
+
+demo: $(READY)
+	@$(BIN)/kd-train experiment=quickstart
+
+test: $(READY)
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)
+	$(BIN)/mypy
+
+install: $(READY)
+
+# Built again when the pinned versions or the project's dependencies change.
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

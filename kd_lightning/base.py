@@ -1,0 +1,70 @@
+"""What training with and without a teacher share: optimizer, progress, validation scores, repeatable randomness."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from kd_lightning.losses import cross_entropy
+from kd_lightning.optim import OptimizerCallable, SchedulerCallable, parameter_groups
+from kd_lightning.types import IGNORE, Batch
+
+
+class NetworkModule(L.LightningModule):
+    """Trains one network; subclasses say with what loss."""
+
+    def __init__(
+        self, optimizer: OptimizerCallable, scheduler: SchedulerCallable | None, *, num_classes: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.scheduler, self.seed = optimizer, scheduler, seed
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORE)
+        self.val_macro_f1 = MulticlassF1Score(num_classes, average="macro", ignore_index=IGNORE)
+
+    @property
+    def progress(self) -> float:
+        """Share of the planned optimizer steps that is done, in [0, 1]."""
+        return min(self.trainer.global_step / max(self.trainer.estimated_stepping_batches - 1, 1), 1.0)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""
+        torch.manual_seed(_mix(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx))
+
+    def log_step(self, batch: Batch, loss: Tensor, parts: dict[str, Any]) -> None:
+        """Log one training step: the loss for the progress bar, its parts for the logger."""
+        size = len(batch["labels"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=size)
+
+    def score(self, logits: Tensor, batch: Batch) -> None:
+        """Update and log the validation scores."""
+        labels = batch["labels"]
+        self.val_accuracy(logits, labels)
+        self.val_macro_f1(logits, labels)
+        self.log("val/loss", cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+        self.log("val/macro_f1", self.val_macro_f1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer over decayed and undecayed parameters, and the schedule over all planned steps."""
+        optimizer = self.optimizer(parameter_groups(self))
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _mix(*numbers: int) -> int:
+    """Mix integers into one 63-bit seed; neighbouring inputs give unrelated seeds (the finaliser of SplitMix64)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,100 @@
+"""What a person sees while a stage trains: a bar in a terminal, one line per look at validation elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_READ_EVERY = 10
+_SHOWN = ("train/loss", "val/loss", "val/accuracy")
+
+
+class StageProgress(L.Callback):
+    """Shows the stage, its losses and accuracy, and the time left, over all optimizer steps of the training.
+
+    Args:
+        stage: What is being trained, e.g. "baseline, seed 0".
+        console: Where to; decides by itself whether it is a terminal.
+    """
+
+    def __init__(self, stage: str, console: Console | None = None) -> None:
+        self.stage = stage
+        self.console = console or Console()
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._first_step, self._started = 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar at the step the training starts, or goes on, from."""
+        self._first_step, self._started = trainer.global_step, time.monotonic()
+        if not trainer.is_global_zero or not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+            TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[scores]}"),
+        )  # fmt: skip
+        self._progress = Progress(*columns, console=self.console)
+        self._progress.start()
+        self._task = self._progress.add_task(
+            self.stage, total=trainer.estimated_stepping_batches, completed=trainer.global_step, scores=""
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar; read the losses only now and then, since reading one waits for the device."""
+        if self._progress is None:
+            return
+        if trainer.global_step % _READ_EVERY == 0:
+            self._progress.update(self._task, completed=trainer.global_step, scores=_scores(trainer))
+        else:
+            self._progress.update(self._task, completed=trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Without a terminal, print one line."""
+        if self._progress is not None or not trainer.is_global_zero or not trainer.training:
+            return
+        total = trainer.estimated_stepping_batches
+        seconds = time.monotonic() - self._started
+        done = trainer.global_step - self._first_step
+        left = f"{seconds / done * (total - trainer.global_step):.0f} s left" if done else ""
+        self.console.print(
+            f"{self.stage}  step {trainer.global_step}/{total:.0f}  {_scores(trainer)}  {left}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the bar, also after an exception."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.global_step, scores=_scores(trainer))
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back before a traceback is printed."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the live bar behind when a spawned process gets a copy."""
+        return {**self.__dict__, "_progress": None, "console": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open a console of its own in the new process."""
+        self.__dict__.update(state, console=Console())
+
+
+def _scores(trainer: L.Trainer) -> str:
+    metrics = trainer.callback_metrics
+    return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in _SHOWN if name in metrics)

@@ -1,0 +1,177 @@
+"""The last stage: read the test split once, measure size and speed, and write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kd_lightning import measure
+from kd_lightning.metrics import evaluate_logits
+from kd_lightning.models.answers import Answers, answers, network_answers
+from kd_lightning.report import (
+    DataSummary,
+    ModelResult,
+    build_report,
+    load_report,
+    print_table,
+    read_curve,
+    write_report,
+)
+from kd_lightning.report.results import ModelName
+from kd_lightning.runs import digest, load_run, read_json
+from kd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from kd_lightning.pipeline import Pipeline
+
+TITLES: dict[str, tuple[ModelName, str]] = {
+    "baseline": ("baseline", "student from labels"),
+    "baseline_initialised": ("baseline_initialised", "student from labels, initialised from the teacher"),
+    "distill": ("distilled", "distilled student"),
+    "finetune": ("finetuned", "distilled, then fine-tuned"),
+}
+LATENCY_EXAMPLES = 100
+Speed = tuple[measure.Latency, measure.Throughput]
+
+
+def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and the pictures, print the table, and return the report.
+
+    A report of these very trainings is printed again, not made again: the test split is read once.
+    """
+    folders = _finished(pipeline)
+    records = [read_json(folder / "stage.json") for found in folders.values() for folder in found]
+    trainings = digest(sorted(record["fingerprint"] for record in records))
+    path = pipeline.folder / "report.json"
+    if path.is_file() and (known := load_report(path))["settings"].get("trainings") == trainings:
+        report = known
+    else:
+        report = _make(pipeline, folders, command, trainings)
+        write_report(report, pipeline.folder)
+    print_table(report, pipeline.console)
+    pipeline.console.print(f"report: {pipeline.folder / 'report.md'}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _finished(pipeline: Pipeline) -> dict[str, list[Path]]:
+    """Return the finished stage folders by stage: the students' stages of this run, one folder a seed."""
+    found = {}
+    for stage in TITLES:
+        folders = [pipeline.folder / f"seed_{seed}" / stage for seed in pipeline.seeds]
+        if all((folder / "stage.json").is_file() for folder in folders):
+            found[stage] = folders
+    if "teacher" in pipeline.stages and pipeline.teacher.folder is not None:
+        found["teacher"] = [pipeline.teacher.folder]
+    return found
+
+
+def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:
+    data, cfg = pipeline.data, pipeline.cfg
+    teacher = _teacher_answers(pipeline) if pipeline.has_teacher else None
+    speeds = _speeds(pipeline, folders)
+    results = [
+        _student(pipeline, stage, folders[stage], teacher, speeds[stage]) for stage in TITLES if stage in folders
+    ]
+    if teacher is not None:
+        results.insert(0, _teacher(pipeline, teacher, speeds["teacher"]))
+    labels = torch.cat([batch["labels"] for batch in data.test_dataloader()])
+    records = {stage: [read_json(folder / "stage.json") for folder in found] for stage, found in folders.items()}
+    return build_report(
+        results,
+        run=str(pipeline.folder),
+        task=f"{type(data).__name__}: " + " / ".join(data.class_names),
+        seeds=pipeline.seeds,
+        command=command,
+        environment=measure.environment(),
+        settings={
+            "temperature": cfg["temperature"], "alpha": cfg["alpha"], "steps": pipeline.steps,
+            "batch_size": data.batch_size, "learning_rate": cfg["optimizer"].get("lr"),
+            "precision": cfg["trainer"]["precision"], "teacher_precision": pipeline.teacher_precision,
+            "trainings": trainings,
+        },
+        data=DataSummary(
+            name=type(data).__name__,
+            splits=data.sizes,
+            majority_accuracy=float(labels.bincount().max() / len(labels)),
+            class_names=data.class_names,
+            fingerprint=data.fingerprint,
+        ),
+        stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
+    )  # fmt: skip
+
+
+def _teacher_answers(pipeline: Pipeline) -> dict[str, Answers]:
+    """Ask the teacher about validation and test, or look its answers up in its table."""
+    data, teacher = pipeline.data.select(tokens="both"), pipeline.teacher_answers()
+    teacher.to(pipeline.device)
+    loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
+    return {split: answers(teacher, loader, pipeline.device) for split, loader in loaders.items()}
+
+
+def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> ModelResult:
+    network, folder = pipeline.teacher.network, pipeline.teacher.folder
+    return ModelResult(
+        name="teacher",
+        title="teacher",
+        test=[evaluate_logits(said["test"].logits, said["test"].labels, said["test"].logits)],
+        validation=[evaluate_logits(said["validation"].logits, said["validation"].labels, said["validation"].logits)],
+        size=measure.size(network),
+        latency=speed[0],
+        throughput=speed[1],
+        training_seconds=[read_json(folder / "stage.json")["seconds"]] if folder else [],
+        curves=[read_curve(folder / "metrics.csv", seed=pipeline.seeds[0])] if folder else [],
+        correct=[(said["test"].logits.argmax(1) == said["test"].labels).tolist()],
+    )
+
+
+def _student(
+    pipeline: Pipeline, stage: str, folders: Sequence[Path], teacher: dict[str, Answers] | None, speed: Speed
+) -> ModelResult:
+    data = pipeline.data.select(tokens="student")
+    scores: dict[str, list[dict[str, float]]] = {"validation": [], "test": []}
+    correct: list[list[bool]] = []
+    for folder in folders:
+        network = load_run(folder).network
+        for split, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
+            said = network_answers(network, loader, pipeline.device)
+            scores[split].append(evaluate_logits(said.logits, said.labels, teacher[split].logits if teacher else None))
+        correct.append((said.logits.argmax(1) == said.labels).tolist())
+    name, title = TITLES[stage]
+    return ModelResult(
+        name=name,
+        title=title,
+        test=scores["test"],
+        validation=scores["validation"],
+        size=measure.size(network, folders[-1] / "model.safetensors"),
+        latency=speed[0],
+        throughput=speed[1],
+        training_seconds=[read_json(folder / "stage.json")["seconds"] for folder in folders],
+        curves=[read_curve(f / "metrics.csv", seed=seed) for seed, f in zip(pipeline.seeds, folders, strict=True)],
+        correct=correct,
+    )
+
+
+def _speeds(pipeline: Pipeline, folders: dict[str, list[Path]]) -> dict[str, Speed]:
+    """Time the first seed's networks side by side, each on its own tokens of the same validation sentences."""
+    networks = {stage: load_run(found[0]).network for stage, found in folders.items()}
+    if pipeline.has_teacher:
+        networks["teacher"] = pipeline.teacher.network.cpu()
+    batches = {
+        name: list(pipeline.data.select(tokens="teacher" if name == "teacher" else "student").val_dataloader())
+        for name in networks
+    }
+    singles = {
+        name: _spread(sorted(measure.single_examples(own), key=lambda example: int(example["index"])), LATENCY_EXAMPLES)
+        for name, own in batches.items()
+    }
+    latency = measure.measure_latency(networks, singles)
+    throughput = measure.measure_throughput(networks, {name: _spread(own, 4) for name, own in batches.items()})
+    return {name: (latency[name], throughput[name]) for name in networks}
+
+
+def _spread(items: list[Batch], count: int) -> list[Batch]:
+    """Return about so many items, evenly spread: batches come ordered by length."""
+    return items[:: max(len(items) // count, 1)][:count]

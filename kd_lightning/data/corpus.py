@@ -1,0 +1,226 @@
+"""What a source of sentences delivers, and the checks and splits that all sources share."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kd_lightning.errors import ConfigError, DataError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+Sentence = tuple[str, ...]
+"""One text, or the two texts of a pair."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Sentences and, for each, the position of its class in the class names."""
+
+    texts: list[Sentence]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, positions: Iterable[int]) -> Examples:
+        """Return the examples at `positions`, in that order."""
+        chosen = list(positions)
+        return Examples([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class RawExamples:
+    """Sentences with their labels as written in a file or data set.
+
+    Attributes:
+        texts: The sentences.
+        labels: One label a sentence, as text.
+        source: What to call the whole in a message, such as the file's path.
+        where: Says where the label of example `i` stands: file, line and column.
+    """
+
+    texts: list[Sentence]
+    labels: list[str]
+    source: str
+    where: Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything a task has to train, select and test on.
+
+    Attributes:
+        class_names: In the order of the labels.
+        train: Labelled sentences to train on.
+        validation: Labelled sentences to select on.
+        test: Labelled sentences to report on, once.
+        transfer: Sentences that only the teacher labels.
+    """
+
+    class_names: list[str]
+    train: Examples
+    validation: Examples
+    test: Examples
+    transfer: list[Sentence] = field(default_factory=list)
+
+
+def text_of(value: object, where: str) -> str:
+    """Return a text cell without outer white space, or raise a DataError when it is not a text or is empty."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: expected a text, got the {type(value).__name__} {value!r}")
+    text = (value or "").strip()
+    if not text:
+        raise DataError(f"{where}: the text is empty; fill it in or remove the example")
+    return text
+
+
+def label_of(value: object, where: str) -> str:
+    """Return a label cell as text: a name, or a whole number in digits; anything else is a DataError."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{where}: the label is missing")
+    if not isinstance(value, str | int):
+        raise DataError(
+            f"{where}: the label {value!r} is neither a name nor a whole number (only classes are supported)"
+        )
+    return str(value).strip()
+
+
+def assemble(
+    train: RawExamples,
+    validation: RawExamples | None,
+    test: RawExamples | None,
+    *,
+    class_names: Sequence[str] | None,
+    validation_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+    transfer: Sequence[Sentence] = (),
+) -> Corpus:
+    """Check labels and build the corpus; a split that was not given is held out of the training examples.
+
+    Where something has to be held out, exact duplicates (same normalised text) are dropped from the training examples
+    first, the first one staying, so that no text stands on both sides. Transfer sentences that are also validation or
+    test sentences are dropped.
+
+    Raises:
+        DataError: Fewer than two classes, an unknown label, or too few examples to split.
+        ConfigError: Impossible fractions or class names.
+    """
+    names = _class_names(train, class_names)
+    examples = _encode(train, names)
+    held = {
+        "validation": (_encode(validation, names) if validation else None, validation_fraction),
+        "test": (_encode(test, names) if test else None, test_fraction),
+    }
+    missing = {part: fraction for part, (given, fraction) in held.items() if given is None}
+    parts = {part: given for part, (given, _) in held.items() if given is not None}
+    if missing:
+        examples = _drop_duplicates(examples, train.source)
+        carved = stratified_split(examples.labels, list(missing.values()), split_seed, names, train.source)
+        parts |= {part: examples.take(positions) for part, positions in zip(missing, carved[1:], strict=True)}
+        examples = examples.take(carved[0])
+    _warn_of_overlap(examples, parts, train.source)
+    seen = {normalise(text) for part in parts.values() for text in part.texts}
+    kept = [text for text in transfer if normalise(text) not in seen]
+    if len(kept) < len(transfer):
+        log.info("left out %d transfer sentences that are validation or test sentences", len(transfer) - len(kept))
+    return Corpus(names, examples, parts["validation"], parts["test"], kept)
+
+
+def normalise(text: Sentence) -> str:
+    """Return the form in which two texts count as the same: Unicode, case and white space made alike."""
+    return "\x1f".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in text)
+
+
+def stratified_split(
+    labels: Sequence[int], fractions: Sequence[float], seed: int, class_names: Sequence[str], source: str
+) -> list[list[int]]:
+    """Return positions for the rest and for each fraction; every class is in every part, in the same proportion.
+
+    Raises:
+        ConfigError: A fraction outside (0, 1), or fractions that leave nothing.
+        DataError: A class with fewer examples than parts.
+    """
+    if any(not 0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
+        given = ", ".join(f"{fraction:g}" for fraction in fractions)
+        message = f"cannot hold out the fractions {given} of {source}: each must lie between 0 and 1, their sum below 1"
+        raise ConfigError(f"{message}; change data.validation_fraction or data.test_fraction")
+    generator = np.random.default_rng(seed)
+    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+    all_labels = np.asarray(labels)
+    for label in np.unique(all_labels):
+        positions = generator.permutation(np.flatnonzero(all_labels == label))
+        sizes = [max(1, round(fraction * len(positions))) for fraction in fractions]
+        if sum(sizes) >= len(positions):
+            raise DataError(
+                f"{source}: class {class_names[label]!r} has {len(positions)} different examples, too few to split "
+                f"into {len(parts)} parts; add examples, or give data.validation_file and data.test_file"
+            )
+        for part, piece in zip(
+            parts, np.split(positions, np.cumsum([len(positions) - sum(sizes), *sizes])[:-1]), strict=True
+        ):
+            part.extend(piece.tolist())
+    return [sorted(part) for part in parts]
+
+
+def _class_names(train: RawExamples, given: Sequence[str] | None) -> list[str]:
+    found = set(train.labels)
+    if given is not None:
+        names = [str(name) for name in given]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ConfigError(f"data.class_names={names}: expected two or more different names")
+    elif all(_is_integer(label) for label in found):
+        names = sorted(found, key=int)
+    else:
+        names = sorted(found)
+    if not train.labels:
+        raise DataError(f"{train.source}: there are no examples")
+    if len(found) < 2:
+        raise DataError(
+            f"{train.source}: all {len(train.labels)} labels are {train.labels[0]!r}; need two classes or more"
+        )
+    return names
+
+
+def _encode(raw: RawExamples, names: Sequence[str]) -> Examples:
+    """Turn labels into positions in `names`; whole numbers are positions where the names themselves are words."""
+    codes = {name: code for code, name in enumerate(names)}
+    if not any(_is_integer(name) for name in names):
+        codes |= {str(code): code for code in range(len(names))}
+    labels = []
+    for i, label in enumerate(raw.labels):
+        if label not in codes:
+            raise DataError(f"{raw.where(i)}: unknown label {label!r}{did_you_mean(label, names)}")
+        labels.append(codes[label])
+    if not labels:
+        raise DataError(f"{raw.source}: there are no examples")
+    return Examples(raw.texts, labels)
+
+
+def _is_integer(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()
+
+
+def _drop_duplicates(examples: Examples, source: str) -> Examples:
+    first: dict[str, int] = {}
+    for i, text in enumerate(examples.texts):
+        first.setdefault(normalise(text), i)
+    if len(first) < len(examples):
+        log.info("%s: dropped %d duplicates of %d sentences", source, len(examples) - len(first), len(examples))
+    return examples.take(first.values())
+
+
+def _warn_of_overlap(train: Examples, parts: dict[str, Examples], source: str) -> None:
+    seen = Counter(normalise(text) for text in train.texts)
+    for part, examples in parts.items():
+        shared = sum(normalise(text) in seen for text in examples.texts)
+        if shared:
+            log.warning("%d of %d %s sentences are also training sentences of %s", shared, len(examples), part, source)

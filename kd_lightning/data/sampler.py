@@ -1,0 +1,114 @@
+"""Batches of neighbouring lengths: deterministic, right under distributed training, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch.distributed
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+from kd_lightning.errors import ConfigError
+
+Positions = NDArray[np.int64]
+
+POOL_BATCHES = 50
+"""How many global batches are sorted by length together: enough for little padding, few enough to keep chance."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; `(0, 1)` outside distributed training."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class BucketBatchSampler(DistributedSampler[Any]):
+    """Yields arrays of positions, one array a batch, for `DataLoader(sampler=..., batch_size=None)`.
+
+    A step takes `world_size * batch_size` examples of neighbouring lengths, and the ranks deal them out in turn, so
+    that the ranks together train on what one process with the whole batch would. Every rank has the same number of
+    steps:
+
+    * with `shuffle`, the order depends on `(seed, epoch)` alone. When the examples cannot be dealt out evenly, up to
+      `world_size - 1` examples of the epoch come twice; no example is left out.
+    * without, examples come sorted by length and each exactly once over all ranks; batches of one step may then differ
+      by one example in size.
+
+    Being a `DistributedSampler`, it is left alone by Lightning, which would otherwise put its own in its place.
+
+    Args:
+        lengths: Tokens in each example, `(N,)`.
+        batch_size: Examples in a batch of one rank.
+        shuffle: Whether for training.
+        seed: Of the order.
+        rank: This process's; by default as `torch.distributed` says.
+        world_size: The number of processes; by default as `torch.distributed` says.
+
+    Raises:
+        ConfigError: `batch_size` is not positive, or there are fewer examples than processes.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[Any],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        here, world = rank_and_world()
+        rank = here if rank is None else rank
+        world = world if world_size is None else world_size
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size={batch_size}: expected 1 or more")
+        if len(lengths) < world:
+            raise ConfigError(f"{len(lengths)} examples cannot be shared by {world} processes; lower trainer.devices")
+        super().__init__(lengths, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self._resumed: tuple[int, int] | None = None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples in one step of all ranks."""
+        return self.batch_size * self.num_replicas
+
+    def __len__(self) -> int:
+        """Return the batches in a whole epoch, the same on every rank; resuming does not change it."""
+        steps = -(-len(self.lengths) // self.global_batch_size)
+        if self.shuffle:
+            return steps
+        return min(steps, len(self.lengths) // self.num_replicas)  # a rank without any example would be left waiting
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Go to `epoch` and leave out its first `batches` batches; other epochs are whole."""
+        self.set_epoch(epoch)
+        self._resumed = (epoch, batches)
+
+    def __iter__(self) -> Iterator[Positions]:
+        # The order is settled here and not at the first `next`: Lightning makes the first iterator of a fit before it
+        # sets the epoch, and with worker processes some batches are on their way by then.
+        steps = self._training_steps() if self.shuffle else self._evaluation_steps()
+        skipped = self._resumed[1] if self._resumed and self._resumed[0] == self.epoch else 0
+        return iter([step[self.rank :: self.num_replicas] for step in steps[skipped:]])
+
+    def _training_steps(self) -> list[Positions]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.lengths))
+        order = np.resize(order, len(order) + -len(order) % self.num_replicas)
+        size = self.global_batch_size
+        steps: list[Positions] = []
+        for start in range(0, len(order), size * POOL_BATCHES):
+            pool = order[start : start + size * POOL_BATCHES]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            steps += [pool[cut : cut + size] for cut in range(0, len(pool), size)]
+        return [steps[i] for i in generator.permutation(len(steps))]
+
+    def _evaluation_steps(self) -> list[Positions]:
+        order = np.argsort(self.lengths, kind="stable")
+        return np.array_split(order, len(self))

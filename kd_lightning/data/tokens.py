@@ -1,0 +1,268 @@
+"""Tokenizers, and sentences as arrays of tokens: encoded once, kept on disk, read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from kd_lightning.assets import discard_folder, fetch, new_folder
+from kd_lightning.data.corpus import Sentence
+from kd_lightning.errors import ConfigError
+from kd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+CHUNK = 50_000
+"""Sentences encoded in one call: bounds the memory, long before it costs any time."""
+
+LAYOUT = 1
+"""Goes up when the files of a stored token array change, so that older ones are not read."""
+
+
+def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Return a fast tokenizer that can pad.
+
+    Args:
+        name: `"minilm"`; a folder or a Hugging Face name; or `"wordpiece:8000"` for a WordPiece vocabulary of that
+            size learned from `training_texts` (larger when the texts have more distinct characters).
+        training_texts: What a vocabulary is learned from.
+
+    Raises:
+        ConfigError: The name leads nowhere, or the tokenizer is not a fast one or has nothing to pad with.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "wordpiece":
+        return _train_wordpiece(name, size, training_texts)
+    from transformers import AutoTokenizer
+
+    place = str(fetch("minilm")) if name == "minilm" else name
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError):
+            if Path(place).exists():
+                raise
+            tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kinds = "'minilm', 'wordpiece:SIZE', a folder, or a Hugging Face name that can be reached"
+        raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]})") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"data.tokenizer={name!r} has no fast version (tokenizer.json); convert it or choose another")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"data.tokenizer={name!r} has no token to pad with; set pad_token and save it again")
+    return tokenizer  # type: ignore[return-value]
+
+
+def _train_wordpiece(name: str, size: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if not size.isdecimal() or int(size) < 10:
+        raise ConfigError(f"data.tokenizer={name!r}: expected a vocabulary size after the colon, e.g. wordpiece:8000")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces = special + _learn_pieces(tokenizer, int(size) - len(special), list(texts))
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer.model = models.WordPiece(vocab=vocabulary, unk_token="[UNK]")
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    entries = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=entries, **names)  # type: ignore[no-untyped-call]
+
+
+def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
+    """Return WordPiece pieces: every character, then the most used of the pieces that byte-pair merges make.
+
+    `WordPieceTrainer` breaks ties by hash order and so learns another vocabulary each time; the byte-pair trainer does
+    not. What it learns is written in WordPiece's way, `##` before a piece that goes on with a word.
+    """
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer.train_from_iterator(texts, BpeTrainer(vocab_size=size, show_progress=False))
+    uses: Counter[str] = Counter()
+    characters: set[str] = set()
+    for encoding in tokenizer.encode_batch(texts):
+        before = None
+        for token, word in zip(encoding.tokens, encoding.word_ids, strict=True):
+            prefix = "##" if word == before else ""
+            uses[prefix + token] += 1
+            characters |= {prefix + token[0], *("##" + character for character in token[1:])}
+            before = word
+    ranked = sorted(uses.keys() - characters, key=lambda piece: (-uses[piece], piece))
+    return sorted(characters) + ranked[: max(0, size - len(characters))]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a sha256 over everything that decides a tokenizer's output."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    more = [tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token, tokenizer.model_input_names]
+    return hashlib.sha256((backend.to_str() + json.dumps(more)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Encoded sentences, one after the other in one flat array.
+
+    Attributes:
+        folder: Where they are stored.
+        tokens: Token ids of all sentences, `(T,)` int32.
+        offsets: Where each sentence begins and the last one ends, `(N + 1,)` int64.
+        types: Which text of a pair each token belongs to, `(T,)` int8; None for single texts.
+        pad_token_id: What batches are padded with.
+    """
+
+    folder: Path
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    types: NDArray[np.int8] | None
+    pad_token_id: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (self.folder, self.pad_token_id)  # processes share the files, not copies of the arrays
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each sentence, `(N,)`."""
+        return np.diff(self.offsets)
+
+    def batch(self, index: NDArray[np.int64]) -> Batch:
+        """Return sentences padded on the right to the longest of them.
+
+        Args:
+            index: Which sentences, `(B,)`.
+
+        Returns:
+            `input_ids`, `attention_mask` and, for pairs, `token_type_ids`, `(B, L)` int64.
+        """
+        start, end = self.offsets[index], self.offsets[index + 1]
+        place = start[:, None] + np.arange((end - start).max())
+        mask = place < end[:, None]
+        place = np.where(mask, place, 0)
+        entries = {"input_ids": np.where(mask, self.tokens[place], self.pad_token_id), "attention_mask": mask}
+        if self.types is not None:
+            entries["token_type_ids"] = np.where(mask, self.types[place], 0)
+        return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in entries.items()}
+
+
+def open_store(folder: Path, pad_token_id: int) -> TokenStore:
+    """Open stored tokens.
+
+    Raises:
+        ValueError: The files do not fit each other.
+        OSError: A file is missing.
+    """
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    offsets = np.load(folder / "offsets.npy")
+    types = np.load(folder / "types.npy", mmap_mode="r") if meta["types"] else None
+    whole = len(offsets) == meta["sentences"] + 1 and len(tokens) == offsets[-1] == meta["tokens"]
+    if not whole or meta["fingerprint"] != folder.name or (types is not None and len(types) != len(tokens)):
+        raise ValueError(f"{folder} is damaged")
+    return TokenStore(folder, tokens, offsets, types, pad_token_id)
+
+
+def encode_store(
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int, cache: Path
+) -> TokenStore:
+    """Return the sentences encoded: from the cache, or encoded now and put there.
+
+    The cache folder is named after everything that decides its content, so that another text, tokenizer or length never
+    finds it. A damaged folder is written anew.
+    """
+    digest = hashlib.sha256(f"{LAYOUT}/{max_length}/{tokenizer_fingerprint(tokenizer)}/".encode())
+    digest.update(json.dumps(sentences, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    folder = cache / digest.hexdigest()
+    pad_token_id = int(tokenizer.pad_token_id)
+    try:
+        return open_store(folder, pad_token_id)
+    except (OSError, ValueError, KeyError, EOFError):
+        if folder.exists():
+            log.warning("%s is damaged: tokenising again", folder)
+            discard_folder(folder)
+    with new_folder(folder) as temporary:
+        _write_store(tokenizer, sentences, max_length, temporary, folder.name)
+    return open_store(folder, pad_token_id)
+
+
+def _write_store(
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int, folder: Path, fingerprint: str
+) -> None:
+    typed = len(sentences[0]) == 2 and "token_type_ids" in tokenizer.model_input_names
+    ids: list[NDArray[Any]] = []
+    types: list[NDArray[Any]] = []
+    lengths: list[int] = []
+    truncated = 0
+    for start in range(0, len(sentences), CHUNK):
+        columns = [list(texts) for texts in zip(*sentences[start : start + CHUNK], strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+        truncated += sum(bool(sentence.overflowing) for sentence in encoded.encodings or ())
+        lengths += [len(sentence) for sentence in encoded["input_ids"]]
+        ids.append(np.concatenate([np.asarray(sentence, np.int32) for sentence in encoded["input_ids"]]))
+        if typed:
+            types.append(np.concatenate([np.asarray(sentence, np.int8) for sentence in encoded["token_type_ids"]]))
+    if truncated:
+        log.info("%d of %d sentences were cut to %d tokens", truncated, len(sentences), max_length)
+    np.save(folder / "tokens.npy", np.concatenate(ids))
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    if typed:
+        np.save(folder / "types.npy", np.concatenate(types))
+    meta = {"fingerprint": fingerprint, "types": typed, "sentences": len(lengths), "tokens": sum(lengths)}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+class TokenDataset(Dataset[Batch]):
+    """A run of examples, fetched a whole batch at a time.
+
+    Args:
+        stores: Encoded sentences by the prefix of their names in the batch: `""`, and `"teacher_"` for a second one.
+        labels: Of all examples there are, `(N,)` int64.
+        span: Which of them these are.
+    """
+
+    def __init__(self, stores: Mapping[str, TokenStore], labels: NDArray[np.int64], span: range) -> None:
+        self.stores = stores
+        self.labels = labels
+        self.span = span
+
+    def __len__(self) -> int:
+        return len(self.span)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each example, over all tokenizers, `(len(self),)`."""
+        total = sum(store.lengths for store in self.stores.values())
+        return np.asarray(total)[self.span.start : self.span.stop]
+
+    def __getitem__(self, positions: NDArray[np.int64] | Sequence[int]) -> Batch:
+        index = np.asarray(positions, np.int64) + self.span.start
+        batch = {
+            prefix + name: value for prefix, store in self.stores.items() for name, value in store.batch(index).items()
+        }
+        return batch | {"labels": torch.from_numpy(self.labels[index]), "index": torch.from_numpy(index)}

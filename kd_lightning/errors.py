@@ -1,0 +1,37 @@
+"""Errors a user can act on. The entry points print them as one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KDError(Exception):
+    """Something the user can mend; the message says what was given, what was expected and what to change."""
+
+
+class ConfigError(KDError):
+    """A configuration key that is unknown, of the wrong type or value, or in conflict with another."""
+
+
+class DataError(KDError):
+    """A data file or data set that cannot be used as it is: names the file, line and column."""
+
+
+class CacheError(KDError):
+    """A stored teacher output that is missing, damaged or belongs to something else."""
+
+
+def did_you_mean(given: str, valid: Iterable[str], limit: int = 3) -> str:
+    """Return `"; did you mean 'x' or 'y'?"` for the nearest valid names, or a list of them all when none is near.
+
+    >>> did_you_mean("temperatur", ["temperature", "alpha"])
+    "; did you mean 'temperature'?"
+    >>> did_you_mean("zzz", ["temperature", "alpha"])
+    '; valid: alpha, temperature'
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=limit, cutoff=0.6)
+    if near:
+        return "; did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+    return "; valid: " + ", ".join(names) if names else ""

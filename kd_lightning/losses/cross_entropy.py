@@ -1,0 +1,68 @@
+"""Cross-entropy with the true labels, where there are any."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Reduction, Term, at_least_float32, reduce
+from kd_lightning.types import IGNORE, Batch, ModelOutput
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Cross-entropy of labels under softmax(logits), in nats, over the examples that have a label.
+
+    .. math:: -\sum_c q_c \log \mathrm{softmax}(z)_c, \quad q = (1 - \epsilon)\,\mathrm{onehot}(y) + \epsilon / C
+
+    Unlike torch's mean, a batch without any label gives 0 with a graph, not NaN.
+
+    Args:
+        logits: `(B, C)` or `(B, L, V)`.
+        labels: `(B,)` or `(B, L)` int64; -100 counts neither in the sum nor in the mean.
+        label_smoothing: epsilon in [0, 1) (Szegedy et al. 2015, arXiv 1512.00567).
+        reduction: `mean` over labelled examples, `sum`, or `none`.
+
+    Raises:
+        ValueError: Labels whose shape is not the logits' without the last axis, or epsilon out of range.
+
+    Example:
+        >>> import torch
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100])).item()  # log 4
+        1.3862943649291992
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    values = F.cross_entropy(
+        at_least_float32(logits).flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    ).view(labels.shape)
+    return reduce(values, labels != IGNORE, reduction)
+
+
+class CrossEntropyLoss(Term):
+    """Learning from labels; see `cross_entropy` for the formula.
+
+    Args:
+        label_smoothing: epsilon in [0, 1).
+        causal: For language models: position t is scored against the label of token t + 1.
+    """
+
+    uses_teacher = False
+
+    def __init__(self, label_smoothing: float = 0.0, causal: bool = False) -> None:
+        super().__init__()
+        self.label_smoothing, self.causal = label_smoothing, causal
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over labelled examples or positions."""
+        logits, labels = student.logits, batch["labels"]
+        if self.causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return cross_entropy(logits, labels, self.label_smoothing)

@@ -1,0 +1,270 @@
+"""How good a model is, and how near it is to its teacher.
+
+Each measure of fidelity is a pure function beside a `torchmetrics` class that accumulates it over batches and
+processes; what torchmetrics already has (accuracy, F1, calibration error) is called, not rewritten.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+)
+
+from kd_lightning.types import IGNORE
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    r"""Share of positions where student and teacher predict the same class.
+
+    $$ \frac{1}{N} \sum_i [\arg\max z^s_i = \arg\max z^t_i] $$
+
+    Args:
+        student_logits: `(..., C)`.
+        teacher_logits: `(..., C)`, the same shape.
+        labels: `(...)`; positions labelled `IGNORE` (padding) are not counted. None counts every position.
+
+    Returns:
+        Scalar in [0, 1]; nan when there is nothing to count.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    >>> student = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [1.0, 0.0]])
+    >>> teacher = torch.tensor([[5.0, 1.0], [0.0, 1.0], [0.0, 1.0], [9.0, 0.0]])
+    >>> agreement(student, teacher)
+    tensor(0.7500)
+    """
+    equal, count = _agreement_sums(student_logits, teacher_logits, labels)
+    return equal / count
+
+
+def teacher_student_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    r"""Mean Kullback-Leibler divergence from teacher to student, in nats, at temperature 1.
+
+    $$ \frac{1}{N} \sum_i \sum_c p^t_{ic} (\log p^t_{ic} - \log p^s_{ic}), \quad p = \mathrm{softmax}(z) $$
+
+    Computed in log space, in float32 (float64 when both inputs are). A class to which the teacher gives no probability
+    adds nothing.
+
+    Args:
+        student_logits: `(..., C)`.
+        teacher_logits: `(..., C)`, the same shape.
+        labels: `(...)`; positions labelled `IGNORE` (padding) are not counted. None counts every position.
+
+    Returns:
+        Scalar, 0 where the two distributions are equal; nan when there is nothing to count.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    >>> teacher = torch.log(torch.tensor([[0.5, 0.5]]))
+    >>> student = torch.log(torch.tensor([[0.25, 0.75]]))
+    >>> teacher_student_kl(student, teacher)  # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75)
+    tensor(0.1438)
+    """
+    divergence, count = _kl_sums(student_logits, teacher_logits, labels)
+    return divergence / count
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    r"""Expected calibration error: how far confidence is from accuracy (Guo et al. 2017, arXiv 1706.04599).
+
+    $$ \sum_b \frac{n_b}{N} |\mathrm{accuracy}_b - \mathrm{confidence}_b| $$ over `bins` equal bins of the predicted
+    class's probability.
+
+    Args:
+        logits: `(N, C)`; turned into probabilities here (torchmetrics would take logits that all lie in [0, 1] for
+            probabilities).
+        labels: `(N,)`; `IGNORE` is not counted.
+        bins: Number of bins.
+
+    Returns:
+        Scalar in [0, 1].
+
+    >>> logits = torch.log(torch.tensor([[0.8, 0.2], [0.8, 0.2]]))
+    >>> expected_calibration_error(logits, torch.tensor([0, 1]))  # confidence 0.8, accuracy 0.5
+    tensor(0.3000)
+    """
+    probabilities = F.softmax(_precise(logits), dim=-1)
+    return multiclass_calibration_error(
+        probabilities, labels, num_classes=logits.shape[-1], n_bins=bins, norm="l1", ignore_index=IGNORE
+    )
+
+
+def distillation_ratio(teacher: float, baseline: float, distilled: float) -> float:
+    r"""Part of the gap between student and teacher that distillation closed.
+
+    $$ (S_{kd} - S) / (T - S) $$ for the scores of the teacher, of the student from labels and of the distilled student.
+    1 is the teacher reached, 0 is no gain, negative is harm.
+
+    Returns:
+        The ratio. nan when the teacher is no better than the baseline (T <= S): there is no gap to close, and dividing
+        by it would call a distilled student that got worse a success. nan too when a score is not finite.
+
+    >>> round(distillation_ratio(teacher=0.846, baseline=0.759, distilled=0.824), 3)
+    0.747
+    >>> distillation_ratio(teacher=0.70, baseline=0.75, distilled=0.72)
+    nan
+    """
+    gap = teacher - baseline
+    if not gap > 0 or not math.isfinite(gap) or not math.isfinite(distilled):
+        return math.nan
+    return (distilled - baseline) / gap
+
+
+def evaluate_logits(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, *, num_classes: int | None = None
+) -> dict[str, float]:
+    """Every score of the report, from the logits of a whole split.
+
+    Args:
+        logits: `(N, C)`.
+        labels: `(N,)`; examples labelled `IGNORE` count in agreement and KL only.
+        teacher_logits: `(N, C)`; None leaves `agreement` and `kl_to_teacher` out.
+        num_classes: C, when it should be checked against the logits.
+
+    Returns:
+        `accuracy`, `macro_f1` (over the classes that occur among labels or predictions), `ece`, `cross_entropy` (nats),
+        and with a teacher `agreement` and `kl_to_teacher`. A score without a single example to count is nan.
+
+    Raises:
+        ValueError: If the shapes do not fit each other or `num_classes`.
+
+    >>> scores = evaluate_logits(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]), num_classes=2)
+    >>> {name: round(value, 3) for name, value in scores.items()}
+    {'accuracy': 0.5, 'macro_f1': 0.333, 'ece': 0.381, 'cross_entropy': 1.127}
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}; "
+            "flatten token-level outputs first"
+        )
+    classes = logits.shape[1]
+    if num_classes is not None and num_classes != classes:
+        raise ValueError(f"the logits have {classes} classes, the data has {num_classes}")
+    known = labels != IGNORE
+    scores = dict.fromkeys(("accuracy", "macro_f1", "ece", "cross_entropy"), math.nan)
+    if known.any():
+        z, y = _precise(logits[known]), labels[known]
+        predicted = z.argmax(dim=-1)
+        scores = {
+            "accuracy": float(multiclass_accuracy(predicted, y, num_classes=classes, average="micro")),
+            "macro_f1": float(multiclass_f1_score(predicted, y, num_classes=classes, average="macro")),
+            "ece": float(expected_calibration_error(z, y)),
+            "cross_entropy": float(F.cross_entropy(z, y)),
+        }
+    if teacher_logits is not None:
+        scores["agreement"] = float(agreement(logits, teacher_logits))
+        scores["kl_to_teacher"] = float(teacher_student_kl(logits, teacher_logits))
+    return scores
+
+
+class Agreement(Metric):
+    """`agreement` accumulated over batches and processes.
+
+    >>> metric = Agreement()
+    >>> metric.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    >>> metric.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+    >>> metric.compute()
+    tensor(0.5000)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    equal: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("equal", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> None:
+        """Add a batch: logits `(..., C)` of both and, to leave padding out, labels `(...)`."""
+        equal, count = _agreement_sums(student_logits, teacher_logits, labels)
+        self.equal += equal
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the share over everything added so far."""
+        return self.equal / self.count
+
+
+class TeacherStudentKL(Metric):
+    """`teacher_student_kl` accumulated over batches and processes: the mean over examples, not over batches.
+
+    >>> metric = TeacherStudentKL()
+    >>> metric.update(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
+    >>> metric.compute()
+    tensor(0.)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    divergence: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("divergence", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> None:
+        """Add a batch: logits `(..., C)` of both and, to leave padding out, labels `(...)`."""
+        divergence, count = _kl_sums(student_logits, teacher_logits, labels)
+        self.divergence += divergence.to(self.divergence.dtype)
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the mean over everything added so far."""
+        return self.divergence / self.count
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """Return the logits in float32, or in float64 where they already are."""
+    return logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+
+
+def _counted(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Check the shapes and return a boolean `(...)`, True where a position counts."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"logits of student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} differ in shape"
+        )
+    positions = student_logits.shape[:-1]
+    if labels is None:
+        return torch.ones(positions, dtype=torch.bool, device=student_logits.device)
+    if labels.shape != positions:
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}")
+    return labels != IGNORE
+
+
+def _agreement_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return how many counted positions agree, and how many there are."""
+    counted = _counted(student_logits, teacher_logits, labels)
+    equal = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
+    return (equal & counted).sum(), counted.sum()
+
+
+def _kl_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the divergence summed over counted positions, and how many there are."""
+    counted = _counted(student_logits, teacher_logits, labels)
+    log_student = F.log_softmax(_precise(student_logits), dim=-1)
+    log_teacher = F.log_softmax(_precise(teacher_logits), dim=-1)
+    p_teacher = log_teacher.exp()
+    # 0 * (-inf) is nan, but the limit of p log p is 0
+    terms = torch.where(p_teacher > 0, p_teacher * (log_teacher - log_student), 0)
+    # `where` rather than a product, so that a nan at a padded position does not spread
+    return torch.where(counted, terms.sum(dim=-1), 0).sum(), counted.sum()

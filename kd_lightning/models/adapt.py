@@ -1,0 +1,137 @@
+"""Call any network on a batch and get a `ModelOutput`, whatever its forward takes and returns.
+
+This is the only place where the package calls a user's network, so a plain `nn.Module` needs no wrapper class:
+
+* its forward names the batch entries it wants (`input_ids`, `attention_mask`, `pixel_values`, ...), or has one
+  required parameter of any name, which then gets `input_ids` or `pixel_values`;
+* it returns a Tensor, a tuple or list (its first Tensor is the logits), a dict with `logits`, an object with
+  `.logits` (every Hugging Face output) or a `ModelOutput`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from kd_lightning.errors import ConfigError
+from kd_lightning.types import Batch, ModelOutput
+
+_MAIN_ENTRIES = ("input_ids", "pixel_values")
+_PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel)
+
+
+def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
+    """Run `network` on the entries of `batch` that its forward names, and return its logits as a `ModelOutput`.
+
+    `labels`, `index` and `teacher_*` are never passed: a network sees what it will see when it is deployed. A forward
+    with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the user's
+    does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the
+    signature of what they wrap.
+
+    Args:
+        network: Any module; see the top of this file for what its forward may take and return.
+        batch: Tensors by Hugging Face's names.
+
+    Returns:
+        The network's own `ModelOutput`, or a new one with its logits and no features.
+
+    Raises:
+        ConfigError: The forward needs something that the batch lacks, or returned something without logits.
+    """
+    forward = _forward_of(unwrap(network))
+    names = [name for name in batch if _is_input(name)] if forward.takes_everything else forward.names
+    arguments = {name: batch[name] for name in names if name in batch}
+    missing = [name for name in forward.required if name not in arguments]
+    if arguments and not missing:
+        return _as_output(network(**arguments), network)
+    main = next((name for name in _MAIN_ENTRIES if name in batch and name not in forward.names), None)
+    if main is not None and missing and missing == forward.main_parameter:
+        arguments.pop(main, None)  # for forward(x, **kwargs): not once by position and once more by name
+        return _as_output(network(batch[main], **arguments), network)
+    raise ConfigError(_cannot_call(network, forward, missing, batch))
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile`, DDP, DataParallel and FSDP wrappers (the module itself if none)."""
+    while True:
+        if isinstance(network, OptimizedModule):
+            network = network._orig_mod
+        elif isinstance(network, _PARALLEL_WRAPPERS):
+            network = network.module
+        else:
+            return network
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What one forward's signature says, so that it is read once and not every step."""
+
+    names: tuple[str, ...]  # parameters that can be passed by keyword
+    required: list[str]  # those without a default
+    main_parameter: list[str]  # the first one, if it is required: gets the main tensor whatever its name
+    takes_everything: bool  # **kwargs, and the mask is not among the names
+
+
+def _forward_of(module: nn.Module) -> _Forward:
+    forward = module.forward
+    return _inspect(getattr(forward, "__func__", forward), inspect.ismethod(forward))
+
+
+@lru_cache(maxsize=256)
+def _inspect(function: Callable[..., Any], is_method: bool) -> _Forward:
+    parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = tuple(p.name for p in named if p.kind is not p.POSITIONAL_ONLY and _is_input(p.name))
+    required = [p.name for p in named if p.default is p.empty]
+    by_position = [p.name for p in named[:1] if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
+    has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return _Forward(names, required, by_position, has_keywords and "attention_mask" not in names)
+
+
+def _is_input(name: str) -> bool:
+    return name not in ("labels", "index") and not name.startswith("teacher_")
+
+
+def _as_output(output: Any, network: nn.Module) -> ModelOutput:
+    if isinstance(output, ModelOutput):
+        return output
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, tuple | list):
+        logits = next((item for item in output if isinstance(item, Tensor)), None)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"{type(unwrap(network)).__name__} returned {_describe_value(output)}, which has no logits; its forward "
+            "must return a Tensor of logits, a tuple that begins with one, a dict with 'logits', or an output with "
+            ".logits (for a Hugging Face encoder without a classifier use model=hf, which adds one)"
+        )
+    return ModelOutput(logits)
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {', '.join(map(str, value)) or '(none)'}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
+    return f"a {type(value).__name__}"
+
+
+def _cannot_call(network: nn.Module, forward: _Forward, missing: list[str], batch: Batch) -> str:
+    name = type(unwrap(network)).__name__
+    needs = f"needs {', '.join(missing)}" if missing else f"takes only {', '.join(forward.names) or 'nothing'}"
+    has = ", ".join(entry for entry in batch if _is_input(entry)) or "nothing it may see"
+    return (
+        f"cannot call {name}: its forward {needs}, but the batch has {has} (labels, index and teacher_* are never "
+        "passed); rename the forward's parameters to the batch's names and give the others a default"
+    )

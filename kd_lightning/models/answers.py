@@ -1,0 +1,53 @@
+"""What a model says of a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.models.adapt import run_network
+from kd_lightning.types import Batch, ModelOutput
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's logits over a split, in the order of the examples' `index`, on the CPU.
+
+    Attributes:
+        index: `(N,)` int64, ascending.
+        logits: `(N, C)` float32.
+        labels: `(N,)` int64.
+    """
+
+    index: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+def answers(
+    model: Callable[[Batch], ModelOutput], batches: Iterable[Batch], device: torch.device | str = "cpu"
+) -> Answers:
+    """Collect what a model (a teacher, or anything from batch to output) says of every example."""
+    found: dict[str, list[Tensor]] = {"index": [], "logits": [], "labels": []}
+    with torch.inference_mode():
+        for batch in batches:
+            output = model({key: value.to(device) for key, value in batch.items()})
+            found["logits"].append(output.logits.float().cpu())
+            found["index"].append(batch["index"])
+            found["labels"].append(batch["labels"])
+        joined = {key: torch.cat(values) for key, values in found.items()}
+        order = joined["index"].argsort()
+        return Answers(**{key: values[order] for key, values in joined.items()})
+
+
+def network_answers(network: nn.Module, batches: Iterable[Batch], device: torch.device | str = "cpu") -> Answers:
+    """Collect what a network says in eval mode; its own mode is given back afterwards."""
+    training = network.training
+    network.to(device).eval()
+    try:
+        return answers(lambda batch: run_network(network, batch), batches, device)
+    finally:
+        network.train(training)

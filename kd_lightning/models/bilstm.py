@@ -1,0 +1,151 @@
+"""A bidirectional LSTM classifier: the small, fast student."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.types import ModelOutput
+
+Pooling = Literal["max", "mean", "last", "attention"]
+
+EMBEDDING_RMS = 0.1
+"""Root mean square of a fresh word embedding, also of one taken from a teacher."""
+
+
+class BiLSTM(nn.Module):
+    """Embedding, n bidirectional LSTM layers, pooling over the words, linear classifier.
+
+    Padding never touches a word, on either side: each layer is a forward LSTM on the words and a backward LSTM on the
+    words reversed *within their length*. That is what `pack_padded_sequence` computes, at the speed of a padded LSTM
+    (measured on 2 CPU cores: see the test), and it exports, which packing does not.
+
+    Initialisation: embeddings N(0, 0.1^2) with a zero padding row (small, so that a word seen a few times is moved
+    visibly by AdamW at 1e-3), input weights Xavier uniform, recurrent weights orthogonal, biases zero but the forget
+    gate's, which is 1 (Jozefowicz et al. 2015).
+
+    Args:
+        num_classes: Number of classes C.
+        vocab_size: Number of token ids V.
+        pad_token_id: The id that means no word.
+        embedding_size: Width of the word embeddings.
+        hidden_size: Width H of each direction.
+        num_layers: Number of bidirectional layers.
+        pooling: How the words' states become one vector `(B, 2H)`: `max` or `mean` over the words, `last` (forward
+            state at the last word, backward state at the first), or `attention` (learned weights).
+        dropout: Probability of dropping an entry of the embeddings, between layers and before the classifier.
+
+    Raises:
+        ConfigError: A size below 1, an unknown pooling or a dropout outside [0, 1), a padding id beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        vocab_size: int,
+        pad_token_id: int = 0,
+        embedding_size: int = 128,
+        hidden_size: int = 128,
+        num_layers: int = 1,
+        pooling: Pooling = "max",
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {
+            "num_classes": num_classes,
+            "vocab_size": vocab_size,
+            "pad_token_id": pad_token_id,
+            "embedding_size": embedding_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "pooling": pooling,
+            "dropout": dropout,
+        }
+        _check(**self.arguments)
+        self.pad_token_id, self.pooling = pad_token_id, pooling
+        self.embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=pad_token_id)
+        inputs = [embedding_size] + [2 * hidden_size] * (num_layers - 1)
+        self.forward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
+        self.backward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
+        if pooling == "attention":
+            score = nn.Linear(hidden_size, 1, bias=False)
+            self.attention = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.Tanh(), score)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(2 * hidden_size, num_classes)
+        self._initialise()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ModelOutput:
+        """Classify a batch.
+
+        Args:
+            input_ids: `(B, L)` token ids.
+            attention_mask: `(B, L)`, nonzero where there is a word; padding may stand on either side. By default
+                everything but `pad_token_id`.
+
+        Returns:
+            Logits `(B, C)`.
+        """
+        mask = input_ids.ne(self.pad_token_id) if attention_mask is None else attention_mask.ne(0)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        # Words to the front, in order: positions of words keep their number, those of padding get one beyond the end.
+        order = torch.where(mask, positions, positions + input_ids.shape[1]).argsort(dim=1)
+        lengths = mask.sum(1, keepdim=True).clamp_min(1)  # a text without a word reads as one padding token
+        hidden = self._encode(input_ids.gather(1, order), lengths, positions)
+        return ModelOutput(self.classifier(self.dropout(self._pool(hidden, lengths, positions))))
+
+    def _encode(self, input_ids: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
+        """Return the last layer's states `(B, L, 2H)`; those at padding are meaningless."""
+        mirrored = lengths - 1 - positions
+        reverse = torch.where(mirrored >= 0, mirrored, positions).unsqueeze(2)  # (B, L, 1), its own inverse
+        hidden: Tensor = self.embedding(input_ids)
+        for ahead, back in zip(self.forward_layers, self.backward_layers, strict=True):
+            hidden = self.dropout(hidden)
+            reversed_states = back(hidden.gather(1, reverse.expand_as(hidden)))[0]
+            hidden = torch.cat([ahead(hidden)[0], reversed_states.gather(1, reverse.expand_as(reversed_states))], dim=2)
+        return hidden
+
+    def _pool(self, hidden: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
+        """Reduce `(B, L, 2H)` to `(B, 2H)` over the words."""
+        if self.pooling == "last":
+            ahead, back = hidden.chunk(2, dim=2)
+            last = (lengths - 1).unsqueeze(2).expand(-1, -1, ahead.shape[2])
+            return torch.cat([ahead.gather(1, last).squeeze(1), back[:, 0]], dim=1)
+        padding = (positions >= lengths).unsqueeze(2)
+        if self.pooling == "max":
+            return hidden.masked_fill(padding, float("-inf")).amax(1)
+        if self.pooling == "mean":
+            return hidden.masked_fill(padding, 0.0).sum(1) / lengths.to(hidden.dtype)
+        weights: Tensor = self.attention(hidden).masked_fill(padding, float("-inf")).softmax(1)
+        return (weights * hidden).sum(1)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_RMS)
+        self.embedding.weight[self.pad_token_id].zero_()
+        for lstm in (*self.forward_layers, *self.backward_layers):
+            for name, parameter in lstm.named_parameters():
+                gates = parameter.chunk(4)  # torch's order: input, forget, cell, output
+                for gate in gates:
+                    if name.startswith("weight_ih"):
+                        nn.init.xavier_uniform_(gate)
+                    elif name.startswith("weight_hh"):
+                        nn.init.orthogonal_(gate)
+                    else:
+                        gate.zero_()
+                if name.startswith("bias_ih"):
+                    gates[1].fill_(1.0)
+
+
+def _check(vocab_size: int, pad_token_id: int, pooling: str, dropout: float, **sizes: int) -> None:
+    for name, size in {"vocab_size": vocab_size, **sizes}.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size} is too small: give a whole number of at least 1")
+    if not 0 <= pad_token_id < vocab_size:
+        raise ConfigError(f"pad_token_id={pad_token_id} is not a token: give a number from 0 to {vocab_size - 1}")
+    if pooling not in get_args(Pooling):
+        raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), get_args(Pooling))}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")

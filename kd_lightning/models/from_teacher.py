@@ -1,0 +1,258 @@
+"""Students that start from their teacher: some of its layers, or its word embeddings.
+
+Each factory has `initialise`: `teacher` copies the weights, `random` builds the same shapes with fresh ones. That is
+how the pipeline recognises such a student, and how it trains the two honest baselines: the same architecture from
+labels with nothing taken from the teacher, and from labels with the teacher's weights to start from.
+
+The teacher is only read: the student shares no memory with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.models.adapt import unwrap
+from kd_lightning.models.bilstm import EMBEDDING_RMS, BiLSTM, Pooling
+from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
+from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.models.rebuild import factorise_embedding, fresh_network
+
+Initialise = Literal["teacher", "random"]
+
+log = logging.getLogger(__name__)
+
+_MOST_PADDING_ROWS = 127
+"""Embedding tables are padded to a multiple of up to 128 rows; a larger difference means another tokenizer."""
+
+
+def from_teacher(
+    teacher: nn.Module,
+    num_classes: int,
+    layers: int | Sequence[int] = 2,
+    embedding_rank: int | None = None,
+    copy_head: bool = True,
+    initialise: Initialise = "teacher",
+) -> nn.Module:
+    """Make a student of some layers of a BERT-like Hugging Face teacher (BERT, RoBERTa, DistilBERT, ELECTRA, ...).
+
+    Everything but the encoder layers is copied as it is: embeddings, pooler, and, when the number of classes agrees
+    and `copy_head` is true, the classifier head (Sanh et al. 2019, DistilBERT, arXiv 1910.01108).
+
+    Args:
+        teacher: A sequence classifier of `transformers`, or a `PooledClassifier`.
+        num_classes: Number of classes of the student.
+        layers: Which layers, in this order, counted from 0; negative ones from the end. A number k takes k layers
+            evenly spaced up to the last: layer `(i + 1) n // k - 1` for i = 0..k-1, so 3 of 6 are layers 1, 3 and 5.
+        embedding_rank: Rank r of factorised word embeddings: the best approximation of the teacher's table by a (V, r)
+            table times an (r, H) projection, from a truncated singular value decomposition; the log says what share
+            of the squared norm it keeps. None: the full table.
+        copy_head: Copy the teacher's classifier head when the number of classes agrees; otherwise it is fresh.
+        initialise: `teacher`: copy as described; `random`: the same architecture with fresh weights.
+
+    Returns:
+        A network of the teacher's class, in training mode, all its parameters trainable.
+
+    Raises:
+        ConfigError: Not such a teacher, a layer it does not have, or a rank that does not make the table smaller.
+    """
+    _check_initialise(initialise)
+    teacher = unwrap(teacher)
+    source = _hugging_face_part(teacher)
+    stack = _layer_stack(source)
+    chosen = _chosen_layers(layers, source.config.num_hidden_layers)
+    config = _student_config(source.config, chosen, num_classes)
+    student = _build(teacher, config, num_classes)
+    target = _hugging_face_part(student)
+    embedding = _factorised(target, source, embedding_rank)
+    if initialise == "random":
+        return student
+    renamed = {f"{stack}.{new}.": f"{stack}.{old}." for new, old in enumerate(chosen)}
+    prefix = "encoder." if isinstance(teacher, PooledClassifier) else ""
+    renamed = {prefix + new: prefix + old for new, old in renamed.items()}
+    fresh = () if copy_head and _num_classes(teacher) == num_classes else _head_names(teacher)
+    fresh += tuple(f"{name}." for name, module in student.named_modules() if module is embedding)
+    _copy_weights(student, teacher, renamed, fresh)
+    if embedding is not None:
+        kept = embedding.approximate(_word_embeddings(teacher))
+        log.info("word embeddings factorised to rank %d: %.1f%% of their squared norm kept", embedding.rank, 100 * kept)
+    return student
+
+
+def bilstm_from_teacher(
+    teacher: nn.Module,
+    num_classes: int,
+    vocab_size: int,
+    pad_token_id: int = 0,
+    embedding_size: int = 128,
+    hidden_size: int = 128,
+    num_layers: int = 1,
+    pooling: Pooling = "max",
+    dropout: float = 0.3,
+    initialise: Initialise = "teacher",
+) -> BiLSTM:
+    """Make a `BiLSTM` whose word embeddings are the principal components of the teacher's.
+
+    The teacher's table is centred, reduced to `embedding_size` principal components and scaled to the root mean
+    square of a fresh embedding; the padding row stays zero. The two must read the same token ids.
+
+    Args:
+        teacher: Any network with `get_input_embeddings()` (text models of `transformers`), or a `PooledClassifier`.
+        num_classes: See `BiLSTM`, as the following ones.
+        vocab_size: The teacher's, but for padding rows at the end of its table.
+        pad_token_id: The id that means no word.
+        embedding_size: At most the teacher's embedding width.
+        hidden_size: Width of each direction.
+        num_layers: Number of bidirectional layers.
+        pooling: `max`, `mean`, `last` or `attention`.
+        dropout: Probability of dropping an entry.
+        initialise: `teacher`: as described; `random`: the same network with fresh embeddings.
+
+    Raises:
+        ConfigError: The teacher has no word embeddings, other ones (another tokenizer) or narrower ones.
+    """
+    _check_initialise(initialise)
+    table = _word_embeddings(teacher)
+    if not 0 <= table.shape[0] - vocab_size <= _MOST_PADDING_ROWS:
+        raise ConfigError(
+            f"the teacher has embeddings of {table.shape[0]} tokens and the student's vocabulary has {vocab_size}: "
+            "let both read with the teacher's tokenizer (data.tokenizer), or use model=bilstm"
+        )
+    if embedding_size > table.shape[1]:
+        raise ConfigError(
+            f"embedding_size={embedding_size} is wider than the teacher's embeddings: give at most {table.shape[1]}"
+        )
+    student = BiLSTM(num_classes, vocab_size, pad_token_id, embedding_size, hidden_size, num_layers, pooling, dropout)
+    if initialise == "teacher":
+        with torch.no_grad():
+            student.embedding.weight.copy_(principal_components(table[:vocab_size], embedding_size, EMBEDDING_RMS))
+            student.embedding.weight[pad_token_id].zero_()
+    return student
+
+
+def _check_initialise(initialise: str) -> None:
+    if initialise not in get_args(Initialise):
+        raise ConfigError(f"initialise={initialise!r} is unknown{did_you_mean(str(initialise), get_args(Initialise))}")
+
+
+def _word_embeddings(network: nn.Module) -> Tensor:
+    """Return a network's full table of word embeddings `(V, H)`, detached."""
+    network = unwrap(network)
+    network = network.encoder if isinstance(network, PooledClassifier) else network
+    getter = getattr(network, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    if isinstance(embedding, FactorizedEmbedding):
+        return (embedding.table.weight @ embedding.projection.weight.T).detach()
+    if not isinstance(getattr(embedding, "weight", None), Tensor):
+        raise ConfigError(
+            f"{type(network).__name__} has no word embeddings to start from: it needs get_input_embeddings(), which "
+            "Hugging Face text models have; use a student that takes nothing from the teacher, such as model=bilstm"
+        )
+    weight: Tensor = embedding.weight  # type: ignore[union-attr]
+    return weight.detach()
+
+
+def _hugging_face_part(network: nn.Module) -> PreTrainedModel:
+    part = network.encoder if isinstance(network, PooledClassifier) else network
+    if not isinstance(part, PreTrainedModel) or part.config.is_encoder_decoder:
+        raise ConfigError(
+            f"a student of teacher layers needs an encoder of transformers as teacher, not "
+            f"{type(part).__name__}: use another student, such as model=bilstm or model=transformer"
+        )
+    if part is network and part.base_model is part:
+        raise ConfigError(f"the teacher {type(part).__name__} has no classifier: load it with model=hf, which adds one")
+    return part
+
+
+def _layer_stack(network: PreTrainedModel) -> str:
+    """Return the name of the encoder's list of layers: the largest list of as many equal modules as the config says."""
+    sizes: dict[str, int] = {}
+    for name, module in network.named_modules():
+        is_stack = isinstance(module, nn.ModuleList) and len(module) == network.config.num_hidden_layers
+        if is_stack and len({type(layer) for layer in module}) == 1:
+            sizes[name] = sum(p.numel() for p in module.parameters())
+    if not sizes:
+        raise ConfigError(
+            f"{type(network).__name__} has no list of {network.config.num_hidden_layers} equal layers to choose from "
+            "(its layers may share weights): use another student, such as model=transformer"
+        )
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:
+    """Return the teacher's layer numbers, counted from 0, of the student's layers."""
+    if isinstance(layers, int):
+        if not 1 <= layers <= available:
+            raise ConfigError(
+                f"layers={layers}: the teacher has {available} layers, give a number from 1 to {available}"
+            )
+        return [(i + 1) * available // layers - 1 for i in range(layers)]
+    wrong = [layer for layer in layers if not -available <= layer < available]
+    if wrong or not layers:
+        raise ConfigError(
+            f"layers={list(layers)}: the teacher has {available} layers, give numbers from 0 to {available - 1}, "
+            f"or from -{available} to -1 to count from the end"
+        )
+    return [layer % available for layer in layers]
+
+
+def _student_config(config: PreTrainedConfig, chosen: list[int], num_classes: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(kinds, list) and len(kinds) == config.num_hidden_layers:  # such as local and global attention
+        config.layer_types = [kinds[layer] for layer in chosen]
+    config.num_hidden_layers = len(chosen)
+    config.num_labels = num_classes
+    return config
+
+
+def _build(teacher: nn.Module, config: PreTrainedConfig, num_classes: int) -> nn.Module:
+    """Build a fresh network of the teacher's class."""
+    part = _hugging_face_part(teacher)
+    network = fresh_network(type(part), config, config._attn_implementation)
+    if isinstance(teacher, PooledClassifier):
+        return PooledClassifier(network, num_classes, teacher.pooling, teacher.dropout.p)
+    return network
+
+
+def _factorised(target: PreTrainedModel, source: PreTrainedModel, rank: int | None) -> FactorizedEmbedding | None:
+    """Factorise the student's embeddings if asked to, or if the teacher's already are."""
+    teachers = source.get_input_embeddings()
+    if rank is None:
+        if not isinstance(teachers, FactorizedEmbedding):
+            return None
+        rank = teachers.rank
+    width = target.get_input_embeddings().weight.shape[1]  # type: ignore[index]
+    if not 1 <= rank < width:
+        raise ConfigError(f"embedding_rank={rank} does not make {width}-wide embeddings smaller: give 1 to {width - 1}")
+    return factorise_embedding(target, rank)
+
+
+def _num_classes(network: nn.Module) -> int:
+    if isinstance(network, PooledClassifier):
+        return network.num_classes
+    return int(_hugging_face_part(network).config.num_labels or 0)
+
+
+def _head_names(network: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of what stands on top of the encoder: everything outside the base model."""
+    base = "encoder" if isinstance(network, PooledClassifier) else str(network.base_model_prefix)
+    return tuple(f"{name}." for name, _ in network.named_children() if name != base)
+
+
+@torch.no_grad()
+def _copy_weights(student: nn.Module, teacher: nn.Module, renamed: dict[str, str], fresh: tuple[str, ...]) -> None:
+    """Copy the teacher's weights to the student's names; factorised embeddings and `fresh` ones are left alone."""
+    source = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        prefix = next((new for new in renamed if name.startswith(new)), "")
+        old = renamed.get(prefix, "") + name.removeprefix(prefix)
+        if not name.startswith(fresh):
+            value.copy_(source[old])

@@ -1,0 +1,182 @@
+"""Pretrained networks from Hugging Face, by name or folder, with a classifier on top."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from kd_lightning.assets import fetch
+from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.types import ModelOutput
+
+Pooling = Literal["mean", "max", "first"]
+
+log = logging.getLogger(__name__)
+
+
+class PooledClassifier(nn.Module):
+    """An encoder, a pooling of its hidden states over the words, dropout and a linear classifier.
+
+    For encoders whose checkpoint was trained with another pooling than their classification class uses:
+    all-MiniLM-L6-v2 is a mean-pooled sentence encoder. The encoder's own pooler is removed: it would be dead weight,
+    and a parameter without a gradient under DDP.
+
+    Args:
+        encoder: A Hugging Face encoder (`AutoModel`): returns `last_hidden_state` of shape `(B, L, H)`.
+        num_classes: Number of classes C.
+        pooling: `mean` or `max` over the words, or the state of the `first` token.
+        dropout: Probability of dropping an entry of the pooled vector.
+
+    Raises:
+        ConfigError: Unknown pooling.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int, pooling: Pooling = "mean", dropout: float = 0.1) -> None:
+        super().__init__()
+        if pooling not in get_args(Pooling):
+            raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), get_args(Pooling))}")
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # type: ignore[assignment]
+        self.encoder, self.num_classes, self.pooling = encoder, num_classes, pooling
+        self.dropout = nn.Dropout(dropout)
+        config: PreTrainedConfig = encoder.config  # type: ignore[assignment]
+        self.classifier = nn.Linear(config.hidden_size, num_classes)
+        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+        self._takes_segments = "token_type_ids" in inspect.signature(encoder.forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> ModelOutput:
+        """Classify a batch of `(B, L)` token ids: logits `(B, C)`."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        segments = {"token_type_ids": token_type_ids} if self._takes_segments else {}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **segments).last_hidden_state
+        return ModelOutput(self.classifier(self.dropout(self._pool(hidden, mask.ne(0).unsqueeze(2)))))
+
+    def _pool(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "max":
+            return hidden.masked_fill(~valid, torch.finfo(hidden.dtype).min).amax(1)
+        return (hidden * valid).sum(1) / valid.sum(1).clamp_min(1).to(hidden.dtype)
+
+
+def pretrained(
+    name: str,
+    num_classes: int,
+    pooling: Literal["checkpoint", "mean", "max", "first"] = "checkpoint",
+    dropout: float = 0.1,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """Load a pretrained encoder or a finished classifier, in float32 and training mode.
+
+    A finished classifier for `num_classes` classes keeps its head; for any other checkpoint the head is new, and the
+    log says so.
+
+    Args:
+        name: The asset `minilm` (all-MiniLM-L6-v2), a folder, or a name on the Hugging Face hub. The first two never
+            touch the network.
+        num_classes: Number of classes.
+        pooling: `checkpoint`: the head that `AutoModelForSequenceClassification` gives this architecture (for BERT:
+            first token, pooler, linear). `mean`, `max`, `first`: a `PooledClassifier`.
+        dropout: Before a `PooledClassifier`'s classifier; everything else keeps the checkpoint's dropout.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None: the fastest that is always there (sdpa).
+
+    Returns:
+        The Hugging Face model, or a `PooledClassifier` around it.
+
+    Raises:
+        ConfigError: No such folder or name, the hub cannot be reached, or the checkpoint cannot be a classifier.
+    """
+    choices = ("checkpoint", *get_args(Pooling))
+    if pooling not in choices:
+        raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), choices)}")
+    source, local = _locate(name)
+    options: dict[str, Any] = {"local_files_only": local, "dtype": torch.float32}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with _quiet_loading(hide_bar=local):
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            if pooling != "checkpoint":
+                encoder = AutoModel.from_pretrained(source, **options)
+                log.info("%s: new %s-pooled classification head for %d classes", name, pooling, num_classes)
+                return PooledClassifier(encoder, num_classes, pooling, dropout).train()
+            keeps_head = _has_classifier(config) and config.num_labels == num_classes
+            if not keeps_head:
+                options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+            network: nn.Module = AutoModelForSequenceClassification.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigError(_cannot_load(name, local, error)) from error
+    _log_head(name, config, num_classes)
+    return network.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """Return what `from_pretrained` should load and whether it is on this machine."""
+    if name == "minilm":
+        return str(fetch("minilm")), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"name={name!r} is a folder without config.json: give one saved by save_pretrained()")
+        return str(path), True
+    if path.is_file():
+        raise ConfigError(f"name={name!r} is a file: give the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ConfigError(f"name={name!r}: no such folder; give a folder, 'minilm' or a name on the Hugging Face hub")
+    return name, False
+
+
+def _has_classifier(config: PreTrainedConfig) -> bool:
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _log_head(name: str, config: PreTrainedConfig, num_classes: int) -> None:
+    if not _has_classifier(config):
+        log.info("%s: an encoder; new classification head for %d classes", name, num_classes)
+    elif config.num_labels != num_classes:
+        log.warning(
+            "%s: a classifier for %d classes; its head is replaced by a new one for %d",
+            name,
+            config.num_labels,
+            num_classes,
+        )
+    else:
+        classes = ", ".join(map(str, (config.id2label or {}).values()))
+        log.info("%s: a finished classifier; its head is kept, classes in this order: %s", name, classes)
+
+
+def _cannot_load(name: str, local: bool, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    where = "this folder" if local else "the Hugging Face hub (not reachable, or no such name)"
+    return f"name={name!r} cannot be loaded as a classifier from {where}: {reason[:300]}"
+
+
+@contextmanager
+def _quiet_loading(hide_bar: bool) -> Iterator[None]:
+    """Hide the 'weights were not initialized' report, which `_log_head` says in one line, inside this block only.
+
+    The progress bar of reading a local file goes too; that of a download stays.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    hide_bar = hide_bar and transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    if hide_bar:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if hide_bar:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,121 @@
+"""Distillation, and the same training without a teacher.
+
+One step reads top to bottom: a batch goes to the teacher and to the student, the objective compares what they say,
+and the student follows the gradient.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kd_lightning.base import NetworkModule
+from kd_lightning.losses import CrossEntropyLoss
+from kd_lightning.metrics import Agreement, TeacherStudentKL
+from kd_lightning.models.adapt import run_network
+from kd_lightning.objective import Objective
+from kd_lightning.optim import OptimizerCallable, SchedulerCallable
+from kd_lightning.teachers import Teacher
+from kd_lightning.types import Batch
+
+
+class DistillationModule(NetworkModule):
+    r"""A trainable student learns from a frozen teacher.
+
+    With the reference objective (`conf/distillation/soft_target.yaml`) the loss is
+    `(1 - alpha) * CE(z_s, y) + alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, for logits z, temperature T
+    and weight alpha (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+
+    The student and the objective's own parameters (projectors) are trained and checkpointed. The teacher stands
+    outside the module tree: no optimizer, no `train()`, no DDP wrapper and no checkpoint ever sees it.
+
+    Args:
+        student: Any network; see `kd_lightning.models.adapt.run_network` for what it may take and return.
+        teacher: Answers batches without a gradient: `FrozenTeacher`, `CachedTeacher`.
+        objective: The loss: named terms and their weights.
+        optimizer: Makes the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-3)`.
+        scheduler: Makes the learning-rate schedule from the optimizer and the number of steps.
+        num_classes: C, for the validation metrics.
+        seed: Seeds each step's dropout, so that a resumed run repeats an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        objective: Objective,
+        optimizer: OptimizerCallable,
+        scheduler: SchedulerCallable | None = None,
+        *,
+        num_classes: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed)
+        self.student = student
+        self.objective = objective
+        self._outside = (teacher,)  # a tuple hides it from nn.Module's registration
+        self.val_agreement, self.val_kl = Agreement(), TeacherStudentKL()
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher."""
+        return self._outside[0]
+
+    def setup(self, stage: str) -> None:
+        """Bring the teacher to the device the student will be on."""
+        self.teacher.to(self.trainer.strategy.root_device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the objective's value for one batch."""
+        student = run_network(self.student, batch)
+        teacher = self.teacher(batch) if self.objective.uses_teacher else student
+        loss: Tensor
+        loss, parts = self.objective(student, teacher, batch, self.progress)
+        self.log_step(batch, loss, parts | self.objective.settings(self.progress))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the student against labels and against its teacher."""
+        student = run_network(self.student, batch).logits
+        teacher = self.teacher(batch).logits
+        self.score(student, batch)
+        self.val_agreement(student, teacher)
+        self.val_kl(student, teacher)
+        self.log_dict({"val/agreement": self.val_agreement, "val/kl_to_teacher": self.val_kl})
+
+
+class SupervisedModule(NetworkModule):
+    """The same training from labels alone: fine-tunes the teacher, and trains the baseline a student is held against.
+
+    Args:
+        network: Any network.
+        optimizer: As for `DistillationModule`.
+        scheduler: As for `DistillationModule`.
+        num_classes: C.
+        label_smoothing: epsilon of the cross-entropy.
+        seed: As for `DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable,
+        scheduler: SchedulerCallable | None = None,
+        *,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed)
+        self.network = network
+        self.loss = CrossEntropyLoss(label_smoothing)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of one batch."""
+        output = run_network(self.network, batch)
+        loss: Tensor = self.loss(output, output, batch)
+        self.log_step(batch, loss, {})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the network against labels."""
+        self.score(run_network(self.network, batch).logits, batch)

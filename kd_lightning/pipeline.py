@@ -1,0 +1,295 @@
+"""The life of a run: teacher, baseline, distilled student, fine-tuned student. Each reads the files of the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+from kd_lightning.config import build, lookup, parameters, to_dict, validate
+from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.models.adapt import run_network
+from kd_lightning.models.answers import answers
+from kd_lightning.module import DistillationModule, SupervisedModule
+from kd_lightning.objective import Objective
+from kd_lightning.runs import digest, file_digest, load_run, network_digest, read_json, write_text
+from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher, teacher_logits
+from kd_lightning.training import Stage, planned_steps, train
+from kd_lightning.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    from kd_lightning.data import TextData
+    from kd_lightning.data.text import Role
+
+
+@dataclass
+class TeacherNetwork:
+    """The teacher after its stage.
+
+    Attributes:
+        network: Its network, with its final weights.
+        fingerprint: Of those weights.
+        folder: Its stage folder; None for one that was loaded from Hugging Face.
+    """
+
+    network: nn.Module
+    fingerprint: str
+    folder: Path | None
+
+
+class Pipeline:
+    """Runs the stages that a configuration asks for.
+
+    Args:
+        cfg: The composed configuration (conf/config.yaml).
+        console: Where progress and the table are printed.
+
+    Raises:
+        ConfigError: Before any work, for whatever is wrong with the configuration.
+    """
+
+    def __init__(self, cfg: DictConfig, console: Console | None = None) -> None:
+        validate(cfg)
+        self.cfg: dict[str, Any] = to_dict(cfg)
+        self.console = console or Console()
+        self.folder = Path(self.cfg["run_dir"])
+        self.stages: list[str] = self.cfg["stages"]
+        self.seeds = list(range(self.cfg["seed"], self.cfg["seed"] + self.cfg["seeds"]))
+        if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
+            raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
+        self.data: TextData = build(self.cfg["data"])
+        self.data.prepare()
+
+    def run(self) -> None:
+        """Train every stage that is asked for and not yet finished."""
+        if "teacher" in self.stages:
+            _ = self.teacher
+        for seed in self.seeds:
+            if "baseline" in self.stages:
+                self.baseline(seed, "baseline")
+                if self.takes_from_teacher:
+                    self.baseline(seed, "baseline_initialised")
+            if "distill" in self.stages:
+                self.distill(seed)
+            if "finetune" in self.stages:
+                self.finetune(seed)
+        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
+
+    def score(self) -> float:
+        """Return the best validation accuracy of the last stage, averaged over seeds: what a sweep maximises."""
+        if self.stages == ["teacher"]:
+            return float(read_json(self.folder / "teacher" / "stage.json")["validation"]["accuracy"])
+        records = [read_json(self._folder(seed, self.stages[-1]) / "stage.json") for seed in self.seeds]
+        return sum(float(record["validation"]["accuracy"]) for record in records) / len(records)
+
+    # -- the stages ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher(self) -> TeacherNetwork:
+        """Fine-tune the teacher, or load the one that `teacher.checkpoint` names."""
+        settings = self.cfg["teacher"]
+        if settings["checkpoint"] is not None:
+            return self._load_teacher(str(settings["checkpoint"]))
+        folder = self.folder / "teacher"
+        if not self.has_teacher:
+            raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
+        torch.manual_seed(self.cfg["seed"])
+        data = self.data.select(tokens="teacher", pool=False)
+        data = data.with_batches(batch_size=settings["batch_size"], seed=self.cfg["seed"])
+        network, network_settings = self._build(settings["network"], "teacher")
+        stage = self._stage(
+            "teacher", folder, data, network, network_settings, settings["optimizer"], settings["scheduler"],
+            trainer={**self.cfg["trainer"], **settings["trainer"]}, validations=settings["validations"],
+            seed=self.cfg["seed"],
+        )  # fmt: skip
+        train(stage, self.console)
+        return self._read_teacher(folder)
+
+    def baseline(self, seed: int, name: str) -> None:
+        """Train the student from labels alone, for as many steps as the distillation takes."""
+        initialise = "teacher" if name == "baseline_initialised" else "random"
+        network, network_settings = self._student(seed, initialise)
+        stage = self._stage(
+            f"{name}, seed {seed}", self._folder(seed, name), self._student_data(seed, pool=False), network,
+            network_settings, self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
+        )  # fmt: skip
+        train(stage, self.console)
+
+    def distill(self, seed: int) -> None:
+        """Train the student from the teacher, on the labelled split and on whatever only the teacher labels."""
+        network, network_settings = self._student(seed, "teacher")
+        teacher = self.teacher_answers()
+        data = self._student_data(seed, pool=True)
+        stage = self._stage(
+            f"distill, seed {seed}", self._folder(seed, "distill"), data, network, network_settings,
+            self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
+            more={"distillation": self.cfg["distillation"], "teacher": self.teacher.fingerprint},
+        )  # fmt: skip
+        objective: Objective = build(self.cfg["distillation"])
+        _try(objective, network, teacher, next(iter(data.val_dataloader())))
+        stage.module = lambda network: DistillationModule(
+            network, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
+            num_classes=self.data.num_classes, seed=seed,
+        )  # fmt: skip
+        train(stage, self.console)
+
+    def finetune(self, seed: int) -> None:
+        """Train the distilled student on from labels, at its own learning rate."""
+        settings = self.cfg["finetune"]
+        start = self._folder(seed, "distill")
+        network = load_run(start).network
+        optimizer = {**self.cfg["optimizer"], "lr": settings["lr"]}
+        trainer = {**self.cfg["trainer"], "max_epochs": settings["max_epochs"], "max_steps": -1}
+        stage = self._stage(
+            f"finetune, seed {seed}", self._folder(seed, "finetune"), self._student_data(seed, pool=False), network,
+            read_json(start / "model.json"), optimizer, self.cfg["scheduler"], trainer=trainer, seed=seed,
+            more={"start": file_digest(start / "model.safetensors")},
+        )  # fmt: skip
+        train(stage, self.console)
+
+    # -- what the stages share ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the distillation, and so of its baselines."""
+        return planned_steps(self.cfg["trainer"], len(self._student_data(self.seeds[0], pool=True).train_dataloader()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks are asked outside of a training."""
+        cuda = torch.cuda.is_available() and self.cfg["trainer"].get("accelerator") != "cpu"
+        return torch.device("cuda" if cuda else "cpu")
+
+    @property
+    def has_teacher(self) -> bool:
+        """True when this run trains, loads or holds a teacher."""
+        return (
+            "teacher" in self.stages
+            or self.cfg["teacher"]["checkpoint"] is not None
+            or (self.folder / "teacher" / "stage.json").is_file()
+        )
+
+    @cached_property
+    def takes_from_teacher(self) -> bool:
+        """True when the student is initialised from the teacher."""
+        return "initialise" in parameters(lookup(self.cfg["student"]["_target_"]))
+
+    def teacher_answers(self) -> Teacher:
+        """Return the teacher as the students meet it: running, or answering from one pass over all examples."""
+        if self.cfg["teacher"]["cache"] == "off":
+            return FrozenTeacher(self.teacher.network, self.teacher_precision)
+        return CachedTeacher(self.teacher_table())
+
+    @property
+    def teacher_precision(self) -> str:
+        """The precision the teacher trains and answers in."""
+        return str(self.cfg["teacher"]["trainer"].get("precision", self.cfg["trainer"]["precision"]))
+
+    def teacher_table(self) -> Tensor:
+        """Return the teacher's logits for every example of the data, computed once for all runs on this machine."""
+        from kd_lightning.assets import home
+
+        data = self.data.select(tokens="teacher", pool=True)
+        fingerprint = digest([self.teacher.fingerprint, data.fingerprint, self.teacher_precision])
+        path = home() / "teacher_outputs" / f"{fingerprint}.safetensors"
+        if not path.exists():
+            self.console.print(f"teacher  answers {data.num_examples} examples, once", highlight=False)
+        teacher = FrozenTeacher(self.teacher.network, self.teacher_precision).to(self.device)
+        return teacher_logits(
+            path, fingerprint, data.num_examples, lambda: answers(teacher, data.all_dataloader(), self.device)
+        )
+
+    def _student_data(self, seed: int, pool: bool) -> TextData:
+        return self.data.select(tokens="both" if pool else "student", pool=pool).with_batches(seed=seed)
+
+    def _folder(self, seed: int, stage: str) -> Path:
+        return self.folder / f"seed_{seed}" / stage
+
+    def _student(self, seed: int, initialise: str) -> tuple[nn.Module, dict[str, Any]]:
+        """Build the student, alike for every stage of a seed but for what `initialise` has it take from the teacher."""
+        torch.manual_seed(seed)
+        settings = self.cfg["student"]
+        if not self.takes_from_teacher:
+            return self._build(settings, "student")
+        return self._build({**settings, "initialise": initialise}, "student", teacher=self.teacher.network)
+
+    def _build(self, settings: dict[str, Any], role: Role, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """Build a network, and return with it the settings that rebuild it without the data."""
+        sizes = self.data.model_arguments(role)
+        takes = parameters(lookup(settings["_target_"]))
+        network: nn.Module = build(settings, **sizes, **given)
+        filled = {key: value for key, value in sizes.items() if key in takes and settings.get(key) is None}
+        return network, {**settings, **filled}
+
+    def _stage(
+        self, name: str, folder: Path, data: TextData, network: nn.Module, network_settings: dict[str, Any],
+        optimizer: dict[str, Any], scheduler: dict[str, Any], *, seed: int, trainer: dict[str, Any] | None = None,
+        validations: int | None = None, steps: int | None = None, more: dict[str, Any] | None = None,
+    ) -> Stage:  # fmt: skip
+        """Describe a training from labels; `distill` puts its own module in."""
+        trainer = trainer or self.cfg["trainer"]
+        deciding = {key: value for key, value in trainer.items() if key != "log_every_n_steps"}
+        validations = validations or self.cfg["validations"]
+        return Stage(
+            name=name,
+            folder=folder,
+            settings={
+                "network": network_settings, "optimizer": optimizer, "scheduler": scheduler, "trainer": deciding,
+                "batch_size": data.batch_size, "validations": validations, "steps": steps, "seed": seed,
+                "data": data.fingerprint, **(more or {}),
+            },
+            network=network,
+            network_settings=network_settings,
+            module=lambda network: SupervisedModule(
+                network, build(optimizer), build(scheduler), num_classes=self.data.num_classes, seed=seed
+            ),
+            data=data,
+            role="teacher" if name == "teacher" else "student",
+            trainer=trainer,
+            validations=validations,
+            checkpoint_every=self.cfg["checkpoint_every_n_steps"],
+            callbacks=self.cfg["callbacks"],
+            loggers=self.cfg["logger"],
+            steps=steps,
+        )  # fmt: skip
+
+    def _load_teacher(self, checkpoint: str) -> TeacherNetwork:
+        """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules."""
+        folder = Path(checkpoint)
+        if (folder / "teacher" / "stage.json").is_file():
+            folder = folder / "teacher"
+        if (folder / "stage.json").is_file():
+            teacher = self._read_teacher(folder)
+        else:
+            from kd_lightning.models.hf import pretrained
+
+            network = pretrained(checkpoint, num_classes=self.data.num_classes)
+            teacher = TeacherNetwork(network.eval(), network_digest(network), None)
+        return teacher
+
+    def _read_teacher(self, folder: Path) -> TeacherNetwork:
+        model = load_run(folder)
+        if model.class_names != self.data.class_names:
+            raise ConfigError(
+                f"the teacher in {folder} knows the classes {model.class_names}, the data has {self.data.class_names}: "
+                "teacher.checkpoint must be a teacher of the same classes"
+            )
+        if model.tokenizer is not None and model.tokenizer.get_vocab() != self.data.teacher_tokenizer.get_vocab():
+            raise KDError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
+        return TeacherNetwork(model.network, file_digest(folder / "model.safetensors"), folder)
+
+
+def _try(objective: Objective, student: nn.Module, teacher: Teacher, batch: Batch) -> None:
+    """Compare the two on one batch before any training, so that models that do not fit are refused at once."""
+    with torch.no_grad():
+        output = answers(lambda one: run_network(student, one), [batch])
+        try:
+            objective(ModelOutput(output.logits), teacher(batch), batch)
+        except ValueError as error:
+            raise ConfigError(f"distillation: {error}") from error

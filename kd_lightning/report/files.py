@@ -1,0 +1,85 @@
+"""Reading and writing the report's files, each whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.errors import DataError
+from kd_lightning.report.build import SCHEMA_VERSION
+from kd_lightning.report.text import report_markdown
+
+
+def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write `report.json`, `report.md`, `curves.png` and `tradeoff.png`.
+
+    Everything is rendered before the first file is touched, and each file replaces its predecessor in one step: a
+    failure leaves the old report as it was.
+
+    Args:
+        report: The document `build_report` returns.
+        folder: Where to; made if missing.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        ValueError: If the report holds nan or infinity (`build_report` leaves none).
+    """
+    from kd_lightning.report.pictures import curves_figure, tradeoff_figure  # matplotlib takes a second to import
+
+    folder = Path(folder)
+    contents: dict[str, bytes] = {}
+    for name, figure in (("curves.png", curves_figure(report)), ("tradeoff.png", tradeoff_figure(report))):
+        if figure is not None:
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=150)
+            contents[name] = picture.getvalue()
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    contents["report.json"] = text.encode()
+    contents["report.md"] = report_markdown(report, pictures=tuple(contents)).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return folder / "report.md"
+
+
+def load_report(path: str | Path) -> dict[str, Any]:
+    """Read a `report.json` (or the one in a run's folder).
+
+    Raises:
+        DataError: If it is missing, is not JSON, or has another schema version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such report; a finished kd-train run writes one")
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not a JSON document ({error})") from error
+    version = report.get("schema_version") if isinstance(report, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version is {version!r}, this kd_lightning reads {SCHEMA_VERSION}")
+    return report
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it and move it into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,185 @@
+"""The files of a run: what a stage leaves behind, and how a trained network is read back on any machine.
+
+A stage folder (`RUN/teacher`, `RUN/seed_0/distill`) is finished once it holds `stage.json`, which is written last.
+Beside it: `model.json` (how to rebuild the network), `model.safetensors` (its weights), `task.json` and `tokenizer/`
+(what text goes in and which classes come out), and while it trains `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_lightning.errors import ConfigError, KDError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+STUDENT_STAGES = ("finetune", "distill", "baseline_initialised", "baseline")
+
+
+@dataclass
+class TrainedModel:
+    """A network read back from a run folder, with what it takes to use it.
+
+    Attributes:
+        network: In eval mode, on the CPU.
+        tokenizer: Turns text into its inputs; None for a network without one.
+        class_names: Names of the C classes, in the order of the logits.
+        max_length: Longest input in tokens, the rest is cut.
+        folder: Where it was read from.
+    """
+
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    class_names: list[str]
+    max_length: int
+    folder: Path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one step; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: it is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or raise `KDError` naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KDError(f"{path} cannot be read: {error}") from error
+
+
+def digest(settings: Any) -> str:
+    """Return a fingerprint of plain settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return a fingerprint of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def network_digest(network: nn.Module) -> str:
+    """Return a fingerprint of a network's weights."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        whole.update(tensor.detach().cpu().float().numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def save_network(
+    folder: Path, network: nn.Module, settings: dict[str, Any], task: dict[str, Any], tokenizer: Any | None
+) -> None:
+    """Write what `load_model` needs.
+
+    Args:
+        folder: The stage's folder.
+        network: The trained network.
+        settings: The `_target_` settings it was built from, used where the network cannot describe itself.
+        task: `class_names` and `max_length`.
+        tokenizer: A Hugging Face tokenizer, or None.
+    """
+    from safetensors.torch import save_file
+
+    from kd_lightning.models.rebuild import describe
+
+    write_json(folder / "model.json", describe(network) or settings)
+    write_json(folder / "task.json", task)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+    temporary = folder / ".model.safetensors"
+    save_file(state, temporary)
+    os.replace(temporary, folder / "model.safetensors")
+
+
+def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
+    """Read a trained student (or any stage's network) back.
+
+    Args:
+        folder: A run folder, or the folder of one of its stages.
+        seed: Which seed of a run with several; None takes the one with the best validation accuracy.
+
+    Raises:
+        KDError: The folder holds no finished network.
+    """
+    from safetensors.torch import load_file
+
+    from kd_lightning.config import build
+
+    stage = find_stage(Path(folder), seed)
+    network = build(read_json(stage / "model.json"))
+    network.load_state_dict(load_file(stage / "model.safetensors"))
+    task = read_json(stage / "task.json")
+    tokenizer = None
+    if (stage / "tokenizer").is_dir():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(stage / "tokenizer"), local_files_only=True)
+    return TrainedModel(network.eval(), tokenizer, task["class_names"], task["max_length"], stage)
+
+
+def find_stage(folder: Path, seed: int | None = None) -> Path:
+    """Return the stage folder that a user means by `folder`: itself, or its best seed's most finished student."""
+    if (folder / "stage.json").is_file():
+        return folder
+    seeds = sorted(folder.glob("seed_*" if seed is None else f"seed_{seed}"))
+    found = [
+        (read_json(root / stage / "stage.json")["validation"]["accuracy"], root / stage)
+        for root in seeds
+        for stage in STUDENT_STAGES[:2]
+        if (root / stage / "stage.json").is_file()
+    ]
+    if not found:
+        which = "" if seed is None else f" of seed {seed}"
+        raise KDError(f"{folder} holds no finished distilled student{which}: expected a folder that kd-train wrote")
+    return max(found, key=lambda pair: (pair[1].name == "finetune", pair[0]))[1]
+
+
+def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) -> bool:
+    """Return True when this stage is finished, False when it is new or half done with these very settings.
+
+    Raises:
+        ConfigError: The folder belongs to other settings; says which differ.
+    """
+    finished = folder / "stage.json"
+    known = finished if finished.is_file() else folder / "settings.json"
+    if not known.is_file():
+        return False
+    record = read_json(known)
+    if record["fingerprint"] == fingerprint:
+        return finished.is_file()
+    differences = sorted(_differences(record["settings"], settings))
+    raise ConfigError(
+        f"{folder} holds a {'finished' if finished.is_file() else 'begun'} training with other settings "
+        f"({'; '.join(differences[:3])}): choose another name=... or remove it"
+    )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in old.keys() | new.keys():
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if json.dumps(old, default=str) == json.dumps(new, default=str) else [f"{path} was {old}, now {new}"]

@@ -1,0 +1,49 @@
+"""`kd-train`: compose a configuration with Hydra and run its stages."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from kd_lightning import config
+from kd_lightning.errors import KDError
+
+
+@hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
+def _run(cfg: DictConfig) -> float:
+    """Run one composed configuration; returns the best validation accuracy, averaged over seeds, for a sweeper."""
+    from kd_lightning.quiet import quiet
+
+    quiet()
+    config.refuse_relaunch(cfg)
+    config.validate(cfg)
+    from kd_lightning.compare import compare
+    from kd_lightning.pipeline import Pipeline
+
+    pipeline = Pipeline(cfg)
+    pipeline.run()
+    compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))
+    return pipeline.score()
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one line, anything else in its traceback."""
+    config.register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what the user reads is decided here
+    try:
+        _run()
+    except KDError as error:
+        sys.exit(f"kd-train: {error}")
+    except Exception as error:
+        explained = config.explain(error, sys.argv[1:])
+        if explained is None:
+            raise
+        sys.exit(f"kd-train: {explained}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""One training with Lightning, from a stage's folder and back to it: begun, gone on with, or already finished."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from rich.console import Console
+from torch import nn
+
+from kd_lightning.callbacks import StageProgress
+from kd_lightning.config import build
+from kd_lightning.errors import KDError
+from kd_lightning.metrics import evaluate_logits
+from kd_lightning.models.answers import network_answers
+from kd_lightning.runs import check_fingerprint, digest, read_json, save_network, write_json
+
+if TYPE_CHECKING:
+    from kd_lightning.base import NetworkModule
+    from kd_lightning.data import TextData
+
+
+@dataclass
+class Stage:
+    """One training of one network.
+
+    Attributes:
+        name: What it is called on the screen, e.g. "distill, seed 0".
+        folder: Where its files go.
+        settings: Everything that decides its result; their digest is its fingerprint.
+        network: The network to train, freshly initialised.
+        network_settings: How to build that network again.
+        module: Makes the LightningModule around the network.
+        data: The data, with the training examples of this stage selected.
+        role: Whose tokenizer the network reads.
+        trainer: Settings of `lightning.Trainer`.
+        validations: How many looks at the validation split.
+        checkpoint_every: Optimizer steps between checkpoints to resume from.
+        callbacks: Settings of further callbacks by name.
+        loggers: Settings of loggers by name.
+        steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    network: nn.Module
+    network_settings: dict[str, Any]
+    module: Callable[[nn.Module], NetworkModule]
+    data: TextData
+    role: str
+    trainer: dict[str, Any]
+    validations: int
+    checkpoint_every: int
+    callbacks: dict[str, Any]
+    loggers: dict[str, Any]
+    steps: int | None = None
+
+
+def planned_steps(trainer: dict[str, Any], batches: int) -> int:
+    """Return the optimizer steps that a trainer's settings ask for, over epochs of so many batches."""
+    if trainer.get("max_steps") not in (-1, None):
+        return int(trainer["max_steps"])
+    return int(trainer["max_epochs"]) * math.ceil(batches / int(trainer.get("accumulate_grad_batches", 1)))
+
+
+def train(stage: Stage, console: Console) -> dict[str, Any]:
+    """Train a stage unless it is finished, and leave its network with the best weights in its folder.
+
+    Returns:
+        The stage's record: fingerprint, settings, steps, seconds, validation scores.
+
+    Raises:
+        ConfigError: The folder holds a training with other settings.
+    """
+    fingerprint = digest(stage.settings)
+    if check_fingerprint(stage.folder, fingerprint, stage.settings):
+        console.print(f"{stage.name}  finished before, reused from {stage.folder}", highlight=False, soft_wrap=True)
+        record: dict[str, Any] = read_json(stage.folder / "stage.json")
+        return record
+    write_json(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
+
+    module = stage.module(stage.network)
+    trainer, best, timer = _trainer(stage, console)
+    resume = stage.folder / "checkpoints" / "resume.ckpt"
+    trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KDError(f"{stage.name} was interrupted; the same command goes on from {resume}")
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(checkpoint["state_dict"])
+
+    validation = network_answers(stage.network, stage.data.val_dataloader(), trainer.strategy.root_device)
+    tokenizer = stage.data.student_tokenizer if stage.role == "student" else stage.data.teacher_tokenizer
+    task = {"class_names": stage.data.class_names, "max_length": stage.data.max_length, "role": stage.role}
+    save_network(stage.folder, stage.network, stage.network_settings, task, tokenizer)
+    record = {
+        "fingerprint": fingerprint,
+        "settings": stage.settings,
+        "steps": trainer.global_step,
+        "best_step": int(checkpoint["global_step"]),
+        "seconds": timer.time_elapsed("train"),
+        "validation": evaluate_logits(validation.logits, validation.labels),
+    }
+    write_json(stage.folder / "stage.json", record)
+    for file in (stage.folder / "checkpoints").glob("*.ckpt"):
+        file.unlink()
+    return record
+
+
+def _trainer(stage: Stage, console: Console) -> tuple[L.Trainer, ModelCheckpoint, Timer]:
+    """Build the trainer; the callbacks the pipeline relies on come before the user's."""
+    accumulate = int(stage.trainer.get("accumulate_grad_batches", 1))
+    steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
+    folder = stage.folder / "checkpoints"
+    best = ModelCheckpoint(
+        folder, "best", monitor="val/accuracy", mode="max", save_weights_only=True, enable_version_counter=False
+    )
+    resume = ModelCheckpoint(folder, "resume", every_n_train_steps=stage.checkpoint_every, enable_version_counter=False)
+    timer = Timer()
+    callbacks = [StageProgress(stage.name, console), timer, best, resume]
+    callbacks += [build(node) for node in stage.callbacks.values()]
+    loggers = [build(node, save_dir=str(stage.folder)) for node in stage.loggers.values()]
+    settings = {
+        **stage.trainer,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "val_check_interval": max(steps // stage.validations, 1) * accumulate,
+        "check_val_every_n_epoch": None,
+    }
+    trainer = build(
+        settings, callbacks=callbacks, logger=loggers or False, default_root_dir=str(stage.folder),
+        num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    return trainer, best, timer

@@ -1,0 +1,30 @@
+"""Fail unless the quickstart's report is whole and its teacher as good as it should be. Used by CI."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+LEAST_TEACHER_ACCURACY = 0.82
+
+
+def main(path: str) -> None:
+    """Check one report.json."""
+    report = json.loads(Path(path).read_text())
+    models = report["models"]
+    for name in ("teacher", "baseline", "distilled"):
+        accuracy = models[name]["test"]["accuracy"]
+        assert 0.5 < accuracy["mean"] < 1.0, (name, accuracy)
+        assert models[name]["size"]["parameters"] > models[name]["size"]["parameters_without_embeddings"] > 0, name
+        assert 0 < models[name]["latency_ms"]["p50"] <= models[name]["latency_ms"]["p95"], name
+    teacher = models["teacher"]["test"]["accuracy"]["mean"]
+    assert teacher >= LEAST_TEACHER_ACCURACY, f"teacher {teacher} < {LEAST_TEACHER_ACCURACY}"
+    assert models["distilled"]["latency_ms"]["p50"] < models["teacher"]["latency_ms"]["p50"]
+    assert len(report["distillation_ratio"]["values"]) == len(report["seeds"])
+    assert report["command"].startswith("kd-train")
+    print(f"demo: teacher {teacher:.3f}, report whole")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

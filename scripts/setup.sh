@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Makes the virtual environment and installs this project in it with the tested versions. Says in one line what is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:-.venv}
+fail() { echo "setup: $*" >&2; exit 1; }
+
+python=""
+for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
+  if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+[ -n "$python" ] || fail "needs Python 3.11 or later, found $(python3 --version 2>/dev/null || echo none); name one with: make PYTHON=/path/to/python"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make $venv with $python (on Debian: apt-get install python3-venv)"
+
+echo "setup: installing the tested versions into $venv (a few minutes)"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# torch first and by its exact version: asked for as a dependency, pip may take a build several gigabytes larger.
+torch=$(grep '^torch==' constraints.txt)
+for args in "$torch" "-e .[dev,hub]"; do
+  # shellcheck disable=SC2086
+  if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt $args >"$log" 2>&1; then
+    reason=$(grep -iE '^ERROR' "$log" | tail -n 1 || true)
+    if grep -qiE 'connection|resolve|timed out|network|ProxyError|No matching distribution' "$log"; then
+      fail "the package registry could not be reached or lacks a version (${reason:-see pip}); check the network and run the command again"
+    fi
+    cat "$log" >&2
+    fail "installing $args failed (above)"
+  fi
+done

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kd_lightning.data.tokens import TokenDataset, encode_store, load_tokenizer, tokenizer_fingerprint
+from kd_lightning.errors import ConfigError
+
+TEXTS = [("the film is short",), ("这部电影很长，也很美",), ("word " * 40,), ("a",)]
+WORDS = [text for sentence in TEXTS for text in sentence]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():  # type: ignore[no-untyped-def]
+    return load_tokenizer("wordpiece:80", WORDS)
+
+
+def test_learned_pieces_cover_chinese_and_are_numbered_alike(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    assert tokenizer.tokenize("电影") == ["电", "影"]
+    assert tokenizer.unk_token_id not in tokenizer(WORDS[1])["input_ids"]
+    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
+    assert tokenizer("a", "a")["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert tokenizer.decode(tokenizer("the film")["input_ids"]) == "[CLS] the film [SEP]"
+    prints = {tokenizer_fingerprint(load_tokenizer("wordpiece:80", WORDS)) for _ in range(5)}
+    assert prints == {tokenizer_fingerprint(tokenizer)}
+    assert tokenizer_fingerprint(load_tokenizer("wordpiece:80", WORDS[:2])) not in prints
+
+
+def test_batches_are_what_the_tokenizer_gives(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    store = encode_store(tokenizer, TEXTS, 12, tmp_path)
+    batch = store.batch(np.array([3, 0, 2]))
+    chosen = [WORDS[3], WORDS[0], WORDS[2]]
+    expected = tokenizer(chosen, truncation=True, max_length=12, padding=True, return_tensors="pt")
+    assert batch["input_ids"].equal(expected["input_ids"])
+    assert batch["attention_mask"].equal(expected["attention_mask"])
+    assert "token_type_ids" not in batch
+    assert store.batch(np.array([3]))["input_ids"].shape == (1, 3)
+
+
+def test_pairs_have_types(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pairs = [(first, second) for first in WORDS[:2] for second in WORDS]
+    batch = encode_store(tokenizer, pairs, 16, tmp_path).batch(np.arange(len(pairs)))
+    columns = [list(column) for column in zip(*pairs, strict=True)]
+    expected = tokenizer(*columns, truncation=True, max_length=16, padding=True, return_tensors="pt")
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert batch[name].equal(expected[name])
+
+
+def test_cut_sentences_are_counted(tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
+    caplog.set_level(logging.INFO, logger="kd_lightning")
+    for _ in range(2):
+        encode_store(tokenizer, TEXTS, 20, tmp_path)
+    assert [record.getMessage() for record in caplog.records] == ["1 of 4 sentences were cut to 20 tokens"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "foreign", "meta"])
+def test_a_damaged_cache_is_written_anew(tokenizer, tmp_path: Path, damage: str) -> None:  # type: ignore[no-untyped-def]
+    store = encode_store(tokenizer, TEXTS, 12, tmp_path)
+    whole = np.array(store.tokens)
+    tokens = store.folder / "tokens.npy"
+    if damage == "missing":
+        tokens.unlink()
+    elif damage == "short":
+        tokens.write_bytes(tokens.read_bytes()[:-8])
+    elif damage == "foreign":
+        np.save(tokens, np.zeros(3, np.int32))
+    else:
+        (store.folder / "meta.json").write_text("{")
+    again = encode_store(tokenizer, TEXTS, 12, tmp_path)
+    assert np.array_equal(again.tokens, whole)
+    assert [entry.name for entry in tmp_path.iterdir()] == [again.folder.name]
+
+
+def test_other_content_has_another_folder(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    other = load_tokenizer("wordpiece:80", WORDS[:2])
+    stores = [
+        encode_store(tokenizer, TEXTS, 12, tmp_path),
+        encode_store(tokenizer, TEXTS, 13, tmp_path),
+        encode_store(tokenizer, TEXTS[::-1], 12, tmp_path),
+        encode_store(other, TEXTS, 12, tmp_path),
+    ]
+    assert len({store.folder for store in stores}) == 4
+    tokenizer("a", truncation=True, max_length=3, padding=True)  # leaves its marks on the tokenizer
+    assert encode_store(tokenizer, TEXTS, 12, tmp_path).folder == stores[0].folder
+
+
+def test_a_data_set_travels_as_paths(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    sentences = [(f"{text} {i}",) for i in range(500) for text in WORDS]
+    store = encode_store(tokenizer, sentences, 12, tmp_path)
+    data = TokenDataset({"": store}, np.arange(len(sentences)), range(10, 20))
+    travelled = pickle.dumps(data.stores)
+    assert len(travelled) < 1000
+    assert pickle.loads(travelled)[""].batch(np.array([5]))["input_ids"].equal(store.batch(np.array([5]))["input_ids"])
+    batch = data[[0, 3]]
+    assert batch["index"].tolist() == batch["labels"].tolist() == [10, 13]
+    assert data.lengths.tolist() == store.lengths[10:20].tolist()
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "wordpiece:many", "wordpiece:3"])
+def test_a_bad_size_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected a vocabulary size after the colon"):
+        load_tokenizer(name, WORDS)
+
+
+def test_a_tokenizer_that_is_nowhere_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (str(tmp_path), "no-such-tokenizer-of-anyone"):
+        with pytest.raises(ConfigError, match=r"expected 'minilm', 'wordpiece:SIZE', a folder") as caught:
+            load_tokenizer(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_saved_tokenizer_is_loaded_from_its_folder(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(WORDS)["input_ids"] == tokenizer(WORDS)["input_ids"]
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from kd_lightning.models.adapt import run_network
+
+from .tiny import VOCABULARY, batch, tiny
+
+FOLDER = Path(__file__).parents[2] / "conf" / "model"
+FILES = sorted(FOLDER.glob("*.yaml"))
+FILLED_IN = {"num_classes", "vocab_size", "pad_token_id", "teacher"}
+
+
+def test_the_promised_models_are_there() -> None:
+    names = {
+        "minilm",
+        "hf",
+        "transformer",
+        "bilstm",
+        "bilstm_from_teacher",
+        "from_teacher",
+        "lstm_teacher",
+        "lstm_student",
+    }
+    assert names <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_keys_are_the_signature_each_with_a_comment(path: Path) -> None:
+    node = OmegaConf.load(path)
+    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    assert set(node) - {"_target_"} == set(parameters) - FILLED_IN
+    lines = path.read_text().splitlines()
+    assert all(lines[i - 1].startswith("# ") for i, line in enumerate(lines) if not line.startswith("#"))
+    for name in FILLED_IN & set(parameters):
+        assert any(line.startswith("#") and name in line for line in lines), f"{name} is not mentioned"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
+    node = OmegaConf.load(path)
+    teacher = tiny("bert", 3)
+    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    data = {"num_classes": 3, "vocab_size": VOCABULARY, "pad_token_id": 1, "teacher": teacher}
+    given = {name: value for name, value in data.items() if name in parameters}
+    if "name" in node:
+        teacher.bert.save_pretrained(tmp_path)
+        node["name"] = str(tmp_path)
+    if "embedding_size" in node and "teacher" in parameters:
+        given["embedding_size"] = 8  # the tiny teacher is not wider
+    network = instantiate(node, **given, _convert_="all")
+    assert isinstance(network, nn.Module)
+    assert run_network(network, batch()).logits.shape == (2, 3)
+
+
+def test_the_reference_pair() -> None:
+    sizes = [OmegaConf.load(FOLDER / f"{name}.yaml") for name in ("lstm_teacher", "lstm_student")]
+    assert [(node["num_layers"], node["hidden_size"]) for node in sizes] == [(2, 128), (2, 64)]
