@@ -28,9 +28,10 @@ def conf_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """Make `${one_minus:...}` and `${fast_precision:}` known to OmegaConf."""
+    """Make `${one_minus:...}`, `${fast_precision:}` and `${tokenizer_of:...}` known to OmegaConf."""
     OmegaConf.register_new_resolver("one_minus", one_minus, replace=True)
     OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
+    OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
 
 
 def one_minus(value: Any) -> Any:
@@ -52,6 +53,23 @@ def fast_precision() -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+
+
+def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
+    """Return the tokenizer that belongs to the student or the teacher.
+
+    It is the one saved beside a finished teacher (`teacher.checkpoint`), or the one that a pretrained network's `name`
+    brings. A network without one reads the other's tokens, and `minilm` where neither has its own.
+    """
+    checkpoint = OmegaConf.select(_root_, "teacher.checkpoint")
+    if checkpoint is not None:
+        saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
+        teacher = next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))
+    else:
+        teacher = OmegaConf.select(_root_, "teacher.network.name", throw_on_missing=True)
+    if role == "teacher":
+        return teacher
+    return OmegaConf.select(_root_, "student.name", throw_on_missing=True) or teacher or "minilm"
 
 
 def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:

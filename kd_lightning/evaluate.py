@@ -1,41 +1,123 @@
-"""`kd-eval`: score a finished run again, on its own test split or on another file."""
+"""`kd-eval`: score a finished run again, on its own splits or on another file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from kd_lightning.errors import DataError, KDError, did_you_mean
 
-from kd_lightning.models.adapt import run_network
-from kd_lightning.types import Batch, ModelOutput
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kd_lightning.data.corpus import Sentence
+    from kd_lightning.runs import TrainedModel
 
 
-def answers(
-    answer: Callable[[Batch], ModelOutput], batches: Iterable[Batch], device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Collect a model's answers over batches, in the order of the batches.
+def text_logits(model: TrainedModel, sentences: Sequence[Sentence], batch_size: int = 64) -> Tensor:
+    """Return the logits of sentences (or pairs) as a trained model sees them.
+
+    Args:
+        model: A text model with its tokenizer.
+        sentences: Tuples of one text or two.
+        batch_size: Sentences of like length that are answered together.
 
     Returns:
-        `logits` `(N, C)` float32, `labels` `(N,)` and `index` `(N,)`, on the CPU.
+        `(N, C)` float32, in the order of the sentences.
+
+    Raises:
+        KDError: The model reads no text.
     """
-    logits, labels, index = [], [], []
+    import torch
+
+    from kd_lightning.models.adapt import run_network
+
+    if model.tokenizer is None:
+        raise KDError(f"the model in {model.folder} has no tokenizer: it does not read text")
+    order = sorted(range(len(sentences)), key=lambda i: sum(map(len, sentences[i])))
+    logits = torch.empty(len(sentences), len(model.class_names))
     with torch.inference_mode():
-        for batch in batches:
-            moved = {key: value.to(device) for key, value in batch.items()} if device else batch
-            logits.append(answer(moved).logits.float().cpu())
-            labels.append(batch["labels"])
-            index.append(batch["index"])
-    return {"logits": torch.cat(logits), "labels": torch.cat(labels), "index": torch.cat(index)}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            columns = [list(column) for column in zip(*(sentences[i] for i in chosen), strict=True)]
+            batch = model.tokenizer(
+                *columns, padding=True, truncation=True, max_length=model.max_length, return_tensors="pt"
+            )
+            logits[chosen] = run_network(model.network, dict(batch)).logits.float()
+    return logits
 
 
-def network_answers(
-    network: nn.Module, batches: Iterable[Batch], device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Collect a network's answers in eval mode; see `answers`. The network's training mode is left as it was."""
-    training = network.training
-    network.eval()
+def evaluate_file(model: TrainedModel, file: str, text: str, pair: str | None, label: str) -> dict[str, float]:
+    """Score a model on a labelled file: CSV, TSV, JSON lines or Parquet."""
+    import torch
+
+    from kd_lightning.data.files import FileReader
+    from kd_lightning.metrics import evaluate_logits
+
+    examples = FileReader(text, pair, label).examples(file)
+    codes = {name: code for code, name in enumerate(model.class_names)}
+    codes = {str(code): code for code in codes.values()} | codes
+    for i, name in enumerate(examples.labels):
+        if name not in codes:
+            raise DataError(f"{examples.where(i)}: unknown label {name!r}{did_you_mean(name, model.class_names)}")
+    labels = torch.tensor([codes[name] for name in examples.labels])
+    return evaluate_logits(text_logits(model, examples.texts), labels) | {"examples": float(len(labels))}
+
+
+def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, float]:
+    """Score a model on the validation or test split of the run it came from."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from kd_lightning.config import build
+    from kd_lightning.metrics import evaluate_logits
+    from kd_lightning.models.answers import network_answers
+    from kd_lightning.runs import read_json
+
+    root = next((folder for folder in (run, *run.parents) if (folder / "config.yaml").is_file()), None)
+    if root is None:
+        raise KDError(f"{run}: neither it nor a folder above it has the config.yaml of a finished run; give --file")
+    cfg = OmegaConf.load(root / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    data = build(cfg["data"]).select(tokens=read_json(model.folder / "task.json")["role"])
+    said = network_answers(model.network, data.val_dataloader() if split == "validation" else data.test_dataloader())
+    return evaluate_logits(said.logits, said.labels) | {"examples": float(len(said.labels))}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `kd-eval`."""
+    parser = argparse.ArgumentParser(
+        "kd-eval", description="Score a finished run on its test split, or on another file."
+    )
+    parser.add_argument("run", type=Path, help="run folder, or the folder of one of its stages (RUN/teacher)")
+    parser.add_argument("--file", help="a labelled CSV, TSV, JSONL or Parquet file instead of the run's own data")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--text-pair-column")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
     try:
-        return answers(lambda batch: run_network(network, batch), batches, device)
-    finally:
-        network.train(training)
+        from kd_lightning.runs import load_run
+
+        model = load_run(given.run, given.seed)
+        if given.file:
+            scores = evaluate_file(model, given.file, given.text_column, given.text_pair_column, given.label_column)
+        else:
+            scores = evaluate_split(model, given.run, given.split)
+    except KDError as error:
+        sys.exit(f"kd-eval: {error}")
+    if given.json:
+        print(json.dumps({"model": str(model.folder), **scores}, indent=2))
+        return
+    print(f"{model.folder} on {given.file or given.split + ' split'}, {scores.pop('examples'):.0f} examples")
+    for name, value in scores.items():
+        print(f"  {name:<14}{value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

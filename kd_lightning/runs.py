@@ -116,6 +116,9 @@ def save_network(
 def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
     """Read a trained student (or any stage's network) back.
 
+    Networks of this package and of `transformers` are rebuilt from a description that reaches no other code. For your
+    own network the class named in `model.json` is imported and called: load such runs only from people you trust.
+
     Args:
         folder: A run folder, or the folder of one of its stages.
         seed: Which seed of a run with several; None takes the one with the best validation accuracy.
@@ -126,9 +129,11 @@ def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
     from safetensors.torch import load_file
 
     from kd_lightning.config import build
+    from kd_lightning.models.rebuild import from_description, is_description
 
     stage = find_stage(Path(folder), seed)
-    network = build(read_json(stage / "model.json"))
+    settings = read_json(stage / "model.json")
+    network = from_description(settings) if is_description(settings) else build(settings)
     network.load_state_dict(load_file(stage / "model.safetensors"))
     task = read_json(stage / "task.json")
     tokenizer = None

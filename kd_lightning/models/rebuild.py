@@ -57,6 +57,11 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def is_description(settings: dict[str, Any]) -> bool:
+    """Return True when `from_description` can build these settings."""
+    return str(settings.get("_target_")) in _BUILDERS
+
+
 def from_description(description: dict[str, Any]) -> nn.Module:
     """Build the network of a description with fresh weights; load its state dict afterwards.
 

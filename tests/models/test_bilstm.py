@@ -152,6 +152,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traces_to_a_graph_for_every_batch_size_and_length() -> None:
     ours = Logits(network().float().eval())
     graph = torch.jit.trace(ours, tokens())  # type: ignore[no-untyped-call]
