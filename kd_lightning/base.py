@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from kd_lightning.losses import cross_entropy
@@ -46,9 +48,28 @@ class NetworkModule(L.LightningModule):
         labels = batch["labels"]
         self.val_accuracy(logits, labels)
         self.val_macro_f1(logits, labels)
-        self.log("val/loss", cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        labelled = int((labels != IGNORE).sum())
+        self.log("val/loss", cross_entropy(logits, labels), batch_size=labelled, sync_dist=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
         self.log("val/macro_f1", self.val_macro_f1)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, also around a fused optimizer.
+
+        Lightning refuses that under every mixed precision, since with a GradScaler (float16) the optimizer would undo
+        the scaling after the clipping. In bfloat16 nothing is scaled and clipping is safe.
+        """
+        plugin = self.trainer.precision_plugin  # FSDP's is another class: a norm over one shard would be wrong
+        bfloat16 = isinstance(plugin, MixedPrecision) and plugin.scaler is None
+        if bfloat16 and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over decayed and undecayed parameters, and the schedule over all planned steps."""

@@ -12,6 +12,7 @@ from kd_lightning import measure
 from kd_lightning.metrics import evaluate_logits
 from kd_lightning.models.answers import Answers, answers, network_answers
 from kd_lightning.report import (
+    Curve,
     DataSummary,
     ModelResult,
     build_report,
@@ -122,7 +123,7 @@ def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> Mode
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_json(folder / "stage.json")["seconds"]] if folder else [],
-        curves=[read_curve(folder / "metrics.csv", seed=pipeline.seeds[0])] if folder else [],
+        curves=[_curve(folder, pipeline.seeds[0])] if folder else [],
         correct=[(said["test"].logits.argmax(1) == said["test"].labels).tolist()],
     )
 
@@ -149,9 +150,19 @@ def _student(
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_json(folder / "stage.json")["seconds"] for folder in folders],
-        curves=[read_curve(f / "metrics.csv", seed=seed) for seed, f in zip(pipeline.seeds, folders, strict=True)],
+        curves=[_curve(folder, seed) for seed, folder in zip(pipeline.seeds, folders, strict=True)],
         correct=correct,
     )
+
+
+def _curve(folder: Path, seed: int) -> Curve:
+    """Read a stage's learning curve; a training that was resumed has one log an attempt, and the later one counts."""
+    curve = Curve(seed, {}, {})
+    for log in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
+        part = read_curve(log, seed)
+        curve.accuracy.update(part.accuracy)
+        curve.loss.update(part.loss)
+    return curve
 
 
 def _speeds(pipeline: Pipeline, folders: dict[str, list[Path]]) -> dict[str, Speed]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.errors import ConfigError, KDError, did_you_mean
 
 STAGES = ("teacher", "baseline", "distill", "finetune")
 
@@ -28,9 +28,10 @@ def conf_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """Make `${one_minus:...}`, `${fast_precision:}` and `${tokenizer_of:...}` known to OmegaConf."""
+    """Make the `${name:...}` functions of conf/ known to OmegaConf."""
     OmegaConf.register_new_resolver("one_minus", one_minus, replace=True)
     OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
+    OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
 
 
@@ -40,8 +41,8 @@ def one_minus(value: Any) -> Any:
     >>> one_minus(0.75)
     0.25
     """
-    if isinstance(value, Mapping | DictConfig):
-        return {"_target_": "kd_lightning.schedules.OneMinus", "value": value}
+    if isinstance(value, Mapping):
+        return {"_target_": "kd_lightning.schedules.OneMinus", "value": to_dict(value)}
     return 1.0 - float(value)
 
 
@@ -66,10 +67,10 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
         saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
         teacher = next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))
     else:
-        teacher = OmegaConf.select(_root_, "teacher.network.name", throw_on_missing=True)
+        teacher = OmegaConf.select(_root_, "teacher.network.name")
     if role == "teacher":
         return teacher
-    return OmegaConf.select(_root_, "student.name", throw_on_missing=True) or teacher or "minilm"
+    return OmegaConf.select(_root_, "student.name") or teacher or "minilm"
 
 
 def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:
@@ -80,13 +81,19 @@ def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:
         given: Arguments from the run (number of classes, vocabulary size, the teacher), each used only where the
             target takes it and the node does not set it. A `None` in the node counts as not set.
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     settings: dict[str, Any] = to_dict(node) if isinstance(node, DictConfig) else dict(node)
     takes = parameters(lookup(settings["_target_"]))
     extra = {key: value for key, value in given.items() if key in takes and settings.get(key) is None}
     settings = {key: value for key, value in settings.items() if key not in extra}
-    return instantiate(settings, **extra, _convert_="all")
+    try:
+        return instantiate(settings, **extra, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, KDError):  # what the user should read, without Hydra's wrapping
+            raise error.__cause__ from None
+        raise
 
 
 def to_dict(node: Any) -> Any:
@@ -144,9 +151,9 @@ def validate(cfg: DictConfig) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
     settings = to_dict(cfg)
+    _check_run(settings)
     for path, node in _targets(settings):
         _check_node(path, node)
-    _check_run(settings)
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

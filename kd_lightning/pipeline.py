@@ -143,7 +143,7 @@ class Pipeline:
         """Train the distilled student on from labels, at its own learning rate."""
         settings = self.cfg["finetune"]
         start = self._folder(seed, "distill")
-        network = load_run(start).network
+        network = load_run(start).network.train()
         optimizer = {**self.cfg["optimizer"], "lr": settings["lr"]}
         trainer = {**self.cfg["trainer"], "max_epochs": settings["max_epochs"], "max_steps": -1}
         stage = self._stage(
@@ -182,7 +182,7 @@ class Pipeline:
 
     def teacher_answers(self) -> Teacher:
         """Return the teacher as the students meet it: running, or answering from one pass over all examples."""
-        if self.cfg["teacher"]["cache"] == "off":
+        if self.cfg["teacher"]["cache"] == "off" or "distill" not in self.stages:
             return FrozenTeacher(self.teacher.network, self.teacher_precision)
         return CachedTeacher(self.teacher_table())
 

@@ -16,28 +16,29 @@ from kd_lightning.errors import KDError
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
 def _run(cfg: DictConfig) -> float:
     """Run one composed configuration; returns the best validation accuracy, averaged over seeds, for a sweeper."""
-    from kd_lightning.quiet import quiet
+    try:
+        config.refuse_relaunch(cfg)
+        config.validate(cfg)
+        from kd_lightning.compare import compare
+        from kd_lightning.pipeline import Pipeline
+        from kd_lightning.quiet import quiet
 
-    quiet()
-    config.refuse_relaunch(cfg)
-    config.validate(cfg)
-    from kd_lightning.compare import compare
-    from kd_lightning.pipeline import Pipeline
-
-    pipeline = Pipeline(cfg)
-    pipeline.run()
-    compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))
-    return pipeline.score()
+        quiet()
+        pipeline = Pipeline(cfg)
+        pipeline.run()
+        compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))
+        return pipeline.score()
+    except KDError as error:  # here, since Hydra adds lines of its own to an exception that leaves a job
+        sys.exit(f"kd-train: {error}")
 
 
 def main() -> None:
     """Entry point: a user's mistake ends in one line, anything else in its traceback."""
     config.register_resolvers()
+    sys.path.insert(0, os.getcwd())  # a user's own networks and losses are named by the module they start us beside
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what the user reads is decided here
     try:
         _run()
-    except KDError as error:
-        sys.exit(f"kd-train: {error}")
     except Exception as error:
         explained = config.explain(error, sys.argv[1:])
         if explained is None:

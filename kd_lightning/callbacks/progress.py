@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -64,7 +65,9 @@ class StageProgress(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Without a terminal, print one line."""
-        if self._progress is not None or not trainer.is_global_zero or not trainer.training:
+        if self._progress is not None or not trainer.is_global_zero:
+            return
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         total = trainer.estimated_stepping_batches
         seconds = time.monotonic() - self._started

@@ -167,7 +167,7 @@ def _json_records(path: Path, text: str, columns: Sequence[str]) -> Iterator[Rec
         if not content.strip():
             continue
         try:
-            record = json.loads(content)
+            record = json.loads(content.rstrip())
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: line {line}, character {error.colno}: not JSON: {error.msg}") from error
         if not isinstance(record, dict):

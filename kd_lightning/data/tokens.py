@@ -37,8 +37,8 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     """Return a fast tokenizer that can pad.
 
     Args:
-        name: `"minilm"`; a folder or a Hugging Face name; or `"wordpiece:8000"` for a WordPiece vocabulary of that
-            size learned from `training_texts` (larger when the texts have more distinct characters).
+        name: `"minilm"`; a folder or a Hugging Face name; or `"wordpiece:8000"` for a WordPiece vocabulary of at
+            most that size learned from `training_texts` (larger when the texts have more distinct characters).
         training_texts: What a vocabulary is learned from.
 
     Raises:
@@ -47,6 +47,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     kind, _, size = name.partition(":")
     if kind == "wordpiece":
         return _train_wordpiece(name, size, training_texts)
+    from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
     place = str(fetch("minilm")) if name == "minilm" else name
@@ -56,6 +57,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
         except (OSError, ValueError):
             if Path(place).exists():
                 raise
+            HfApi().model_info(place, timeout=10)  # fails at once without a network; what follows tries for a minute
             tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -92,6 +92,8 @@ def counted_positions(logits: Tensor, batch: Batch, causal: bool) -> tuple[slice
         counts = labels != IGNORE
     elif "attention_mask" in batch:
         counts = batch["attention_mask"].bool()
+        if causal:  # the last padding on the left has read nothing: it does not answer for the first token
+            counts = torch.cat([counts[:, :1], counts[:, 1:] & counts[:, :-1]], dim=1)
     else:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} are per position, but the batch has neither labels of shape "

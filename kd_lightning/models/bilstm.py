@@ -97,6 +97,10 @@ class BiLSTM(nn.Module):
         hidden = self._encode(input_ids.gather(1, order), lengths, positions)
         return ModelOutput(self.classifier(self.dropout(self._pool(hidden, lengths, positions))))
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings, under the name `transformers` gives this method."""
+        return self.embedding
+
     def _encode(self, input_ids: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
         """Return the last layer's states `(B, L, 2H)`; those at padding are meaningless."""
         mirrored = lengths - 1 - positions

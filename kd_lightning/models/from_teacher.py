@@ -22,7 +22,7 @@ from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.bilstm import EMBEDDING_RMS, BiLSTM, Pooling
 from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
-from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.models.hf import PooledClassifier, layer_stack
 from kd_lightning.models.rebuild import factorise_embedding, fresh_network
 
 Initialise = Literal["teacher", "random"]
@@ -66,7 +66,7 @@ def from_teacher(
     _check_initialise(initialise)
     teacher = unwrap(teacher)
     source = _hugging_face_part(teacher)
-    stack = _layer_stack(source)
+    stack = layer_stack(source)
     chosen = _chosen_layers(layers, source.config.num_hidden_layers)
     config = _student_config(source.config, chosen, num_classes)
     student = _build(teacher, config, num_classes)
@@ -169,21 +169,6 @@ def _hugging_face_part(network: nn.Module) -> PreTrainedModel:
     if part is network and part.base_model is part:
         raise ConfigError(f"the teacher {type(part).__name__} has no classifier: load it with model=hf, which adds one")
     return part
-
-
-def _layer_stack(network: PreTrainedModel) -> str:
-    """Return the name of the encoder's list of layers: the largest list of as many equal modules as the config says."""
-    sizes: dict[str, int] = {}
-    for name, module in network.named_modules():
-        is_stack = isinstance(module, nn.ModuleList) and len(module) == network.config.num_hidden_layers
-        if is_stack and len({type(layer) for layer in module}) == 1:
-            sizes[name] = sum(p.numel() for p in module.parameters())
-    if not sizes:
-        raise ConfigError(
-            f"{type(network).__name__} has no list of {network.config.num_hidden_layers} equal layers to choose from "
-            "(its layers may share weights): use another student, such as model=transformer"
-        )
-    return max(sizes, key=lambda name: sizes[name])
 
 
 def _chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kd_lightning.assets import fetch
@@ -77,6 +77,7 @@ def pretrained(
     pooling: Literal["checkpoint", "mean", "max", "first"] = "checkpoint",
     dropout: float = 0.1,
     attn_implementation: str | None = None,
+    frozen_layers: int = 0,
 ) -> nn.Module:
     """Load a pretrained encoder or a finished classifier, in float32 and training mode.
 
@@ -91,6 +92,8 @@ def pretrained(
             first token, pooler, linear). `mean`, `max`, `first`: a `PooledClassifier`.
         dropout: Before a `PooledClassifier`'s classifier; everything else keeps the checkpoint's dropout.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None: the fastest that is always there (sdpa).
+        frozen_layers: Keep the embeddings and so many of the lowest layers as they were pretrained: their backward pass
+            and optimizer steps are saved. 0: everything is trained.
 
     Returns:
         The Hugging Face model, or a `PooledClassifier` around it.
@@ -109,8 +112,9 @@ def pretrained(
         with _quiet_loading(hide_bar=local):
             config = AutoConfig.from_pretrained(source, local_files_only=local)
             if pooling != "checkpoint":
-                encoder = AutoModel.from_pretrained(source, **options)
+                encoder: PreTrainedModel = AutoModel.from_pretrained(source, **options)
                 log.info("%s: new %s-pooled classification head for %d classes", name, pooling, num_classes)
+                _freeze(encoder, frozen_layers)
                 return PooledClassifier(encoder, num_classes, pooling, dropout).train()
             keeps_head = _has_classifier(config) and config.num_labels == num_classes
             if not keeps_head:
@@ -119,7 +123,37 @@ def pretrained(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(_cannot_load(name, local, error)) from error
     _log_head(name, config, num_classes)
+    _freeze(network.base_model, frozen_layers)  # type: ignore[arg-type]
     return network.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
+
+
+def layer_stack(network: PreTrainedModel) -> str:
+    """Return the name of the encoder's list of layers: the largest list of as many equal modules as the config says."""
+    sizes: dict[str, int] = {}
+    for name, module in network.named_modules():
+        is_stack = isinstance(module, nn.ModuleList) and len(module) == network.config.num_hidden_layers
+        if is_stack and len({type(layer) for layer in module}) == 1:
+            sizes[name] = sum(p.numel() for p in module.parameters())
+    if not sizes:
+        raise ConfigError(
+            f"{type(network).__name__} has no list of {network.config.num_hidden_layers} equal layers to choose from "
+            "(its layers may share weights): use another student, such as model=transformer"
+        )
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _freeze(encoder: PreTrainedModel, layers: int) -> None:
+    if layers == 0:
+        return
+    stack = encoder.get_submodule(layer_stack(encoder))
+    assert isinstance(stack, nn.ModuleList)
+    if not 0 < layers <= len(stack):
+        raise ConfigError(f"frozen_layers={layers}: the encoder has {len(stack)} layers")
+    encoder.get_input_embeddings().requires_grad_(False)
+    if (embeddings := getattr(encoder, "embeddings", None)) is not None:  # with positions and their normalisation
+        embeddings.requires_grad_(False)
+    for layer in stack[:layers]:
+        layer.requires_grad_(False)
 
 
 def _locate(name: str) -> tuple[str, bool]:

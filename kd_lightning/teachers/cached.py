@@ -61,8 +61,12 @@ def teacher_logits(path: Path, fingerprint: str, num_examples: int, ask: Callabl
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
-    save_file({"logits": said.logits}, temporary, metadata={"fingerprint": fingerprint})
-    os.replace(temporary, path)
+    try:
+        save_file({"logits": said.logits}, temporary, metadata={"fingerprint": fingerprint})
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, Ctrl-C: leave no half-written file behind
+        Path(temporary).unlink()
+        raise
     return said.logits
 
 

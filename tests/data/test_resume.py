@@ -44,7 +44,7 @@ def fit(data: TextFiles, ckpt_path: Path | None = None, callbacks: list[Any] | N
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or ()),
         callbacks=callbacks,
         **options,
     )

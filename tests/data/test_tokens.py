@@ -107,7 +107,10 @@ def test_a_bad_size_is_refused(name: str) -> None:
 
 
 def test_a_tokenizer_that_is_nowhere_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
     for name in (str(tmp_path), "no-such-tokenizer-of-anyone"):
         with pytest.raises(ConfigError, match=r"expected 'minilm', 'wordpiece:SIZE', a folder") as caught:
             load_tokenizer(name)

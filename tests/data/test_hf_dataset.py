@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_lightning.data import HFDataset
+from kd_lightning.errors import ConfigError, DataError
+
+datasets = pytest.importorskip("datasets", reason="the optional extra `hub` is not installed")
+
+
+def table(
+    count: int, start: int = 0, names: list[str] | None = None, unlabelled: bool = False, pair: bool = False
+) -> Any:
+    columns = {"sentence1" if pair else "sentence": [f"sentence {i}" for i in range(start, start + count)]}
+    if pair:
+        columns["sentence2"] = [f"other {i}" for i in range(count)]
+    columns["label"] = [-1 if unlabelled else i % 2 for i in range(count)]
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = {name: datasets.Value("string") for name in columns} | {"label": label}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def saved(path: Path, **splits: Any) -> str:
+    datasets.DatasetDict(splits).save_to_disk(str(path))
+    return str(path)
+
+
+def make(name: str, **options: Any) -> HFDataset:
+    return HFDataset(name, **({"tokenizer": "wordpiece:100", "text_column": "sentence"} | options))
+
+
+def test_glue_has_no_test_labels(tmp_path: Path) -> None:
+    names = ["negative", "positive"]
+    hidden = table(20, 300, names, unlabelled=True)
+    name = saved(tmp_path / "sst2", train=table(200, 0, names), validation=table(40, 200, names), test=hidden)
+    data = make(name, config_name="sst2", text_column=None)
+    data.prepare()
+    assert data.class_names == names
+    assert data.sizes == {"train": 180, "views": 0, "transfer": 0, "validation": 20, "test": 40}
+    assert data.read().test.texts[0] == ("sentence 200",)
+
+
+def test_labelled_splits_serve_as_they_are_called(tmp_path: Path) -> None:
+    data = make(saved(tmp_path / "d", train=table(100), validation=table(20, 100), test=table(30, 200)))
+    corpus = data.read()
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [100, 20, 30]
+    assert corpus.class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"validation_split": "validation"}, [80, 20, 20]),  # so the test is held out of training
+        ({"test_split": "validation"}, [90, 10, 20]),
+        ({}, [90, 10, 20]),
+    ],
+)
+def test_two_splits(tmp_path: Path, options: dict[str, str], sizes: list[int]) -> None:
+    corpus = make(saved(tmp_path / "d", train=table(100), validation=table(20, 100)), **options).read()
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == sizes
+
+
+def test_one_split_and_pairs(tmp_path: Path) -> None:
+    table(100, pair=True).save_to_disk(str(tmp_path / "rte"))
+    corpus = make(str(tmp_path / "rte"), config_name="rte", text_column=None).read()
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [70, 10, 20]
+    assert all(len(text) == 2 for text in corpus.train.texts)
+
+
+def test_mnli_is_selected_and_tested_on_matched(tmp_path: Path) -> None:
+    splits = {"train": table(100), "validation_mismatched": table(10, 300), "validation_matched": table(20, 100)}
+    corpus = make(saved(tmp_path / "mnli", **splits)).read()
+    assert len(corpus.test) == 20
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = saved(tmp_path / "d", train=table(100), validation=table(20, 100))
+    with pytest.raises(ConfigError, match=r"stsb .*regression"):
+        make(name, config_name="stsb")
+    with pytest.raises(ConfigError, match=r"data\.test_split='tset' is no split of .*valid: train, validation"):
+        make(name, test_split="tset").read()
+    with pytest.raises(ConfigError, match=r"data\.train_split='trian'.*did you mean 'train'"):
+        make(name, train_split="trian").read()
+    with pytest.raises(DataError, match=r"split 'train': no column 'text'; valid: label, sentence"):
+        make(name, text_column="text").read()
+    with pytest.raises(DataError, match=r"row 1, column 'label': unknown label '0'"):
+        make(name, class_names=["1", "2"]).read()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="cannot load the data set") as caught:
+        make(str(tmp_path / "empty")).read()
+    assert "\n" not in str(caught.value)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'glue' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"cannot load the data set glue \(sst2\): Couldn't reach"):
+        make("glue", config_name="sst2").read()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install kd-lightning\[hub\]"):
+        make(name).read()

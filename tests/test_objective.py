@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+from scipy.stats import entropy
+from torch import Tensor, nn
+
+from kd_lightning.errors import ConfigError
+from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss, Term
+from kd_lightning.objective import Objective
+from kd_lightning.schedules import Linear, OneMinus
+from kd_lightning.types import IGNORE, Batch, ModelOutput
+
+STUDENT = 2 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+TEACHER = 2 * torch.randn(6, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+BATCH = {"labels": torch.tensor([0, 3, IGNORE, 2, IGNORE, 1])}
+
+
+def ce() -> float:
+    known = BATCH["labels"] != IGNORE
+    rows = log_softmax(STUDENT.numpy()[known.numpy()], axis=-1)
+    return float(-rows[np.arange(len(rows)), BATCH["labels"][known].numpy()].mean())
+
+
+def kd(temperature: float) -> float:
+    p, q = (softmax(x.numpy() / temperature, axis=-1) for x in (TEACHER, STUDENT))
+    return float(temperature**2 * entropy(p, q, axis=-1).mean())
+
+
+class Hint(Term):
+    """A term with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projector = nn.Linear(4, 4)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        return (self.projector(student.logits.float()) - teacher.logits).square().mean()
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.9, 4.0), (0.5, 1.0), (0.0, 2.0), (1.0, 20.0)])
+def test_reference_method(alpha: float, temperature: float) -> None:
+    objective = Objective({"ce": CrossEntropyLoss(), "kd": SoftTargetLoss(temperature)}, {"ce": 1 - alpha, "kd": alpha})
+    loss, parts = objective(ModelOutput(STUDENT), ModelOutput(TEACHER), BATCH)
+    assert loss.item() == pytest.approx((1 - alpha) * ce() + alpha * kd(temperature), rel=1e-10)
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx({"ce": ce(), "kd": kd(temperature)})
+
+
+def test_the_loss_has_a_graph_and_its_parts_have_none() -> None:
+    student = STUDENT.clone().requires_grad_()
+    objective = Objective({"ce": CrossEntropyLoss(), "kd": SoftTargetLoss()}, {"ce": 0.5, "kd": 0.5})
+    loss, parts = objective(ModelOutput(student), ModelOutput(TEACHER), BATCH)
+    assert loss.requires_grad
+    assert loss.shape == ()
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_weights_and_temperature_follow_progress() -> None:
+    alpha = Linear(start=0.0, end=1.0)
+    objective = Objective(
+        {"ce": CrossEntropyLoss(), "kd": SoftTargetLoss(Linear(start=8.0, end=2.0))},
+        {"ce": OneMinus(alpha), "kd": alpha},
+    )
+    for progress, temperature in [(0.0, 8.0), (0.25, 6.5), (1.0, 2.0)]:
+        loss, _ = objective(ModelOutput(STUDENT), ModelOutput(TEACHER), BATCH, progress)
+        assert loss.item() == pytest.approx((1 - progress) * ce() + progress * kd(temperature))
+        assert objective.settings(progress) == pytest.approx(
+            {"weight/ce": 1 - progress, "weight/kd": progress, "kd/temperature": temperature}
+        )
+
+
+def test_it_says_whether_a_teacher_is_needed() -> None:
+    assert not Objective({"ce": CrossEntropyLoss()}, {"ce": 1.0}).uses_teacher
+    assert Objective({"ce": CrossEntropyLoss(), "kd": SoftTargetLoss()}, {"ce": 1.0, "kd": 0.1}).uses_teacher
+
+
+def test_parameters_of_terms_are_its_own() -> None:
+    objective = Objective({"hint": Hint()}, {"hint": 1.0})
+    assert [name for name, _ in objective.named_parameters()] == [
+        "terms.hint.projector.weight",
+        "terms.hint.projector.bias",
+    ]
+
+
+def test_refuses_no_terms() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.terms is empty"):
+        Objective({}, {})
+
+
+@pytest.mark.parametrize("weights", [{}, {"ce": 1.0, "kd": 1.0}, {"kd": 1.0}])
+def test_refuses_names_that_do_not_pair_up(weights: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.weights has .*objective\.terms has \['ce'\]"):
+        Objective({"ce": CrossEntropyLoss()}, weights)
+
+
+def test_refuses_a_negative_weight() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.weights\.ce must not be negative, got -0\.1"):
+        Objective({"ce": CrossEntropyLoss()}, {"ce": -0.1})

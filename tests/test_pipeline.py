@@ -1,0 +1,135 @@
+"""The whole run, offline and small: every stage, what it leaves, and what a second run does with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from safetensors.torch import load_file
+
+from kd_lightning.compare import compare
+from kd_lightning.errors import ConfigError
+from kd_lightning.pipeline import Pipeline
+from kd_lightning.predict import main as predict
+from kd_lightning.runs import load_run
+from tests.conftest import tiny_overrides
+
+Composed = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def overrides(toy_csv: Path, tmp_path: Path, own_home: Path) -> list[str]:
+    return tiny_overrides(toy_csv, tmp_path / "run")
+
+
+def run(cfg: DictConfig) -> tuple[Pipeline, dict, str]:
+    output = StringIO()
+    pipeline = Pipeline(cfg, Console(file=output, width=120))
+    pipeline.run()
+    report = compare(pipeline, "kd-train ...")
+    return pipeline, report, output.getvalue()
+
+
+def test_every_stage_leaves_a_network_and_the_report_compares_them(
+    composed: Composed, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = "stages=[teacher,baseline,distill,finetune]"
+    _, report, output = run(composed(*overrides, stages, "data.views=2", "seeds=2"))
+    models = report["models"]
+    assert set(models) == {"teacher", "baseline", "distilled", "finetuned"}
+    assert models["teacher"]["test"]["accuracy"]["mean"] > 0.8  # the toy task is easy
+    assert models["distilled"]["test"]["accuracy"]["mean"] > 0.5
+    assert len(models["baseline"]["test"]["accuracy"]["values"]) == 2
+    assert report["seeds"] == [0, 1]
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    steps = [
+        json.loads((tmp_path / "run" / "seed_0" / stage / "stage.json").read_text())["steps"]
+        for stage in ("baseline", "distill")
+    ]
+    assert steps[0] == steps[1], "the baseline gets as many optimizer steps as the distillation"
+    assert "distilled student" in output
+    assert "distill, seed 1  step" in output
+
+    model = load_run(tmp_path / "run" / "teacher")
+    assert model.class_names == ["food", "science", "运动"]
+    predict([str(tmp_path / "run" / "teacher"), "球赛 goal team match, today", "--json"])
+    assert json.loads(capsys.readouterr().out)["label"] == "运动"
+
+
+def test_a_second_run_reuses_everything_and_reads_the_test_split_no_more(
+    composed: Composed, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, _ = run(composed(*overrides))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the test split was read again")
+
+    monkeypatch.setattr("kd_lightning.compare._make", refuse)
+    _, second, output = run(composed(*overrides))
+    assert second == first
+    assert output.count("finished before") == 3
+
+
+def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    run(composed(*overrides, "stages=[teacher]"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"optimizer.lr was 0.02, now 0.005.*name="):
+        run(composed(*overrides, "stages=[teacher]", "teacher.optimizer.lr=0.005"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    with pytest.raises(ConfigError, match="resume=never"):
+        Pipeline(composed(*overrides, "resume=never"))
+
+
+def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothing_from_the_teacher(
+    composed: Composed, overrides: list[str]
+) -> None:
+    pipeline = Pipeline(composed(*overrides))
+    first, _ = pipeline._student(0, "random")
+    second, _ = pipeline._student(0, "teacher")
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Composed, overrides: list[str]) -> None:
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    student = ["model@student=bilstm_from_teacher", "student.embedding_size=8", "student.hidden_size=8"]
+    _, report, _ = run(composed(*chosen, *student))
+    assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
+
+
+def test_online_and_cached_teacher_train_the_same_student(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    run(composed(*overrides, "stages=[teacher,distill]"))
+    moved = [o for o in overrides if not o.startswith("run_dir")]
+    run(composed(*moved, f"run_dir={tmp_path / 'online'}", "stages=[teacher,distill]", "teacher.cache=off"))
+    cached, online = (load_file(tmp_path / name / "seed_0/distill/model.safetensors") for name in ("run", "online"))
+    for name, tensor in cached.items():
+        torch.testing.assert_close(online[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_teacher_is_loaded_by_its_folder(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
+    run(composed(*overrides, "stages=[teacher]"))
+    chosen = [o for o in overrides if not o.startswith(("run_dir", "data.tokenizer"))]
+    cfg = composed(
+        *chosen, f"run_dir={tmp_path / 'next'}", f"teacher.checkpoint={tmp_path / 'run'}", "stages=[baseline,distill]"
+    )
+    assert cfg.data.teacher_tokenizer == str(tmp_path / "run" / "teacher" / "tokenizer")
+    _, report, _ = run(cfg)
+    assert report["models"]["teacher"]["test"]["accuracy"]["mean"] > 0.8
+    assert not (tmp_path / "next" / "teacher").exists()
+
+
+def test_no_teacher_is_refused_before_training(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher.checkpoint"):
+        run(composed(*overrides, "stages=[distill]"))
+    assert not (tmp_path / "run" / "seed_0").exists()
