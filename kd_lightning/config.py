@@ -249,17 +249,21 @@ ROOT_TYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def refuse_relaunch(cfg: DictConfig) -> None:
-    """Refuse a sweep with Lightning's subprocess launcher: every child would run the whole sweep again.
+def place(cfg: DictConfig) -> None:
+    """In a sweep, give the point its own folder, and refuse what would run the sweep once per process.
 
     Raises:
-        ConfigError: Names the strategies that do work.
+        ConfigError: Lightning's subprocess launcher in a sweep; names the strategies that do work.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return
+    cfg.run_dir = hydra.runtime.output_dir
     strategy = str(cfg.trainer.get("strategy", "auto"))
-    if HydraConfig.get().mode == RunMode.MULTIRUN and strategy in ("ddp", "fsdp", "ddp_find_unused_parameters_true"):
+    if strategy in ("ddp", "fsdp", "ddp_find_unused_parameters_true"):
         raise ConfigError(
             f"trainer.strategy={strategy} re-launches the command once per device, and in a sweep (-m) each of them "
             "would run the whole sweep: use trainer.strategy=ddp_spawn here, or a launcher with one task per device"

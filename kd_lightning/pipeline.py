@@ -267,11 +267,25 @@ class Pipeline:
         if (folder / "stage.json").is_file():
             teacher = self._read_teacher(folder)
         else:
-            from kd_lightning.models.hf import pretrained
+            from kd_lightning.models.hf import finished
 
-            network = pretrained(checkpoint, num_classes=self.data.num_classes)
+            network = finished(checkpoint, num_classes=self.data.num_classes)
+            self._check_class_order(checkpoint, network)
             teacher = TeacherNetwork(network.eval(), network_digest(network), None)
         return teacher
+
+    def _check_class_order(self, checkpoint: str, network: nn.Module) -> None:
+        """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
+        config: Any = network.config
+        names = [str(name) for _, name in sorted(config.id2label.items())]
+        theirs, ours = [name.casefold() for name in names], [name.casefold() for name in self.data.class_names]
+        if theirs != ours and sorted(theirs) == sorted(ours):
+            raise ConfigError(
+                f"the teacher {checkpoint} has the classes in the order {names}, the data {self.data.class_names}: "
+                f"give the data the teacher's order, data.class_names={names}"
+            )
+        if theirs != ours and theirs != [f"label_{i}" for i in range(len(ours))]:
+            self.console.print(f"teacher  calls its classes {names}, the data {self.data.class_names}: do they match?")
 
     def _read_teacher(self, folder: Path) -> TeacherNetwork:
         model = load_run(folder)

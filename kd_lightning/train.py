@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -17,13 +18,15 @@ from kd_lightning.errors import KDError
 def _run(cfg: DictConfig) -> float:
     """Run one composed configuration; returns the best validation accuracy, averaged over seeds, for a sweeper."""
     try:
-        config.refuse_relaunch(cfg)
+        config.place(cfg)
         config.validate(cfg)
         from kd_lightning.compare import compare
         from kd_lightning.pipeline import Pipeline
         from kd_lightning.quiet import quiet
 
         quiet()
+        logging.basicConfig(format="%(message)s")  # what we noticed in the data and the models, as plain lines
+        logging.getLogger("kd_lightning").setLevel(logging.INFO)
         pipeline = Pipeline(cfg)
         pipeline.run()
         compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.compare import compare
 from kd_lightning.errors import ConfigError
@@ -127,6 +128,26 @@ def test_a_finished_teacher_is_loaded_by_its_folder(composed: Composed, override
     _, report, _ = run(cfg)
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] > 0.8
     assert not (tmp_path / "next" / "teacher").exists()
+
+
+def test_a_teacher_with_the_classes_in_another_order_is_refused(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    teacher = Pipeline(composed(*overrides))
+    teacher.data.student_tokenizer.save_pretrained(tmp_path / "hf")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    names = {0: "science", 1: "food", 2: "运动"}
+    config = BertConfig(vocab_size=len(teacher.data.student_tokenizer), id2label=names, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "hf")
+    chosen = [o for o in overrides if not o.startswith("data.tokenizer")]
+    cfg = composed(*chosen, f"teacher.checkpoint={tmp_path / 'hf'}", "stages=[distill]")
+    with pytest.raises(ConfigError, match=r"data.class_names=\['science', 'food', '运动'\]"):
+        run(cfg)
+    ordered = composed(
+        *chosen, f"teacher.checkpoint={tmp_path / 'hf'}", "stages=[distill]", "data.class_names=[science,food,运动]"
+    )
+    _, report, _ = run(ordered)
+    assert set(report["models"]) == {"teacher", "distilled"}
 
 
 def test_no_teacher_is_refused_before_training(composed: Composed, overrides: list[str], tmp_path: Path) -> None:

@@ -156,6 +156,29 @@ def _freeze(encoder: PreTrainedModel, layers: int) -> None:
         layer.requires_grad_(False)
 
 
+def finished(name: str, num_classes: int) -> nn.Module:
+    """Load a classifier that has been trained for this many classes, with its head.
+
+    Raises:
+        ConfigError: The checkpoint is an encoder, or a classifier for another number of classes: `pretrained` would
+            give it a new head, which knows nothing yet.
+    """
+    source, local = _locate(name)
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load(name, local, error)) from error
+    if not _has_classifier(config) or config.num_labels != num_classes:
+        kind = (
+            f"a classifier for {config.num_labels} classes" if _has_classifier(config) else "an encoder without a head"
+        )
+        raise ConfigError(
+            f"{name} is {kind}, not a finished teacher for the data's {num_classes} classes: to fine-tune it first, "
+            f"use model@teacher.network=hf teacher.network.name={name} and no teacher.checkpoint"
+        )
+    return pretrained(name, num_classes)
+
+
 def _locate(name: str) -> tuple[str, bool]:
     """Return what `from_pretrained` should load and whether it is on this machine."""
     if name == "minilm":

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from kd_lightning.errors import ConfigError
 from kd_lightning.models import hf
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.hf import PooledClassifier, pretrained
+from kd_lightning.models.hf import PooledClassifier, finished, pretrained
 
 from .tiny import KINDS, batch, tiny
 
@@ -49,6 +49,27 @@ def test_head_of_another_number_of_classes_is_replaced(classifier: Path, caplog:
     assert run_network(network, batch()).logits.shape == (2, 5)
     assert "a classifier for 3 classes; its head is replaced by a new one for 5" in caplog.text
     torch.testing.assert_close(network.bert.state_dict(), tiny("bert", num_classes=3).bert.state_dict())
+
+
+def test_only_a_classifier_for_the_datas_classes_is_a_finished_teacher(classifier: Path, encoder: Path) -> None:
+    torch.testing.assert_close(finished(str(classifier), 3).state_dict(), pretrained(str(classifier), 3).state_dict())
+    with pytest.raises(ConfigError, match=r"a classifier for 3 classes, not a finished teacher for the data's 2"):
+        finished(str(classifier), 2)
+    with pytest.raises(ConfigError, match=r"an encoder without a head.*teacher.network.name="):
+        finished(str(encoder), 2)
+
+
+def test_frozen_layers_are_the_embeddings_and_the_lowest(classifier: Path) -> None:
+    network = pretrained(str(classifier), num_classes=3, frozen_layers=2)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in network.named_parameters()} - trained
+    assert frozen
+    assert all(
+        name.startswith(("bert.embeddings.", "bert.encoder.layer.0.", "bert.encoder.layer.1.")) for name in frozen
+    )
+    assert not any(name.startswith(("bert.embeddings.", "bert.encoder.layer.0.")) for name in trained)
+    with pytest.raises(ConfigError, match="frozen_layers=9: the encoder has 4 layers"):
+        pretrained(str(classifier), num_classes=3, frozen_layers=9)
 
 
 def test_encoder_gets_a_new_head_quietly(
