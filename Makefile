@@ -11,10 +11,10 @@ demo: $(READY)
 	@$(BIN)/kd-train experiment=quickstart
 
 test: $(READY)
-	$(BIN)/pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from kd_lightning.config import build, lookup, parameters, to_dict, validate
 from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.files import write_file
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.answers import answers
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
-from kd_lightning.runs import digest, file_digest, load_run, network_digest, read_json, write_text
+from kd_lightning.runs import digest, file_digest, load_run, network_digest, read_json
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher, teacher_logits
 from kd_lightning.training import Stage, planned_steps, train
 from kd_lightning.types import Batch, ModelOutput
@@ -79,7 +80,7 @@ class Pipeline:
                 self.distill(seed)
             if "finetune" in self.stages:
                 self.finetune(seed)
-        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
+        write_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
 
     def score(self) -> float:
         """Return the best validation accuracy of the last stage, averaged over seeds: what a sweep maximises."""

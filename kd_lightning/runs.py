@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.files import replacing, write_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,19 +43,8 @@ class TrainedModel:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step; see `write_text`."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it is the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write JSON in one step."""
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -108,9 +96,8 @@ def save_network(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "tokenizer")
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
-    temporary = folder / ".model.safetensors"
-    save_file(state, temporary)
-    os.replace(temporary, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(state, temporary)
 
 
 def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:

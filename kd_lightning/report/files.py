@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_lightning.errors import DataError
+from kd_lightning.files import write_file
 from kd_lightning.report.build import SCHEMA_VERSION
 from kd_lightning.report.text import report_markdown
 
@@ -43,9 +42,8 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents["report.json"] = text.encode()
     contents["report.md"] = report_markdown(report, pictures=tuple(contents)).encode()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        write_atomically(folder / name, content)
+        write_file(folder / name, content)
     return folder / "report.md"
 
 
@@ -68,18 +66,3 @@ def load_report(path: str | Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema_version is {version!r}, this kd_lightning reads {SCHEMA_VERSION}")
     return report
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and move it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_lightning.errors import CacheError
+from kd_lightning.files import replacing
 from kd_lightning.models.answers import Answers
 from kd_lightning.types import Batch, ModelOutput
 
@@ -58,15 +57,8 @@ def teacher_logits(path: Path, fingerprint: str, num_examples: int, ask: Callabl
     said = ask()
     if not torch.equal(said.index, torch.arange(num_examples)):
         raise CacheError(f"the teacher was shown {len(said.index)} examples, not each of {num_examples} once")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file({"logits": said.logits}, temporary, metadata={"fingerprint": fingerprint})
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, Ctrl-C: leave no half-written file behind
-        Path(temporary).unlink()
-        raise
     return said.logits
 
 

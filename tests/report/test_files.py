@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kd_lightning.errors import DataError
+from kd_lightning.files import write_file
 from kd_lightning.report import (
     load_report,
     write_report,
 )
-from kd_lightning.report.files import write_atomically
 
 
 def test_files_are_written_and_read_again(five: dict[str, Any], tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_failure_leaves_the_old_report(five: dict[str, Any], tmp_path: Path, mon
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "report.json", b"half")
+        write_file(tmp_path / "report.json", b"half")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -135,6 +135,6 @@ def test_nobody_sees_the_file_before_it_is_whole(path: Path, monkeypatch: pytest
         move(source, target)
 
     move = os.replace
-    monkeypatch.setattr(cached.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     teacher_logits(path, "a", 10, said)
     assert seen == [(False, True)]  # written elsewhere in the same folder, then moved in one step
