@@ -31,7 +31,7 @@ def options(group: str) -> list[str]:
     "override",
     [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
     + [f"logger={name}" for name in options("logger") if name == "default"]  # the others need their extra installed
-    + [f"model@student={name}" for name in options("model") if name != "hf"]
+    + [f"model@student={name}" for name in options("model") if name not in ("hf", "custom")]
     + [f"trainer={name}" for name in options("trainer")],
 )
 def test_every_option_validates(composed: Composed, override: str) -> None:
@@ -82,6 +82,7 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
         (["+distillation.terms.kd.temprature=3"], "distillation.terms.kd.temprature"),
         (["data=text_files"], "data.train_file needs a value"),
         (["model@student=hf"], "student.name needs a value"),
+        (["model@student=custom"], "student._target_ needs a value"),
         (["data.batch_size=big"], "data.batch_size='big' is not a whole number"),
         (["+data.views_count=2"], "data.views_count"),
     ],

@@ -144,7 +144,10 @@ def test_a_teacher_with_the_classes_in_another_order_is_refused(
     with pytest.raises(ConfigError, match=r"data.class_names=\['science', 'food', '运动'\]"):
         run(cfg)
     ordered = composed(
-        *chosen, f"teacher.checkpoint={tmp_path / 'hf'}", "stages=[distill]", "data.class_names=[science,food,运动]"
+        *chosen,
+        f"teacher.checkpoint={tmp_path / 'hf'}",
+        "stages=[distill]",
+        "data.class_names=['science','food','运动']",
     )
     _, report, _ = run(ordered)
     assert set(report["models"]) == {"teacher", "distilled"}

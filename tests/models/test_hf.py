@@ -129,7 +129,7 @@ def test_mistakes_are_one_line(pooling: str, tmp_path: Path) -> None:
         return str(error.value)
 
     assert "no such folder" in message("./nowhere")
-    assert "no such folder" in message("runs/quickstart/teacher")
+    assert "no such folder" in message("runs/nowhere/teacher")
     assert "without config.json" in message(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
     assert "this folder" in message(tmp_path)
