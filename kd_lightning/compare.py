@@ -23,6 +23,7 @@ from kd_lightning.report import (
 )
 from kd_lightning.report.results import ModelName
 from kd_lightning.runs import digest, load_run, read_json
+from kd_lightning.training import say
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
         report = _make(pipeline, folders, command, trainings)
         write_report(report, pipeline.folder)
     print_table(report, pipeline.console)
-    pipeline.console.print(f"report: {pipeline.folder / 'report.md'}", highlight=False, soft_wrap=True)
+    say(pipeline.console, f"report: {pipeline.folder / 'report.md'}")
     return report
 
 

@@ -151,9 +151,82 @@ def validate(cfg: DictConfig) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
     settings = to_dict(cfg)
-    _check_run(settings)
+    _check_keys(settings)
+    _check_values(settings)
+    _check_schedules(settings)
     for path, node in _targets(settings):
         _check_node(path, node)
+    _check_trainers(settings)
+
+
+_ROOT = {
+    "name": str, "run_dir": str, "stages": list[str], "seed": int, "seeds": int, "resume": str, "temperature": Any,
+    "alpha": Any, "validations": int, "checkpoint_every_n_steps": int, "teacher": dict, "finetune": dict,
+}  # fmt: skip
+_GROUPS = ("data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger")
+_TEACHER = {
+    "checkpoint": str, "cache": str, "batch_size": int, "trainer": dict, "validations": int, "network": dict,
+    "optimizer": dict, "scheduler": dict,
+}  # fmt: skip
+_FINETUNE = {"lr": float, "max_epochs": int}
+_OURS = (
+    "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "use_distributed_sampler",
+    "enable_model_summary", "enable_progress_bar", "val_check_interval", "check_val_every_n_epoch",
+)  # fmt: skip
+"""Trainer arguments that the pipeline sets, and would set over what is given."""
+
+
+def _check_keys(cfg: dict[str, Any]) -> None:
+    """Check names and types of the keys that belong to no class."""
+    groups: dict[str, Any] = dict.fromkeys(_GROUPS, dict)
+    for prefix, node, known in (
+        ("", cfg, _ROOT | groups), ("teacher.", cfg["teacher"], _TEACHER), ("finetune.", cfg["finetune"], _FINETUNE),
+    ):  # fmt: skip
+        for key, value in node.items():
+            if key not in known:
+                raise ConfigError(f"{prefix}{key}: there is no such key{did_you_mean(str(key), known)}")
+            if value is None and f"{prefix}{key}" != "teacher.checkpoint":
+                raise ConfigError(f"{prefix}{key} needs a value")
+            _check_type(f"{prefix}{key}", value, known[key])
+
+
+def _check_values(cfg: dict[str, Any]) -> None:
+    """Check the values of those keys, and what they say together."""
+    at_least = {
+        "seed": 0, "seeds": 1, "validations": 1, "checkpoint_every_n_steps": 1, "teacher.batch_size": 1,
+        "teacher.validations": 1, "finetune.max_epochs": 1,
+    }  # fmt: skip
+    for path, least in at_least.items():
+        group, _, key = path.rpartition(".")
+        value = (cfg[group] if group else cfg)[key]
+        if value < least:
+            raise ConfigError(f"{path}={value} must be at least {least}")
+    stages = cfg["stages"]
+    for stage in stages:
+        if stage not in STAGES:
+            raise ConfigError(f"stages: there is no stage '{stage}'{did_you_mean(stage, STAGES)}")
+    if stages != sorted(set(stages), key=STAGES.index) or not stages:
+        raise ConfigError(f"stages={stages} must be some of {list(STAGES)}, in this order, each once")
+    if "finetune" in stages and "distill" not in stages:
+        raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
+    for path, choices in (("teacher.cache", ("auto", "off")), ("resume", ("auto", "never"))):
+        group, _, key = path.rpartition(".")
+        value = (cfg[group] if group else cfg)[key]
+        if value not in choices:
+            raise ConfigError(f"{path}={value!r} must be {' or '.join(choices)}")
+
+
+def _check_schedules(cfg: dict[str, Any]) -> None:
+    """Check temperature and alpha, and where they are schedules, their values all along the training."""
+    for key, low, high in (("temperature", 0.0, math.inf), ("alpha", 0.0, 1.0)):
+        given = cfg[key]
+        if isinstance(given, bool | str) or not isinstance(given, int | float | dict):
+            raise ConfigError(f"{key}={given!r} is neither a number nor a schedule (see kd_lightning/schedules.py)")
+        schedule = build(given) if isinstance(given, dict) else lambda _, value=given: value
+        for value in (schedule(step / 100) for step in range(101)):
+            if not low <= value <= high or not math.isfinite(value) or (key == "temperature" and value == 0):
+                wanted = "above 0" if key == "temperature" else "between 0 (labels only) and 1 (teacher only)"
+                raise ConfigError(f"{key}={value:g} must be {wanted}")
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -176,13 +249,23 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
             raise ConfigError(f"{path}.{key}: {node['_target_']} takes no '{key}'{did_you_mean(key, takes)}")
         if not any(True for _ in _targets(value)):  # nested objects are checked as nodes of their own
             _check_type(f"{path}.{key}", value, takes[key][0])
+    if not path.startswith(_FILLED_IN) and not node.get("_partial_"):
+        for key, (_, required) in takes.items():
+            if required and key not in node:
+                raise ConfigError(f"{path}.{key} needs a value: {node['_target_']} cannot do without it")
+
+
+_FILLED_IN = ("student", "teacher.network", "logger")
+"""Nodes that the pipeline gives further arguments (number of classes, vocabulary, teacher; the folder to log in)."""
 
 
 def _check_type(key: str, value: Any, expected: Any) -> None:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    if expected is Any or expected is inspect.Parameter.empty or value is None:
+    if expected in (Any, dict, inspect.Parameter.empty) or key == "teacher.checkpoint":
         return
+    if value is None and expected in (int, float, bool, str):
+        raise ConfigError(f"{key}=null is not {_type_name(expected)}")
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=expected)
@@ -195,79 +278,59 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
 
 
 def _type_name(expected: Any) -> str:
-    name = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}.get(
-        name, f"a {name}"
-    )
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return plain.get(expected) or "a " + str(getattr(expected, "__name__", expected)).replace("typing.", "")
 
 
-def _check_run(cfg: dict[str, Any]) -> None:
-    """Check the root keys, which belong to no class."""
-    for key, expected in ROOT_TYPES.items():
-        _check_type(key, cfg.get(key), expected)
-    for key in ("temperature", "alpha"):
-        if isinstance(cfg[key], bool | str) or not isinstance(cfg[key], int | float | dict):
-            raise ConfigError(f"{key}={cfg[key]!r} is neither a number nor a schedule (see kd_lightning/schedules.py)")
-    temperature, alpha = cfg["temperature"], cfg["alpha"]
-    if isinstance(temperature, int | float) and not (temperature > 0 and math.isfinite(temperature)):
-        raise ConfigError(f"temperature={temperature} must be above 0")
-    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha={alpha} must be between 0 (labels only) and 1 (teacher only)")
-    for key in ("seeds", "validations", "checkpoint_every_n_steps"):
-        if cfg[key] < 1:
-            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
-    stages = cfg["stages"]
-    for stage in stages:
-        if stage not in STAGES:
-            raise ConfigError(f"stages: there is no stage '{stage}'{did_you_mean(stage, STAGES)}")
-    if stages != sorted(set(stages), key=STAGES.index) or not stages:
-        raise ConfigError(f"stages={stages} must be some of {list(STAGES)}, in this order, each once")
-    if "finetune" in stages and "distill" not in stages:
-        raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
-    if cfg["teacher"]["cache"] not in ("auto", "off"):
-        raise ConfigError(f"teacher.cache={cfg['teacher']['cache']!r} must be auto or off")
-    if cfg["resume"] not in ("auto", "never"):
-        raise ConfigError(f"resume={cfg['resume']!r} must be auto or never")
-    _check_trainer(cfg["trainer"], cfg["teacher"]["trainer"])
+def _check_trainers(cfg: dict[str, Any]) -> None:
+    """Check the trainer's settings for the students, and as the teacher's own change them."""
+    import torch
 
-
-def _check_trainer(*trainers: dict[str, Any]) -> None:
-    merged = {**trainers[0]}
-    for trainer in trainers:
-        merged.update(trainer)
-        if merged.get("accelerator") == "cpu" and str(merged.get("precision")) in ("16-mixed", "16-true"):
-            raise ConfigError("trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
-        if merged.get("max_steps", -1) in (-1, None) and merged.get("max_epochs") in (-1, None):
+    _check_node("teacher.trainer", {"_target_": cfg["trainer"]["_target_"], **cfg["teacher"]["trainer"]})
+    for path, trainer in (("trainer", cfg["trainer"]), ("teacher.trainer", cfg["trainer"] | cfg["teacher"]["trainer"])):
+        for key in _OURS:
+            if key in trainer:
+                raise ConfigError(f"{path}.{key} is set by the pipeline; see callbacks, logger and validations")
+        if trainer.get("accelerator") == "cpu" and str(trainer.get("precision")) in ("16-mixed", "16-true"):
+            raise ConfigError(f"{path}.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
+        steps, epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
+        if steps in (-1, None) and epochs in (-1, None):
+            raise ConfigError(f"{path}.max_epochs or {path}.max_steps must be set: the baseline gets the same budget")
+        for key, value in (("max_steps", steps), ("max_epochs", epochs)):
+            if value is not None and value != -1 and value < 1:
+                raise ConfigError(f"{path}.{key}={value} must be at least 1, or -1 for no limit")
+        strategy = str(trainer.get("strategy", "auto"))
+        if processes(trainer) > 1 and not strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
             raise ConfigError(
-                "trainer.max_epochs or trainer.max_steps must be set: the same budget goes to the baseline"
+                f"{path}.strategy={strategy} with {processes(trainer)} processes would start the whole command again "
+                "in each of them: use strategy=ddp_spawn (trainer=ddp)"
             )
+        if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
 
 
-ROOT_TYPES: dict[str, Any] = {
-    "name": str, "run_dir": str, "stages": list[str], "seed": int, "seeds": int, "resume": str,
-    "validations": int, "checkpoint_every_n_steps": int,
-}  # fmt: skip
+def processes(trainer: Mapping[str, Any]) -> int:
+    """Return how many processes a trainer's settings start."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, list):
+        count = len(devices)
+    elif devices in ("auto", -1, "-1"):
+        import torch
+
+        count = torch.cuda.device_count() if trainer.get("accelerator") != "cpu" else 1
+    else:
+        count = int(devices)
+    return max(count, 1) * int(trainer.get("num_nodes", 1))
 
 
 def place(cfg: DictConfig) -> None:
-    """In a sweep, give the point its own folder, and refuse what would run the sweep once per process.
-
-    Raises:
-        ConfigError: Lightning's subprocess launcher in a sweep; names the strategies that do work.
-    """
+    """In a sweep, give the point a folder of its own."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
-    if hydra.mode != RunMode.MULTIRUN:
-        return
-    cfg.run_dir = hydra.runtime.output_dir
-    strategy = str(cfg.trainer.get("strategy", "auto"))
-    if strategy in ("ddp", "fsdp", "ddp_find_unused_parameters_true"):
-        raise ConfigError(
-            f"trainer.strategy={strategy} re-launches the command once per device, and in a sweep (-m) each of them "
-            "would run the whole sweep: use trainer.strategy=ddp_spawn here, or a launcher with one task per device"
-        )
+    if hydra.mode == RunMode.MULTIRUN:
+        cfg.run_dir = hydra.runtime.output_dir
 
 
 def explain(error: Exception, overrides: list[str]) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import DataError, KDError, did_you_mean
+from kd_lightning.errors import KDError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,16 +56,15 @@ def evaluate_file(model: TrainedModel, file: str, text: str, pair: str | None, l
     """Score a model on a labelled file: CSV, TSV, JSON lines or Parquet."""
     import torch
 
+    from kd_lightning.data.corpus import encode_labels
     from kd_lightning.data.files import FileReader
     from kd_lightning.metrics import evaluate_logits
 
-    examples = FileReader(text, pair, label).examples(file)
-    codes = {name: code for code, name in enumerate(model.class_names)}
-    codes = {str(code): code for code in codes.values()} | codes
-    for i, name in enumerate(examples.labels):
-        if name not in codes:
-            raise DataError(f"{examples.where(i)}: unknown label {name!r}{did_you_mean(name, model.class_names)}")
-    labels = torch.tensor([codes[name] for name in examples.labels])
+    if model.texts != (2 if pair else 1):
+        reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
+        raise KDError(f"the model in {model.folder} reads {reads}")
+    examples = encode_labels(FileReader(text, pair, label).examples(file), model.class_names)
+    labels = torch.tensor(examples.labels)
     return evaluate_logits(text_logits(model, examples.texts), labels) | {"examples": float(len(labels))}
 
 
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
+    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
         from kd_lightning.runs import load_run
 

@@ -91,7 +91,6 @@ class SupervisedModule(NetworkModule):
         optimizer: As for `DistillationModule`.
         scheduler: As for `DistillationModule`.
         num_classes: C.
-        label_smoothing: epsilon of the cross-entropy.
         seed: As for `DistillationModule`.
     """
 
@@ -102,12 +101,11 @@ class SupervisedModule(NetworkModule):
         scheduler: SchedulerCallable | None = None,
         *,
         num_classes: int,
-        label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed)
         self.network = network
-        self.loss = CrossEntropyLoss(label_smoothing)
+        self.loss = CrossEntropyLoss()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of one batch."""

@@ -16,12 +16,13 @@ from kd_lightning.config import build, lookup, parameters, to_dict, validate
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import write_file
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.answers import answers
+from kd_lightning.models.answers import answers, network_answers
+from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
-from kd_lightning.runs import digest, file_digest, load_run, network_digest, read_json
+from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher, teacher_logits
-from kd_lightning.training import Stage, planned_steps, train
+from kd_lightning.training import Stage, planned_steps, say, train
 from kd_lightning.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ class Pipeline:
         self.seeds = list(range(self.cfg["seed"], self.cfg["seed"] + self.cfg["seeds"]))
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
+        self._check_folder()
         self.data: TextData = build(self.cfg["data"])
         self.data.prepare()
 
     def run(self) -> None:
         """Train every stage that is asked for and not yet finished."""
+        self._rehearse()
         if "teacher" in self.stages:
             _ = self.teacher
         for seed in self.seeds:
@@ -85,7 +88,9 @@ class Pipeline:
     def score(self) -> float:
         """Return the best validation accuracy of the last stage, averaged over seeds: what a sweep maximises."""
         if self.stages == ["teacher"]:
-            return float(read_json(self.folder / "teacher" / "stage.json")["validation"]["accuracy"])
+            data = self.data.select(tokens="teacher")
+            said = network_answers(self.teacher.network, data.val_dataloader(), self.device)
+            return float((said.logits.argmax(1) == said.labels).float().mean())
         records = [read_json(self._folder(seed, self.stages[-1]) / "stage.json") for seed in self.seeds]
         return sum(float(record["validation"]["accuracy"]) for record in records) / len(records)
 
@@ -98,8 +103,6 @@ class Pipeline:
         if settings["checkpoint"] is not None:
             return self._load_teacher(str(settings["checkpoint"]))
         folder = self.folder / "teacher"
-        if not self.has_teacher:
-            raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
         torch.manual_seed(self.cfg["seed"])
         data = self.data.select(tokens="teacher", pool=False)
         data = data.with_batches(batch_size=settings["batch_size"], seed=self.cfg["seed"])
@@ -133,7 +136,6 @@ class Pipeline:
             more={"distillation": self.cfg["distillation"], "teacher": self.teacher.fingerprint},
         )  # fmt: skip
         objective: Objective = build(self.cfg["distillation"])
-        _try(objective, network, teacher, next(iter(data.val_dataloader())))
         stage.module = lambda network: DistillationModule(
             network, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
             num_classes=self.data.num_classes, seed=seed,
@@ -153,6 +155,42 @@ class Pipeline:
             more={"start": file_digest(start / "model.safetensors")},
         )  # fmt: skip
         train(stage, self.console)
+
+    # -- before the first stage ---------------------------------------------------------------------------------------
+
+    def _check_folder(self) -> None:
+        """Refuse a folder whose finished students were trained with other settings: its report would mix the two."""
+        known = self.folder / "config.yaml"
+        if not known.is_file():
+            return
+        old, new = to_dict(OmegaConf.load(known)), dict(self.cfg)
+        if not set(old["stages"]) - {"teacher"}:
+            return
+        for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
+            old[key] = new[key] = None
+        old["seeds"] = new["seeds"] if new["seeds"] >= old["seeds"] else old["seeds"]  # more seeds are welcome
+        if changed := sorted(differences(old, new)):
+            raise ConfigError(
+                f"{self.folder} holds a finished run with other settings ({'; '.join(changed[:3])}): choose another "
+                "name=... or remove it"
+            )
+
+    def _rehearse(self) -> None:
+        """Build the networks and compare them on one batch: what does not fit is refused before any training."""
+        data = self.data.select(tokens="both")
+        batch = next(iter(data.val_dataloader()))
+        given = {}
+        if self.has_teacher:
+            trained = self.cfg["teacher"]["checkpoint"] is not None
+            network = self.teacher.network if trained else self._build(self.cfg["teacher"]["network"], "teacher")[0]
+            given["teacher"] = network
+        elif "distill" in self.stages or self.takes_from_teacher:
+            raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
+        if self.stages == ["teacher"]:
+            return
+        student, _ = self._build(self.cfg["student"], "student", **given)
+        if "distill" in self.stages:
+            _try(build(self.cfg["distillation"]), student, FrozenTeacher(given["teacher"]), batch)
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 
@@ -200,7 +238,7 @@ class Pipeline:
         fingerprint = digest([self.teacher.fingerprint, data.fingerprint, self.teacher_precision])
         path = home() / "teacher_outputs" / f"{fingerprint}.safetensors"
         if not path.exists():
-            self.console.print(f"teacher  answers {data.num_examples} examples, once", highlight=False)
+            say(self.console, f"teacher  answers {data.num_examples} examples, once")
         teacher = FrozenTeacher(self.teacher.network, self.teacher_precision).to(self.device)
         return teacher_logits(
             path, fingerprint, data.num_examples, lambda: answers(teacher, data.all_dataloader(), self.device)
@@ -225,6 +263,11 @@ class Pipeline:
         sizes = self.data.model_arguments(role)
         takes = parameters(lookup(settings["_target_"]))
         network: nn.Module = build(settings, **sizes, **given)
+        if "teacher" in takes and describe(network) is None:
+            raise ConfigError(
+                f"{role}: {settings['_target_']} makes a {type(network).__name__} from the teacher, which could not be "
+                "rebuilt without it: give it a constructor of plain values, and copy weights in a script of your own"
+            )
         filled = {key: value for key, value in sizes.items() if key in takes and settings.get(key) is None}
         return network, {**settings, **filled}
 
@@ -243,7 +286,7 @@ class Pipeline:
             settings={
                 "network": network_settings, "optimizer": optimizer, "scheduler": scheduler, "trainer": deciding,
                 "batch_size": data.batch_size, "validations": validations, "steps": steps, "seed": seed,
-                "data": data.fingerprint, **(more or {}),
+                "data": data.fingerprint, "callbacks": self.cfg["callbacks"], **(more or {}),
             },
             network=network,
             network_settings=network_settings,
@@ -286,7 +329,7 @@ class Pipeline:
                 f"give the data the teacher's order, data.class_names={names}"
             )
         if theirs != ours and theirs != [f"label_{i}" for i in range(len(ours))]:
-            self.console.print(f"teacher  calls its classes {names}, the data {self.data.class_names}: do they match?")
+            say(self.console, f"teacher  calls its classes {names}, the data {self.data.class_names}: do they match?")
 
     def _read_teacher(self, folder: Path) -> TeacherNetwork:
         model = load_run(folder)

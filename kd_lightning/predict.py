@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     given = parser.parse_args(arguments)
+    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
         texts = read_texts(given.texts, given.file)
         from kd_lightning.evaluate import text_logits
         from kd_lightning.runs import load_run
 
         model = load_run(given.run, given.seed)
-        probabilities = text_logits(model, [(text,) for text in texts]).softmax(dim=-1).tolist()
+        sentences = [tuple(text.split("\t")) if model.texts == 2 else (text,) for text in texts]
+        if wrong := [texts[i] for i, sentence in enumerate(sentences) if len(sentence) != model.texts]:
+            raise KDError(
+                f"the model in {model.folder} reads pairs, two texts with a tab between: {wrong[0]!r} is none"
+            )
+        probabilities = text_logits(model, sentences).softmax(dim=-1).tolist()
     except KDError as error:
         sys.exit(f"kd-predict: {error}")
     rows = [
@@ -72,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _print_table(rows: Sequence[dict[str, object]], class_names: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None)
     table.add_column("text", overflow="fold")
@@ -81,7 +89,9 @@ def _print_table(rows: Sequence[dict[str, object]], class_names: Sequence[str]) 
     for row in rows:
         probabilities = row["probabilities"]
         assert isinstance(probabilities, dict)
-        table.add_row(str(row["text"]), str(row["label"]), *(f"{probabilities[name]:.3f}" for name in class_names))
+        table.add_row(
+            Text(str(row["text"])), Text(str(row["label"])), *(f"{probabilities[name]:.3f}" for name in class_names)
+        )
     Console().print(table)
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-STUDENT_STAGES = ("finetune", "distill", "baseline_initialised", "baseline")
-
 
 @dataclass
 class TrainedModel:
@@ -32,6 +30,7 @@ class TrainedModel:
         tokenizer: Turns text into its inputs; None for a network without one.
         class_names: Names of the C classes, in the order of the logits.
         max_length: Longest input in tokens, the rest is cut.
+        texts: How many texts an example has: 1, or 2 for pairs.
         folder: Where it was read from.
     """
 
@@ -39,6 +38,7 @@ class TrainedModel:
     tokenizer: PreTrainedTokenizerBase | None
     class_names: list[str]
     max_length: int
+    texts: int
     folder: Path
 
 
@@ -84,7 +84,7 @@ def save_network(
         folder: The stage's folder.
         network: The trained network.
         settings: The `_target_` settings it was built from, used where the network cannot describe itself.
-        task: `class_names` and `max_length`.
+        task: `class_names`, `max_length`, `texts` per example, and `role`, whose tokens the network reads.
         tokenizer: A Hugging Face tokenizer, or None.
     """
     from safetensors.torch import save_file
@@ -128,24 +128,23 @@ def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(stage / "tokenizer"), local_files_only=True)
-    return TrainedModel(network.eval(), tokenizer, task["class_names"], task["max_length"], stage)
+    return TrainedModel(network.eval(), tokenizer, task["class_names"], task["max_length"], task["texts"], stage)
 
 
 def find_stage(folder: Path, seed: int | None = None) -> Path:
-    """Return the stage folder that a user means by `folder`: itself, or its best seed's most finished student."""
+    """Return the stage folder that a user means by `folder`: itself, or the run's student that is best on validation.
+
+    Distilled and fine-tuned students come before baselines, whatever their scores.
+    """
     if (folder / "stage.json").is_file():
         return folder
     seeds = sorted(folder.glob("seed_*" if seed is None else f"seed_{seed}"))
-    found = [
-        (read_json(root / stage / "stage.json")["validation"]["accuracy"], root / stage)
-        for root in seeds
-        for stage in STUDENT_STAGES[:2]
-        if (root / stage / "stage.json").is_file()
-    ]
-    if not found:
-        which = "" if seed is None else f" of seed {seed}"
-        raise KDError(f"{folder} holds no finished distilled student{which}: expected a folder that kd-train wrote")
-    return max(found, key=lambda pair: (pair[1].name == "finetune", pair[0]))[1]
+    for stages in (("finetune", "distill"), ("baseline_initialised", "baseline")):
+        found = [root / stage for root in seeds for stage in stages if (root / stage / "stage.json").is_file()]
+        if found:
+            return max(found, key=lambda stage: float(read_json(stage / "stage.json")["validation"]["accuracy"]))
+    which = "" if seed is None else f" of seed {seed}"
+    raise KDError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
 
 
 def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) -> bool:
@@ -161,17 +160,18 @@ def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) 
     record = read_json(known)
     if record["fingerprint"] == fingerprint:
         return finished.is_file()
-    differences = sorted(_differences(record["settings"], settings))
+    changed = sorted(differences(record["settings"], settings))
     raise ConfigError(
         f"{folder} holds a {'finished' if finished.is_file() else 'begun'} training with other settings "
-        f"({'; '.join(differences[:3])}): choose another name=... or remove it"
+        f"({'; '.join(changed[:3])}): choose another name=... or remove it"
     )
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Say in which keys two nested settings differ, and how."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in old.keys() | new.keys():
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
     return [] if json.dumps(old, default=str) == json.dumps(new, default=str) else [f"{path} was {old}, now {new}"]

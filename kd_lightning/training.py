@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from torch import nn
 
-from kd_lightning.callbacks import StageProgress
-from kd_lightning.config import build
+from kd_lightning.callbacks import ResumeCheckpoint, StageProgress
+from kd_lightning.config import build, processes
 from kd_lightning.errors import KDError
 from kd_lightning.metrics import evaluate_logits
 from kd_lightning.models.answers import network_answers
@@ -64,9 +66,10 @@ class Stage:
 
 
 def planned_steps(trainer: dict[str, Any], batches: int) -> int:
-    """Return the optimizer steps that a trainer's settings ask for, over epochs of so many batches."""
+    """Return the optimizer steps that a trainer's settings ask for, over epochs of so many batches of one process."""
     if trainer.get("max_steps") not in (-1, None):
         return int(trainer["max_steps"])
+    batches = math.ceil(batches / processes(trainer))
     return int(trainer["max_epochs"]) * math.ceil(batches / int(trainer.get("accumulate_grad_batches", 1)))
 
 
@@ -78,34 +81,49 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
 
     Raises:
         ConfigError: The folder holds a training with other settings.
+        KDError: The training was interrupted, or diverged.
     """
     fingerprint = digest(stage.settings)
     if check_fingerprint(stage.folder, fingerprint, stage.settings):
-        console.print(f"{stage.name}  finished before, reused from {stage.folder}", highlight=False, soft_wrap=True)
+        say(console, f"{stage.name}  finished before, reused from {stage.folder}")
         record: dict[str, Any] = read_json(stage.folder / "stage.json")
         return record
     write_json(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
 
-    module = stage.module(stage.network)
-    trainer, best, timer = _trainer(stage, console)
+    steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
     resume = stage.folder / "checkpoints" / "resume.ckpt"
+    best, timer, started = _best(stage), Timer(), time.monotonic()
+    module = stage.module(stage.network)
+    trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best], resume)
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KDError(f"{stage.name} was interrupted; the same command goes on from {resume}")
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # else the next stage would log into the same run
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
 
     validation = network_answers(stage.network, stage.data.val_dataloader(), trainer.strategy.root_device)
+    scores = evaluate_logits(validation.logits, validation.labels)
+    if not all(math.isfinite(score) for score in scores.values()):
+        raise KDError(f"{stage.name} diverged: its validation loss is {scores['cross_entropy']}; lower optimizer.lr")
     tokenizer = stage.data.student_tokenizer if stage.role == "student" else stage.data.teacher_tokenizer
-    task = {"class_names": stage.data.class_names, "max_length": stage.data.max_length, "role": stage.role}
+    task = {
+        "class_names": stage.data.class_names,
+        "max_length": stage.data.max_length,
+        "texts": stage.data.texts_per_example,
+        "role": stage.role,
+    }
     save_network(stage.folder, stage.network, stage.network_settings, task, tokenizer)
     record = {
         "fingerprint": fingerprint,
         "settings": stage.settings,
-        "steps": trainer.global_step,
+        "steps": steps,
         "best_step": int(checkpoint["global_step"]),
-        "seconds": timer.time_elapsed("train"),
-        "validation": evaluate_logits(validation.logits, validation.labels),
+        # The timer counts what a killed attempt took, too; it stays in the spawned processes where there are several.
+        "seconds": max(timer.time_elapsed("train"), time.monotonic() - started),
+        "validation": scores,
     }
     write_json(stage.folder / "stage.json", record)
     for file in (stage.folder / "checkpoints").glob("*.ckpt"):
@@ -113,17 +131,22 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     return record
 
 
-def _trainer(stage: Stage, console: Console) -> tuple[L.Trainer, ModelCheckpoint, Timer]:
-    """Build the trainer; the callbacks the pipeline relies on come before the user's."""
+def say(console: Console, line: str) -> None:
+    """Print one line as it is: unbroken, and without reading markup into a path or a sentence."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _best(stage: Stage) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        stage.folder / "checkpoints", "best", monitor="val/accuracy", mode="max",
+        save_weights_only=True, enable_version_counter=False,
+    )  # fmt: skip
+
+
+def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
+    """Build the trainer; the callbacks that the pipeline relies on come before the user's."""
     accumulate = int(stage.trainer.get("accumulate_grad_batches", 1))
-    steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
-    folder = stage.folder / "checkpoints"
-    best = ModelCheckpoint(
-        folder, "best", monitor="val/accuracy", mode="max", save_weights_only=True, enable_version_counter=False
-    )
-    resume = ModelCheckpoint(folder, "resume", every_n_train_steps=stage.checkpoint_every, enable_version_counter=False)
-    timer = Timer()
-    callbacks = [StageProgress(stage.name, console), timer, best, resume]
+    callbacks = [*callbacks, ResumeCheckpoint(resume, stage.checkpoint_every)]
     callbacks += [build(node) for node in stage.callbacks.values()]
     loggers = [build(node, save_dir=str(stage.folder)) for node in stage.loggers.values()]
     settings = {
@@ -133,8 +156,8 @@ def _trainer(stage: Stage, console: Console) -> tuple[L.Trainer, ModelCheckpoint
         "val_check_interval": max(steps // stage.validations, 1) * accumulate,
         "check_val_every_n_epoch": None,
     }
-    trainer = build(
+    trainer: L.Trainer = build(
         settings, callbacks=callbacks, logger=loggers or False, default_root_dir=str(stage.folder),
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
-    return trainer, best, timer
+    return trainer

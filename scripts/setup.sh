@@ -13,7 +13,10 @@ for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
   fi
 done
 [ -n "$python" ] || fail "needs Python 3.11 or later, found $(python3 --version 2>/dev/null || echo none); name one with: make PYTHON=/path/to/python"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make $venv with $python (on Debian: apt-get install python3-venv)"
+if [ ! -x "$venv/bin/pip" ] && ! "$python" -m venv "$venv" >/dev/null 2>&1; then
+  rm -rf "$venv" # half made: the next try must start anew
+  fail "could not make $venv with $python (on Debian: apt-get install python3-venv)"
+fi
 
 echo "setup: installing the tested versions into $venv (a few minutes)"
 log=$(mktemp)

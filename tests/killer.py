@@ -10,9 +10,12 @@ import lightning as L
 
 
 class KillAt(L.Callback):
-    def __init__(self, stage: str, step: int) -> None:
-        self.stage, self.step = stage, step
+    """Kills at the optimizer step that `KILL_AT_STEP` names, in the stage whose folder is called `stage`."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and self.stage in trainer.default_root_dir:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        step = int(os.environ.get("KILL_AT_STEP", "-1"))
+        if trainer.global_step == step and trainer.default_root_dir.endswith(self.stage):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -32,7 +32,7 @@ def options(group: str) -> list[str]:
     [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
     + [f"logger={name}" for name in options("logger") if name == "default"]  # the others need their extra installed
     + [f"model@student={name}" for name in options("model") if name not in ("hf", "custom")]
-    + [f"trainer={name}" for name in options("trainer")],
+    + ["trainer=cpu", "trainer=ddp"],
 )
 def test_every_option_validates(composed: Composed, override: str) -> None:
     config.validate(composed(override))
@@ -62,6 +62,21 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
     ("overrides", "says"),
     [
         (["temperature=0"], "temperature=0 must be above 0"),
+        (["+temprature=4"], "temprature: there is no such key; did you mean 'temperature'"),
+        (["+teacher.bath_size=8"], "teacher.bath_size: there is no such key; did you mean 'batch_size'"),
+        (["teacher.batch_size=abc"], "teacher.batch_size='abc' is not a whole number"),
+        (["teacher.trainer.max_epochs=many"], "teacher.trainer.max_epochs='many' is not"),
+        (["+teacher.trainer.max_epoch=3"], "takes no 'max_epoch'; did you mean 'max_epochs'"),
+        (["teacher.validations=0"], "teacher.validations=0 must be at least 1"),
+        (["finetune.lr=abc"], "finetune.lr='abc' is not a number"),
+        (["seed=-1"], "seed=-1 must be at least 0"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 must be at least 1"),
+        (["finetune.max_epochs=0"], "finetune.max_epochs=0 must be at least 1"),
+        (["data.batch_size=null"], "data.batch_size=null is not a whole number"),
+        (["+trainer.callbacks=[]"], "trainer.callbacks is set by the pipeline"),
+        (["trainer.devices=2"], "use strategy=ddp_spawn"),
+        (["temperature={_target_: kd_lightning.schedules.Linear, start: 4, end: 0}"], "temperature=0 must be above 0"),
+        (["alpha={_target_: kd_lightning.schedules.Linear, start: 0.5, end: 2}"], "must be between 0"),
         (["temperature=warm"], "temperature='warm' is neither a number nor a schedule"),
         (["alpha=1.5"], "alpha=1.5 must be between 0"),
         (["seeds=0"], "seeds=0 must be at least 1"),
@@ -90,6 +105,13 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
 def test_mistakes_are_refused_with_the_key_and_the_mend(composed: Composed, overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         config.validate(composed(*overrides))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["gpu", "fsdp"])
+def test_a_gpu_trainer_without_a_gpu_is_refused(composed: Composed, name: str) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU, and torch finds none here"):
+        config.validate(composed(f"trainer={name}"))
 
 
 def test_tokenizers_follow_from_the_networks(composed: Composed, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.compare import compare
-from kd_lightning.errors import ConfigError
+from kd_lightning.config import conf_dir
+from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.predict import main as predict
-from kd_lightning.runs import load_run
+from kd_lightning.runs import load_run, network_digest
 from tests.conftest import tiny_overrides
 
 Composed = Callable[..., DictConfig]
@@ -77,6 +79,46 @@ def test_a_second_run_reuses_everything_and_reads_the_test_split_no_more(
     assert output.count("finished before") == 3
 
 
+def test_another_strategy_in_a_finished_folder_is_refused_before_any_work(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    run(composed(*overrides))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"finished run with other settings .*temperature was 2.0, now 8"):
+        Pipeline(composed(*overrides, "temperature=8", "stages=[baseline]"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    _, report, _ = run(composed(*overrides, "seeds=2"))
+    assert report["seeds"] == [0, 1], "more seeds of the same run are welcome"
+    with pytest.raises(ConfigError, match="seeds was 2, now 1"):
+        Pipeline(composed(*overrides))
+
+
+def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    with pytest.raises(ConfigError, match="embedding_size"):
+        run(composed(*chosen, "model@student=bilstm_from_teacher", "student.embedding_size=64"))
+    with pytest.raises(ConfigError, match="needs an encoder of transformers as teacher"):
+        run(composed(*chosen, "model@student=from_teacher"))
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_diverged_training_is_one_line(composed: Composed, overrides: list[str]) -> None:
+    with pytest.raises(KDError, match=r"baseline, seed 0 diverged.*lower optimizer.lr"):
+        run(composed(*overrides, "stages=[teacher,baseline]", "optimizer.lr=1e30", "trainer.gradient_clip_val=null"))
+
+
+@pytest.mark.parametrize("distillation", sorted(path.stem for path in (conf_dir() / "distillation").glob("*.yaml")))
+def test_every_distillation_trains(composed: Composed, overrides: list[str], distillation: str) -> None:
+    pipeline, _, _ = run(
+        composed(*overrides, f"distillation={distillation}", "trainer.max_steps=2", "teacher.trainer.max_steps=2")
+    )
+    record = json.loads((pipeline.folder / "seed_0" / "distill" / "stage.json").read_text())
+    assert record["steps"] == 2
+    assert all(math.isfinite(score) for score in record["validation"].values())
+
+
 def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:
@@ -92,12 +134,15 @@ def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(
 def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothing_from_the_teacher(
     composed: Composed, overrides: list[str]
 ) -> None:
-    pipeline = Pipeline(composed(*overrides))
-    first, _ = pipeline._student(0, "random")
-    second, _ = pipeline._student(0, "teacher")
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    )
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    student = ["model@student=bilstm_from_teacher", "student.embedding_size=8", "student.hidden_size=8"]
+    pipeline = Pipeline(composed(*chosen, *student))
+    random, _ = pipeline._student(0, "random")
+    initialised, _ = pipeline._student(0, "teacher")
+    again, _ = pipeline._student(0, "teacher")
+    assert network_digest(initialised) == network_digest(again)
+    equal = {name for name, value in random.state_dict().items() if torch.equal(value, initialised.state_dict()[name])}
+    assert set(random.state_dict()) - equal == {"embedding.weight"}, "the teacher gave the embeddings and nothing else"
 
 
 def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Composed, overrides: list[str]) -> None:

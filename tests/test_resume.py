@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_overrides, write_toy_csv
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = ["trainer.max_epochs=3", "data.views=1", "student.dropout=0.3", "checkpoint_every_n_steps=7"]
+SETTINGS = [
+    "trainer.max_epochs=3", "data.views=1", "student.dropout=0.3", "checkpoint_every_n_steps=7",
+    "+callbacks.kill={_target_: tests.killer.KillAt, stage: distill}",
+]  # fmt: skip
 """21 steps an epoch of the pool, 63 in all; validation at 31 and 62."""
 
 
-def kd_train(home: Path, *overrides: str) -> int:
-    environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1"}
+def kd_train(home: Path, *overrides: str, kill_at: int = -1) -> int:
+    environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "KILL_AT_STEP": str(kill_at)}
     result = subprocess.run(
         [sys.executable, "-m", "kd_lightning.train", *overrides],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
@@ -36,7 +39,8 @@ def kd_train(home: Path, *overrides: str) -> int:
     [
         (26, ()),  # in the middle of the second epoch, after the checkpoint of step 21 = the end of the first
         (33, ()),  # after the checkpoint of step 28, on the far side of a look at validation
-        (31, ("checkpoint_every_n_steps=31",)),  # the checkpoint falls on a step that also looks at validation
+        (33, ("checkpoint_every_n_steps=31",)),  # the checkpoint falls on a step that also looks at validation
+        (23, ("checkpoint_every_n_steps=21", "validations=3")),  # on one that also ends an epoch
         (17, ("trainer.accumulate_grad_batches=2", "checkpoint_every_n_steps=5")),
     ],
 )
@@ -44,8 +48,7 @@ def test_killed_and_resumed_equals_uninterrupted(step: int, more: tuple[str, ...
     csv_file = write_toy_csv(tmp_path / "toy.csv")
     whole, killed = ([*tiny_overrides(csv_file, tmp_path / name), *SETTINGS, *more] for name in ("whole", "killed"))
     assert kd_train(tmp_path / "home", *whole) == 0
-    kill = f"+callbacks.kill={{_target_: tests.killer.KillAt, stage: distill, step: {step}}}"
-    assert kd_train(tmp_path / "home", *killed, kill) == -signal.SIGKILL
+    assert kd_train(tmp_path / "home", *killed, kill_at=step) == -signal.SIGKILL
     folder = tmp_path / "killed" / "seed_0" / "distill"
     assert (folder / "checkpoints" / "resume.ckpt").is_file()
     assert not (folder / "stage.json").exists()
@@ -92,3 +95,23 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -
             torch.testing.assert_close(
                 weights[1][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_every_point_its_folder_and_its_settings(tmp_path: Path) -> None:
+    csv_file = write_toy_csv(tmp_path / "toy.csv")
+    small = tiny_overrides(csv_file, tmp_path / "whole")
+    assert kd_train(tmp_path / "home", *small, "stages=[teacher]") == 0
+    chosen = [override for override in small if not override.startswith(("run_dir", "data.tokenizer"))]
+    sweep = [
+        *chosen,
+        f"teacher.checkpoint={tmp_path / 'whole'}",
+        "stages=[distill]",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    sweep.append("hydra.sweep.subdir=${hydra:job.num}")  # the default subfolder names every override: too long here
+    assert kd_train(tmp_path / "home", "-m", *sweep, "temperature=1,4") == 0
+    records = [json.loads((tmp_path / f"sweep/{i}/report.json").read_text()) for i in range(2)]
+    assert [record["settings"]["temperature"] for record in records] == [1, 4]
+    weights = [load_file(tmp_path / f"sweep/{i}/seed_0/distill/model.safetensors") for i in range(2)]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

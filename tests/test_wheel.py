@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import tiny_overrides, write_toy_csv
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,3 +41,12 @@ def test_the_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path) ->
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "name: quickstart" in composed.stdout
+
+    small = tiny_overrides(write_toy_csv(tmp_path / "toy.csv"), tmp_path / "run")
+    environment |= {"KD_LIGHTNING_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    trained = subprocess.run(
+        [sys.executable, "-m", "kd_lightning.train", *small, "trainer.max_epochs=1"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "run" / "report.md").is_file()

@@ -75,7 +75,7 @@ class StageProgress(L.Callback):
         left = f"{seconds / done * (total - trainer.global_step):.0f} s left" if done else ""
         self.console.print(
             f"{self.stage}  step {trainer.global_step}/{total:.0f}  {_scores(trainer)}  {left}",
-            highlight=False, soft_wrap=True,
+            highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -115,10 +115,10 @@ def assemble(
         ConfigError: Impossible fractions or class names.
     """
     names = _class_names(train, class_names)
-    examples = _encode(train, names)
+    examples = encode_labels(train, names)
     held = {
-        "validation": (_encode(validation, names) if validation else None, validation_fraction),
-        "test": (_encode(test, names) if test else None, test_fraction),
+        "validation": (encode_labels(validation, names) if validation else None, validation_fraction),
+        "test": (encode_labels(test, names) if test else None, test_fraction),
     }
     missing = {part: fraction for part, (given, fraction) in held.items() if given is None}
     parts = {part: given for part, (given, _) in held.items() if given is not None}
@@ -190,7 +190,7 @@ def _class_names(train: RawExamples, given: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _encode(raw: RawExamples, names: Sequence[str]) -> Examples:
+def encode_labels(raw: RawExamples, names: Sequence[str]) -> Examples:
     """Turn labels into positions in `names`; whole numbers are positions where the names themselves are words."""
     codes = {name: code for code, name in enumerate(names)}
     if not any(_is_integer(name) for name in names):

@@ -144,6 +144,7 @@ class TextData(L.LightningDataModule, ABC):
         texts = [text for name in PARTS for text in parts[name]]
         self._load_tokenizers([text for sentence in corpus.train.texts for text in sentence])
         self._encode(texts)
+        self.texts_per_example = len(corpus.train.texts[0])
         self.class_names = corpus.class_names
         self.fingerprint = self._content_fingerprint(texts)
         log.info("%s: %s", type(self).__name__, ", ".join(f"{len(self._spans[name])} {name}" for name in PARTS))

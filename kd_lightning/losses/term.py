@@ -23,14 +23,10 @@ class Term(nn.Module, ABC):
     """A loss term: a scalar from what student and teacher said of a batch. It knows nothing of its own weight.
 
     Attributes:
-        needs_student: Names of the student's features it reads, besides the logits.
-        needs_teacher: Names of the teacher's features it reads, besides the logits.
         uses_teacher: False when the term reads nothing of the teacher, so that its forward pass can be saved.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
     """
 
-    needs_student: tuple[str, ...] = ()
-    needs_teacher: tuple[str, ...] = ()
     uses_teacher: bool = True
     progress: float = 0.0
 
