@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from kd_lightning.config import build, lookup, parameters, to_dict, validate
+from kd_lightning.checks import validate
+from kd_lightning.config import build, lookup, parameters, to_dict
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import write_file
 from kd_lightning.models.adapt import run_network
@@ -122,6 +123,7 @@ class Pipeline:
         stage = self._stage(
             f"{name}, seed {seed}", self._folder(seed, name), self._student_data(seed, pool=False), network,
             network_settings, self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
+            more={"teacher": self.teacher.fingerprint} if initialise == "teacher" else None,
         )  # fmt: skip
         train(stage, self.console)
 

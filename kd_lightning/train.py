@@ -18,8 +18,10 @@ from kd_lightning.errors import KDError
 def _run(cfg: DictConfig) -> float:
     """Run one composed configuration; returns the best validation accuracy, averaged over seeds, for a sweeper."""
     try:
+        from kd_lightning.checks import validate
+
         config.place(cfg)
-        config.validate(cfg)
+        validate(cfg)
         from kd_lightning.compare import compare
         from kd_lightning.pipeline import Pipeline
         from kd_lightning.quiet import quiet
@@ -43,7 +45,9 @@ def main() -> None:
     try:
         _run()
     except Exception as error:
-        explained = config.explain(error, sys.argv[1:])
+        from kd_lightning.explain import explain
+
+        explained = explain(error, sys.argv[1:])
         if explained is None:
             raise
         sys.exit(f"kd-train: {explained}")

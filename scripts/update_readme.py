@@ -29,7 +29,7 @@ def block(name: str) -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
     lines = [
         summary(report), "", markdown_table(report), "",
-        f"Distillation ratio (S_kd - S) / (T - S): {ratio['mean']:.2f}{spread}, seeds {len(report['seeds'])}. "
+        f"Distillation ratio (S_kd - S) / (T - S): {ratio['mean']:.2f}{spread} ({len(report['seeds'])} seed(s)). "
         f"`{report['command']}`, {where} (`results/{name}.json`).",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning import config, schedules
+from kd_lightning.checks import validate
 from kd_lightning.errors import ConfigError
 from kd_lightning.objective import Objective
 
@@ -19,7 +20,7 @@ CONF = config.conf_dir()
 @pytest.mark.parametrize("experiment", [None, *sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))])
 def test_every_experiment_composes_and_validates(composed: Composed, experiment: str | None) -> None:
     cfg = composed(*([f"experiment={experiment}"] if experiment else []))
-    config.validate(cfg)
+    validate(cfg)
     assert cfg.name == (experiment or "run")
 
 
@@ -35,7 +36,7 @@ def options(group: str) -> list[str]:
     + ["trainer=cpu", "trainer=ddp"],
 )
 def test_every_option_validates(composed: Composed, override: str) -> None:
-    config.validate(composed(override))
+    validate(composed(override))
 
 
 @pytest.mark.parametrize("distillation", options("distillation"))
@@ -52,7 +53,7 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
     linear = "{_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}"
     warm = "{_target_: kd_lightning.schedules.Step, values: [8, 2], boundaries: [0.5]}"
     cfg = composed(f"alpha={linear}", f"temperature={warm}")
-    config.validate(cfg)
+    validate(cfg)
     objective = config.build(cfg.distillation)
     assert isinstance(objective.weights["ce"], schedules.OneMinus)
     assert objective.settings(0.5) == {"weight/ce": 0.25, "weight/kd": 0.75, "kd/temperature": 2}
@@ -104,14 +105,14 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
 )  # fmt: skip
 def test_mistakes_are_refused_with_the_key_and_the_mend(composed: Composed, overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
-        config.validate(composed(*overrides))
+        validate(composed(*overrides))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("name", ["gpu", "fsdp"])
 def test_a_gpu_trainer_without_a_gpu_is_refused(composed: Composed, name: str) -> None:
     with pytest.raises(ConfigError, match="needs a GPU, and torch finds none here"):
-        config.validate(composed(f"trainer={name}"))
+        validate(composed(f"trainer={name}"))
 
 
 def test_tokenizers_follow_from_the_networks(composed: Composed, tmp_path: Path) -> None:

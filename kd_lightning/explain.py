@@ -1,0 +1,71 @@
+"""Hydra's refusals of a command line, said in one line with the nearest valid key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config import conf_dir, first_line
+from kd_lightning.errors import did_you_mean
+
+
+def explain(error: Exception, overrides: list[str]) -> str | None:
+    """Turn Hydra's refusal of the command line into one line that names the nearest valid key.
+
+    Args:
+        error: What was raised.
+        overrides: The command line's arguments.
+
+    Returns:
+        The line; None when the error is no refusal but a defect, which deserves its traceback.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    known = _known_keys([override for override in overrides if _chooses_group(override)])
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if known and "=" in override and not override.startswith(("+", "-", "hydra")) and key not in known:
+            return f"{key}: there is no such key{did_you_mean(key, known)}"
+    cause = error.__cause__
+    return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
+
+
+def _chooses_group(override: str) -> bool:
+    return (conf_dir() / override.partition("=")[0].partition("@")[0]).is_dir()
+
+
+def _known_keys(groups: list[str]) -> list[str]:
+    """Return every key and group that the command line could have named, under the groups it chose."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=groups)
+        except HydraException:  # the choice of a group is itself what is wrong, and Hydra's message lists the choices
+            return []
+    choices = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    return [*_flatten(to_dict_unresolved(cfg)), *choices, "model@student", "model@teacher.network",
+            "optimizer@teacher.optimizer", "scheduler@teacher.scheduler"]  # fmt: skip
+
+
+def to_dict_unresolved(cfg: DictConfig) -> dict[str, Any]:
+    """Return a configuration as a plain dictionary with its interpolations as they are written."""
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _flatten(node: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        name = f"{path}.{key}" if path else str(key)
+        yield name
+        if isinstance(value, dict):
+            yield from _flatten(value, name)
