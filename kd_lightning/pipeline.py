@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from kd_lightning.checks import validate
@@ -17,7 +19,7 @@ from kd_lightning.config import build, lookup, parameters, to_dict
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import write_file
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.answers import answers, network_answers
+from kd_lightning.models.answers import Answers, answers, network_answers
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
@@ -239,12 +241,18 @@ class Pipeline:
         data = self.data.select(tokens="teacher", pool=True)
         fingerprint = digest([self.teacher.fingerprint, data.fingerprint, self.teacher_precision])
         path = home() / "teacher_outputs" / f"{fingerprint}.safetensors"
-        if not path.exists():
+
+        def ask() -> Answers:
             say(self.console, f"teacher  answers {data.num_examples} examples, once")
-        teacher = FrozenTeacher(self.teacher.network, self.teacher_precision).to(self.device)
-        return teacher_logits(
-            path, fingerprint, data.num_examples, lambda: answers(teacher, data.all_dataloader(), self.device)
-        )
+            started = time.monotonic()
+            teacher = FrozenTeacher(self.teacher.network, self.teacher_precision).to(self.device)
+            hidden = not self.console.is_terminal
+            batches = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
+            said = answers(teacher, batches, self.device)
+            say(self.console, f"teacher  answered in {time.monotonic() - started:.0f} s")
+            return said
+
+        return teacher_logits(path, fingerprint, data.num_examples, ask)
 
     def _student_data(self, seed: int, pool: bool) -> TextData:
         return self.data.select(tokens="both" if pool else "student", pool=pool).with_batches(seed=seed)
