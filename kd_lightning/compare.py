@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TITLES: dict[str, tuple[ModelName, str]] = {
     "baseline": ("baseline", "student from labels"),
-    "baseline_initialised": ("baseline_initialised", "student from labels, initialised from the teacher"),
+    "baseline_initialised": ("baseline_initialised", "student from labels, initialised"),
     "distill": ("distilled", "distilled student"),
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }

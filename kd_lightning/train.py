@@ -27,8 +27,9 @@ def _run(cfg: DictConfig) -> float:
         from kd_lightning.quiet import quiet
 
         quiet()
-        logging.basicConfig(format="%(message)s")  # what we noticed in the data and the models, as plain lines
-        logging.getLogger("kd_lightning").setLevel(logging.INFO)
+        log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
+        log.setLevel(logging.INFO)
+        log.handlers = [logging.StreamHandler()]
         pipeline = Pipeline(cfg)
         pipeline.run()
         compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))
