@@ -77,7 +77,7 @@ Batches = Sequence[Batch] | Mapping[str, Sequence[Batch]]
 
 
 def measure_latency(
-    networks: Mapping[str, nn.Module], batches: Batches, *, rounds: int = 1, warmup: int = 5, threads: int | None = None
+    networks: Mapping[str, nn.Module], batches: Batches, *, rounds: int = 1, warmup: int = 1, threads: int | None = None
 ) -> dict[str, Latency]:
     """Time every network on one example at a time, taking turns.
 
@@ -89,7 +89,8 @@ def measure_latency(
         networks: Networks by name.
         batches: Batches of one example, see `single_examples`.
         rounds: How often to go through the examples.
-        warmup: Untimed calls of each network beforehand.
+        warmup: Untimed calls right before each timed one. Without any, a network that follows a large one finds its
+            own weights gone from the processor's caches, which is not how it is served.
         threads: CPU threads to use; None keeps `torch.get_num_threads()`. Restored afterwards, as are the training
             modes.
 
@@ -107,12 +108,11 @@ def measure_latency(
         )
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     with _inference(networks.values(), threads):
-        for name, network in networks.items():
-            for step in range(warmup):
-                _timed(network, prepared[name][step % len(prepared[name])])
         for _ in range(rounds):
             for position in range(len(next(iter(prepared.values()), ()))):
                 for name, network in networks.items():
+                    for _ in range(warmup):
+                        _timed(network, prepared[name][position])
                     seconds[name].append(_timed(network, prepared[name][position]))
         used = torch.get_num_threads()
     return {

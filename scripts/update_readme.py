@@ -25,11 +25,12 @@ def block(name: str) -> str:
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]
+    seeds = len(report["seeds"])
     spread = f" ± {ratio['std']:.2f}" if ratio["std"] is not None else ""
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
     lines = [
         summary(report), "", markdown_table(report), "",
-        f"Distillation ratio (S_kd - S) / (T - S): {ratio['mean']:.2f}{spread} ({len(report['seeds'])} seed(s)). "
+        f"Distillation ratio (S_kd - S) / (T - S): {ratio['mean']:.2f}{spread}, {seeds} seed{'s' * (seeds > 1)}. "
         f"`{report['command']}`, {where} (`results/{name}.json`).",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
