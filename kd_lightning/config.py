@@ -101,8 +101,11 @@ def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:
     try:
         return instantiate(settings, **extra, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, KDError):  # what the user should read, without Hydra's wrapping
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, KDError):  # what the user should read, without Hydra's wrapping
+            raise cause from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise ConfigError(f"{settings['_target_']} needs a package that is missing: {first_line(cause)}") from error
         raise
 
 

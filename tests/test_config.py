@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize(
     "override",
     [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
-    + [f"logger={name}" for name in options("logger") if name == "default"]  # the others need their extra installed
+    + [f"logger={name}" for name in options("logger")]
     + [f"model@student={name}" for name in options("model") if name not in ("hf", "custom")]
     + ["trainer=cpu", "trainer=ddp"],
 )
@@ -135,6 +136,13 @@ def test_build_fills_in_only_what_is_not_set(composed: Composed) -> None:
     layer = config.build(node, out_features=5, in_features=9, vocab_size=7)
     assert isinstance(layer, torch.nn.Linear)
     assert (layer.in_features, layer.out_features) == (3, 5)
+
+
+def test_a_missing_extra_is_one_line(composed: Composed, tmp_path: Path) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ConfigError, match=r"WandbLogger needs a package that is missing: .*wandb"):
+        config.build(composed("logger=wandb").logger.wandb, save_dir=str(tmp_path))
 
 
 def test_a_users_mistake_inside_a_constructor_is_not_wrapped() -> None:

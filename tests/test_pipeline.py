@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
@@ -77,6 +79,25 @@ def test_a_second_run_reuses_everything_and_reads_the_test_split_no_more(
     _, second, output = run(composed(*overrides))
     assert second == first
     assert output.count("finished before") == 3
+
+
+def test_a_student_trains_in_bfloat16(composed: Composed, overrides: list[str]) -> None:
+    _, report, _ = run(composed(*overrides, "trainer.max_epochs=8", "trainer.precision=bf16-mixed"))
+    assert report["models"]["distilled"]["test"]["accuracy"]["mean"] > 0.5
+
+
+def test_a_hugging_face_data_set_on_disk_and_a_transformer(
+    composed: Composed, overrides: list[str], toy_csv: Path, tmp_path: Path
+) -> None:
+    rows = list(csv.DictReader(toy_csv.open(encoding="utf-8")))
+    columns = {name: [row[name] for row in rows] for name in ("text", "label")}
+    Dataset.from_dict(columns).save_to_disk(str(tmp_path / "disk"))
+    chosen = [o for o in overrides if not o.startswith(("data=", "data.train_file", "student", "model@student"))]
+    sizes = ["student.hidden_size=8", "student.num_layers=1", "student.intermediate_size=8"]
+    data = ["data=hf_dataset", f"data.name={tmp_path / 'disk'}"]
+    _, report, _ = run(composed(*data, "model@student=transformer", *sizes, *chosen))
+    assert report["data"]["class_names"] == ["food", "science", "运动"]
+    assert load_run(tmp_path / "run").network.config.num_hidden_layers == 1
 
 
 def test_another_strategy_in_a_finished_folder_is_refused_before_any_work(
