@@ -262,11 +262,11 @@ class Pipeline:
 
     def _student(self, seed: int, initialise: str) -> tuple[nn.Module, dict[str, Any]]:
         """Build the student, alike for every stage of a seed but for what `initialise` has it take from the teacher."""
-        torch.manual_seed(seed)
-        settings = self.cfg["student"]
-        if not self.takes_from_teacher:
-            return self._build(settings, "student")
-        return self._build({**settings, "initialise": initialise}, "student", teacher=self.teacher.network)
+        settings, given = self.cfg["student"], {}
+        if self.takes_from_teacher:
+            settings, given = {**settings, "initialise": initialise}, {"teacher": self.teacher.network}
+        torch.manual_seed(seed)  # after the teacher, whose training or loading draws numbers too
+        return self._build(settings, "student", **given)
 
     def _build(self, settings: dict[str, Any], role: Role, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Build a network, and return with it the settings that rebuild it without the data."""
