@@ -60,7 +60,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("validation accuracy")
     axes.set_xlim(left=0)
-    axes.legend(loc="best", frameon=False, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)  # never over a line
     _tidy(axes)
     return figure
 
