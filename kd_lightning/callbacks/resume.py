@@ -55,10 +55,10 @@ class ResumeCheckpoint(Checkpoint):
         self._saved_step, self._waiting = trainer.global_step, False
         if trainer.world_size == 1:
             with replacing(self.path) as temporary:
-                trainer.save_checkpoint(temporary)
+                trainer.save_checkpoint(temporary, weights_only=False)
             return
         whole = self.path.with_name(f".{self.path.name}.all")  # one name on every rank: they save together
-        trainer.save_checkpoint(whole)
+        trainer.save_checkpoint(whole, weights_only=False)
         if trainer.is_global_zero:
             whole.replace(self.path)
         trainer.strategy.barrier()
