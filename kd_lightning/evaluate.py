@@ -87,19 +87,23 @@ def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, floa
     return evaluate_logits(said.logits, said.labels) | {"examples": float(len(said.labels))}
 
 
+def run_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser for a command about a finished run: which run, which seed, JSON or not."""
+    parser = argparse.ArgumentParser(name, description=description)
+    parser.add_argument("run", type=Path, help="run folder, or the folder of one of its stages (RUN/teacher)")
+    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-eval`."""
-    parser = argparse.ArgumentParser(
-        "kd-eval", description="Score a finished run on its test split, or on another file."
-    )
-    parser.add_argument("run", type=Path, help="run folder, or the folder of one of its stages (RUN/teacher)")
+    parser = run_parser("kd-eval", "Score a finished run on its test split, or on another file.")
     parser.add_argument("--file", help="a labelled CSV, TSV, JSONL or Parquet file instead of the run's own data")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--text-pair-column")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:

@@ -172,7 +172,7 @@ class Pipeline:
             return
         for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
             old[key] = new[key] = None
-        old["seeds"] = new["seeds"] if new["seeds"] >= old["seeds"] else old["seeds"]  # more seeds are welcome
+        old["seeds"] = max(old["seeds"], new["seeds"])  # more seeds are welcome
         if changed := sorted(differences(old, new)):
             raise ConfigError(
                 f"{self.folder} holds a finished run with other settings ({'; '.join(changed[:3])}): choose another "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_lightning.errors import KDError
+from kd_lightning.evaluate import run_parser, text_logits
 
 
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
@@ -39,17 +39,13 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-predict`."""
-    parser = argparse.ArgumentParser("kd-predict", description="Classify sentences with a distilled student.")
-    parser.add_argument("run", type=Path, help="run folder, or the folder of one of its stages (RUN/teacher)")
+    parser = run_parser("kd-predict", "Classify sentences with a distilled student.")
     parser.add_argument("texts", nargs="*", metavar="text", help="sentences; none: one a line from standard input")
     parser.add_argument("--file", type=Path, help="a file with one sentence a line")
-    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
         texts = read_texts(given.texts, given.file)
-        from kd_lightning.evaluate import text_logits
         from kd_lightning.runs import load_run
 
         model = load_run(given.run, given.seed)

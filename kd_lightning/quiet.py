@@ -35,8 +35,6 @@ WARNINGS = (
     # The folder holds this very run's settings and its resumable checkpoints, which is why it exists.
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Experiment logs directory .* exists.*",
-    # Resuming in the middle of an epoch is exactly what our sampler supports (tests/data).
-    r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     # The number of batches is asked for before training to give the baseline the same number of steps.
     r".*The number of training batches .* is smaller than the logging interval.*",
     # Lightning's own use of a PyTorch API that a later PyTorch renamed; nothing a user can change.

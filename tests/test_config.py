@@ -37,7 +37,10 @@ def options(group: str) -> list[str]:
     + ["trainer=cpu", "trainer=ddp"],
 )
 def test_every_option_validates(composed: Composed, override: str) -> None:
-    validate(composed(override))
+    cfg = composed(override)
+    validate(cfg)
+    group = override.partition("=")[0]
+    assert cfg[group.partition("@")[2] or group], "the choice fills its node"
 
 
 @pytest.mark.parametrize("distillation", options("distillation"))

@@ -171,6 +171,7 @@ def test_evaluating_a_checkpoint_may_use_other_batches(make_data: Callable[..., 
     module = fit(make_data(), callbacks=[saved(tmp_path, every_n_train_steps=1)], max_epochs=1)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.validate(module, datamodule=make_data(batch_size=2), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+    assert trainer.state.finished
 
 
 def test_order_does_not_touch_the_global_generator(make_data: Callable[..., TextFiles]) -> None:
