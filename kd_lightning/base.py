@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,13 +36,21 @@ class NetworkModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""
-        torch.manual_seed(_mix(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx))
+        seed = _mix(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed goes through every backend there is, each step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
-    def log_step(self, batch: Batch, loss: Tensor, parts: dict[str, Any]) -> None:
-        """Log one training step: the loss for the progress bar, its parts for the logger."""
-        size = len(batch["labels"])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=size)
+    def log_step(self, batch: Batch, loss: Tensor, parts: Callable[[], dict[str, Any]] = dict) -> None:
+        """Log the loss and its parts in the first step, and in those that `log_every_n_steps` has the loggers write.
+
+        For each value that is logged Lightning goes through all it has logged so far: too much for every step.
+        """
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == 0 or (every and (step + 1) % every == 0):  # 0: never
+            size = len(batch["labels"])
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+            self.log_dict({f"train/{name}": value for name, value in parts().items()}, batch_size=size)
 
     def score(self, logits: Tensor, batch: Batch) -> None:
         """Update and log the validation scores."""
@@ -62,14 +71,18 @@ class NetworkModule(L.LightningModule):
         """Clip as the trainer says, also around a fused optimizer.
 
         Lightning refuses that under every mixed precision, since with a GradScaler (float16) the optimizer would undo
-        the scaling after the clipping. In bfloat16 nothing is scaled and clipping is safe.
+        the scaling after the clipping. In bfloat16 nothing is scaled and clipping is safe. On a CPU gradients that are
+        short enough already are left alone, where torch multiplies all of them by one.
         """
         plugin = self.trainer.precision_plugin  # FSDP's is another class: a norm over one shard would be wrong
-        bfloat16 = isinstance(plugin, MixedPrecision) and plugin.scaler is None
-        if bfloat16 and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        else:
+        unscaled = type(plugin) is Precision or (type(plugin) is MixedPrecision and plugin.scaler is None)
+        if not (unscaled and gradient_clip_val and gradient_clip_algorithm in (None, "norm")):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        given = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        if self.device.type != "cpu" or not norm <= gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(given, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over decayed and undecayed parameters, and the schedule over all planned steps."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config import build, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.teachers.frozen import Precision
 
 STAGES = ("teacher", "baseline", "distill", "finetune")
 
@@ -35,13 +36,18 @@ def validate(cfg: DictConfig) -> None:
 
 _ROOT = {
     "name": str, "run_dir": str, "stages": list[str], "seed": int, "seeds": int, "resume": str, "temperature": Any,
-    "alpha": Any, "validations": int, "checkpoint_every_n_steps": int, "teacher": dict, "finetune": dict,
+    "alpha": Any, "validations": int, "checkpoint_every_n_steps": int, "compile": bool, "teacher": dict,
+    "finetune": dict,
 }  # fmt: skip
+CACHE_MODES = ("auto", "off", "require", "refresh")
 _GROUPS = ("data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 _TEACHER = {
-    "checkpoint": str, "cache": str, "batch_size": int, "trainer": dict, "validations": int, "network": dict,
-    "optimizer": dict, "scheduler": dict,
+    "checkpoint": str | list[str], "cache": str, "cache_dtype": Literal["float32", "float16", "bfloat16"],
+    "cache_top_k": int | None, "cache_views": int, "precision": Precision, "features": list[str],
+    "answer_batch_size": int, "device": str | None, "compile": bool, "batch_size": int, "trainer": dict,
+    "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
 }  # fmt: skip
+_MAY_BE_NULL = ("teacher.checkpoint", "teacher.cache_top_k", "teacher.device")
 _FINETUNE = {"lr": float, "max_epochs": int}
 _OURS = (
     "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "use_distributed_sampler",
@@ -59,7 +65,7 @@ def _check_keys(cfg: dict[str, Any]) -> None:
         for key, value in node.items():
             if key not in known:
                 raise ConfigError(f"{prefix}{key}: there is no such key{did_you_mean(str(key), known)}")
-            if value is None and f"{prefix}{key}" != "teacher.checkpoint":
+            if value is None and f"{prefix}{key}" not in _MAY_BE_NULL:
                 raise ConfigError(f"{prefix}{key} needs a value")
             _check_type(f"{prefix}{key}", value, known[key])
 
@@ -68,7 +74,7 @@ def _check_values(cfg: dict[str, Any]) -> None:
     """Check the values of those keys, and what they say together."""
     at_least = {
         "seed": 0, "seeds": 1, "validations": 1, "checkpoint_every_n_steps": 1, "teacher.batch_size": 1,
-        "teacher.validations": 1, "finetune.max_epochs": 1,
+        "teacher.validations": 1, "teacher.answer_batch_size": 1, "teacher.cache_views": 1, "finetune.max_epochs": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         group, _, key = path.rpartition(".")
@@ -83,11 +89,13 @@ def _check_values(cfg: dict[str, Any]) -> None:
         raise ConfigError(f"stages={stages} must be some of {list(STAGES)}, in this order, each once")
     if "finetune" in stages and "distill" not in stages:
         raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
-    for path, choices in (("teacher.cache", ("auto", "off")), ("resume", ("auto", "never"))):
-        group, _, key = path.rpartition(".")
-        value = (cfg[group] if group else cfg)[key]
-        if value not in choices:
-            raise ConfigError(f"{path}={value!r} must be {' or '.join(choices)}")
+    if cfg["resume"] not in ("auto", "never"):
+        raise ConfigError(f"resume={cfg['resume']!r} must be auto or never")
+    mode = cfg["teacher"]["cache"]
+    if mode not in CACHE_MODES and "/" not in mode:
+        raise ConfigError(
+            f"teacher.cache={mode!r} is neither a mode nor a path (which has a slash){did_you_mean(mode, CACHE_MODES)}"
+        )
 
 
 def _check_schedules(cfg: dict[str, Any]) -> None:
@@ -179,5 +187,7 @@ def _check_trainers(cfg: dict[str, Any]) -> None:
                 f"{path}.strategy={strategy} with {processes(trainer)} processes would start the whole command again "
                 "in each of them: use strategy=ddp_spawn (trainer=ddp)"
             )
+        if cfg["compile"] and processes(trainer) > 1:
+            raise ConfigError(f"compile=true: the {processes(trainer)} processes of {path} would not compile; use one")
         if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")

@@ -91,7 +91,7 @@ def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trai
         settings={
             "temperature": cfg["temperature"], "alpha": cfg["alpha"], "steps": pipeline.steps,
             "batch_size": data.batch_size, "learning_rate": cfg["optimizer"].get("lr"),
-            "precision": cfg["trainer"]["precision"], "teacher_precision": pipeline.teacher_precision,
+            "precision": cfg["trainer"]["precision"], "teacher_precision": cfg["teacher"]["precision"],
             "trainings": trainings,
         },
         data=DataSummary(
@@ -106,11 +106,14 @@ def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trai
 
 
 def _teacher_answers(pipeline: Pipeline) -> dict[str, Answers]:
-    """Ask the teacher about validation and test, or look its answers up in its table."""
-    data, teacher = pipeline.data.select(tokens="both"), pipeline.teacher_answers()
+    """Ask the teacher about validation and test, or look its answers up."""
+    data, teacher = pipeline.data.select(tokens="both"), pipeline.answering_teacher
     teacher.to(pipeline.device)
     loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-    return {split: answers(teacher, loader, pipeline.device) for split, loader in loaders.items()}
+    try:
+        return {split: answers(teacher, loader, pipeline.device) for split, loader in loaders.items()}
+    finally:
+        teacher.close()
 
 
 def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> ModelResult:

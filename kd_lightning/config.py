@@ -30,6 +30,7 @@ def register_resolvers() -> None:
     """Make the `${name:...}` functions of conf/ known to OmegaConf."""
     OmegaConf.register_new_resolver("one_minus", one_minus, replace=True)
     OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
+    OmegaConf.register_new_resolver("fast_answers", fast_answers, replace=True)
     OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
@@ -66,6 +67,11 @@ def fast_precision() -> str:
     return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
 
 
+def fast_answers() -> str:
+    """Return the precision in which a teacher answers fastest at next to no loss: `bf16` or `float32`."""
+    return "bf16" if fast_precision() == "bf16-mixed" else "float32"
+
+
 def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
     """Return the tokenizer that belongs to the student or the teacher.
 
@@ -73,6 +79,8 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
     brings. A network without one reads the other's tokens, and `minilm` where neither has its own.
     """
     checkpoint = OmegaConf.select(_root_, "teacher.checkpoint")
+    if OmegaConf.is_list(checkpoint):  # the members of an ensemble read the same tokens
+        checkpoint = checkpoint[0]
     if checkpoint is not None:
         saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
         teacher = next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))
@@ -168,14 +176,20 @@ def processes(trainer: Mapping[str, Any]) -> int:
     return max(count, 1) * int(trainer.get("num_nodes", 1))
 
 
-def place(cfg: DictConfig) -> None:
-    """In a sweep, give the point a folder of its own."""
+def in_sweep() -> bool:
+    """Return whether this is a point of a Hydra multirun."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        cfg.run_dir = hydra.runtime.output_dir
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def place(cfg: DictConfig) -> None:
+    """In a sweep, give the point a folder of its own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if in_sweep():
+        cfg.run_dir = HydraConfig.get().runtime.output_dir
 
 
 def first_line(error: BaseException) -> str:

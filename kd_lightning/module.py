@@ -70,7 +70,7 @@ class DistillationModule(NetworkModule):
         teacher = self.teacher(batch) if self.objective.uses_teacher else student
         loss: Tensor
         loss, parts = self.objective(student, teacher, batch, self.progress)
-        self.log_step(batch, loss, parts | self.objective.settings(self.progress))
+        self.log_step(batch, loss, lambda: parts | self.objective.settings(self.progress))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -111,7 +111,7 @@ class SupervisedModule(NetworkModule):
         """Return the mean cross-entropy of one batch."""
         output = run_network(self.network, batch)
         loss: Tensor = self.loss(output, output, batch)
-        self.log_step(batch, loss, {})
+        self.log_step(batch, loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,41 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from kd_lightning.checks import validate
-from kd_lightning.config import build, lookup, parameters, to_dict
-from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
+from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.answers import Answers, answers, network_answers
+from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
-from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
-from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher, teacher_logits
-from kd_lightning.training import Stage, planned_steps, say, train
+from kd_lightning.runs import differences, digest, file_digest, load_run, read_json
+from kd_lightning.shared import shared
+from kd_lightning.teachers import AheadTeacher, FrozenTeacher, Teacher
+from kd_lightning.teaching import Answering, TeacherNetwork, load_teacher, read_teacher
+from kd_lightning.training import Stage, planned_steps, train
 from kd_lightning.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
     from kd_lightning.data import TextData
     from kd_lightning.data.text import Role
-
-
-@dataclass
-class TeacherNetwork:
-    """The teacher after its stage.
-
-    Attributes:
-        network: Its network, with its final weights.
-        fingerprint: Of those weights.
-        folder: Its stage folder; None for one that was loaded from Hugging Face.
-    """
-
-    network: nn.Module
-    fingerprint: str
-    folder: Path | None
 
 
 class Pipeline:
@@ -69,8 +53,7 @@ class Pipeline:
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
         self._check_folder()
-        self.data: TextData = build(self.cfg["data"])
-        self.data.prepare()
+        self.data: TextData = shared("data", digest(self.cfg["data"]), lambda: _prepared(self.cfg["data"]))
 
     def run(self) -> None:
         """Train every stage that is asked for and not yet finished."""
@@ -104,7 +87,7 @@ class Pipeline:
         """Fine-tune the teacher, or load the one that `teacher.checkpoint` names."""
         settings = self.cfg["teacher"]
         if settings["checkpoint"] is not None:
-            return self._load_teacher(str(settings["checkpoint"]))
+            return load_teacher(settings["checkpoint"], self.data, self.console)
         folder = self.folder / "teacher"
         torch.manual_seed(self.cfg["seed"])
         data = self.data.select(tokens="teacher", pool=False)
@@ -116,7 +99,7 @@ class Pipeline:
             seed=self.cfg["seed"],
         )  # fmt: skip
         train(stage, self.console)
-        return self._read_teacher(folder)
+        return read_teacher(folder, self.data)
 
     def baseline(self, seed: int, name: str) -> None:
         """Train the student from labels alone, for as many steps as the distillation takes."""
@@ -132,8 +115,10 @@ class Pipeline:
     def distill(self, seed: int) -> None:
         """Train the student from the teacher, on the labelled split and on whatever only the teacher labels."""
         network, network_settings = self._student(seed, "teacher")
-        teacher = self.teacher_answers()
+        teacher = self.answering_teacher
         data = self._student_data(seed, pool=True)
+        if isinstance(teacher, AheadTeacher):
+            data.around = teacher.around
         stage = self._stage(
             f"distill, seed {seed}", self._folder(seed, "distill"), data, network, network_settings,
             self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
@@ -144,7 +129,10 @@ class Pipeline:
             network, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
             num_classes=self.data.num_classes, seed=seed,
         )  # fmt: skip
-        train(stage, self.console)
+        try:
+            train(stage, self.console)
+        finally:
+            teacher.close()
 
     def finetune(self, seed: int) -> None:
         """Train the distilled student on from labels, at its own learning rate."""
@@ -181,7 +169,7 @@ class Pipeline:
 
     def _rehearse(self) -> None:
         """Build the networks and compare them on one batch: what does not fit is refused before any training."""
-        data = self.data.select(tokens="both")
+        data = self.data.select(tokens="both").with_batches(eval_batch_size=4)
         batch = next(iter(data.val_dataloader()))
         given = {}
         if self.has_teacher:
@@ -194,7 +182,8 @@ class Pipeline:
             return
         student, _ = self._build(self.cfg["student"], "student", **given)
         if "distill" in self.stages:
-            _try(build(self.cfg["distillation"]), student, FrozenTeacher(given["teacher"]), batch)
+            teacher = FrozenTeacher(given["teacher"], features=self.cfg["teacher"]["features"])
+            _try(build(self.cfg["distillation"]), student, teacher, batch)
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 
@@ -223,36 +212,23 @@ class Pipeline:
         """True when the student is initialised from the teacher."""
         return "initialise" in parameters(lookup(self.cfg["student"]["_target_"]))
 
-    def teacher_answers(self) -> Teacher:
-        """Return the teacher as the students meet it: running, or answering from one pass over all examples."""
-        if self.cfg["teacher"]["cache"] == "off" or "distill" not in self.stages:
-            return FrozenTeacher(self.teacher.network, self.teacher_precision)
-        return CachedTeacher(self.teacher_table())
+    @cached_property
+    def answering_teacher(self) -> Teacher:
+        """The teacher as the students meet it: running, or answering from one pass over all examples."""
+        several = len(self.seeds) > 1 or in_sweep() or processes(self.cfg["trainer"]) > 1
+        return self._answering.teacher(self.teacher, build=several)
+
+    def build_caches(self) -> list[Path]:
+        """Have the teacher answer every example; return the folder of its cache, or of each member's of an ensemble."""
+        teachers = self.teacher.members or [self.teacher]
+        for teacher in teachers:
+            self._answering.teacher(teacher, build=True)
+        return [self._answering.cache(teacher).folder for teacher in teachers]
 
     @property
-    def teacher_precision(self) -> str:
-        """The precision the teacher trains and answers in."""
-        return str(self.cfg["teacher"]["trainer"].get("precision", self.cfg["trainer"]["precision"]))
-
-    def teacher_table(self) -> Tensor:
-        """Return the teacher's logits for every example of the data, computed once for all runs on this machine."""
-        from kd_lightning.assets import home
-
-        data = self.data.select(tokens="teacher", pool=True)
-        fingerprint = digest([self.teacher.fingerprint, data.fingerprint, self.teacher_precision])
-        path = home() / "teacher_outputs" / f"{fingerprint}.safetensors"
-
-        def ask() -> Answers:
-            say(self.console, f"teacher  answers {data.num_examples} examples, once")
-            started = time.monotonic()
-            teacher = FrozenTeacher(self.teacher.network, self.teacher_precision).to(self.device)
-            hidden = not self.console.is_terminal
-            batches = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
-            said = answers(teacher, batches, self.device)
-            say(self.console, f"teacher  answered in {time.monotonic() - started:.0f} s")
-            return said
-
-        return teacher_logits(path, fingerprint, data.num_examples, ask)
+    def _answering(self) -> Answering:
+        settings = {**self.cfg["teacher"], "cache": "off"} if "distill" not in self.stages else self.cfg["teacher"]
+        return Answering(settings, self.data.select(tokens="teacher", pool=True), self.device, self.console)
 
     def _student_data(self, seed: int, pool: bool) -> TextData:
         return self.data.select(tokens="both" if pool else "student", pool=pool).with_batches(seed=seed)
@@ -311,46 +287,14 @@ class Pipeline:
             callbacks=self.cfg["callbacks"],
             loggers=self.cfg["logger"],
             steps=steps,
+            compile=self.cfg["compile"] and name != "teacher",
         )  # fmt: skip
 
-    def _load_teacher(self, checkpoint: str) -> TeacherNetwork:
-        """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules."""
-        folder = Path(checkpoint)
-        if (folder / "teacher" / "stage.json").is_file():
-            folder = folder / "teacher"
-        if (folder / "stage.json").is_file():
-            teacher = self._read_teacher(folder)
-        else:
-            from kd_lightning.models.hf import finished
 
-            network = finished(checkpoint, num_classes=self.data.num_classes)
-            self._check_class_order(checkpoint, network)
-            teacher = TeacherNetwork(network.eval(), network_digest(network), None)
-        return teacher
-
-    def _check_class_order(self, checkpoint: str, network: nn.Module) -> None:
-        """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
-        config: Any = network.config
-        names = [str(name) for _, name in sorted(config.id2label.items())]
-        theirs, ours = [name.casefold() for name in names], [name.casefold() for name in self.data.class_names]
-        if theirs != ours and sorted(theirs) == sorted(ours):
-            raise ConfigError(
-                f"the teacher {checkpoint} has the classes in the order {names}, the data {self.data.class_names}: "
-                f"give the data the teacher's order, data.class_names={names}"
-            )
-        if theirs != ours and theirs != [f"label_{i}" for i in range(len(ours))]:
-            say(self.console, f"teacher  calls its classes {names}, the data {self.data.class_names}: do they match?")
-
-    def _read_teacher(self, folder: Path) -> TeacherNetwork:
-        model = load_run(folder)
-        if model.class_names != self.data.class_names:
-            raise ConfigError(
-                f"the teacher in {folder} knows the classes {model.class_names}, the data has {self.data.class_names}: "
-                "teacher.checkpoint must be a teacher of the same classes"
-            )
-        if model.tokenizer is not None and model.tokenizer.get_vocab() != self.data.teacher_tokenizer.get_vocab():
-            raise KDError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
-        return TeacherNetwork(model.network, file_digest(folder / "model.safetensors"), folder)
+def _prepared(settings: dict[str, Any]) -> TextData:
+    data: TextData = build(settings)
+    data.prepare()
+    return data
 
 
 def _try(objective: Objective, student: nn.Module, teacher: Teacher, batch: Batch) -> None:

@@ -25,8 +25,10 @@ def _run(cfg: DictConfig) -> float:
         from kd_lightning.compare import compare
         from kd_lightning.pipeline import Pipeline
         from kd_lightning.quiet import quiet
+        from kd_lightning.threads import settle_threads
 
         quiet()
+        settle_threads()
         log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
         log.setLevel(logging.INFO)
         log.handlers = [logging.StreamHandler()]

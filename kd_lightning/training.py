@@ -47,6 +47,7 @@ class Stage:
         callbacks: Settings of further callbacks by name.
         loggers: Settings of loggers by name.
         steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
+        compile: Whether to `torch.compile` the network, for batches of any shape.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage:
     callbacks: dict[str, Any]
     loggers: dict[str, Any]
     steps: int | None = None
+    compile: bool = False
 
 
 def planned_steps(trainer: dict[str, Any], batches: int) -> int:
@@ -93,6 +95,8 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
     resume = stage.folder / "checkpoints" / "resume.ckpt"
     best, timer, started = _best(stage), Timer(), time.monotonic()
+    if stage.compile:
+        stage.network.compile(dynamic=True)  # in place: the names of its weights stay
     module = stage.module(stage.network)
     trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best], resume)
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)

@@ -3,6 +3,7 @@
 python scripts/update_readme.py            write README.md
 python scripts/update_readme.py --check    fail if it is not what the results say
 python scripts/update_readme.py --record runs/quickstart    first copy that run's report to results/quickstart.json
+python scripts/update_readme.py --picture  first draw results/peers.png from results/benchmarks/peers.json
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from kd_lightning.report import load_report, markdown_table, summary
 
@@ -20,8 +22,58 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def benchmarks() -> str:
+    """Return the README's table of what was measured against a goal, from results/benchmarks/*.json."""
+    lines = ["| benchmark | figure | median | low to high | goal | met |", "| :-- | :-- | --: | --: | --: | :-- |"]
+    files = sorted((ROOT / "results" / "benchmarks").glob("*.json"))
+    for content in map(_read, files):
+        for measure in content["measures"]:
+            if measure["goal"] is None:
+                continue
+            unit = "" if measure["unit"] == "ratio" else f" {measure['unit']}"
+            spread = f"{measure['low']:.3g} to {measure['high']:.3g}"
+            met = "yes" if measure["met"] else "**no**"
+            lines.append(
+                f"| `{content['name']}` | {measure['name']} | {measure['median']:.3g}{unit} | {spread} | "
+                f"{measure['goal']} | {met} |"
+            )
+    machines = {content["environment"]["cpu"]: content["environment"] for content in map(_read, files)}
+    where = "; ".join(f"{name}, {m['cores']} cores, torch {m['versions']['torch']}" for name, m in machines.items())
+    return "\n".join([*lines, "", f"Measured with `python scripts/benchmark.py all` on {where}."]) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def picture() -> None:
+    """Draw how long each library takes for the same distillation."""
+    from matplotlib.figure import Figure
+
+    measures = _read(ROOT / "results" / "benchmarks" / "peers.json")["measures"]
+    seconds = [measure for measure in measures if measure["unit"] == "s"]
+    students = list(dict.fromkeys(measure["name"].split(": ")[0] for measure in seconds))
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(seconds) / len(students)), layout="constrained")
+    for axes, student in zip(figure.subplots(1, len(students), sharex=True, squeeze=False)[0], students, strict=True):
+        rows = [m for m in seconds if m["name"].startswith(f"{student}: ")]
+        rows.sort(key=lambda measure: -measure["median"])
+        names = [measure["name"].split(": ", 1)[1] for measure in rows]
+        spread = [[m["median"] - m["low"] for m in rows], [m["high"] - m["median"] for m in rows]]
+        colours = ["#1b6ca8" if name.startswith("ours") else "#b0b0b0" for name in names]
+        bars = axes.barh(names, [m["median"] for m in rows], xerr=spread, color=colours, ecolor="#444444", capsize=2)
+        axes.bar_label(bars, [f" {m['median']:.1f} s" for m in rows], padding=4, fontsize=9)
+        axes.set_title(f"MiniLM-L6 to {student}", fontsize=11)
+        axes.set_xlabel("seconds, median of rounds (bars: lowest to highest)")
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "results" / "peers.png", dpi=150)
+
+
 def block(name: str) -> str:
     """Return the README's block for one result: the sentence that sums it up, the table, and where it was measured."""
+    if name == "benchmarks":
+        return benchmarks()
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]
@@ -51,9 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--record", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--picture", action="store_true")
     given = parser.parse_args()
     if given.record:
         record(given.record)
+    if given.picture:
+        picture()
     path = ROOT / "README.md"
     old = path.read_text(encoding="utf-8")
     new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)

@@ -89,7 +89,7 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
         (["stages=[teacher,distil]"], "no stage 'distil'; did you mean 'distill'"),
         (["stages=[distill,teacher]"], "in this order"),
         (["stages=[teacher,finetune]"], "needs distill before it"),
-        (["teacher.cache=maybe"], "teacher.cache='maybe' must be auto or off"),
+        (["teacher.cache=maybe"], "teacher.cache='maybe' is neither a mode nor a path"),
         (["resume=perhaps"], "resume='perhaps' must be auto or never"),
         (["trainer.precision=16-mixed"], "16-mixed needs a GPU"),
         (["trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps"),

@@ -18,6 +18,8 @@ from scipy.stats import entropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kd_lightning.cache.fill import fill
+from kd_lightning.cache.store import TeacherCache
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss, Term
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
@@ -252,14 +254,18 @@ def test_the_teacher_reads_its_own_entries() -> None:
     assert record.metrics[0]["train/loss"] == pytest.approx(kd, rel=1e-6)
 
 
-def test_a_cached_teacher_trains_to_the_same_student() -> None:
+def test_a_cached_teacher_trains_to_the_same_student_bit_by_bit(tmp_path: Path) -> None:
     data, network = batches([8, 5, 8], unlabelled=True), teacher_network()
-    running, cached = make(teacher=FrozenTeacher(network)), None
-    logits = torch.cat([FrozenTeacher(network)(batch).logits for batch in data])
-    cached = make(teacher=CachedTeacher(logits))
-    for module in (running, cached):
+    kept = TeacherCache.create(tmp_path / "before", {}, 21)
+    fill(kept, FrozenTeacher(network), data)
+    filled = TeacherCache.create(tmp_path / "meanwhile", {}, 21)
+    teachers = [FrozenTeacher(network), CachedTeacher(kept), CachedTeacher(filled, FrozenTeacher(network))]
+    modules = [make(teacher=teacher) for teacher in teachers]
+    for module in modules:
         make_trainer(max_epochs=2).fit(module, loader(data), loader(data))
-    torch.testing.assert_close(cached.student.state_dict(), running.student.state_dict())
+    for module in modules[1:]:
+        torch.testing.assert_close(module.student.state_dict(), modules[0].student.state_dict(), rtol=0, atol=0)
+    assert filled.complete
 
 
 # -- what is trained, and what is kept --------------------------------------------------------------------------------

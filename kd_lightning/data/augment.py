@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 MASK = "\ufdd0"
 """Stands for a masked word until the tokenizer's own mask is known; a code point that Unicode bars from texts."""
@@ -66,15 +67,41 @@ def make_view(
     return "".join((" " if space else "") + word for space, word in altered).strip()
 
 
-def make_views(
-    sentences: Sequence[tuple[str, ...]], count: int, seed: int, mask_probability: float, ngram_probability: float
-) -> list[tuple[str, ...]]:
-    """Return `count` views of each sentence, sentence by sentence; both texts of a pair are altered."""
-    return [
-        tuple(
-            make_view(text, index, view, seed, mask_probability=mask_probability, ngram_probability=ngram_probability)
-            for text in sentence
+@dataclass(frozen=True)
+class Views:
+    """The views of all sentences, numbered: set by set, in a set sentence by sentence; there is no last set.
+
+    Attributes:
+        sentences: What is altered; both texts of a pair are.
+        count: Views of each sentence in one set.
+        seed: Of all of them.
+        mask_probability: As in `make_view`.
+        ngram_probability: As in `make_view`.
+    """
+
+    sentences: Sequence[tuple[str, ...]]
+    count: int
+    seed: int
+    mask_probability: float
+    ngram_probability: float
+
+    @property
+    def per_set(self) -> int:
+        """How many views one set has."""
+        return len(self.sentences) * self.count
+
+    def make(self, number: int) -> tuple[str, ...]:
+        """Return one view: of the sentence `number % per_set // count`, in the set `number // per_set`."""
+        one_set, place = divmod(number, self.per_set)
+        index, view = divmod(place, self.count)
+        return tuple(
+            make_view(
+                text,
+                index,
+                one_set * self.count + view,
+                self.seed,
+                mask_probability=self.mask_probability,
+                ngram_probability=self.ngram_probability,
+            )
+            for text in self.sentences[index]
         )
-        for index, sentence in enumerate(sentences)
-        for view in range(count)
-    ]

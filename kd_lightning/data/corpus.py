@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -121,14 +120,15 @@ def assemble(
         "test": (encode_labels(test, names) if test else None, test_fraction),
     }
     missing = {part: fraction for part, (given, fraction) in held.items() if given is None}
-    parts = {part: given for part, (given, _) in held.items() if given is not None}
+    given = {part: examples for part, (examples, _) in held.items() if examples is not None}
+    parts = dict(given)
     if missing:
         examples = _drop_duplicates(examples, train.source)
         carved = stratified_split(examples.labels, list(missing.values()), split_seed, names, train.source)
         parts |= {part: examples.take(positions) for part, positions in zip(missing, carved[1:], strict=True)}
         examples = examples.take(carved[0])
-    _warn_of_overlap(examples, parts, train.source)
-    seen = {normalise(text) for part in parts.values() for text in part.texts}
+    _warn_of_overlap(examples, given, train.source)  # what was held out here shares nothing with the rest
+    seen = {normalise(text) for part in parts.values() for text in part.texts} if transfer else set()
     kept = [text for text in transfer if normalise(text) not in seen]
     if len(kept) < len(transfer):
         log.info("left out %d transfer sentences that are validation or test sentences", len(transfer) - len(kept))
@@ -219,8 +219,11 @@ def _drop_duplicates(examples: Examples, source: str) -> Examples:
 
 
 def _warn_of_overlap(train: Examples, parts: dict[str, Examples], source: str) -> None:
-    seen = Counter(normalise(text) for text in train.texts)
+    held_out = {normalise(text) for examples in parts.values() for text in examples.texts}
+    if not held_out:
+        return
+    both = {form for text in train.texts if (form := normalise(text)) in held_out}
     for part, examples in parts.items():
-        shared = sum(normalise(text) in seen for text in examples.texts)
+        shared = sum(normalise(text) in both for text in examples.texts)
         if shared:
             log.warning("%d of %d %s sentences are also training sentences of %s", shared, len(examples), part, source)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,9 @@ class FileReader:
         Raises:
             DataError: Whatever is wrong with the file.
         """
-        return [self._sentence(path, line, record) for line, record in self._records(Path(path), self._text_columns())]
+        place = self._place(path)
+        records = self._records(Path(path), self._text_columns())
+        return [self._sentence(record, f"{place} {line}") for line, record in records]
 
     def examples(self, path: str | Path) -> RawExamples:
         """Read the sentences and labels of a file.
@@ -67,23 +69,22 @@ class FileReader:
             raise DataError(
                 f"{path}: plain text has no labels; use it in data.transfer, or give CSV, TSV, JSONL or Parquet"
             )
-        texts, labels, places = [], [], []
+        texts, labels, lines = [], [], []
+        place, column = self._place(path), f", column {self.label_column!r}"
         for line, record in self._records(Path(path), [*self._text_columns(), self.label_column]):
-            place = self._place(path, line, self.label_column)
-            texts.append(self._sentence(path, line, record))
-            labels.append(label_of(record.get(self.label_column), place))
-            places.append(line)
-        return RawExamples(texts, labels, str(path), lambda i: self._place(path, places[i], self.label_column))
+            texts.append(self._sentence(record, f"{place} {line}"))
+            labels.append(sys.intern(label_of(record.get(self.label_column), f"{place} {line}{column}")))
+            lines.append(line)
+        return RawExamples(texts, labels, str(path), lambda i: f"{place} {lines[i]}{column}")
 
     def _text_columns(self) -> list[str]:
         return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
 
-    def _sentence(self, path: str | Path, line: int, record: dict[str, Any]) -> Sentence:
-        return tuple(text_of(record.get(name), self._place(path, line, name)) for name in self._text_columns())
+    def _sentence(self, record: dict[str, Any], place: str) -> Sentence:
+        return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self._text_columns()])
 
-    def _place(self, path: str | Path, line: int, column: str) -> str:
-        unit = "row" if self._format(Path(path)) == "parquet" else "line"
-        return f"{path}: {unit} {line}, column {column!r}"
+    def _place(self, path: str | Path) -> str:
+        return f"{path}: {'row' if self._format(Path(path)) == 'parquet' else 'line'}"
 
     def _format(self, path: Path) -> Format:
         found = self.format or SUFFIXES.get(path.suffix.lower())
@@ -101,29 +102,38 @@ class FileReader:
             return _parquet_records(path, columns)
         if kind == "txt" and len(columns) > 1:
             raise DataError(f"{path}: plain text holds one sentence a line, and this task has pairs; give CSV or JSONL")
-        text = _decode(path, self.encoding)
+        lines = _lines(path, self.encoding, newline="" if kind in ("csv", "tsv") else None)
         if kind == "txt":
-            return _lines(text, self.text_column)
+            return _plain_records(lines, self.text_column)
         if kind == "jsonl":
-            return _json_records(path, text, columns)
-        return _csv_records(path, text, columns, "\t" if kind == "tsv" else ",", self.quotes)
+            return _json_records(path, lines, columns)
+        return _csv_records(path, lines, columns, "\t" if kind == "tsv" else ",", self.quotes)
 
 
-def _decode(path: Path, encoding: str) -> str:
-    content = path.read_bytes()
+def _lines(path: Path, encoding: str, newline: str | None) -> Iterator[str]:
+    """Yield a file's lines as they are read, so that only the sentences are ever in memory."""
     try:
-        return content.decode(encoding).removeprefix("\ufeff")
+        with path.open(encoding=encoding, newline=newline) as file:
+            yield next(file, "").removeprefix("\ufeff")
+            yield from file
     except LookupError as error:
         raise ConfigError(f"data.encoding={encoding!r} is not an encoding Python knows; e.g. utf-8, gb18030") from error
+    except UnicodeError as error:
+        raise DataError(f"{path}: {_bad_byte(path, encoding)}; set data.encoding to the file's own") from error
+
+
+def _bad_byte(path: Path, encoding: str) -> str:
+    content = path.read_bytes()
+    try:
+        content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        bad = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise DataError(f"{path}: line {line}: {bad} is not {encoding}; set data.encoding to the file's own") from error
+        return f"line {line}: byte 0x{content[error.start]:02x} at offset {error.start} is not {encoding}"
+    return f"there is no byte order mark, which {encoding} needs"
 
 
-def _lines(text: str, column: str) -> Iterator[Record]:
-    # Not `str.splitlines`, which also breaks lines at form feeds and Unicode separators inside a sentence.
-    for line, sentence in enumerate(io.StringIO(text, newline=None), start=1):
+def _plain_records(lines: Iterable[str], column: str) -> Iterator[Record]:
+    for line, sentence in enumerate(lines, start=1):
         if sentence.strip():
             yield line, {column: sentence}
 
@@ -137,9 +147,11 @@ def _check_columns(path: Path, header: Sequence[str], columns: Sequence[str], pl
             raise DataError(f"{path}: {place}there are several columns {name!r}; rename all but one")
 
 
-def _csv_records(path: Path, text: str, columns: Sequence[str], delimiter: str, quotes: bool) -> Iterator[Record]:
+def _csv_records(
+    path: Path, lines: Iterable[str], columns: Sequence[str], delimiter: str, quotes: bool
+) -> Iterator[Record]:
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     header: list[str] | None = None
     begin = 1
     try:
@@ -162,8 +174,8 @@ def _csv_records(path: Path, text: str, columns: Sequence[str], delimiter: str, 
         raise DataError(f"{path}: the file is empty")
 
 
-def _json_records(path: Path, text: str, columns: Sequence[str]) -> Iterator[Record]:
-    for line, content in enumerate(io.StringIO(text, newline=None), start=1):
+def _json_records(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[Record]:
+    for line, content in enumerate(lines, start=1):
         if not content.strip():
             continue
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch.distributed
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from torch.utils.data import DistributedSampler
 from kd_lightning.errors import ConfigError
 
 Positions = NDArray[np.int64]
+Turn = tuple[Positions, NDArray[np.int64]]
+"""What an epoch takes: positions, and the tokens in the example at each."""
 
 POOL_BATCHES = 50
 """How many global batches are sorted by length together: enough for little padding, few enough to keep chance."""
@@ -40,7 +43,8 @@ class BucketBatchSampler(DistributedSampler[Any]):
     Being a `DistributedSampler`, it is left alone by Lightning, which would otherwise put its own in its place.
 
     Args:
-        lengths: Tokens in each example, `(N,)`.
+        lengths: Tokens in each example, `(N,)`; or, where not every epoch takes the same examples, a function from the
+            epoch to its `Turn`, of the same size for all epochs.
         batch_size: Examples in a batch of one rank.
         shuffle: Whether for training.
         seed: Of the order.
@@ -53,7 +57,7 @@ class BucketBatchSampler(DistributedSampler[Any]):
 
     def __init__(
         self,
-        lengths: NDArray[Any],
+        lengths: NDArray[Any] | Callable[[int], Turn],
         batch_size: int,
         *,
         shuffle: bool,
@@ -66,10 +70,11 @@ class BucketBatchSampler(DistributedSampler[Any]):
         world = world if world_size is None else world_size
         if batch_size < 1:
             raise ConfigError(f"data.batch_size={batch_size}: expected 1 or more")
-        if len(lengths) < world:
-            raise ConfigError(f"{len(lengths)} examples cannot be shared by {world} processes; lower trainer.devices")
-        super().__init__(lengths, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.lengths = np.asarray(lengths)
+        self.turn = lengths if callable(lengths) else lambda _: (np.arange(len(lengths)), np.asarray(lengths))
+        self.size = len(self.turn(0)[0])
+        if self.size < world:
+            raise ConfigError(f"{self.size} examples cannot be shared by {world} processes; lower trainer.devices")
+        super().__init__(range(self.size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self._resumed: tuple[int, int] | None = None
 
@@ -80,10 +85,10 @@ class BucketBatchSampler(DistributedSampler[Any]):
 
     def __len__(self) -> int:
         """Return the batches in a whole epoch, the same on every rank; resuming does not change it."""
-        steps = -(-len(self.lengths) // self.global_batch_size)
+        steps = -(-self.size // self.global_batch_size)
         if self.shuffle:
             return steps
-        return min(steps, len(self.lengths) // self.num_replicas)  # a rank without any example would be left waiting
+        return min(steps, self.size // self.num_replicas)  # a rank without any example would be left waiting
 
     def resume(self, epoch: int, batches: int) -> None:
         """Go to `epoch` and leave out its first `batches` batches; other epochs are whole."""
@@ -99,16 +104,28 @@ class BucketBatchSampler(DistributedSampler[Any]):
 
     def _training_steps(self) -> list[Positions]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.lengths))
+        positions, lengths = self.turn(self.epoch)
+        order = generator.permutation(len(positions))
         order = np.resize(order, len(order) + -len(order) % self.num_replicas)
         size = self.global_batch_size
         steps: list[Positions] = []
         for start in range(0, len(order), size * POOL_BATCHES):
             pool = order[start : start + size * POOL_BATCHES]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            steps += [pool[cut : cut + size] for cut in range(0, len(pool), size)]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            steps += [positions[pool[cut : cut + size]] for cut in range(0, len(pool), size)]
         return [steps[i] for i in generator.permutation(len(steps))]
 
     def _evaluation_steps(self) -> list[Positions]:
-        order = np.argsort(self.lengths, kind="stable")
-        return np.array_split(order, len(self))
+        positions, lengths = self.turn(self.epoch)
+        return np.array_split(positions[np.argsort(lengths, kind="stable")], len(self))
+
+
+def position(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the epoch that the next training batch belongs to and how many of its batches are done."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if epochs.ready == epochs.processed:  # between epochs
+        return epochs.processed, 0
+    if batches.processed >= trainer.num_training_batches:
+        return epochs.processed + 1, 0
+    return epochs.processed, batches.processed

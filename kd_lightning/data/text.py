@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,10 +19,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from kd_lightning.assets import home
-from kd_lightning.data.augment import MASK, make_views
+from kd_lightning.data.augment import Views
 from kd_lightning.data.corpus import Corpus, Sentence
-from kd_lightning.data.sampler import BucketBatchSampler, rank_and_world
-from kd_lightning.data.tokens import TokenDataset, TokenStore, encode_store, load_tokenizer, tokenizer_fingerprint
+from kd_lightning.data.dataset import FreshViews, TokenDataset
+from kd_lightning.data.sampler import BucketBatchSampler, position, rank_and_world
+from kd_lightning.data.tokens import (
+    TokenStore,
+    encode_batch,
+    encode_store,
+    load_tokenizer,
+    mask_token,
+    sentences_digest,
+    tokenizer_fingerprint,
+)
 from kd_lightning.errors import ConfigError
 from kd_lightning.types import IGNORE, Batch
 
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Role = Literal["teacher", "student"]
+ROLES: tuple[Role, Role] = ("student", "teacher")
 PARTS = ("train", "views", "transfer", "validation", "test")
 
 
@@ -46,7 +55,7 @@ class TextData(L.LightningDataModule, ABC):
     """Sentences or pairs of sentences with one class each, and sentences without that only a teacher labels.
 
     A subclass says where they come from, in `read`. Every example has a stable `index`: first the training sentences,
-    then their views, then the transfer sentences, then validation, then test.
+    then their views (set by set), then the transfer sentences, then validation, then test.
 
     Encoding is done once and kept on disk, so that a batch is a few array look-ups: worker processes seldom pay off.
 
@@ -57,6 +66,9 @@ class TextData(L.LightningDataModule, ABC):
         batch_size: Training examples in a batch of one process.
         eval_batch_size: Examples in a batch where nothing is trained.
         views: Altered copies of each training sentence, for the teacher to label.
+        view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All are encoded
+            beforehand and have an `index`. None: a set of its own for every epoch, made as it is trained on, of
+            index -1, which nothing that is looked up by `index` can serve.
         mask_probability: How often a view's word is masked.
         ngram_probability: How often a view is cut to at most five words.
         transfer: More sentences for the teacher to label: files, or names that the source knows.
@@ -68,6 +80,11 @@ class TextData(L.LightningDataModule, ABC):
 
     Raises:
         ConfigError: An option out of its range.
+
+    Attributes:
+        fingerprint: Of everything that decides the batches but for their sizes and order; set by `prepare`.
+        around: Wraps the loader of training batches (`AheadTeacher.around`); None leaves it as it is.
+        teacher_key: What decides a teacher's answer to each `index`, for people to compare; set by `prepare`.
     """
 
     def __init__(
@@ -78,6 +95,7 @@ class TextData(L.LightningDataModule, ABC):
         batch_size: int = 32,
         eval_batch_size: int = 128,
         views: int = 0,
+        view_sets: int | None = 1,
         mask_probability: float = 0.1,
         ngram_probability: float = 0.25,
         transfer: Sequence[str] = (),
@@ -87,7 +105,8 @@ class TextData(L.LightningDataModule, ABC):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        sets = 1 if view_sets is None else view_sets
+        _check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, view_sets=sets)
         _check_least(4, max_length=max_length)
         _check_least(0, views=views, seed=seed, split_seed=split_seed, num_workers=num_workers)
         for name, value in (("mask_probability", mask_probability), ("ngram_probability", ngram_probability)):
@@ -98,6 +117,7 @@ class TextData(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.views = views
+        self.view_sets = view_sets
         self.mask_probability = mask_probability
         self.ngram_probability = ngram_probability
         self.transfer = [transfer] if isinstance(transfer, str) else list(transfer)
@@ -107,6 +127,8 @@ class TextData(L.LightningDataModule, ABC):
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "tokens"
         self.class_names: list[str] = []
         self.fingerprint = ""
+        self.teacher_key: dict[str, Any] = {}
+        self.around: Callable[[DataLoader[Batch]], Any] | None = None
         self._tokens: Literal["student", "teacher", "both"] = "both"
         self._pool = True
         self._resume: tuple[int, int] | None = None
@@ -127,11 +149,10 @@ class TextData(L.LightningDataModule, ABC):
         if self.fingerprint:
             return
         corpus = self.read()
+        views = Views(corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability)
         parts: dict[str, list[Sentence]] = {
             "train": corpus.train.texts,
-            "views": make_views(
-                corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability
-            ),
+            "views": [views.make(number) for number in range(views.per_set * (self.view_sets or 0))],
             "transfer": corpus.transfer,
             "validation": corpus.validation.texts,
             "test": corpus.test.texts,
@@ -141,12 +162,11 @@ class TextData(L.LightningDataModule, ABC):
         self._labels = np.full(ends[-1], IGNORE, np.int64)
         for name in ("train", "validation", "test"):
             self._labels[self._spans[name].start : self._spans[name].stop] = getattr(corpus, name).labels
-        texts = [text for name in PARTS for text in parts[name]]
         self._load_tokenizers([text for sentence in corpus.train.texts for text in sentence])
-        self._encode(texts)
+        self._fresh = None if self.repeatable else views
         self.texts_per_example = len(corpus.train.texts[0])
         self.class_names = corpus.class_names
-        self.fingerprint = self._content_fingerprint(texts)
+        self._encode([text for name in PARTS for text in parts[name]])
         log.info("%s: %s", type(self).__name__, ", ".join(f"{len(self._spans[name])} {name}" for name in PARTS))
 
     def _load_tokenizers(self, training_texts: list[str]) -> None:
@@ -158,28 +178,35 @@ class TextData(L.LightningDataModule, ABC):
             if self.max_length > tokenizer.model_max_length:
                 longest = tokenizer.model_max_length
                 raise ConfigError(f"data.max_length={self.max_length}, but {name!r} takes at most {longest} tokens")
+            if mask_token(tokenizer) is None and self.views and self.mask_probability:
+                message = f"{name!r} has no token to mask words with"
+                raise ConfigError(f"{message}; set data.mask_probability=0 or data.views=0")
 
     def _encode(self, texts: list[Sentence]) -> None:
+        """Encode everything, and name it: whole, and as far as a teacher's answers depend on it."""
+        digest = sentences_digest(texts)
+        sentences = digest.hexdigest()
+        prints = {role: tokenizer_fingerprint(self._tokenizer(role)) for role in ROLES}
         self._stores: dict[str, TokenStore] = {}
-        for role in ("student", "teacher"):
-            if role == "teacher" and not self.has_two_tokenizers:
-                self._stores["teacher"] = self._stores["student"]
-                continue
-            tokenizer = self._tokenizer(role)
-            mask = tokenizer.mask_token or tokenizer.unk_token
-            if mask is None and self.views and self.mask_probability:
-                name = self.tokenizer_names[role]
-                raise ConfigError(
-                    f"{name!r} has no token to mask words with; set data.mask_probability=0 or data.views=0"
-                )
-            masked = [tuple(text.replace(MASK, mask or "") for text in sentence) for sentence in texts]
-            self._stores[role] = encode_store(tokenizer, masked, self.max_length, self.cache_dir)
-
-    def _content_fingerprint(self, texts: list[Sentence]) -> str:
-        tokenizers = [tokenizer_fingerprint(self._tokenizer(role)) for role in ("student", "teacher")]
+        for role in ROLES[: 1 + self.has_two_tokenizers]:
+            self._stores[role] = encode_store(self._tokenizer(role), texts, sentences, self.max_length, self.cache_dir)
+        self._stores.setdefault("teacher", self._stores["student"])
+        self.teacher_key = {
+            "sentences": sentences,
+            "examples": len(texts),
+            "tokenizer": prints["teacher"],
+            "max_length": self.max_length,
+            "truncation": self.teacher_tokenizer.truncation_side,
+        }
         spans = [[span.start, span.stop] for span in self._spans.values()]
-        content = [texts, self._labels.tolist(), self.class_names, spans, tokenizers, self.max_length]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+        content: list[Any] = [self._labels.tolist(), self.class_names, spans, list(prints.values()), self.max_length]
+        sides = [self._tokenizer(role).truncation_side for role in ROLES]
+        if sides != ["right", "right"]:
+            content.append(sides)
+        if self.views and self.view_sets != 1:  # whose turns, or whose making, the texts do not show
+            content.append([self.view_sets, self.views, self.split_seed, self.mask_probability, self.ngram_probability])
+        digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
+        self.fingerprint = digest.hexdigest()
 
     def prepare_data(self) -> None:
         """Fill the caches on disk, in one process of each machine."""
@@ -207,8 +234,13 @@ class TextData(L.LightningDataModule, ABC):
         return self.tokenizer_names["student"] != self.tokenizer_names["teacher"]
 
     @property
+    def repeatable(self) -> bool:
+        """Whether every training example has an `index`; fresh views in each epoch (`view_sets=None`) have none."""
+        return self.view_sets is not None or self.views == 0
+
+    @property
     def sizes(self) -> dict[str, int]:
-        """How many examples each part has: train, views, transfer, validation, test."""
+        """How many examples each part has: train, views (all sets), transfer, validation, test."""
         return {name: len(span) for name, span in self._spans.items()}
 
     def model_arguments(self, role: Role) -> dict[str, int]:
@@ -224,13 +256,8 @@ class TextData(L.LightningDataModule, ABC):
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]], role: Role = "student") -> Batch:
         """Return new texts (or pairs) as one batch, `(B, L)`, without labels."""
         self.prepare()
-        columns = [
-            list(column) for column in zip(*((text,) if isinstance(text, str) else text for text in texts), strict=True)
-        ]
-        encoded = self._tokenizer(role)(
-            *columns, truncation=True, padding=True, max_length=self.max_length, return_tensors="pt"
-        )
-        return {name: entry for name, entry in encoded.items() if len(columns) == 2 or name != "token_type_ids"}
+        sentences = [(text,) if isinstance(text, str) else text for text in texts]
+        return encode_batch(self._tokenizer(role), sentences, self.max_length)
 
     def _tokenizer(self, role: str) -> PreTrainedTokenizerFast:
         return self.student_tokenizer if role == "student" else self.teacher_tokenizer
@@ -273,13 +300,23 @@ class TextData(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return shuffled batches of like length; the same for the same `seed` and epoch."""
         data = self._dataset("train", "transfer" if self._pool else "train")
-        sampler = BucketBatchSampler(data.lengths, self.batch_size, shuffle=True, seed=self.seed)
+        if self._pool:
+            sets = self.view_sets or 1
+            views, size = self._spans["views"], self.sizes["views"] // sets
+            data.turns = [views[number * size : (number + 1) * size] for number in range(sets)]
+            if self._fresh is not None:
+                tokenizers = {prefix: self._tokenizer(role) for prefix, role in self._readers().items()}
+                data.fresh = FreshViews(self._fresh, tokenizers, self.max_length)
+        sampler = BucketBatchSampler(data.turn, self.batch_size, shuffle=True, seed=self.seed)
         if self._resume is not None:
             sampler.resume(*self._resume)
             self._resume = None
         elif self.trainer is not None and self.trainer.training:  # Lightning reloads it at the start of an epoch
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(data, sampler)
+        loader = self._loader(data, sampler)
+        if self.around is not None:
+            loader = self.around(loader)
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the validation examples, sorted by length."""
@@ -299,10 +336,14 @@ class TextData(L.LightningDataModule, ABC):
 
     def _dataset(self, first: str, last: str) -> TokenDataset:
         self.prepare()
-        stores = {"": self._stores["teacher" if self._tokens == "teacher" else "student"]}
-        if self._tokens == "both" and self.has_two_tokenizers:
-            stores["teacher_"] = self._stores["teacher"]
+        stores = {prefix: self._stores[role] for prefix, role in self._readers().items()}
         return TokenDataset(stores, self._labels, range(self._spans[first].start, self._spans[last].stop))
+
+    def _readers(self) -> dict[str, Role]:
+        """Return whose tokens stand in a batch, by the prefix of their names."""
+        if self._tokens == "both" and self.has_two_tokenizers:
+            return {"": "student", "teacher_": "teacher"}
+        return {"": "teacher" if self._tokens == "teacher" else "student"}
 
     def _evaluation_loader(self, first: str, last: str) -> DataLoader[Batch]:
         data = self._dataset(first, last)
@@ -328,7 +369,7 @@ class TextData(L.LightningDataModule, ABC):
         if self.trainer is None:
             return {}
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
-        epoch, batches = _position(self.trainer)
+        epoch, batches = position(self.trainer)
         between = epochs.ready == epochs.processed
         return {**self._order(), "epoch": epoch, "batches": batches, "between_epochs": between}
 
@@ -362,14 +403,3 @@ class TextData(L.LightningDataModule, ABC):
             "seed": self.seed,
             "global_batch_size": self.batch_size * rank_and_world()[1],
         }
-
-
-def _position(trainer: L.Trainer) -> tuple[int, int]:
-    """Return the epoch that the next training batch belongs to and how many of its batches are done."""
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    if epochs.ready == epochs.processed:  # between epochs
-        return epochs.processed, 0
-    if batches.processed >= trainer.num_training_batches:
-        return epochs.processed + 1, 0
-    return epochs.processed, batches.processed

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from kd_lightning.assets import discard_folder, fetch, new_folder
+from kd_lightning.data.augment import MASK
 from kd_lightning.data.corpus import Sentence
 from kd_lightning.errors import ConfigError
 from kd_lightning.types import Batch
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK = 50_000
+CHUNK = 10_000
 """Sentences encoded in one call: bounds the memory, long before it costs any time."""
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when the files of a stored token array change, so that older ones are not read."""
 
 
@@ -105,7 +106,8 @@ def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
     tokenizer.train_from_iterator(texts, BpeTrainer(vocab_size=size, show_progress=False))
     uses: Counter[str] = Counter()
     characters: set[str] = set()
-    for encoding in tokenizer.encode_batch(texts):
+    pieces = (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
+    for encoding in itertools.chain.from_iterable(map(tokenizer.encode_batch, pieces)):
         before = None
         for token, word in zip(encoding.tokens, encoding.word_ids, strict=True):
             prefix = "##" if word == before else ""
@@ -181,26 +183,42 @@ def open_store(folder: Path, pad_token_id: int) -> TokenStore:
         OSError: A file is missing.
     """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    tokens = np.asarray(np.memmap(folder / "tokens.int32", np.int32, "r"))  # as a plain array it is indexed faster
     offsets = np.load(folder / "offsets.npy")
-    types = np.load(folder / "types.npy", mmap_mode="r") if meta["types"] else None
+    types = np.asarray(np.memmap(folder / "types.int8", np.int8, "r")) if meta["types"] else None
     whole = len(offsets) == meta["sentences"] + 1 and len(tokens) == offsets[-1] == meta["tokens"]
     if not whole or meta["fingerprint"] != folder.name or (types is not None and len(types) != len(tokens)):
         raise ValueError(f"{folder} is damaged")
     return TokenStore(folder, tokens, offsets, types, pad_token_id)
 
 
+def sentences_digest(sentences: Sequence[Sentence]) -> Any:
+    """Return a sha256 to go on with: of a JSON list that begins with the list of the sentences."""
+    digest = hashlib.sha256(b"[[")
+    for start in range(0, len(sentences), CHUNK):
+        piece = json.dumps(sentences[start : start + CHUNK], ensure_ascii=False)[1:-1]
+        digest.update(((", " if start else "") + piece).encode("utf-8", "surrogatepass"))
+    digest.update(b"]")
+    return digest
+
+
 def encode_store(
-    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int, cache: Path
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], content: str, max_length: int, cache: Path
 ) -> TokenStore:
     """Return the sentences encoded: from the cache, or encoded now and put there.
 
     The cache folder is named after everything that decides its content, so that another text, tokenizer or length never
     finds it. A damaged folder is written anew.
+
+    Args:
+        tokenizer: What encodes them.
+        sentences: Texts or pairs; `MASK` in them stands for the tokenizer's own mask.
+        content: Names them: the hexadecimal `sentences_digest`.
+        max_length: Longer ones are cut to this many tokens.
+        cache: The folder of all stored tokens.
     """
-    digest = hashlib.sha256(f"{LAYOUT}/{max_length}/{tokenizer_fingerprint(tokenizer)}/".encode())
-    digest.update(json.dumps(sentences, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    folder = cache / digest.hexdigest()
+    deciding = [LAYOUT, max_length, tokenizer.truncation_side, tokenizer_fingerprint(tokenizer), content]
+    folder = cache / hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     pad_token_id = int(tokenizer.pad_token_id)
     try:
         return open_store(folder, pad_token_id)
@@ -217,54 +235,42 @@ def _write_store(
     tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int, folder: Path, fingerprint: str
 ) -> None:
     typed = len(sentences[0]) == 2 and "token_type_ids" in tokenizer.model_input_names
-    ids: list[NDArray[Any]] = []
-    types: list[NDArray[Any]] = []
-    lengths: list[int] = []
+    files: dict[str, tuple[Path, Any]] = {"input_ids": (folder / "tokens.int32", np.int32)}
+    if typed:
+        files["token_type_ids"] = (folder / "types.int8", np.int8)
+    lengths = [np.zeros(1, np.int64)]
     truncated = 0
     for start in range(0, len(sentences), CHUNK):
-        columns = [list(texts) for texts in zip(*sentences[start : start + CHUNK], strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+        columns = _columns(tokenizer, sentences[start : start + CHUNK])
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
         truncated += sum(bool(sentence.overflowing) for sentence in encoded.encodings or ())
-        lengths += [len(sentence) for sentence in encoded["input_ids"]]
-        ids.append(np.concatenate([np.asarray(sentence, np.int32) for sentence in encoded["input_ids"]]))
-        if typed:
-            types.append(np.concatenate([np.asarray(sentence, np.int8) for sentence in encoded["token_type_ids"]]))
+        lengths.append(np.array([len(sentence) for sentence in encoded["input_ids"]]))
+        for name, (path, dtype) in files.items():
+            with path.open("ab") as file:
+                np.fromiter(itertools.chain.from_iterable(encoded[name]), dtype).tofile(file)
     if truncated:
         log.info("%d of %d sentences were cut to %d tokens", truncated, len(sentences), max_length)
-    np.save(folder / "tokens.npy", np.concatenate(ids))
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    if typed:
-        np.save(folder / "types.npy", np.concatenate(types))
-    meta = {"fingerprint": fingerprint, "types": typed, "sentences": len(lengths), "tokens": sum(lengths)}
+    offsets = np.cumsum(np.concatenate(lengths))
+    np.save(folder / "offsets.npy", offsets)
+    meta = {"fingerprint": fingerprint, "types": typed, "sentences": len(sentences), "tokens": int(offsets[-1])}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-class TokenDataset(Dataset[Batch]):
-    """A run of examples, fetched a whole batch at a time.
+def mask_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return what a tokenizer masks words with: its mask, else its token for what it does not know."""
+    token: str | None = tokenizer.mask_token or tokenizer.unk_token
+    return token
 
-    Args:
-        stores: Encoded sentences by the prefix of their names in the batch: `""`, and `"teacher_"` for a second one.
-        labels: Of all examples there are, `(N,)` int64.
-        span: Which of them these are.
-    """
 
-    def __init__(self, stores: Mapping[str, TokenStore], labels: NDArray[np.int64], span: range) -> None:
-        self.stores = stores
-        self.labels = labels
-        self.span = span
+def _columns(tokenizer: PreTrainedTokenizerFast, sentences: Iterable[Sentence]) -> list[list[str]]:
+    """Return the first texts, and the second ones of pairs, as the tokenizer takes them."""
+    mask = mask_token(tokenizer) or ""
+    return [[text.replace(MASK, mask) for text in texts] for texts in zip(*sentences, strict=True)]
 
-    def __len__(self) -> int:
-        return len(self.span)
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each example, over all tokenizers, `(len(self),)`."""
-        total = sum(store.lengths for store in self.stores.values())
-        return np.asarray(total)[self.span.start : self.span.stop]
-
-    def __getitem__(self, positions: NDArray[np.int64] | Sequence[int]) -> Batch:
-        index = np.asarray(positions, np.int64) + self.span.start
-        batch = {
-            prefix + name: value for prefix, store in self.stores.items() for name, value in store.batch(index).items()
-        }
-        return batch | {"labels": torch.from_numpy(self.labels[index]), "index": torch.from_numpy(index)}
+def encode_batch(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int) -> Batch:
+    """Return sentences encoded now, with the same entries that `TokenStore.batch` gives."""
+    columns = _columns(tokenizer, sentences)
+    options = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "pt"}
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, **options)
+    return {name: entry for name, entry in encoded.items() if len(columns) == 2 or name != "token_type_ids"}

@@ -1,76 +1,89 @@
-"""The teacher that has answered: one pass over the examples, then a look-up by `index`."""
+"""The teacher that has answered: it runs for what its cache lacks, and everything else is looked up by `index`."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from kd_lightning.cache.fill import attention_mask, check_repeatable, check_room, estimate
+from kd_lightning.cache.store import TeacherCache
 from kd_lightning.errors import CacheError
-from kd_lightning.files import replacing
-from kd_lightning.models.answers import Answers
+from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 
 
 class CachedTeacher:
-    """Answers from a table of logits, one row an example.
+    """Answers from a cache of the teacher's outputs.
+
+    While the cache lacks answers the teacher itself is asked, a whole batch at a time, and its answers are kept: the
+    first epoch of a training fills the cache as it goes, without a pass of its own. What a training reads is what is
+    stored, in the storage's precision, in the first epoch too. Meanwhile the cache's lock is held, so that a second
+    process waits instead of asking the same; `close` releases it.
 
     Args:
-        logits: `(N, C)`; row i is the teacher's answer to the example whose `index` is i.
+        cache: Complete, or to be filled.
+        teacher: Asked for what is missing; None where the cache must have everything.
+        say: Told how large the cache becomes, and whom this process waits for.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    def __init__(
+        self, cache: TeacherCache, teacher: Teacher | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.cache, self.teacher, self.say = cache, teacher, say
+        self._lock = contextlib.ExitStack()
+        self._filling = False
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Return the stored logits of the batch's examples."""
-        return ModelOutput(self.logits[batch["index"]])
+        """Return the stored answers to the batch's examples, after asking for those that are missing.
+
+        Raises:
+            CacheError: Answers are missing and there is no teacher to ask.
+        """
+        index, mask = batch["index"], attention_mask(batch)
+        if not self.cache.complete and not bool(self.cache.known(index).all()):
+            self._ask(batch)
+        return self.cache.lookup(index, mask)
+
+    def _ask(self, batch: Batch) -> None:
+        if self.teacher is None:
+            raise CacheError(f"{self.cache.folder} lacks answers to this batch, and there is no teacher to ask")
+        if not self._filling:
+            self._lock.enter_context(self.cache.writing(self.say))
+            self._filling = True
+        index, mask = batch["index"], attention_mask(batch)
+        if not bool(self.cache.known(index).all()):  # another process may have answered while this one waited
+            started = time.monotonic()
+            if self.cache.manifest.specs:
+                output = self.teacher(batch)
+            else:
+                output = check_repeatable(self.teacher, batch)
+                size = estimate(self.cache, output, mask)
+                self.say(f"teacher  answers are kept as they are asked for: {size}, in {self.cache.folder}")
+                check_room(self.cache, size)
+            self.cache.add(index, output, mask, time.monotonic() - started)
+        if self.cache.complete:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was asked for since the last shard, and let other processes go on."""
+        self._lock.close()
+        self._filling = False
 
     def to(self, device: torch.device) -> Self:
-        """Move the table to a device."""
-        self.logits = self.logits.to(device)
+        """Answer on a device from now on."""
+        self.cache.to(device)
+        if self.teacher is not None:
+            self.teacher.to(device)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give a spawned process the cache by its path, and no lock."""
+        return {"cache": self.cache, "teacher": self.teacher}
 
-def teacher_logits(path: Path, fingerprint: str, num_examples: int, ask: Callable[[], Answers]) -> Tensor:
-    """Return the teacher's logits for every example: read from `path`, or asked for once and written there.
-
-    Args:
-        path: A safetensors file.
-        fingerprint: Says which teacher answered which examples; a file with another one is refused.
-        num_examples: N, the rows of the table.
-        ask: Has the teacher answer all examples.
-
-    Returns:
-        `(N, C)` float32.
-
-    Raises:
-        CacheError: The file is damaged or belongs to another teacher or other data, or examples were left out.
-    """
-    if path.exists():
-        return _read(path, fingerprint, num_examples)
-    said = ask()
-    if not torch.equal(said.index, torch.arange(num_examples)):
-        raise CacheError(f"the teacher was shown {len(said.index)} examples, not each of {num_examples} once")
-    with replacing(path) as temporary:
-        save_file({"logits": said.logits}, temporary, metadata={"fingerprint": fingerprint})
-    return said.logits
-
-
-def _read(path: Path, fingerprint: str, num_examples: int) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("fingerprint")
-            logits: Tensor = file.get_tensor("logits")
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"{path} cannot be read ({error}); remove it to have the teacher answer again") from error
-    if found != fingerprint or logits.shape[0] != num_examples:
-        raise CacheError(
-            f"{path} holds the answers of another teacher or to other data; remove it, or set teacher.cache=off"
-        )
-    return logits
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the cache in the new process."""
+        self.__init__(**state)  # type: ignore[misc]

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Protocol, Self
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import nn
 
-from kd_lightning.models.adapt import run_network
+from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.features import FeatureTap
+from kd_lightning.models.adapt import unwrap
 from kd_lightning.types import Batch, ModelOutput
 
+Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
+
 _PREFIX = "teacher_"
+_HALF = {"bf16": torch.bfloat16, "float16": torch.float16}
 
 
 class Teacher(Protocol):
-    """What a distillation asks of a teacher: an answer to a batch, without a gradient, and to sit on a device."""
+    """What a distillation asks of a teacher: an answer to a batch, without a gradient, and to sit on a device.
+
+    `close` is called when a training ends: the teacher lets go of what others wait for (a cache's lock).
+    """
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the teacher's output for the batch."""
@@ -23,6 +33,10 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device) -> Teacher:
         """Move to a device."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what others wait for."""
         ...
 
 
@@ -33,33 +47,109 @@ class FrozenTeacher(nn.Module):
     checkpoint. Where the batch has entries of its own for the teacher (`teacher_input_ids`, from another tokenizer),
     it reads those.
 
+    The precision is the teacher's alone, whatever the student trains in:
+
+    * `float32`: as the weights are stored.
+    * `bf16`, `float16` (a GPU's): autocast. The weights that autocast would cast at every call, those of linear layers
+      and convolutions, are cast once; the answers are the same bit by bit.
+    * `int8-dynamic` (a CPU's): weights of linear layers in 8 bits with a scale for each output channel, their inputs
+      in 7 bits with a scale for each batch. Its answers differ visibly from float32: for a CPU without bfloat16.
+
     Args:
-        network: Any network; its parameters are frozen in place.
-        precision: `bf16-mixed` to answer under bfloat16 autocast, whatever precision the student trains in; None
-            leaves that to the caller.
+        network: Any network. In float32, without features and not compiled, it is this very object, frozen in place;
+            otherwise a copy, and the given one is left as it is.
+        precision: What the network computes in; logits are returned in float32 always.
+        features: What to return along with the logits; see `kd_lightning.features`.
+        compile: Compile the forward pass, once for all batch sizes and lengths; needs a C++ compiler on a CPU.
+
+    Raises:
+        ConfigError: An unknown precision, or one that this network or device cannot compute in; an unknown feature.
     """
 
-    def __init__(self, network: nn.Module, precision: str | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        precision: Precision = "float32",
+        features: Sequence[str] = (),
+        compile: bool = False,
+    ) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False)
-        self.precision = precision
+        if precision not in get_args(Precision):
+            hint = did_you_mean(str(precision), get_args(Precision))
+            raise ConfigError(f"teacher.precision={precision!r} is unknown{hint}")
+        if precision == "int8-dynamic" and compile:
+            raise ConfigError("teacher.precision=int8-dynamic cannot be compiled: set teacher.compile=false")
+        if precision != "float32" or features or compile:
+            network = copy.deepcopy(unwrap(network))
+        if precision == "int8-dynamic":
+            network = _quantised(network)
+        elif precision in _HALF:
+            _cast_once(network, _HALF[precision])
+        self.network, self.precision = network.requires_grad_(False), precision
+        self._ask = FeatureTap(network, features)
+        if compile:
+            network.compile(dynamic=True)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever is asked: a teacher's dropout and BatchNorm never wake up."""
         return super().train(False)
 
+    def to(self, device: torch.device) -> Self:  # type: ignore[override]
+        """Move to a device.
+
+        Raises:
+            ConfigError: The device cannot compute in the teacher's precision.
+        """
+        self._check(device)
+        return super().to(device)
+
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return the network's output, free of any graph."""
+        """Return the network's output, free of any graph: float32 logits, features as the network computes them."""
         own = {key.removeprefix(_PREFIX): value for key, value in batch.items() if key.startswith(_PREFIX)}
         if own:
             batch = own
-        with torch.inference_mode(), self._autocast(next(iter(batch.values())).device.type):
-            output = run_network(self.network, batch)
+        device = next(iter(batch.values())).device
+        self._check(device)
+        half = _HALF.get(self.precision, torch.bfloat16)
+        # Disabled, it also keeps the student's autocast out.
+        with torch.inference_mode(), torch.autocast(device.type, half, enabled=self.precision in _HALF):
+            output = self._ask(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
-        return ModelOutput(output.logits.clone(), {name: value.clone() for name, value in output.features.items()})
+        features = {name: value.clone() for name, value in output.features.items()}
+        return ModelOutput(output.logits.to(torch.float32, copy=True), features)
 
-    def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:
-        if self.precision is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+    def close(self) -> None:
+        """Do nothing: a network that runs holds nothing that others wait for."""
+
+    def _check(self, device: torch.device) -> None:
+        if self.precision == "float16" and device.type == "cpu":
+            raise ConfigError("teacher.precision=float16 needs a GPU; on a CPU use bf16, float32 or int8-dynamic")
+        if self.precision == "int8-dynamic" and device.type == "cuda":
+            raise ConfigError("teacher.precision=int8-dynamic needs a CPU; on a GPU use bf16 or float16")
+
+
+def _cast_once(network: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights that autocast would cast at each call in their final precision; the others stay."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dtype == torch.float32:  # a new one: a tied embedding keeps its precision
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+
+def _quantised(network: nn.Module) -> nn.Module:
+    """Return the network with its linear layers in 8 bits."""
+    kinds = {type(module) for module in network.modules()}
+    if nn.Linear not in kinds or nn.TransformerEncoderLayer in kinds:
+        why = "uses nn.TransformerEncoderLayer, which can't be" if nn.Linear in kinds else "has no linear layers to be"
+        raise ConfigError(f"teacher.precision=int8-dynamic: {type(network).__name__} {why} quantised; use bf16")
+    # torch 2.13 still has this and announces torchao as its successor, which is no dependency of ours.
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised: nn.Module = quantize_dynamic(  # type: ignore[no-untyped-call]
+            network, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True
+        )
+    return quantised

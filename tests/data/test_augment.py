@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kd_lightning.data.augment import MASK, make_view, make_views, words
+from kd_lightning.data.augment import MASK, Views, make_view, words
 
 TEXTS = [f"a sentence number {i} that goes on for a good many words, as they do" for i in range(300)]
 CHINESE = "这部电影的画面很美，但是故事太长了"
@@ -52,12 +52,26 @@ def test_a_view_is_never_empty_nor_all_masks(text: str, probability: float) -> N
         assert made.replace(MASK, "").strip()
 
 
+def make_views(sentences: list[tuple[str, ...]], count: int, sets: int, *chances: float) -> list[tuple[str, ...]]:
+    views = Views(sentences, count, 0, *chances)
+    return [views.make(number) for number in range(sets * views.per_set)]
+
+
 def test_a_view_is_not_its_sentence() -> None:
-    views = make_views([(text,) for text in TEXTS], 3, 0, 0.1, 0.25)
+    views = make_views([(text,) for text in TEXTS], 3, 1, 0.1, 0.25)
     assert all(view != (TEXTS[i // 3],) for i, view in enumerate(views))
 
 
 def test_both_texts_of_a_pair_are_altered() -> None:
-    views = make_views([("one two three four", CHINESE)] * 20, 2, 0, 1.0, 0.0)
+    views = make_views([("one two three four", CHINESE)] * 20, 2, 1, 1.0, 0.0)
     assert len(views) == 40
     assert all(MASK in first and MASK in second and " " not in second for first, second in views)
+
+
+def test_sets_are_numbered_one_after_the_other() -> None:
+    views = make_views([(text,) for text in TEXTS], 2, 3, 0.1, 0.25)
+    assert len(views) == 3 * 2 * len(TEXTS)
+    for number, (one_set, index, view) in {0: (0, 0, 0), 1: (0, 0, 1), 602: (1, 1, 0), 1799: (2, 299, 1)}.items():
+        assert views[number] == (make_view(TEXTS[index], index, 2 * one_set + view, 0),)
+    assert views[:600] == make_views([(text,) for text in TEXTS], 2, 1, 0.1, 0.25)
+    assert sum(one != other for one, other in zip(views[:600], views[600:1200], strict=True)) > 400

@@ -127,3 +127,19 @@ def test_files_that_are_not_there(tmp_path: Path, toy_csv: Callable[..., Path]) 
     (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"cannot tell the format from '\.xlsx'"):
         FileReader().examples(tmp_path / "a.xlsx")
+
+
+def test_wide_characters_and_what_is_missing_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "wide.csv"
+    path.write_text("text\n好电影\n坏电影\n", encoding="utf-16")
+    assert FileReader(encoding="utf-16").sentences(path) == [("好电影",), ("坏电影",)]
+    path.write_bytes("text\n好\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"wide\.csv: there is no byte order mark, which utf-16 needs; set data\.enc"):
+        FileReader(encoding="utf-16").sentences(path)
+
+
+def test_a_bad_byte_far_into_the_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_bytes(b"text\n" + b"a sentence like any other\n" * 5000 + b"\xff\n")
+    with pytest.raises(DataError, match=r"long\.csv: line 5002: byte 0xff at offset 130005 is not utf-8"):
+        FileReader().sentences(path)

@@ -175,8 +175,17 @@ def test_every_option_is_known_to_jsonargparse(source: type) -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(source, "data")
     text = parser.format_help()
-    shared = ["tokenizer", "teacher_tokenizer", "max_length", "batch_size", "eval_batch_size", "views", "transfer"]
-    for name in [*shared, "mask_probability", "ngram_probability", "seed", "split_seed", "num_workers", "cache_dir"]:
+    shared = ["tokenizer", "teacher_tokenizer", "max_length", "batch_size", "eval_batch_size", "views", "view_sets"]
+    for name in [
+        *shared,
+        "transfer",
+        "mask_probability",
+        "ngram_probability",
+        "seed",
+        "split_seed",
+        "num_workers",
+        "cache_dir",
+    ]:
         assert f"--data.{name} " in text
     assert "type: Any" not in text
 

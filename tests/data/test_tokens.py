@@ -1,17 +1,35 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kd_lightning.data.tokens import TokenDataset, encode_store, load_tokenizer, tokenizer_fingerprint
+from kd_lightning.data.augment import MASK
+from kd_lightning.data.corpus import Sentence
+from kd_lightning.data.dataset import TokenDataset
+from kd_lightning.data.tokens import (
+    TokenStore,
+    encode_batch,
+    encode_store,
+    load_tokenizer,
+    sentences_digest,
+    tokenizer_fingerprint,
+)
 from kd_lightning.errors import ConfigError
 
 TEXTS = [("the film is short",), ("这部电影很长，也很美",), ("word " * 40,), ("a",)]
 WORDS = [text for sentence in TEXTS for text in sentence]
+
+
+def encode(tokenizer: Any, sentences: Sequence[Sentence], max_length: int, cache: Path) -> TokenStore:
+    return encode_store(tokenizer, sentences, sentences_digest(sentences).hexdigest(), max_length, cache)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +49,7 @@ def test_learned_pieces_cover_chinese_and_are_numbered_alike(tokenizer) -> None:
 
 
 def test_batches_are_what_the_tokenizer_gives(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    store = encode_store(tokenizer, TEXTS, 12, tmp_path)
+    store = encode(tokenizer, TEXTS, 12, tmp_path)
     batch = store.batch(np.array([3, 0, 2]))
     chosen = [WORDS[3], WORDS[0], WORDS[2]]
     expected = tokenizer(chosen, truncation=True, max_length=12, padding=True, return_tensors="pt")
@@ -43,34 +61,59 @@ def test_batches_are_what_the_tokenizer_gives(tokenizer, tmp_path: Path) -> None
 
 def test_pairs_have_types(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     pairs = [(first, second) for first in WORDS[:2] for second in WORDS]
-    batch = encode_store(tokenizer, pairs, 16, tmp_path).batch(np.arange(len(pairs)))
+    batch = encode(tokenizer, pairs, 16, tmp_path).batch(np.arange(len(pairs)))
     columns = [list(column) for column in zip(*pairs, strict=True)]
     expected = tokenizer(*columns, truncation=True, max_length=16, padding=True, return_tensors="pt")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert batch[name].equal(expected[name])
 
 
+def test_in_chunks_all_is_the_same(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    pairs = [(first, second) for first in WORDS for second in WORDS]
+    whole, name = encode(tokenizer, pairs, 9, tmp_path / "whole"), sentences_digest(pairs).hexdigest()
+    monkeypatch.setattr("kd_lightning.data.tokens.CHUNK", 3)
+    chunked = encode(tokenizer, pairs, 9, tmp_path / "chunked")
+    assert (
+        sentences_digest(pairs).hexdigest()
+        == name
+        == hashlib.sha256(f"[{json.dumps(pairs, ensure_ascii=False)}".encode()).hexdigest()
+    )
+    for entry in ("tokens", "offsets", "types"):
+        assert np.array_equal(getattr(whole, entry), getattr(chunked, entry))
+
+
+def test_a_batch_encoded_now_is_the_stored_one(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for sentences in ([*TEXTS, (f"a {MASK} is masked",)], [("a film", MASK), ("the", "short word")]):
+        stored = encode(tokenizer, sentences, 12, tmp_path).batch(np.arange(len(sentences)))
+        tokenizer.padding_side = "left"
+        made = encode_batch(tokenizer, sentences, 12)
+        tokenizer.padding_side = "right"
+        assert made.keys() == stored.keys()
+        assert all(made[name].equal(stored[name]) for name in made)
+        assert tokenizer.mask_token_id in made["input_ids"]
+
+
 def test_cut_sentences_are_counted(tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
     caplog.set_level(logging.INFO, logger="kd_lightning")
     for _ in range(2):
-        encode_store(tokenizer, TEXTS, 20, tmp_path)
+        encode(tokenizer, TEXTS, 20, tmp_path)
     assert [record.getMessage() for record in caplog.records] == ["1 of 4 sentences were cut to 20 tokens"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "foreign", "meta"])
 def test_a_damaged_cache_is_written_anew(tokenizer, tmp_path: Path, damage: str) -> None:  # type: ignore[no-untyped-def]
-    store = encode_store(tokenizer, TEXTS, 12, tmp_path)
+    store = encode(tokenizer, TEXTS, 12, tmp_path)
     whole = np.array(store.tokens)
-    tokens = store.folder / "tokens.npy"
+    tokens = store.folder / "tokens.int32"
     if damage == "missing":
         tokens.unlink()
     elif damage == "short":
         tokens.write_bytes(tokens.read_bytes()[:-8])
     elif damage == "foreign":
-        np.save(tokens, np.zeros(3, np.int32))
+        np.zeros(3, np.int32).tofile(tokens)
     else:
         (store.folder / "meta.json").write_text("{")
-    again = encode_store(tokenizer, TEXTS, 12, tmp_path)
+    again = encode(tokenizer, TEXTS, 12, tmp_path)
     assert np.array_equal(again.tokens, whole)
     assert [entry.name for entry in tmp_path.iterdir()] == [again.folder.name]
 
@@ -78,19 +121,22 @@ def test_a_damaged_cache_is_written_anew(tokenizer, tmp_path: Path, damage: str)
 def test_other_content_has_another_folder(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     other = load_tokenizer("wordpiece:80", WORDS[:2])
     stores = [
-        encode_store(tokenizer, TEXTS, 12, tmp_path),
-        encode_store(tokenizer, TEXTS, 13, tmp_path),
-        encode_store(tokenizer, TEXTS[::-1], 12, tmp_path),
-        encode_store(other, TEXTS, 12, tmp_path),
+        encode(tokenizer, TEXTS, 12, tmp_path),
+        encode(tokenizer, TEXTS, 13, tmp_path),
+        encode(tokenizer, TEXTS[::-1], 12, tmp_path),
+        encode(other, TEXTS, 12, tmp_path),
     ]
     assert len({store.folder for store in stores}) == 4
+    tokenizer.truncation_side = "left"
+    assert encode(tokenizer, TEXTS, 12, tmp_path).folder not in {store.folder for store in stores}
+    tokenizer.truncation_side = "right"
     tokenizer("a", truncation=True, max_length=3, padding=True)  # leaves its marks on the tokenizer
-    assert encode_store(tokenizer, TEXTS, 12, tmp_path).folder == stores[0].folder
+    assert encode(tokenizer, TEXTS, 12, tmp_path).folder == stores[0].folder
 
 
 def test_a_data_set_travels_as_paths(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     sentences = [(f"{text} {i}",) for i in range(500) for text in WORDS]
-    store = encode_store(tokenizer, sentences, 12, tmp_path)
+    store = encode(tokenizer, sentences, 12, tmp_path)
     data = TokenDataset({"": store}, np.arange(len(sentences)), range(10, 20))
     travelled = pickle.dumps(data.stores)
     assert len(travelled) < 1000

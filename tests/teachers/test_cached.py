@@ -1,140 +1,111 @@
 from __future__ import annotations
 
-import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kd_lightning.cache.fill import fill
+from kd_lightning.cache.outputs import Storage
+from kd_lightning.cache.store import TeacherCache
 from kd_lightning.errors import CacheError
 from kd_lightning.losses import SoftTargetLoss
-from kd_lightning.models.answers import Answers, network_answers
-from kd_lightning.teachers import CachedTeacher, FrozenTeacher, cached, teacher_logits
-from kd_lightning.types import ModelOutput
+from kd_lightning.teachers import CachedTeacher, FrozenTeacher
+from kd_lightning.types import Batch, ModelOutput
 
-LOGITS = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
-
-
-def said(logits: Tensor = LOGITS, index: Tensor | None = None) -> Answers:
-    return Answers(torch.arange(len(logits)) if index is None else index, logits, torch.zeros(len(logits)).long())
+INPUTS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 
 
-def refuse() -> Answers:
-    raise AssertionError("the teacher was asked again")
+def batch(*rows: int) -> Batch:
+    index = torch.tensor(rows)
+    return {"pixel_values": INPUTS[index], "index": index, "labels": index * 0}
+
+
+class Counting(FrozenTeacher):
+    """A teacher that remembers what it was asked about."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)))
+        self.asked: list[list[int]] = []
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        self.asked.append(batch["index"].tolist())
+        return super().forward(batch)
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "deep" / "table.safetensors"
+def cache(tmp_path: Path) -> TeacherCache:
+    return TeacherCache.create(tmp_path / "cache", {"teacher": "a"}, 10)
 
 
-def test_the_table_is_looked_up_by_index() -> None:
-    output = CachedTeacher(LOGITS)({"index": torch.tensor([7, 0, 7]), "labels": torch.tensor([1, 1, 1])})
-    assert torch.equal(output.logits, torch.stack([LOGITS[7], LOGITS[0], LOGITS[7]]))
-    assert output.features == {}
+def lock_is_free(cache: TeacherCache) -> bool:
+    code = f"from kd_lightning.cache.upkeep import locked\nfrom pathlib import Path\nwith locked(Path({str(cache.folder)!r}), wait=False): pass"  # noqa: E501
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_to_moves_the_table_and_returns_the_teacher() -> None:
-    teacher = CachedTeacher(LOGITS)
-    assert teacher.to(torch.device("meta")) is teacher
-    assert teacher.logits.device.type == "meta"
+def test_each_example_is_asked_about_once_and_answered_as_the_running_teacher_answers(cache: TeacherCache) -> None:
+    teacher = Counting()
+    cached = CachedTeacher(cache, teacher)
+    first = [cached(batch(3, 1, 0)), cached(batch(2, 9, 8, 7)), cached(batch(6, 5, 4))]
+    asked = len(teacher.asked)
+    assert asked == 4, "the first batch twice, to see that the teacher repeats itself"
+    again = cached(batch(7, 0, 7))
+    assert len(teacher.asked) == asked
+    assert torch.equal(again.logits, torch.stack([first[1].logits[3], first[0].logits[2], first[1].logits[3]]))
+    assert torch.equal(first[0].logits, FrozenTeacher(teacher.network)(batch(3, 1, 0)).logits), "float32: bit by bit"
+    assert CachedTeacher(TeacherCache.open(cache.folder))(batch(*range(10))).logits.shape == (10, 3)
 
 
-def test_written_once_and_read_from_then_on(path: Path) -> None:
-    assert torch.equal(teacher_logits(path, "a", 10, said), LOGITS)
-    assert torch.equal(teacher_logits(path, "a", 10, refuse), LOGITS)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+def test_without_a_teacher_missing_answers_are_an_error(cache: TeacherCache) -> None:
+    CachedTeacher(cache, Counting())(batch(0, 1))
+    with pytest.raises(CacheError, match="no teacher to ask"):
+        CachedTeacher(cache)(batch(1, 2))
 
 
-def test_a_cached_teacher_says_what_the_running_one_says(path: Path) -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
-    inputs, order = torch.randn(10, 4), torch.tensor([3, 1, 0, 2, 9, 8, 7, 6, 5, 4])
-    batches = [{"pixel_values": inputs[rows], "index": rows, "labels": rows * 0} for rows in order.split(4)]
-    fresh = teacher_logits(path, "a", 10, lambda: network_answers(network, batches))
-    running = FrozenTeacher(network)
-    for table in (fresh, teacher_logits(path, "a", 10, refuse)):
-        for batch in batches:
-            torch.testing.assert_close(CachedTeacher(table)(batch).logits, running(batch).logits)
+def test_the_lock_is_held_from_the_first_question_to_the_last_or_to_close(cache: TeacherCache) -> None:
+    cached = CachedTeacher(cache, Counting())
+    assert lock_is_free(cache)
+    cached(batch(0, 1, 2))
+    assert not lock_is_free(cache)
+    cached.close()
+    assert lock_is_free(cache)
+    assert TeacherCache.open(cache.folder).known(torch.arange(10)).tolist() == [True] * 3 + [False] * 7
+    cached(batch(*range(3, 10)))
+    assert cache.complete
+    assert lock_is_free(cache), "nothing is missing, so nobody has to wait"
 
 
-def test_a_fresh_table_can_be_trained_from_and_sent_to_another_process(path: Path) -> None:
-    batch = {"pixel_values": torch.randn(10, 4), "index": torch.arange(10), "labels": torch.zeros(10).long()}
-    teacher = CachedTeacher(teacher_logits(path, "a", 10, lambda: network_answers(nn.Linear(4, 3), [batch])))
-    student = torch.zeros(10, 3, requires_grad=True)
-    output = teacher(batch)
-    SoftTargetLoss(2.0)(ModelOutput(student), output, batch).backward()
-    (student * output.logits).sum().backward()  # autograd saves the teacher's logits
+def test_the_first_epoch_reads_what_later_ones_read(tmp_path: Path) -> None:
+    cache = TeacherCache.create(tmp_path / "half", {"teacher": "a"}, 10, Storage("float16"))
+    cached = CachedTeacher(cache, Counting())
+    first = cached(batch(*range(10))).logits
+    exact = Counting()(batch(*range(10))).logits
+    assert torch.equal(cached(batch(*range(10))).logits, first)
+    assert torch.equal(first, exact.half().float())
+    assert not torch.equal(first, exact)
+
+
+def test_a_teacher_that_draws_at_random_is_refused(cache: TeacherCache) -> None:
+    class Dropping(Counting):
+        def forward(self, batch: Batch) -> ModelOutput:
+            return ModelOutput(nn.functional.dropout(super().forward(batch).logits, 0.5, training=True))
+
+    with pytest.raises(CacheError, match="its logits differ"):
+        CachedTeacher(cache, Dropping())(batch(*range(10)))
+    assert cache.missing().tolist() == list(range(10))
+
+
+def test_its_answers_can_be_trained_from_and_it_can_be_sent_to_another_process(cache: TeacherCache) -> None:
+    fill(cache, Counting(), [batch(*range(10))])
+    teacher = CachedTeacher(cache)
+    student: Tensor = torch.zeros(10, 3, requires_grad=True)
+    with torch.inference_mode():
+        output = teacher(batch(*range(10)))
+    (SoftTargetLoss(2.0)(ModelOutput(student), output, batch(*range(10))) + (student * output.logits).sum()).backward()
     assert student.grad is not None
-    assert torch.equal(pickle.loads(pickle.dumps(teacher)).logits, teacher.logits)
-    teacher.logits.share_memory_()  # what torch.multiprocessing does to every tensor it sends
-
-
-def test_answers_of_another_teacher_are_refused(path: Path) -> None:
-    teacher_logits(path, "a", 10, said)
-    with pytest.raises(CacheError, match=r"table\.safetensors holds the answers of another teacher"):
-        teacher_logits(path, "b", 10, refuse)
-    assert torch.equal(teacher_logits(path, "a", 10, refuse), LOGITS)  # and left alone
-
-
-def test_answers_to_fewer_examples_are_refused(path: Path) -> None:
-    teacher_logits(path, "a", 10, said)
-    with pytest.raises(CacheError, match="other data"):
-        teacher_logits(path, "a", 11, refuse)
-
-
-@pytest.mark.parametrize("bytes_left", [0, 4, 40, -1])
-def test_a_truncated_file_is_refused(path: Path, bytes_left: int) -> None:
-    teacher_logits(path, "a", 10, said)
-    path.write_bytes(path.read_bytes()[:bytes_left])
-    with pytest.raises(CacheError, match=r"table\.safetensors cannot be read .*remove it"):
-        teacher_logits(path, "a", 10, refuse)
-
-
-def test_a_file_of_something_else_is_refused(path: Path) -> None:
-    path.parent.mkdir()
-    save_file({"weights": LOGITS}, path, metadata={"fingerprint": "a"})
-    with pytest.raises(CacheError, match="cannot be read"):
-        teacher_logits(path, "a", 10, refuse)
-    save_file({"logits": LOGITS}, path)  # no fingerprint at all
-    with pytest.raises(CacheError, match="another teacher"):
-        teacher_logits(path, "a", 10, refuse)
-
-
-@pytest.mark.parametrize("index", [[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 8], list(range(1, 11))])
-def test_examples_that_were_left_out_are_noticed_before_anything_is_written(path: Path, index: list[int]) -> None:
-    with pytest.raises(CacheError, match=f"shown {len(index)} examples, not each of 10 once"):
-        teacher_logits(path, "a", 10, lambda: said(LOGITS[: len(index)], torch.tensor(index)))
-    assert not path.parent.exists()
-
-
-@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_in_the_middle_leaves_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    def half(tensors: dict[str, Tensor], file: str, metadata: dict[str, str]) -> None:
-        Path(file).write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(cached, "save_file", half)
-    with pytest.raises(type(error)):
-        teacher_logits(path, "a", 10, said)
-    assert list(path.parent.iterdir()) == []
-    monkeypatch.undo()
-    assert torch.equal(teacher_logits(path, "a", 10, said), LOGITS)
-
-
-def test_nobody_sees_the_file_before_it_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def replace(source: str, target: Path) -> None:
-        seen.append((path.exists(), Path(source).parent == path.parent))
-        move(source, target)
-
-    move = os.replace
-    monkeypatch.setattr(os, "replace", replace)
-    teacher_logits(path, "a", 10, said)
-    assert seen == [(False, True)]  # written elsewhere in the same folder, then moved in one step
+    assert torch.equal(pickle.loads(pickle.dumps(teacher))(batch(4, 2)).logits, output.logits[[4, 2]])

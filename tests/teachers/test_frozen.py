@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.errors import ConfigError
 from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.models.adapt import run_network
+from kd_lightning.models.transformer import transformer
 from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers.frozen import Precision
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -90,17 +94,122 @@ def test_where_the_batch_has_entries_for_the_teacher_it_reads_those(network: Net
     assert set(both) == {"pixel_values", "index", "teacher_pixel_values"}  # and the batch is left as it was
 
 
-def test_bf16_whatever_the_student_trains_in(network: Network, batch: Batch) -> None:
-    plain = FrozenTeacher(network)(batch).features["hidden"]
-    narrow = FrozenTeacher(network, precision="bf16-mixed")(batch).features["hidden"]
-    assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.float(), plain, rtol=0.05, atol=0.05)
+def test_bf16_is_autocast_bit_by_bit(network: Network, batch: Batch) -> None:
+    teacher = FrozenTeacher(network, precision="bf16", features=["linear"])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = run_network(copy.deepcopy(network).eval(), batch)
+    output = teacher(batch)
+    assert output.logits.dtype == torch.float32  # for the losses
+    assert output.features["linear"].dtype == torch.bfloat16
+    assert torch.equal(output.logits, expected.logits.float())
+    assert torch.equal(output.features["linear"], expected.features["hidden"])
+    assert {p.dtype for p in teacher.network.linear.parameters()} == {torch.bfloat16}  # cast once, not at each call
+    assert teacher.network.norm.weight.dtype == torch.float32
 
 
-def test_full_precision_also_inside_the_students_autocast(network: Network, batch: Batch) -> None:
+def test_a_tied_embedding_keeps_its_precision() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.embedding(input_ids))
+
+    torch.manual_seed(0)
+    network, batch = Tied(), {"input_ids": torch.tensor([[1, 2], [3, 4]])}
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = network(**batch).float()
+    assert torch.equal(FrozenTeacher(network, "bf16")(batch).logits, expected)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "int8-dynamic"}, {"features": ["linear"]}])
+def test_the_network_that_was_given_is_left_alone(network: Network, batch: Batch, options: dict[str, Any]) -> None:
+    before = copy.deepcopy(network)
+    FrozenTeacher(network, **options)(batch)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert str(network) == str(before)  # the same modules
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    for name, value in network.state_dict().items():
+        assert value.dtype == before.state_dict()[name].dtype
+        assert torch.equal(value, before.state_dict()[name])
+
+
+def test_in_float32_it_is_the_network_itself(network: Network) -> None:
+    assert FrozenTeacher(network).network is network
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8-dynamic"])
+def test_its_precision_also_inside_the_students_autocast(network: Network, batch: Batch, precision: Precision) -> None:
+    teacher = FrozenTeacher(network, precision, features=["norm"])
+    expected = teacher(batch)
     with torch.autocast("cpu", torch.bfloat16):
-        assert FrozenTeacher(network, precision="32-true")(batch).features["hidden"].dtype == torch.float32
-        assert FrozenTeacher(network)(batch).features["hidden"].dtype == torch.bfloat16  # left to the caller
+        output = teacher(batch)
+    assert output.features["norm"].dtype == torch.float32
+    assert torch.equal(output.logits, expected.logits)
+
+
+def test_int8_answers_nearly_as_float32() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5))
+    batch = {"pixel_values": torch.randn(16, 32)}
+    exact, quantised = FrozenTeacher(network)(batch).logits, FrozenTeacher(network, "int8-dynamic")(batch).logits
+    assert quantised.dtype == torch.float32
+    assert not torch.equal(quantised, exact)
+    assert (quantised - exact).abs().max() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize(
+    "network", [nn.Conv2d(3, 2, 1), nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8), nn.Linear(8, 2))]
+)
+def test_int8_refuses_what_it_cannot_quantise(network: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=rf"teacher\.precision=int8-dynamic: {type(network).__name__} "):
+        FrozenTeacher(network, "int8-dynamic")
+
+
+def test_precisions_are_checked(network: Network, batch: Batch) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.precision='int8_dynamic' is unknown; did you mean 'int8-dynamic'"):
+        FrozenTeacher(network, "int8_dynamic")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"teacher\.compile=false"):
+        FrozenTeacher(network, "int8-dynamic", compile=True)
+    half = FrozenTeacher(network, "float16")
+    with pytest.raises(ConfigError, match="float16 needs a GPU"):
+        half(batch)
+    with pytest.raises(ConfigError, match="float16 needs a GPU"):
+        half.to(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="int8-dynamic needs a CPU"):
+        FrozenTeacher(network, "int8-dynamic").to(torch.device("cuda"))
+
+
+def test_features_come_along_without_a_graph(network: Network, batch: Batch) -> None:
+    output = FrozenTeacher(network, features=["linear", "pooled"])(batch)
+    torch.testing.assert_close(output.features["pooled"], batch["pixel_values"])
+    torch.testing.assert_close(output.features["linear"], network.linear(batch["pixel_values"]).detach())
+    assert not output.features["linear"].is_inference()
+    with pytest.raises(ConfigError, match="did you mean 'linear'"):
+        FrozenTeacher(network, features=["linaer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_compiled_it_says_the_same(precision: Precision) -> None:
+    torch.manual_seed(0)
+    network = transformer(3, 50, hidden_size=16, num_layers=1, intermediate_size=32).eval()
+    names = ["hidden[1]", "pooled"]
+    plain, compiled = FrozenTeacher(network, precision, names), FrozenTeacher(network, precision, names, compile=True)
+    assert list(compiled.network.state_dict()) == list(network.state_dict())
+    for size, length in ((4, 7), (6, 9)):
+        mask = torch.arange(length) < torch.randint(1, length + 1, (size, 1))
+        batch = {"input_ids": torch.randint(1, 50, (size, length)) * mask, "attention_mask": mask.long()}
+        expected, output = plain(batch), compiled(batch)
+        close = {"rtol": 1e-4, "atol": 1e-5} if precision == "float32" else {"rtol": 0.05, "atol": 0.02}
+        torch.testing.assert_close(output.logits, expected.logits, **close)
+        assert not output.logits.requires_grad
+        assert not output.logits.is_inference()
+        for name in names:
+            torch.testing.assert_close(output.features[name], expected.features[name], **close)
 
 
 def test_to_moves_it_and_returns_it(network: Network) -> None:

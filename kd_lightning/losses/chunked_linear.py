@@ -1,0 +1,240 @@
+"""How `fused_linear_kd` goes from hidden states to gradients, chunk by chunk; the formulas stand there.
+
+Shape suffixes: N positions, n of a chunk or block, V words, H the width of a side's hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.losses.term import at_least_float32
+from kd_lightning.types import IGNORE
+
+CHUNK_BYTES = 128 * 2**20
+"""Size of one side's logits of a chunk: with much fewer tokens the matrix products are slow, more only cost memory."""
+
+BLOCK_BYTES = 2**20
+"""On a CPU, softmax math is done on so many bytes of logits a thread at a time: its passes then stay in the cache."""
+
+Layer = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, matrix and bias of one side's last layer."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The numbers of one call."""
+
+    ce_weight: float
+    kd_weight: float
+    temperature: float
+    divergence: str
+    beta: float
+    label_smoothing: float
+    classes: int
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if self.divergence not in ("forward_kl", "reverse_kl", "jsd"):
+            raise ValueError(f"divergence must be forward_kl, reverse_kl or jsd, got {self.divergence!r}")
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(f"beta must be in (0, 1), got {self.beta}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side's last layer, flattened to `(N, H)` and with the matrix in the precision of the products."""
+
+    hidden: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> _Side:
+        dtype, device = torch.promote_types(hidden.dtype, matrix.dtype), hidden.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return cls(hidden.reshape(-1, hidden.shape[-1]), matrix.to(dtype), bias)
+
+    def inputs(self, pick: Tensor | slice) -> Tensor:
+        return self.hidden[pick].to(self.matrix.dtype)
+
+    def logits(self, inputs: Tensor, out: Tensor) -> None:
+        torch.mm(inputs, self.matrix[: out.shape[1]].T, out=out)
+        if self.bias is not None:
+            out.add_(self.bias[: out.shape[1]])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def fused_linear(
+    student: Layer,
+    teacher: Layer,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+    count: Tensor | float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss and its two parts, all divided by the number of positions that count."""
+    rows = _rows_that_count(student[0].shape[:-1], labels, mask)
+    if labels is not None:
+        labels = labels.flatten()
+    sums = _FusedLinear.apply(*student, teacher, labels, rows, options, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    if count is None:
+        count = max(student[0].shape[:-1].numel() if rows is None else len(rows), 1)
+    # of several calls that all count nothing, `count` is 0, and so is the mean
+    n = torch.as_tensor(count, dtype=sums[0].dtype, device=sums[0].device).clamp(min=torch.finfo(sums[0].dtype).tiny)
+    return sums[0] / n, sums[1] / n, sums[2] / n
+
+
+class _FusedLinear(torch.autograd.Function):
+    """Sums over the rows: the weighted loss and its two parts; gradients are finished when the forward pass is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        teacher: Layer,
+        labels: Tensor | None,
+        rows: Tensor | None,
+        options: Options,
+        grad_enabled: bool,  # as the caller has it: in here it is always off
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needed = [grad_enabled and needs for needs in ctx.needs_input_grad[:3]]
+        sides = _Side.of(hidden, matrix, bias), _Side.of(*teacher)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would redo the casts, and cannot fill a buffer
+            ce, kd, gradients = _all_chunks(*sides, labels, rows, options, needed)
+        ctx.save_for_backward(*gradients)
+        ctx.inputs = [(x.shape, x.dtype) if x is not None else None for x in (hidden, matrix, bias)]
+        ctx.mark_non_differentiable(ce, kd)
+        return options.ce_weight * ce + options.kd_weight * kd, ce, kd
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable would let a part of it pass as constant
+            raise RuntimeError("fused_linear_kd has no second derivative; use the losses of the logits for one")
+        gradients = (
+            None if gradient is None else (gradient * upstream).to(of[1]).view(of[0])
+            for gradient, of in zip(ctx.saved_tensors, ctx.inputs, strict=True)
+        )
+        return *gradients, None, None, None, None, None
+
+
+def _all_chunks(
+    student: _Side, teacher: _Side, labels: Tensor | None, rows: Tensor | None, options: Options, needed: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Return the sums of CE and T^2 D over the rows, and the weighted sum's gradients by hidden, matrix and bias."""
+    count = len(student.hidden) if rows is None else len(rows)
+    vocabulary, dtype = len(student.matrix), student.matrix.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    chunk = _evenly(count, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    z_s = student.matrix.new_empty(chunk, vocabulary)
+    z_t = teacher.matrix.new_empty(chunk, options.classes)
+    ce, kd = student.matrix.new_zeros(2, count, dtype=wide)
+    d_hidden, d_matrix, d_bias = (
+        x.new_zeros(x.shape, dtype=wide) if needs and x is not None else None
+        for x, needs in zip((student.hidden, student.matrix, student.bias), needed, strict=True)
+    )
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        pick = slice(start, stop) if rows is None else rows[start:stop]
+        inputs, z, zt = student.inputs(pick), z_s[: stop - start], z_t[: stop - start]
+        student.logits(inputs, out=z)
+        teacher.logits(teacher.inputs(pick), out=zt)
+        ce[start:stop], kd[start:stop] = _values_and_gradient(z, zt, None if labels is None else labels[pick], options)
+        if d_hidden is not None:
+            d_hidden[pick] = (z @ student.matrix).to(wide)
+        if d_matrix is not None and dtype == wide:
+            d_matrix.addmm_(z.T, inputs)
+        elif d_matrix is not None:
+            d_matrix.add_(z.T @ inputs)
+        if d_bias is not None:
+            d_bias.add_(z.sum(0, dtype=wide))
+    return ce.sum(), kd.sum(), [d_hidden, d_matrix, d_bias]
+
+
+def _evenly(count: int, at_most: int) -> int:
+    """Return the size of the fewest equal parts of `count` that are not larger than `at_most`."""
+    parts = max(math.ceil(count / max(at_most, 1)), 1)
+    return max(math.ceil(count / parts), 1)
+
+
+def _values_and_gradient(z_s: Tensor, z_t: Tensor, labels: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """Return CE and T^2 D of each row, `(n,)`, and write the gradient of their weighted sum over the logits `z_s`."""
+    block = len(z_s)
+    if z_s.device.type == "cpu":
+        threads = torch.get_num_threads()
+        block = threads * max(BLOCK_BYTES // (4 * z_s.shape[1]), 1)
+    values = []
+    for at in (slice(start, start + block) for start in range(0, len(z_s), block)):
+        z = at_least_float32(z_s[at])
+        if labels is None or options.ce_weight == 0:
+            ce, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+        else:
+            ce, gradient = _cross_entropy(z, labels[at], options.label_smoothing)
+            gradient *= options.ce_weight
+        a_s = _divided(z[:, : options.classes], options.temperature)
+        a_t = _divided(z_t[at].to(z.dtype), options.temperature)
+        kd, by_scaled = _divergence(a_s, a_t, options)
+        gradient[:, : options.classes].add_(by_scaled, alpha=options.kd_weight * options.temperature)
+        z_s[at] = gradient
+        values.append(torch.stack([ce, options.temperature**2 * kd]))
+    ce, kd = torch.cat(values, dim=1)
+    return ce, kd
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return each row's cross-entropy `(n,)` and its gradient softmax(z) - q `(n, V)`."""
+    p = z.softmax(-1)
+    top = z.amax(-1)
+    right = z.gather(1, labels[:, None])[:, 0]
+    log_sum = -p.amax(-1).log()  # log(sum exp(z - top)), for the largest probability is 1 / that sum
+    smoothing = label_smoothing * (top - z.mean(-1)) if label_smoothing else 0.0
+    value = log_sum + (1 - label_smoothing) * (top - right) + smoothing
+    if label_smoothing:
+        p -= label_smoothing / z.shape[1]
+    p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), label_smoothing - 1.0))
+    return value, p
+
+
+def _divided(z: Tensor, temperature: float) -> Tensor:
+    """Return z / T, shifted so that each row's maximum is 0: large logits then lose nothing to rounding."""
+    return (z - z.amax(-1, keepdim=True)).div_(temperature)
+
+
+def _divergence(a_s: Tensor, a_t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return D of each row `(n,)` and its gradient by `a_s` `(n, V)`, from logits / T whose maximum is 0."""
+    p_s, p_t = a_s.softmax(-1), a_t.softmax(-1)
+    top_s, top_t = (p.amax(-1, keepdim=True).log() for p in (p_s, p_t))  # so that log p = a + top
+    if options.divergence == "forward_kl":
+        kl = torch.linalg.vecdot(p_t, a_t - a_s) + (top_t - top_s)[:, 0]
+        return kl, p_s.sub_(p_t)
+    if options.divergence == "reverse_kl":
+        ratio = (a_s - a_t).add_(top_s - top_t)
+        kl = torch.linalg.vecdot(p_s, ratio)
+        return kl, ratio.sub_(kl[:, None]).mul_(p_s)
+    beta = options.beta
+    log_s, log_t = a_s.add_(top_s), a_t.add_(top_t)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    ratio = log_s.sub_(log_m)
+    kl_s, kl_t = torch.linalg.vecdot(p_s, ratio), torch.linalg.vecdot(p_t, log_t.sub_(log_m))
+    return beta * kl_t + (1 - beta) * kl_s, ratio.sub_(kl_s[:, None]).mul_(p_s).mul_(1 - beta)
+
+
+def _rows_that_count(positions: torch.Size, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return the indices, among the flattened positions, of those that count; None if all do."""
+    counts = labels != IGNORE if labels is not None else None
+    if mask is not None:
+        counts = mask if counts is None else counts & mask
+    if counts is None:
+        return None
+    rows = counts.flatten().nonzero()[:, 0]
+    return rows if len(rows) < positions.numel() else None

@@ -1,0 +1,41 @@
+"""This library as a contestant of the `peers` benchmark, used as a script of a user's would."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.peers_task import FewReviews, few_reviews, plain_trainer, scored
+from benchmarks.task import objective, optimizer, scheduler
+from benchmarks.task import student as build_student
+from kd_lightning.cache.store import TeacherCache
+from kd_lightning.config import fast_answers
+from kd_lightning.models.hf import finished
+from kd_lightning.module import DistillationModule
+from kd_lightning.runs import digest, network_digest
+from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
+
+
+def our_cached_teacher(teacher: FrozenTeacher, data: FewReviews, folder: Path) -> Teacher:
+    """Keep on disk what the teacher answers while the first epoch trains, as `teacher.cache=auto` does."""
+    key = {"teacher": network_digest(teacher), "data": digest([data.fingerprint, data.sentences])}
+    return CachedTeacher(TeacherCache.create(folder / "cache", key, data.sizes["train"]), teacher)
+
+
+def ours(
+    student: str, teacher: str, sentences: int, epochs: int, batch_size: int, cached: bool, float32: bool
+) -> dict[str, float]:
+    """Train with length-bucketed batches; the teacher answers in its default precision unless `float32`."""
+    data = few_reviews(sentences, batch_size)
+    network, small = finished(teacher, 2), build_student(student)
+    trainer = plain_trainer(epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        asked: Teacher = FrozenTeacher(network, "float32" if float32 else fast_answers())
+        if cached:
+            asked = our_cached_teacher(asked, data, Path(folder))
+        module = DistillationModule(small, asked, objective(), optimizer(), scheduler, num_classes=2)
+        trainer.fit(module, datamodule=data)
+        seconds = time.perf_counter() - started
+    return scored(small, data, seconds)

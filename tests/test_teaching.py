@@ -1,0 +1,250 @@
+"""The teacher's cache in a run: every `teacher.cache`, what it is keyed by, what shares it, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from kd_lightning import shared
+from kd_lightning.cache.store import TeacherCache
+from kd_lightning.compare import compare
+from kd_lightning.errors import CacheError, ConfigError
+from kd_lightning.models.answers import answers
+from kd_lightning.pipeline import Pipeline
+from kd_lightning.teachers import CachedTeacher, FrozenTeacher
+from kd_lightning.types import Batch, ModelOutput
+from tests.conftest import tiny_overrides
+
+Composed = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The index of every example that a running teacher was asked about."""
+    seen: list[int] = []
+    forward = FrozenTeacher.forward
+
+    def counted(self: FrozenTeacher, batch: Batch) -> ModelOutput:
+        seen.extend(batch["index"].tolist())
+        return forward(self, batch)
+
+    monkeypatch.setattr(FrozenTeacher, "forward", counted)
+    monkeypatch.setattr("kd_lightning.pipeline.FrozenTeacher", FrozenTeacher)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def nothing_shared() -> Iterator[None]:
+    shared._LAST.clear()
+    yield
+    shared._LAST.clear()
+
+
+@pytest.fixture
+def distil(composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path) -> Callable[..., Pipeline]:
+    """Make a pipeline that distils from one trained teacher into a run folder of its own."""
+    base = tiny_overrides(toy_csv, tmp_path / "teacher_run")
+    Pipeline(composed(*base, "stages=[teacher]"), Console(file=StringIO())).run()
+    moved = [o for o in base if not o.startswith(("run_dir", "data.tokenizer"))]
+    number = itertools.count()
+
+    def make(*overrides: str) -> Pipeline:
+        checkpoint = [] if any(o.startswith("teacher.checkpoint") for o in overrides) else [
+            f"teacher.checkpoint={tmp_path / 'teacher_run'}"
+        ]  # fmt: skip
+        own = [
+            *checkpoint,
+            "stages=[distill]",
+            "teacher.precision=float32",
+            f"run_dir={tmp_path / f'run_{next(number)}'}",
+        ]
+        return Pipeline(composed(*moved, *own, *overrides), Console(file=StringIO(), width=200))
+
+    return make
+
+
+def said(pipeline: Pipeline) -> str:
+    output = pipeline.console.file
+    assert isinstance(output, StringIO)
+    return output.getvalue()
+
+
+def stored(home: Path) -> list[Path]:
+    return sorted(path.parent for path in home.glob("teacher_outputs/*/manifest.json"))
+
+
+def test_auto_keeps_the_answers_while_the_first_epoch_trains_and_they_are_those_of_the_running_teacher(
+    distil: Callable[..., Pipeline], own_home: Path, asked: list[int]
+) -> None:
+    pipeline = distil()
+    pipeline.run()
+    assert "answers are kept as they are asked for" in said(pipeline)
+    sizes = pipeline.data.sizes
+    trained_on = sizes["train"] + sizes["validation"]
+    assert set(range(sizes["train"])) < set(asked)
+    assert len(asked) <= trained_on + 4 + 2 * 16, "each once, the first batch twice, and the rehearsal's"
+    (folder,) = stored(own_home)
+    assert len(TeacherCache.open(folder).missing()) == sizes["test"], "the test split was not read in training"
+    compare(pipeline, "")
+    cache = TeacherCache.open(folder)
+    assert cache.complete
+    loader = pipeline.data.select(tokens="teacher").all_dataloader()
+    running = answers(FrozenTeacher(pipeline.teacher.network), loader)
+    kept = cache.lookup(torch.arange(pipeline.data.num_examples)).logits
+    torch.testing.assert_close(kept, running.logits, rtol=1e-5, atol=1e-6)
+
+    asked.clear()
+    again = distil("temperature=8")
+    again.run()
+    assert len(asked) <= 4, "another run of the same teacher and data only rehearses"
+
+
+def test_seeds_share_one_pass_before_the_first_of_them(distil: Callable[..., Pipeline], asked: list[int]) -> None:
+    pipeline = distil("seeds=2")
+    pipeline.run()
+    assert "once for all runs" in said(pipeline)
+    assert set(asked) == set(range(pipeline.data.num_examples))
+    assert len(asked) <= pipeline.data.num_examples + 128 + 4
+
+
+def test_points_of_one_process_share_data_teacher_and_open_cache(distil: Callable[..., Pipeline]) -> None:
+    first, second = distil(), distil("temperature=4")
+    first.run()
+    compare(first, "")
+    second.run()
+    assert second.data is first.data
+    assert second.teacher.network is first.teacher.network
+    assert isinstance(first.answering_teacher, CachedTeacher)
+    assert isinstance(second.answering_teacher, CachedTeacher)
+    assert second.answering_teacher.cache is first.answering_teacher.cache
+
+
+def test_require_wants_all_answers_and_says_what_the_nearest_ones_are_for(
+    distil: Callable[..., Pipeline], own_home: Path, asked: list[int]
+) -> None:
+    with pytest.raises(CacheError, match=r"teacher.cache=require, but .* not stored: nothing is in .*kd-cache build"):
+        distil("teacher.cache=require").run()
+    (folder,) = distil().build_caches()
+    assert [folder] == stored(own_home)
+    asked.clear()
+    distil("teacher.cache=require").run()
+    assert len(asked) <= 4
+    with pytest.raises(CacheError, match=r"nearest is .*, where data\.max_length was 64, now 32"):
+        distil("teacher.cache=require", "data.max_length=32").run()
+    with pytest.raises(CacheError, match=r"teacher\.cache_dtype was float32, now float16"):
+        distil("teacher.cache=require", "teacher.cache_dtype=float16").run()
+
+
+def test_refresh_asks_again_and_keeps_nothing_old(distil: Callable[..., Pipeline], asked: list[int]) -> None:
+    (folder,) = distil().build_caches()
+    before = (folder / "manifest.json").read_text()
+    asked.clear()
+    pipeline = distil("teacher.cache=refresh")
+    pipeline.run()
+    assert set(range(pipeline.data.num_examples)) == set(asked)
+    assert json.loads(before)["created"] <= json.loads((folder / "manifest.json").read_text())["created"]
+    assert TeacherCache.open(folder).complete
+
+
+def test_a_path_holds_the_cache_of_one_teacher_and_refuses_another_by_what_differs(
+    distil: Callable[..., Pipeline], tmp_path: Path, own_home: Path
+) -> None:
+    place = f"teacher.cache={tmp_path / 'answers'}"
+    distil(place, "seeds=2").run()
+    assert TeacherCache.open(tmp_path / "answers").complete
+    assert stored(own_home) == []
+    distil(place).run()
+    with pytest.raises(CacheError, match=r"teacher\.precision was float32, now bf16"):
+        distil(place, "teacher.precision=bf16").run()
+
+
+def test_a_damaged_file_is_named_and_its_answers_are_asked_for_again(
+    distil: Callable[..., Pipeline], asked: list[int]
+) -> None:
+    (folder,) = distil().build_caches()
+    shard = next(folder.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    shared._LAST.clear()
+    with pytest.raises(CacheError, match=shard.name):
+        distil("teacher.cache=require").run()
+    asked.clear()
+    pipeline = distil("seeds=2")
+    pipeline.run()
+    assert shard.name in said(pipeline)
+    assert set(asked) == set(range(pipeline.data.num_examples))
+
+
+def test_top_k_and_half_precision_train(distil: Callable[..., Pipeline], own_home: Path) -> None:
+    distil("teacher.cache_top_k=1", "teacher.cache_dtype=bfloat16").run()
+    manifest = json.loads((stored(own_home)[0] / "manifest.json").read_text())
+    assert manifest["storage"] == {"dtype": "bfloat16", "top_k": 1}
+
+
+def test_features_are_answered_and_kept(distil: Callable[..., Pipeline], own_home: Path) -> None:
+    pipeline = distil("teacher.features=[pooled]", "seeds=2")
+    pipeline.run()
+    cache = TeacherCache.open(stored(own_home)[0])
+    batch = next(iter(pipeline.data.select(tokens="teacher").val_dataloader()))
+    kept = cache.lookup(batch["index"], batch["attention_mask"]).features["pooled"]
+    running = FrozenTeacher(pipeline.teacher.network, features=["pooled"])(batch).features["pooled"]
+    torch.testing.assert_close(kept, running, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ensemble_caches_each_member(
+    distil: Callable[..., Pipeline], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+) -> None:
+    other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
+    tokenizer = f"data.tokenizer={tmp_path / 'teacher_run/teacher/tokenizer'}"
+    Pipeline(composed(*other, tokenizer, "stages=[teacher]", "seed=1"), Console(file=StringIO())).run()
+    members = [str(tmp_path / name) for name in ("teacher_run", "other")]
+    pipeline = distil(f"teacher.checkpoint=[{','.join(members)}]", "seeds=2")
+    pipeline.run()
+    report = compare(pipeline, "")
+    assert len(stored(own_home)) == 2
+    batch = next(iter(pipeline.data.val_dataloader()))
+    probabilities = [FrozenTeacher(m.network)(batch).logits.softmax(-1) for m in pipeline.teacher.members]
+    together = pipeline.answering_teacher(batch).logits.softmax(-1)
+    torch.testing.assert_close(together, torch.stack(probabilities).mean(0), rtol=1e-5, atol=1e-6)
+    sizes = [sum(p.numel() for p in member.network.parameters()) for member in pipeline.teacher.members]
+    assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.cache=requrie", r"teacher\.cache='requrie' is neither a mode nor a path.*did you mean 'require'"),
+        ("teacher.cache_dtype=int8", r"teacher\.cache_dtype"),
+        ("teacher.precision=bfloat16", r"teacher\.precision"),
+        ("teacher.cache_views=0", r"teacher\.cache_views=0 must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_work(
+    distil: Callable[..., Pipeline], override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        distil(override)
+
+
+def test_views_that_are_new_in_each_epoch_cannot_be_kept(distil: Callable[..., Pipeline]) -> None:
+    fresh = ["data.views=1", "data.view_sets=null"]
+    with pytest.raises(ConfigError, match=r"teacher\.cache_views=K.*teacher\.cache=off"):
+        distil(*fresh).run()
+    distil(*fresh, "teacher.cache=off", "trainer.max_steps=3").run()
+
+
+def test_sets_of_views_are_all_answered(distil: Callable[..., Pipeline], asked: list[int]) -> None:
+    pipeline = distil("data.views=1", "teacher.cache_views=3", "trainer.max_epochs=3")
+    pipeline.run()
+    sizes = pipeline.data.sizes
+    assert sizes["views"] == 3 * sizes["train"]
+    assert set(range(4 * sizes["train"])) < set(asked)
