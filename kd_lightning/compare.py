@@ -110,10 +110,9 @@ def _teacher_answers(pipeline: Pipeline) -> dict[str, Answers]:
     data, teacher = pipeline.data.select(tokens="both"), pipeline.answering_teacher
     teacher.to(pipeline.device)
     loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-    try:
-        return {split: answers(teacher, loader, pipeline.device) for split, loader in loaders.items()}
-    finally:
-        teacher.close()
+    said = {split: answers(teacher, loader, pipeline.device) for split, loader in loaders.items()}
+    teacher.flush()
+    return said
 
 
 def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> ModelResult:

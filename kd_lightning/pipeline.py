@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from kd_lightning.callbacks import CacheFilling
 from kd_lightning.checks import validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError
@@ -21,9 +22,9 @@ from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
 from kd_lightning.runs import differences, digest, file_digest, load_run, read_json
-from kd_lightning.shared import shared
-from kd_lightning.teachers import AheadTeacher, FrozenTeacher, Teacher
-from kd_lightning.teaching import Answering, TeacherNetwork, load_teacher, read_teacher
+from kd_lightning.shared import shared, stamps
+from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher
+from kd_lightning.teaching import DECIDING, Answering, TeacherNetwork, load_teacher, read_teacher
 from kd_lightning.training import Stage, planned_steps, train
 from kd_lightning.types import Batch, ModelOutput
 
@@ -53,7 +54,9 @@ class Pipeline:
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
         self._check_folder()
-        self.data: TextData = shared("data", digest(self.cfg["data"]), lambda: _prepared(self.cfg["data"]))
+        self.data: TextData = shared(
+            "data", [digest(self.cfg["data"]), stamps(self.cfg["data"])], lambda: _prepared(self.cfg["data"])
+        )
 
     def run(self) -> None:
         """Train every stage that is asked for and not yet finished."""
@@ -122,17 +125,20 @@ class Pipeline:
         stage = self._stage(
             f"distill, seed {seed}", self._folder(seed, "distill"), data, network, network_settings,
             self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
-            more={"distillation": self.cfg["distillation"], "teacher": self.teacher.fingerprint},
+            more={
+                "distillation": self.cfg["distillation"], "teacher": self.teacher.fingerprint,
+                "answers": {key: self.cfg["teacher"][key] for key in DECIDING},
+            },
         )  # fmt: skip
+        if isinstance(teacher, CachedTeacher | EnsembleTeacher) and not self._shares_answers:
+            stage.more_callbacks = [CacheFilling(teacher.flush, lambda: self._answering.complete(self.teacher))]
         objective: Objective = build(self.cfg["distillation"])
         stage.module = lambda network: DistillationModule(
             network, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
             num_classes=self.data.num_classes, seed=seed,
         )  # fmt: skip
-        try:
-            train(stage, self.console)
-        finally:
-            teacher.close()
+        train(stage, self.console)
+        teacher.flush()
 
     def finetune(self, seed: int) -> None:
         """Train the distilled student on from labels, at its own learning rate."""
@@ -160,6 +166,9 @@ class Pipeline:
             return
         for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
             old[key] = new[key] = None
+        for key in ("cache", "answer_batch_size", "device", "compile"):  # where answers come from, not what they are
+            old["teacher"] = {**old["teacher"], key: None}
+            new["teacher"] = {**new["teacher"], key: None}
         old["seeds"] = max(old["seeds"], new["seeds"])  # more seeds are welcome
         if changed := sorted(differences(old, new)):
             raise ConfigError(
@@ -182,7 +191,7 @@ class Pipeline:
             return
         student, _ = self._build(self.cfg["student"], "student", **given)
         if "distill" in self.stages:
-            teacher = FrozenTeacher(given["teacher"], features=self.cfg["teacher"]["features"])
+            teacher = self._answering.check(given["teacher"], self.teacher if trained else None)
             _try(build(self.cfg["distillation"]), student, teacher, batch)
 
     # -- what the stages share ----------------------------------------------------------------------------------------
@@ -215,20 +224,28 @@ class Pipeline:
     @cached_property
     def answering_teacher(self) -> Teacher:
         """The teacher as the students meet it: running, or answering from one pass over all examples."""
-        several = len(self.seeds) > 1 or in_sweep() or processes(self.cfg["trainer"]) > 1
-        return self._answering.teacher(self.teacher, build=several)
+        if "distill" not in self.stages:
+            return FrozenTeacher(self.teacher.network, self.cfg["teacher"]["precision"])
+        if self._shares_answers:
+            self._answering.complete(self.teacher)
+        return self._answering.teacher(self.teacher)
+
+    @property
+    def _shares_answers(self) -> bool:
+        """True when several trainings or processes read the teacher's answers, which are then asked for beforehand."""
+        return len(self.seeds) > 1 or in_sweep() or processes(self.cfg["trainer"]) > 1
 
     def build_caches(self) -> list[Path]:
         """Have the teacher answer every example; return the folder of its cache, or of each member's of an ensemble."""
-        teachers = self.teacher.members or [self.teacher]
-        for teacher in teachers:
-            self._answering.teacher(teacher, build=True)
-        return [self._answering.cache(teacher).folder for teacher in teachers]
+        if self.cfg["teacher"]["cache"] == "off":
+            raise ConfigError("teacher.cache=off keeps no answers: there is nothing to build")
+        self._answering.complete(self.teacher)
+        return [self._answering.cache(teacher).folder for teacher in self.teacher.members or [self.teacher]]
 
-    @property
+    @cached_property
     def _answering(self) -> Answering:
-        settings = {**self.cfg["teacher"], "cache": "off"} if "distill" not in self.stages else self.cfg["teacher"]
-        return Answering(settings, self.data.select(tokens="teacher", pool=True), self.device, self.console)
+        data = self.data.select(tokens="teacher", pool=True)
+        return Answering(self.cfg["teacher"], data, self.device, self.console)
 
     def _student_data(self, seed: int, pool: bool) -> TextData:
         return self.data.select(tokens="both" if pool else "student", pool=pool).with_batches(seed=seed)

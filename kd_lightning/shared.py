@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_LAST: dict[str, tuple[Any, Any]] = {}
+_KEPT: dict[str, list[tuple[object, Any]]] = {}
+_MOST = 4
 
 
 def shared(kind: str, key: object, make: Callable[[], T]) -> T:
-    """Return what `make` made for this key, if it was the last thing of its kind that was asked for; else make it.
-
-    One of a kind is kept, so that a sweep over data sets does not end with all of them in memory.
+    """Return what `make` made for this key before, or makes now; the last four of a kind are kept.
 
     >>> shared("example", 1, lambda: [1]) is shared("example", 1, lambda: [2])
     True
     >>> shared("example", 2, lambda: [2])
     [2]
     """
-    if kind not in _LAST or _LAST[kind][0] != key:
-        _LAST.pop(kind, None)  # before the next one is made: both need not fit
-        _LAST[kind] = (key, make())
-    found: T = _LAST[kind][1]
+    kept = _KEPT.setdefault(kind, [])
+    found: T
+    for known, found in kept:
+        if known == key:
+            return found
+    del kept[: len(kept) - _MOST + 1]  # before the next one is made: both need not fit
+    found = make()
+    kept.append((key, found))
     return found
+
+
+def stamps(settings: Any) -> list[tuple[str, int, int]]:
+    """Return size and time of every file that settings name, and of those in folders that they name.
+
+    They belong into a key: a long-lived process must not go on with what a file held before.
+    """
+    files = [file for path in _paths(settings) for file in ([path] if path.is_file() else sorted(path.iterdir()))]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _paths(settings: Any) -> Iterator[Path]:
+    if isinstance(settings, dict | list):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from _paths(value)
+    elif isinstance(settings, str) and len(settings) < 4096 and Path(settings).exists():
+        yield Path(settings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.cache.fill import fill
-from kd_lightning.cache.manifest import Manifest, is_cache
+from kd_lightning.cache.manifest import MANIFEST, Manifest
 from kd_lightning.cache.outputs import Storage
 from kd_lightning.cache.store import TeacherCache
+from kd_lightning.checks import CACHE_MODES
 from kd_lightning.errors import CacheError, ConfigError, KDError
 from kd_lightning.models.rebuild import describe
 from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
-from kd_lightning.shared import shared
+from kd_lightning.shared import shared, stamps
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher
 from kd_lightning.teachers.ensemble import EnsembleNetwork
 from kd_lightning.training import say
@@ -63,7 +67,9 @@ def load_teacher(checkpoint: str | list[str], data: TextData, console: Console) 
         return read_teacher(folder, data)
     from kd_lightning.models.hf import finished
 
-    network = shared(f"teacher {checkpoint}", data.num_classes, lambda: finished(checkpoint, data.num_classes))
+    network = shared(
+        "teacher", (checkpoint, data.num_classes, stamps(checkpoint)), lambda: finished(checkpoint, data.num_classes)
+    )
     _check_class_order(checkpoint, network, data, console)
     return TeacherNetwork(network.eval(), network_digest(network), checkpoint, None)
 
@@ -71,7 +77,7 @@ def load_teacher(checkpoint: str | list[str], data: TextData, console: Console) 
 def read_teacher(folder: Path, data: TextData) -> TeacherNetwork:
     """Read back a teacher that a run trained."""
     fingerprint = file_digest(folder / "model.safetensors")
-    model = shared(f"teacher {folder.absolute()}", fingerprint, lambda: load_run(folder))
+    model = shared("teacher", (folder.absolute(), fingerprint), lambda: load_run(folder))
     if model.class_names != data.class_names:
         raise ConfigError(
             f"the teacher in {folder} knows the classes {model.class_names}, the data has {data.class_names}: "
@@ -96,6 +102,10 @@ def _check_class_order(checkpoint: str, network: nn.Module, data: TextData, cons
         say(console, f"teacher  calls its classes {names}, the data {data.class_names}: do they match?")
 
 
+DECIDING = ("precision", "features", "cache_dtype", "cache_top_k")
+"""The keys below `teacher` that decide what the students read of its answers."""
+
+
 @dataclass
 class Answering:
     """How a run's students meet its teacher, as the keys below `teacher` in the configuration say.
@@ -112,47 +122,66 @@ class Answering:
     device: torch.device
     console: Console
 
-    def teacher(self, teacher: TeacherNetwork, build: bool) -> Teacher:
-        """Return the teacher that a training calls.
+    def check(self, network: nn.Module, teacher: TeacherNetwork | None) -> FrozenTeacher:
+        """Refuse before any training what cannot be kept or answered; return a teacher to rehearse with.
 
         Args:
-            teacher: Its network or, for an ensemble, networks.
-            build: Have it answer everything now, since several trainings share the answers; otherwise `cache=auto`
-                keeps its answers while the first training asks for them.
+            network: The teacher's, fine-tuned or not yet.
+            teacher: The finished teacher, if it is there already.
+        """
+        if self.settings["cache"] != "off":
+            self._check_repeatable()
+            top_k, classes = self._storage().top_k, self.data.num_classes
+            if top_k is not None and top_k >= classes:
+                raise ConfigError(f"teacher.cache_top_k={top_k} must be below the number of classes, {classes}")
+            if teacher is not None and self.settings["cache"] == "require":
+                for member in teacher.members or [teacher]:
+                    self.cache(member)
+        if teacher is not None and teacher.members and self.settings["features"]:
+            raise ConfigError("teacher.features: those of an ensemble's members may differ in shape; use one teacher")
+        precision, features = self.settings["precision"], self.settings["features"]
+        if self.settings["compile"]:
+            FrozenTeacher(network, precision, features, compile=True)  # refuses what cannot be; compiles when called
+        return FrozenTeacher(network, precision, features)
+
+    def teacher(self, teacher: TeacherNetwork) -> Teacher:
+        """Return the teacher that a training calls: of an ensemble's members, each has its own cache.
 
         Raises:
             CacheError: `cache=require` and answers are missing, or what is stored is damaged or of something else.
-            ConfigError: Answers that cannot be kept.
         """
         if teacher.members:
-            return EnsembleTeacher([self.teacher(member, build) for member in teacher.members])
-        running = self._running(teacher)
+            return EnsembleTeacher([self.teacher(member) for member in teacher.members])
         if self.settings["cache"] == "off":
             own = self.settings["device"]
-            return AheadTeacher(running, torch.device(own) if own else None)
+            return AheadTeacher(self._running(teacher), torch.device(own) if own else None)
         cache = self.cache(teacher)
-        if build and not cache.complete:
-            self._fill(cache, running)
-        return CachedTeacher(cache, None if cache.complete else running, say=lambda line: say(self.console, line))
+        if cache.complete:
+            return CachedTeacher(cache)
+        return CachedTeacher(cache, self._running(teacher), self._lengths(), lambda line: say(self.console, line))
+
+    def complete(self, teacher: TeacherNetwork) -> None:
+        """Have the teacher, or each member, answer whatever its cache has no answer to."""
+        for member in teacher.members or [teacher]:
+            if self.settings["cache"] != "off" and not (cache := self.cache(member)).complete:
+                self._fill(cache, self._running(member))
 
     def cache(self, teacher: TeacherNetwork) -> TeacherCache:
         """Return the teacher's cache: opened, begun or, with `cache=refresh`, built anew."""
-        if not self.data.repeatable:
-            raise ConfigError(
-                "data.view_sets=null makes new views in every epoch, and answers to these cannot be kept: set "
-                "teacher.cache_views=K, to go through K sets of views, or teacher.cache=off"
-            )
+        self._check_repeatable()
         key, mode = self._key(teacher), self.settings["cache"]
-        kept = mode in ("auto", "require", "refresh")
-        folder = _home() / digest(key) if kept else Path(mode).expanduser()
-        return shared(f"cache {folder.absolute()}", (digest(key), mode), lambda: self._open(folder, key, teacher))
+        folder = _home() / digest(key)
+        if mode not in CACHE_MODES:
+            folder = Path(mode).expanduser()
+            if isinstance(self.settings["checkpoint"], list):
+                folder /= digest(key)  # each member's own
+        return shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, teacher))
 
     def _open(self, folder: Path, key: dict[str, Any], teacher: TeacherNetwork) -> TeacherCache:
-        examples, mode = self.data.num_examples, self.settings["cache"]
-        storage = Storage(self.settings["cache_dtype"], self.settings["cache_top_k"])
+        examples, mode, there = self.data.num_examples, self.settings["cache"], (folder / MANIFEST).exists()
         title, data = teacher.title, type(self.data).__name__
         if mode == "require":
-            if not is_cache(folder):
+            if not there:
                 raise CacheError(f"teacher.cache=require, but this teacher's answers are not stored{_nearest(key)}")
             cache = TeacherCache.open(folder, key, examples)
             if not cache.complete:
@@ -160,37 +189,52 @@ class Answering:
                 raise CacheError(f"teacher.cache=require, but {folder} lacks {missing} of {examples} answers")
             return cache
         if mode == "refresh":
-            with TeacherCache.refreshing(folder, key, examples, storage, teacher=title, data=data) as cache:
+            with TeacherCache.refreshing(folder, key, examples, self._storage(), teacher=title, data=data) as cache:
                 self._fill(cache, self._running(teacher))
             return cache
-        if is_cache(folder):
+        if there:
             return TeacherCache.open(folder, key, examples, repair=True, say=lambda line: say(self.console, line))
-        return TeacherCache.create(folder, key, examples, storage, teacher=title, data=data)
+        return TeacherCache.create(folder, key, examples, self._storage(), teacher=title, data=data)
 
     def _fill(self, cache: TeacherCache, teacher: FrozenTeacher) -> None:
         started, hidden = time.monotonic(), not self.console.is_terminal
         data = self.data.with_batches(eval_batch_size=self.settings["answer_batch_size"])
         batches: Iterable[Batch] = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
-        asked = fill(cache, teacher.to(self.device), on_device, say=lambda line: say(self.console, line))
-        say(
-            self.console, f"teacher  answered {asked} examples in {time.monotonic() - started:.0f} s, once for all runs"
+        asked = fill(
+            cache, teacher.to(self.device), on_device, lengths=self._lengths(), say=lambda line: say(self.console, line)
         )
+        say(self.console, f"teacher  answered {asked} examples in {time.monotonic() - started:.0f} s, for all runs")
+
+    def _lengths(self) -> Tensor:
+        return torch.from_numpy(self.data.lengths)
+
+    def _storage(self) -> Storage:
+        return Storage(self.settings["cache_dtype"], self.settings["cache_top_k"])
+
+    def _check_repeatable(self) -> None:
+        if not self.data.repeatable:
+            raise ConfigError(
+                "data.view_sets=null makes new views in every epoch, and answers to these cannot be kept: set "
+                "teacher.cache_views=K, to go through K sets of views, or teacher.cache=off"
+            )
 
     def _running(self, teacher: TeacherNetwork) -> FrozenTeacher:
-        settings = self.settings
-        return FrozenTeacher(
-            teacher.network, settings["precision"], features=settings["features"], compile=settings["compile"]
-        )
+        precision, features, compile = (self.settings[name] for name in ("precision", "features", "compile"))
+        return shared(
+            "running", (id(teacher.network), teacher.fingerprint, precision, tuple(features), compile),
+            lambda: FrozenTeacher(teacher.network, precision, features, compile),
+        )  # fmt: skip
 
     def _key(self, teacher: TeacherNetwork) -> dict[str, Any]:
         """Return everything that decides the teacher's answers."""
-        network = describe(teacher.network)
-        if network is None and teacher.folder is not None:
-            network = read_json(teacher.folder / "model.json")
-        settings = {name: self.settings[name] for name in ("precision", "features", "cache_dtype", "cache_top_k")}
+        network, source = describe(teacher.network), None
+        if network is None:  # a user's own: what it computes is what its file says
+            network = read_json(teacher.folder / "model.json") if teacher.folder is not None else None
+            source = digest(inspect.getsource(sys.modules[type(teacher.network).__module__]))
+        settings = {name: self.settings[name] for name in DECIDING}
         return {
-            "teacher": {"weights": teacher.fingerprint, "network": network, **settings},
+            "teacher": {"weights": teacher.fingerprint, "network": network, "source": source, **settings},
             "data": self.data.teacher_key,
         }
 
@@ -204,9 +248,9 @@ def _home() -> Path:
 def _nearest(key: dict[str, Any]) -> str:
     """Say in what the stored answers that come nearest differ from those that are needed."""
     found = []
-    for folder in sorted(_home().glob("*")):
-        if is_cache(folder):
-            found.append((differences(Manifest.read(folder / "manifest.json").key, key), folder))
+    for path in sorted(_home().glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(CacheError):  # a damaged one is none that could be used
+            found.append((differences(Manifest.read(path).key, key), path.parent))
     if not found:
         return f": nothing is in {_home()}; kd-cache build makes it"
     changed, folder = min(found, key=lambda pair: len(pair[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class Stage:
         loggers: Settings of loggers by name.
         steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
         compile: Whether to `torch.compile` the network, for batches of any shape.
+        more_callbacks: Callbacks that the stage itself needs.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stage:
     loggers: dict[str, Any]
     steps: int | None = None
     compile: bool = False
+    more_callbacks: list[L.Callback] = field(default_factory=list)
 
 
 def planned_steps(trainer: dict[str, Any], batches: int) -> int:
@@ -98,7 +100,7 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     if stage.compile:
         stage.network.compile(dynamic=True)  # in place: the names of its weights stay
     module = stage.module(stage.network)
-    trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best], resume)
+    trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best, *stage.more_callbacks], resume)
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KDError(f"{stage.name} was interrupted; the same command goes on from {resume}")

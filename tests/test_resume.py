@@ -37,6 +37,7 @@ def kd_train(home: Path, *overrides: str, kill_at: int = -1) -> int:
 @pytest.mark.parametrize(
     ("step", "more"),
     [
+        (11, ()),  # in the first epoch, which fills the cache of the teacher's answers
         (26, ()),  # in the middle of the second epoch, after the checkpoint of step 21 = the end of the first
         (33, ()),  # after the checkpoint of step 28, on the far side of a look at validation
         (33, ("checkpoint_every_n_steps=31",)),  # the checkpoint falls on a step that also looks at validation
@@ -48,11 +49,12 @@ def test_killed_and_resumed_equals_uninterrupted(step: int, more: tuple[str, ...
     csv_file = write_toy_csv(tmp_path / "toy.csv")
     whole, killed = ([*tiny_overrides(csv_file, tmp_path / name), *SETTINGS, *more] for name in ("whole", "killed"))
     assert kd_train(tmp_path / "home", *whole) == 0
-    assert kd_train(tmp_path / "home", *killed, kill_at=step) == -signal.SIGKILL
+    home = tmp_path / "home of the killed"  # else it would read the answers that the other run has kept
+    assert kd_train(home, *killed, kill_at=step) == -signal.SIGKILL
     folder = tmp_path / "killed" / "seed_0" / "distill"
     assert (folder / "checkpoints" / "resume.ckpt").is_file()
     assert not (folder / "stage.json").exists()
-    assert kd_train(tmp_path / "home", *killed) == 0
+    assert kd_train(home, *killed) == 0
 
     reference = load_file(tmp_path / "whole" / "seed_0" / "distill" / "model.safetensors")
     resumed = load_file(folder / "model.safetensors")

@@ -1,6 +1,7 @@
 """Lightning callbacks of the pipeline."""
 
+from kd_lightning.callbacks.filling import CacheFilling
 from kd_lightning.callbacks.progress import StageProgress
 from kd_lightning.callbacks.resume import ResumeCheckpoint
 
-__all__ = ["ResumeCheckpoint", "StageProgress"]
+__all__ = ["CacheFilling", "ResumeCheckpoint", "StageProgress"]

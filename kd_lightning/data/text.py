@@ -16,6 +16,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from kd_lightning.assets import home
@@ -229,6 +230,11 @@ class TextData(L.LightningDataModule, ABC):
         return len(self._labels)
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each example has for the teacher, `(num_examples,)`."""
+        return self._stores["teacher"].lengths
+
+    @property
     def has_two_tokenizers(self) -> bool:
         """Whether the teacher reads other tokens than the student."""
         return self.tokenizer_names["student"] != self.tokenizer_names["teacher"]
@@ -325,10 +331,6 @@ class TextData(L.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the test examples, sorted by length."""
         return self._evaluation_loader("test", "test")
-
-    def pool_dataloader(self) -> DataLoader[Batch]:
-        """Return everything that is trained on (without views and transfer after `pool=False`), sorted by length."""
-        return self._evaluation_loader("train", "transfer" if self._pool else "train")
 
     def all_dataloader(self) -> DataLoader[Batch]:
         """Return every example of every part, sorted by length."""

@@ -50,9 +50,9 @@ class AheadTeacher:
         self.teacher = self.teacher.to(self.device)
         return self
 
-    def close(self) -> None:
-        """Have the teacher let go of what it holds."""
-        self.teacher.close()
+    def flush(self) -> None:
+        """Have the teacher write what it has not written yet."""
+        self.teacher.flush()
 
     def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Return the loader's batches with their answers; call it after `to`."""

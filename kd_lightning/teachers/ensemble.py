@@ -57,10 +57,10 @@ class EnsembleTeacher:
         self.members = [member.to(device) for member in self.members]
         return self
 
-    def close(self) -> None:
-        """Have every member let go of what it holds."""
+    def flush(self) -> None:
+        """Have every member write what it has not written yet."""
         for member in self.members:
-            member.close()
+            member.flush()
 
 
 class EnsembleNetwork(nn.Module):
@@ -91,14 +91,14 @@ class EnsembleNetwork(nn.Module):
 def _shares(weights: Sequence[float] | None, count: int, combine: str) -> list[float]:
     """Check the settings of an ensemble and return its weights, scaled to sum to 1."""
     if not count:
-        raise ConfigError("teacher.members is empty: name at least one teacher")
+        raise ConfigError("an ensemble needs at least one teacher")
     if combine not in get_args(Combine):
-        raise ConfigError(f"teacher.combine={combine!r} is unknown{did_you_mean(str(combine), get_args(Combine))}")
+        raise ConfigError(f"combine={combine!r} is unknown{did_you_mean(str(combine), get_args(Combine))}")
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
-        raise ConfigError(f"teacher.weights has {len(weights)} numbers for {count} members: give one each")
+        raise ConfigError(f"weights has {len(weights)} numbers for {count} members: give one each")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:
-        raise ConfigError(f"teacher.weights={weights}: give numbers of at least 0, not all of them 0")
+        raise ConfigError(f"weights={weights}: give numbers of at least 0, not all of them 0")
     return [weight / sum(weights) for weight in weights]
 
 
@@ -107,8 +107,8 @@ def _combined(answers: list[Tensor], shares: list[float], combine: Combine) -> T
     for number, other in enumerate(answers):
         if other.shape != first.shape:
             raise ConfigError(
-                f"teacher.members do not fit together: member 0 answers for {first.shape[-1]} classes (logits "
-                f"{tuple(first.shape)}), member {number} for {other.shape[-1]} (logits {tuple(other.shape)})"
+                f"teacher.checkpoint: the members do not fit together: member 0 answers for {first.shape[-1]} classes "
+                f"(logits {tuple(first.shape)}), member {number} for {other.shape[-1]} (logits {tuple(other.shape)})"
             )
     logits = torch.stack(answers).float()
     weights: Tensor = logits.new_tensor(shares).view(-1, *[1] * first.ndim)

@@ -24,7 +24,7 @@ _HALF = {"bf16": torch.bfloat16, "float16": torch.float16}
 class Teacher(Protocol):
     """What a distillation asks of a teacher: an answer to a batch, without a gradient, and to sit on a device.
 
-    `close` is called when a training ends: the teacher lets go of what others wait for (a cache's lock).
+    `flush` is called before a checkpoint and when a training ends: a cache writes what it has not written yet.
     """
 
     def __call__(self, batch: Batch) -> ModelOutput:
@@ -35,8 +35,8 @@ class Teacher(Protocol):
         """Move to a device."""
         ...
 
-    def close(self) -> None:
-        """Let go of what others wait for."""
+    def flush(self) -> None:
+        """Write what is not written yet."""
         ...
 
 
@@ -53,7 +53,8 @@ class FrozenTeacher(nn.Module):
     * `bf16`, `float16` (a GPU's): autocast. The weights that autocast would cast at every call, those of linear layers
       and convolutions, are cast once; the answers are the same bit by bit.
     * `int8-dynamic` (a CPU's): weights of linear layers in 8 bits with a scale for each output channel, their inputs
-      in 7 bits with a scale for each batch. Its answers differ visibly from float32: for a CPU without bfloat16.
+      in 7 bits with a scale for each batch, so that an answer depends on the sentences beside it. Its answers differ
+      visibly from float32: for a CPU without bfloat16.
 
     Args:
         network: Any network. In float32, without features and not compiled, it is this very object, frozen in place;
@@ -116,11 +117,11 @@ class FrozenTeacher(nn.Module):
         with torch.inference_mode(), torch.autocast(device.type, half, enabled=self.precision in _HALF):
             output = self._ask(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
-        features = {name: value.clone() for name, value in output.features.items()}
+        features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}
         return ModelOutput(output.logits.to(torch.float32, copy=True), features)
 
-    def close(self) -> None:
-        """Do nothing: a network that runs holds nothing that others wait for."""
+    def flush(self) -> None:
+        """Do nothing: a network that runs keeps no answers."""
 
     def _check(self, device: torch.device) -> None:
         if self.precision == "float16" and device.type == "cpu":

@@ -74,7 +74,7 @@ def train_teacher() -> dict[str, str]:
 def scored(student: nn.Module, data: Reviews, seconds: float) -> dict[str, float]:
     """Return a contestant's result: its time, and that its student has learned what the others' have."""
     validation = network_answers(student, data.val_dataloader())
-    training = network_answers(student, data.pool_dataloader())
+    training = network_answers(student, data.train_dataloader())
     return {
         "seconds": seconds,
         "validation_accuracy": float((validation.logits.argmax(1) == validation.labels).float().mean()),

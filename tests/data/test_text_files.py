@@ -80,7 +80,7 @@ def test_training_batches(toy_csv: Callable[..., Path]) -> None:
     assert all(a["index"].equal(b["index"]) for a, b in zip(whole, again, strict=True))
     other = list(data.with_batches(seed=1).train_dataloader())
     assert not all(a["index"].equal(b["index"]) for a, b in zip(whole, other, strict=True) if len(a) == len(b))
-    assert max(len(batch["index"]) for batch in data.with_batches(eval_batch_size=5).pool_dataloader()) == 5
+    assert max(len(batch["index"]) for batch in data.with_batches(eval_batch_size=5).all_dataloader()) == 5
 
 
 def test_worker_processes_deliver_the_same(toy_csv: Callable[..., Path]) -> None:
@@ -116,7 +116,7 @@ def test_two_tokenizers(toy_csv: Callable[..., Path]) -> None:
 
 def test_views_are_masked_with_each_tokenizers_own_token(toy_csv: Callable[..., Path]) -> None:
     data = make(toy_csv(), views=1, mask_probability=0.5, ngram_probability=0)
-    pool = list(data.pool_dataloader())
+    pool = list(data.all_dataloader())
     mask = data.student_tokenizer.mask_token_id
     masked = {
         int(i) for batch in pool for i, row in zip(batch["index"], batch["input_ids"], strict=True) if mask in row

@@ -53,7 +53,7 @@ class Logs:
     def to(self, device: torch.device) -> Logs:
         return self
 
-    def close(self) -> None:
+    def flush(self) -> None:
         self.log.append("closed")
 
 
@@ -135,7 +135,7 @@ def test_a_device_of_its_own() -> None:
     assert [tuple(teacher(batch).logits.shape) for batch in answered] == [(2, 3)] * 3
     assert {teacher(batch).logits.device.type for batch in answered} == {"meta"}
     assert asked == ["meta"] * 3  # it was shown its own copy of the batch
-    teacher.close()
+    teacher.flush()
     assert teacher.teacher.log == ["closed"]  # type: ignore[attr-defined]
 
 

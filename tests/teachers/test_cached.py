@@ -58,6 +58,7 @@ def test_each_example_is_asked_about_once_and_answered_as_the_running_teacher_an
     assert len(teacher.asked) == asked
     assert torch.equal(again.logits, torch.stack([first[1].logits[3], first[0].logits[2], first[1].logits[3]]))
     assert torch.equal(first[0].logits, FrozenTeacher(teacher.network)(batch(3, 1, 0)).logits), "float32: bit by bit"
+    cached.flush()
     assert CachedTeacher(TeacherCache.open(cache.folder))(batch(*range(10))).logits.shape == (10, 3)
 
 
@@ -67,17 +68,22 @@ def test_without_a_teacher_missing_answers_are_an_error(cache: TeacherCache) -> 
         CachedTeacher(cache)(batch(1, 2))
 
 
-def test_the_lock_is_held_from_the_first_question_to_the_last_or_to_close(cache: TeacherCache) -> None:
+def test_nobody_waits_for_a_training_that_fills_and_flush_shows_others_what_it_has(cache: TeacherCache) -> None:
     cached = CachedTeacher(cache, Counting())
-    assert lock_is_free(cache)
     cached(batch(0, 1, 2))
-    assert not lock_is_free(cache)
-    cached.close()
     assert lock_is_free(cache)
-    assert TeacherCache.open(cache.folder).known(torch.arange(10)).tolist() == [True] * 3 + [False] * 7
-    cached(batch(*range(3, 10)))
-    assert cache.complete
-    assert lock_is_free(cache), "nothing is missing, so nobody has to wait"
+    assert len(TeacherCache.open(cache.folder).missing()) == 10
+    cached.flush()
+    assert TeacherCache.open(cache.folder).missing().tolist() == list(range(3, 10))
+
+
+def test_the_estimate_is_said_once_and_counts_all_examples(cache: TeacherCache) -> None:
+    said: list[str] = []
+    cached = CachedTeacher(cache, Counting(), say=said.append)
+    cached(batch(0, 1, 2))
+    cached(batch(3, 4))
+    assert len(said) == 1
+    assert "for all 10" in said[0]
 
 
 def test_the_first_epoch_reads_what_later_ones_read(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ class Says:
     def to(self, device: torch.device) -> Says:
         return Says(self.logits.to(device))  # another object, as a protocol allows
 
-    def close(self) -> None:
-        self.closed = True
+    def flush(self) -> None:
+        self.flushed = True
 
 
 def members(count: int = 3, classes: int = 4) -> list[Says]:
@@ -107,10 +107,10 @@ def test_to_moves_every_member() -> None:
     assert [member.logits.device.type for member in teacher.members] == ["meta", "meta"]  # type: ignore[attr-defined]
 
 
-def test_close_reaches_every_member() -> None:
+def test_flush_reaches_every_member() -> None:
     teachers = members(2)
-    EnsembleTeacher(teachers).close()
-    assert all(teacher.closed for teacher in teachers)
+    EnsembleTeacher(teachers).flush()
+    assert all(teacher.flushed for teacher in teachers)
 
 
 def test_members_of_other_classes_are_refused() -> None:
@@ -122,8 +122,8 @@ def test_members_of_other_classes_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"members": []}, "teacher.members is empty"),
-        ({"weights": [1.0]}, "teacher.weights has 1 numbers for 2 members"),
+        ({"members": []}, "an ensemble needs at least one teacher"),
+        ({"weights": [1.0]}, "weights has 1 numbers for 2 members"),
         ({"weights": [1.0, -1.0]}, "numbers of at least 0"),
         ({"weights": [0.0, 0.0]}, "not all of them 0"),
         ({"weights": [1.0, float("nan")]}, "numbers of at least 0"),
