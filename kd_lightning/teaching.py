@@ -67,11 +67,13 @@ def load_teacher(checkpoint: str | list[str], data: TextData, console: Console) 
         return read_teacher(folder, data)
     from kd_lightning.models.hf import finished
 
-    network = shared(
-        "teacher", (checkpoint, data.num_classes, stamps(checkpoint)), lambda: finished(checkpoint, data.num_classes)
-    )
-    _check_class_order(checkpoint, network, data, console)
-    return TeacherNetwork(network.eval(), network_digest(network), checkpoint, None)
+    def load() -> TeacherNetwork:
+        network = finished(checkpoint, data.num_classes).eval()
+        return TeacherNetwork(network, network_digest(network), checkpoint, None)
+
+    teacher = shared("teacher", (checkpoint, data.num_classes, stamps(checkpoint)), load)
+    _check_class_order(checkpoint, teacher.network, data, console)
+    return teacher
 
 
 def read_teacher(folder: Path, data: TextData) -> TeacherNetwork:
@@ -142,7 +144,7 @@ class Answering:
         precision, features = self.settings["precision"], self.settings["features"]
         if self.settings["compile"]:
             FrozenTeacher(network, precision, features, compile=True)  # refuses what cannot be; compiles when called
-        return FrozenTeacher(network, precision, features)
+        return self._frozen(network, compile=False)
 
     def teacher(self, teacher: TeacherNetwork) -> Teacher:
         """Return the teacher that a training calls: of an ensemble's members, each has its own cache.
@@ -220,11 +222,17 @@ class Answering:
             )
 
     def _running(self, teacher: TeacherNetwork) -> FrozenTeacher:
-        precision, features, compile = (self.settings[name] for name in ("precision", "features", "compile"))
-        return shared(
-            "running", (id(teacher.network), teacher.fingerprint, precision, tuple(features), compile),
-            lambda: FrozenTeacher(teacher.network, precision, features, compile),
+        return self._frozen(teacher.network, self.settings["compile"])
+
+    def _frozen(self, network: nn.Module, compile: bool) -> FrozenTeacher:
+        """Return the network as a teacher; one copy in another precision serves a whole sweep."""
+        precision, features = self.settings["precision"], tuple(self.settings["features"])
+        kept, teacher = shared(
+            "running", (id(network), precision, features, compile),
+            lambda: (network, FrozenTeacher(network, precision, features, compile)),
         )  # fmt: skip
+        assert kept is network  # it is kept too, so that no other can get its id
+        return teacher
 
     def _key(self, teacher: TeacherNetwork) -> dict[str, Any]:
         """Return everything that decides the teacher's answers."""

@@ -24,7 +24,8 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def benchmarks() -> str:
     """Return the README's table of what was measured against a goal, from results/benchmarks/*.json."""
-    lines = ["| benchmark | figure | median | low to high | goal | met |", "| :-- | :-- | --: | --: | --: | :-- |"]
+    lines = ["| benchmark | figure | median | low to high | runs | goal | met |"]
+    lines.append("| :-- | :-- | --: | --: | --: | --: | :-- |")
     files = sorted((ROOT / "results" / "benchmarks").glob("*.json"))
     for content in map(_read, files):
         for measure in content["measures"]:
@@ -35,7 +36,7 @@ def benchmarks() -> str:
             met = "yes" if measure["met"] else "**no**"
             lines.append(
                 f"| `{content['name']}` | {measure['name']} | {measure['median']:.3g}{unit} | {spread} | "
-                f"{measure['goal']} | {met} |"
+                f"{measure['rounds']} | {measure['goal']} | {met} |"
             )
     machines = {content["environment"]["cpu"]: content["environment"] for content in map(_read, files)}
     where = "; ".join(f"{name}, {m['cores']} cores, torch {m['versions']['torch']}" for name, m in machines.items())

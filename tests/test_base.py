@@ -128,3 +128,21 @@ def test_neighbouring_numbers_mix_to_unrelated_seeds() -> None:
     assert _mix(0, 1, 0) != _mix(1, 0, 0) != _mix(0, 0, 1)  # the place counts
     flipped = [(_mix(0, 0, batch) ^ _mix(0, 0, batch + 1)).bit_count() for batch in range(200)]
     assert 28 < sum(flipped) / len(flipped) < 35  # half of 63 bits change
+
+
+class Seen(Callback):
+    """The steps after which a new training loss was known."""
+
+    def __init__(self) -> None:
+        self.losses: list[float | None] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        value = trainer.callback_metrics.get("train/loss")
+        self.losses.append(None if value is None else float(value))
+
+
+@pytest.mark.parametrize(("every", "changes"), [(1, list(range(12))), (5, [0, 4, 9]), (0, [0])])
+def test_losses_are_logged_in_the_first_step_and_in_every_nth(every: int, changes: list[int]) -> None:
+    seen = Seen()
+    fit(log_every_n_steps=every, callbacks=[seen])
+    assert [step for step in range(12) if step == 0 or seen.losses[step] != seen.losses[step - 1]] == changes

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich.console import Console
 
 from kd_lightning import shared
+from kd_lightning.cache.command import main as kd_cache
 from kd_lightning.cache.store import TeacherCache
 from kd_lightning.compare import compare
 from kd_lightning.errors import CacheError, ConfigError
@@ -238,6 +240,20 @@ def test_a_refresh_that_was_killed_before_any_cache_existed_is_begun_anew(
         distil("teacher.cache=require").run()
     distil().run()
     assert TeacherCache.open(folder).complete
+
+
+def test_the_command_builds_what_a_run_then_requires(
+    distil: Callable[..., Pipeline], toy_csv: Path, tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distil()  # trains the teacher
+    base = [o for o in tiny_overrides(toy_csv, tmp_path / "built") if not o.startswith("data.tokenizer")]
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as done:
+        kd_cache(["build", *base, f"teacher.checkpoint={tmp_path / 'teacher_run'}"])
+    assert done.value.code == 0
+    assert "240 / 240" in capsys.readouterr().out
+    assert TeacherCache.open(stored(own_home)[0]).complete
+    distil("teacher.cache=require").run()
 
 
 def test_no_cache_is_built_where_none_is_kept(distil: Callable[..., Pipeline]) -> None:

@@ -9,9 +9,9 @@ worker processes, no evaluation and no logging. The students are those of `conf/
 
 Each contestant trains both students in a fresh process every round, the order of the contestants rotated. Imports,
 tokenisation, loading of the networks and making of data sets and trainers are outside the time of all. Inside is
-everything from there to the last step: all of the teacher's work and, for ours, the preparation of the teacher (its conversion to
-bfloat16) and the building of the cache on disk. As a check that all learn alike, the notes beside the seconds hold
-the student's accuracy on the validation split and on the sentences it was trained on.
+everything from there to the last step: all of the teacher's work and, for ours, the preparation of the teacher (its
+conversion to bfloat16) and the building of the cache on disk. As a check that all learn alike, the notes beside the
+seconds hold the student's accuracy on the validation split and on the sentences it was trained on.
 
 Ours: `DistillationModule` under `lightning.Trainer`, length-bucketed batches, the teacher in its default precision
 (`teacher.precision`: bfloat16 where the hardware multiplies it natively, else float32), the student in float32. What
@@ -49,7 +49,7 @@ from typing import Any
 from benchmarks.common import Measure, fresh_process, ratios
 from kd_lightning.assets import home, new_folder
 
-SENTENCES, EPOCHS, ROUNDS, BATCH_SIZE = 384, 3, 5, 32
+SENTENCES, EPOCHS, ROUNDS, BATCH_SIZE = 256, 3, 5, 32
 STUDENTS = ("transformer 2x128", "BiLSTM-128")
 REQUIREMENTS = Path(__file__).with_name("peers_requirements.txt")
 
@@ -105,9 +105,9 @@ def install() -> Path:
     return folder
 
 
-def both(function: str, **job: Any) -> dict[str, dict[str, float]]:
+def both(contestant: str, **job: Any) -> dict[str, dict[str, float]]:
     """Train both students, one after the other."""
-    module, _, name = function.partition(":")
+    module, _, name = contestant.partition(":")
     train = getattr(importlib.import_module(module), name)
     return {student: train(student=student, **job) for student in STUDENTS}
 
@@ -122,7 +122,7 @@ def _race(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             function, options = contestants[name]
             try:
-                results[name].append(fresh_process("benchmarks.peers:both", function=function, **job, **options))
+                results[name].append(fresh_process("benchmarks.peers:both", contestant=function, **job, **options))
             except RuntimeError as error:  # its own traceback stands above
                 if name in OURS:
                     raise

@@ -1,7 +1,7 @@
 """A sweep of 12 points, temperature x alpha, against 12 trainings of the same student from labels alone.
 
 Each round starts without any stored answer of the teacher, so the teacher's pass is in the sweep's time. Both sides run
-in one process, as the points of `kd-train -m` do, without the comparison that follows a run. A point is 6 epochs of 700
+in one process, as the points of `kd-train -m` do, without the comparison that follows a run. A point is 5 epochs of 700
 sentences.
 """
 
@@ -23,7 +23,7 @@ from kd_lightning.assets import fetch
 from kd_lightning.pipeline import Pipeline
 
 TEMPERATURES, ALPHAS = (1, 2, 4), (0.1, 0.5, 0.7, 0.9)
-SENTENCES, EPOCHS = 1000, 6
+SENTENCES, EPOCHS = 1000, 5
 
 
 def run() -> list[Measure]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.errors import ConfigError
 from kd_lightning.losses import SoftTargetLoss
@@ -216,3 +217,20 @@ def test_to_moves_it_and_returns_it(network: Network) -> None:
     teacher = FrozenTeacher(network)
     assert teacher.to(torch.device("cpu")) is teacher
     assert next(teacher.to(torch.device("meta")).parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize(("precision", "share"), [("float32", 1e-5), ("bf16", 0.02), ("int8-dynamic", 0.2)])
+def test_how_far_an_answer_depends_on_the_batch_it_was_asked_in(precision: Precision, share: float) -> None:
+    """What a cache holds was asked in one batch; asked in another, or alone, the answer may be off by this share."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    network = BertForSequenceClassification(BertConfig(vocab_size=100, num_labels=3, initializer_range=0.3, **sizes))
+    tokens, lengths = torch.randint(1, 100, (16, 20)), torch.randint(3, 21, (16,))
+    mask = (torch.arange(20) < lengths[:, None]).long()
+    teacher = FrozenTeacher(network, precision)
+    together = teacher({"input_ids": tokens, "attention_mask": mask}).logits
+    alone = [
+        teacher({"input_ids": tokens[i : i + 1, :n], "attention_mask": mask[i : i + 1, :n]}).logits
+        for i, n in enumerate(lengths.tolist())
+    ]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=share * float(together.abs().max()))
