@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def torchdistill(student: str, teacher: str, sentences: int, epochs: int, batch_
     return entrant.race(train)
 
 
+@cache
 def _import_torchvision() -> None:
     """Import torchvision, which torchdistill imports and text never uses, beside any build of torch.
 
