@@ -65,7 +65,7 @@ def picture() -> None:
         bars = axes.barh(names, [m["median"] for m in rows], xerr=spread, color=colours, ecolor="#444444", capsize=2)
         axes.bar_label(bars, [f" {m['median']:.1f} s" for m in rows], padding=4, fontsize=9)
         axes.set_title(f"MiniLM-L6 to {student}", fontsize=11)
-        axes.set_xlabel("seconds, median of rounds (bars: lowest to highest)")
+        axes.set_xlabel("seconds (median; lowest to highest)")
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "results" / "peers.png", dpi=150)
