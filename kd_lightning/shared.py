@@ -25,7 +25,7 @@ def shared(kind: str, key: object, make: Callable[[], T]) -> T:
     for known, found in kept:
         if known == key:
             return found
-    del kept[: len(kept) - _MOST + 1]  # before the next one is made: both need not fit
+    del kept[: max(len(kept) - _MOST + 1, 0)]  # before the next one is made: both need not fit
     found = make()
     kept.append((key, found))
     return found
