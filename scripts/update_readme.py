@@ -40,7 +40,7 @@ def benchmarks() -> str:
             )
     machines = {content["environment"]["cpu"]: content["environment"] for content in map(_read, files)}
     where = "; ".join(f"{name}, {m['cores']} cores, torch {m['versions']['torch']}" for name, m in machines.items())
-    return "\n".join([*lines, "", f"Measured with `python scripts/benchmark.py all` on {where}."]) + "\n"
+    return "\n".join([*lines, "", f"Measured with `python scripts/benchmark.py NAME` on {where}."]) + "\n"
 
 
 def _read(file: Path) -> dict[str, Any]:

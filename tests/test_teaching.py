@@ -281,7 +281,7 @@ def test_the_estimate_counts_long_sentences_too(distil: Callable[..., Pipeline],
     pipeline = distil("teacher.features=[embedding]")  # of every token
     (folder,) = pipeline.build_caches()
     shards = [path.stat().st_size for path in folder.glob("shard-*")]
-    found = re.search(r"teacher outputs: ([\d.]+) (B|kB) an example", said(pipeline))
+    found = re.search(r"teacher outputs: ([\d.]+) (bytes|kB) an example", said(pipeline))
     assert found is not None
     estimated = float(found[1]) * (1000 if found[2] == "kB" else 1) * pipeline.data.num_examples
     assert sum(shards) == pytest.approx(estimated, rel=0.1)

@@ -108,7 +108,7 @@ def test_killed_at_any_moment_it_is_whole_and_gone_on_from(tmp_path: Path, refre
     (tmp_path / "asked").unlink()
     build(folder, 3, 0.0, refresh)
     reads_back(folder, Known(NUMBER))
-    asked = (tmp_path / "asked").stat().st_size
+    asked = (tmp_path / "asked").stat().st_size if (tmp_path / "asked").exists() else 0  # all may be stored already
     assert asked <= (NUMBER if refresh else NUMBER - stored) + 10  # the first batch twice
     names = {path.name for path in folder.iterdir()}
     assert names == {
