@@ -114,6 +114,17 @@ class FeatureTap:
                     self._read[name] = values[position]
 
 
+def depth(network: nn.Module, kind: str) -> int:
+    """Return how many layers a network has of a kind: those that `hidden[1..n]` or `attention[0..n-1]` name.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if (encoder := _transformer(unwrap(network))) is None:
+        raise ConfigError(f"{type(unwrap(network)).__name__} has no {kind}[i]")
+    return _layers(encoder)
+
+
 def _transformer(root: nn.Module) -> nn.Module | None:
     """Return the outermost Hugging Face network with one stack of layers; known by its methods, nothing is imported."""
     return next((m for m in root.modules() if hasattr(m, "set_attn_implementation") and _layers(m)), None)

@@ -6,12 +6,17 @@ and the student follows the gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from kd_lightning.base import NetworkModule
+from kd_lightning.errors import ConfigError
+from kd_lightning.features import FeatureTap
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.metrics import Agreement, TeacherStudentKL
-from kd_lightning.models.adapt import run_network
+from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.objective import Objective
 from kd_lightning.optim import OptimizerCallable, SchedulerCallable
 from kd_lightning.teachers import Teacher
@@ -52,6 +57,7 @@ class DistillationModule(NetworkModule):
         super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed)
         self.student = student
         self.objective = objective
+        self._ask = FeatureTap(student, objective.needs_student)
         self._outside = (teacher,)  # a tuple hides it from nn.Module's registration
         self.val_agreement, self.val_kl = Agreement(), TeacherStudentKL()
 
@@ -60,17 +66,41 @@ class DistillationModule(NetworkModule):
         """The frozen teacher."""
         return self._outside[0]
 
+    def connect(self, batch: Batch, examples: int) -> None:
+        """Build projectors and whatever else the objective sizes by what the networks say of a batch.
+
+        Without a graph and in eval mode, so that no buffer (BatchNorm's statistics) changes.
+
+        Args:
+            batch: One batch of the data, on the student's device.
+            examples: How many examples the data has.
+        """
+        with evaluating(self.student), torch.no_grad():
+            student = self._ask(batch)
+            self.objective.connect(student, self.teacher(batch) if self.objective.uses_teacher else student, examples)
+
     def setup(self, stage: str) -> None:
-        """Bring the teacher to the device the student will be on."""
+        """Bring the teacher to the device the student will be on; connect the objective if that is still to be done."""
+        if stage == "fit" and self.objective.connects:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if data is None:
+                raise ConfigError(
+                    "the objective has projectors to build: call module.connect(batch, examples) before fit"
+                )
+            self.connect(next(iter(data.val_dataloader())), data.num_examples)
         self.teacher.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the objective's value for one batch."""
-        student = run_network(self.student, batch)
+        student = self._ask(batch)
         teacher = self.teacher(batch) if self.objective.uses_teacher else student
         loss: Tensor
         loss, parts = self.objective(student, teacher, batch, self.progress)
-        self.log_step(batch, loss, lambda: parts | self.objective.settings(self.progress))
+        self.log_step(
+            batch,
+            loss,
+            lambda: {name: value.detach() for name, value in parts.items()} | self.objective.settings(self.progress),
+        )
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -15,9 +15,10 @@ from kd_lightning.callbacks import CacheFilling
 from kd_lightning.checks import validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError
+from kd_lightning.features import FeatureTap
 from kd_lightning.files import write_file
-from kd_lightning.models.adapt import run_network
-from kd_lightning.models.answers import answers, network_answers
+from kd_lightning.models.adapt import evaluating
+from kd_lightning.models.answers import network_answers
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
@@ -26,7 +27,7 @@ from kd_lightning.shared import shared, stamps
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher
 from kd_lightning.teaching import DECIDING, Answering, TeacherNetwork, load_teacher, read_teacher
 from kd_lightning.training import Stage, planned_steps, train
-from kd_lightning.types import Batch, ModelOutput
+from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.data import TextData
@@ -132,13 +133,27 @@ class Pipeline:
         )  # fmt: skip
         if isinstance(teacher, CachedTeacher | EnsembleTeacher) and not self._shares_answers:
             stage.more_callbacks = [CacheFilling(teacher.flush, lambda: self._answering.complete(self.teacher))]
-        objective: Objective = build(self.cfg["distillation"])
-        stage.module = lambda network: DistillationModule(
-            network, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
-            num_classes=self.data.num_classes, seed=seed,
-        )  # fmt: skip
+        stage.module = lambda network: self._distillation(network, teacher, data, seed)
         train(stage, self.console)
         teacher.flush()
+
+    def _distillation(self, student: nn.Module, teacher: Teacher, data: TextData, seed: int) -> DistillationModule:
+        """Put student, teacher and objective together, with projectors that fit them."""
+        objective = self._objective(student, self.teacher.network)
+        module = DistillationModule(
+            student, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
+            num_classes=self.data.num_classes, seed=seed,
+        )  # fmt: skip
+        if objective.connects:
+            torch.manual_seed(seed)
+            teacher.to(torch.device("cpu"))  # where a new student is
+            module.connect(next(iter(data.val_dataloader())), data.num_examples)
+        return module
+
+    def _objective(self, student: nn.Module, teacher: nn.Module) -> Objective:
+        objective: Objective = build(self.cfg["distillation"])
+        objective.plan(student, teacher)
+        return objective
 
     def finetune(self, seed: int) -> None:
         """Train the distilled student on from labels, at its own learning rate."""
@@ -166,7 +181,13 @@ class Pipeline:
             return
         for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
             old[key] = new[key] = None
-        for key in ("cache", "answer_batch_size", "device", "compile"):  # where answers come from, not what they are
+        for key in (
+            "cache",
+            "features",
+            "answer_batch_size",
+            "device",
+            "compile",
+        ):  # where answers come from, not what they are
             old["teacher"] = {**old["teacher"], key: None}
             new["teacher"] = {**new["teacher"], key: None}
         old["seeds"] = max(old["seeds"], new["seeds"])  # more seeds are welcome
@@ -191,8 +212,10 @@ class Pipeline:
             return
         student, _ = self._build(self.cfg["student"], "student", **given)
         if "distill" in self.stages:
+            objective = self._objective(student, given["teacher"])
+            self._answering.needs = objective.needs_teacher
             teacher = self._answering.check(given["teacher"], self.teacher if trained else None)
-            _try(build(self.cfg["distillation"]), student, teacher, batch)
+            _try(objective, student, teacher, batch, data.num_examples)
 
     # -- what the stages share ----------------------------------------------------------------------------------------
 
@@ -239,6 +262,7 @@ class Pipeline:
         """Have the teacher answer every example; return the folder of its cache, or of each member's of an ensemble."""
         if self.cfg["teacher"]["cache"] == "off":
             raise ConfigError("teacher.cache=off keeps no answers: there is nothing to build")
+        self._rehearse()
         self._answering.complete(self.teacher)
         return [self._answering.cache(teacher).folder for teacher in self.teacher.members or [self.teacher]]
 
@@ -314,11 +338,13 @@ def _prepared(settings: dict[str, Any]) -> TextData:
     return data
 
 
-def _try(objective: Objective, student: nn.Module, teacher: Teacher, batch: Batch) -> None:
+def _try(objective: Objective, student: nn.Module, teacher: Teacher, batch: Batch, examples: int) -> None:
     """Compare the two on one batch before any training, so that models that do not fit are refused at once."""
-    with torch.no_grad():
-        output = answers(lambda one: run_network(student, one), [batch])
+    ask = FeatureTap(student, objective.needs_student)
+    with evaluating(student), torch.no_grad():
+        said, expected = ask(batch), teacher(batch)
         try:
-            objective(ModelOutput(output.logits), teacher(batch), batch)
+            objective.connect(said, expected, examples)
+            objective.eval()(said, expected, batch)
         except ValueError as error:
             raise ConfigError(f"distillation: {error}") from error

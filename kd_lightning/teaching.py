@@ -104,7 +104,7 @@ def _check_class_order(checkpoint: str, network: nn.Module, data: TextData, cons
         say(console, f"teacher  calls its classes {names}, the data {data.class_names}: do they match?")
 
 
-DECIDING = ("precision", "features", "cache_dtype", "cache_top_k")
+DECIDING = ("precision", "cache_dtype", "cache_top_k")
 """The keys below `teacher` that decide what the students read of its answers."""
 
 
@@ -117,12 +117,20 @@ class Answering:
         data: The data, with the teacher's tokens under the plain names and the transfer sentences.
         device: Where the teacher answers before a training.
         console: Where it is said what is built, and how large it becomes.
+        needs: The features that the students' losses read. What the teacher answers are these and `teacher.features`,
+            so that strategies that read different ones can share one cache.
     """
 
     settings: dict[str, Any]
     data: TextData
     device: torch.device
     console: Console
+    needs: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the teacher answers besides logits, sorted."""
+        return tuple(sorted({*self.needs, *self.settings["features"]}))
 
     def check(self, network: nn.Module, teacher: TeacherNetwork | None) -> FrozenTeacher:
         """Refuse before any training what cannot be kept or answered; return a teacher to rehearse with.
@@ -139,9 +147,12 @@ class Answering:
             if teacher is not None and self.settings["cache"] == "require":
                 for member in teacher.members or [teacher]:
                     self.cache(member)
-        if teacher is not None and teacher.members and self.settings["features"]:
-            raise ConfigError("teacher.features: those of an ensemble's members may differ in shape; use one teacher")
-        precision, features = self.settings["precision"], self.settings["features"]
+        precision, features = self.settings["precision"], self.features
+        if teacher is not None and teacher.members and features:
+            raise ConfigError(
+                f"the features {', '.join(features)} of an ensemble's members may differ in shape: use one teacher, or "
+                "a distillation that reads logits only"
+            )
         if self.settings["compile"]:
             FrozenTeacher(network, precision, features, compile=True)  # refuses what cannot be; compiles when called
         return self._frozen(network, compile=False)
@@ -159,8 +170,9 @@ class Answering:
             return AheadTeacher(self._running(teacher), torch.device(own) if own else None)
         cache = self.cache(teacher)
         if cache.complete:
-            return CachedTeacher(cache)
-        return CachedTeacher(cache, self._running(teacher), self._lengths(), lambda line: say(self.console, line))
+            return CachedTeacher(cache, features=self.needs)
+        running = self._running(teacher)
+        return CachedTeacher(cache, running, self._lengths(), lambda line: say(self.console, line), self.needs)
 
     def complete(self, teacher: TeacherNetwork) -> None:
         """Have the teacher, or each member, answer whatever its cache has no answer to."""
@@ -226,7 +238,7 @@ class Answering:
 
     def _frozen(self, network: nn.Module, compile: bool) -> FrozenTeacher:
         """Return the network as a teacher; one copy in another precision serves a whole sweep."""
-        precision, features = self.settings["precision"], tuple(self.settings["features"])
+        precision, features = self.settings["precision"], self.features
         kept, teacher = shared(
             "running", (id(network), precision, features, compile),
             lambda: (network, FrozenTeacher(network, precision, features, compile)),
@@ -240,7 +252,7 @@ class Answering:
         if network is None:  # a user's own: what it computes is what its file says
             network = read_json(teacher.folder / "model.json") if teacher.folder is not None else None
             source = digest(inspect.getsource(sys.modules[type(teacher.network).__module__]))
-        settings = {name: self.settings[name] for name in DECIDING}
+        settings = {**{name: self.settings[name] for name in DECIDING}, "features": list(self.features)}
         return {
             "teacher": {"weights": teacher.fingerprint, "network": network, "source": source, **settings},
             "data": self.data.teacher_key,

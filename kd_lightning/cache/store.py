@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -205,20 +205,21 @@ class TeacherCache:
         self._list_outputs()
         return self
 
-    def lookup(self, index: Tensor, mask: Tensor | None = None) -> ModelOutput:
+    def lookup(self, index: Tensor, mask: Tensor | None = None, features: Sequence[str] | None = None) -> ModelOutput:
         """Return the answers to a batch, in its order, as float32 on the device of `to`.
 
         Args:
             index: Which examples, `(B,)` int64; any order, any number of times.
             mask: `(B, L)`, nonzero at real tokens; where an output is per token. Padding may be on either side, and of
                 another length than when the teacher answered; answers are zero there.
+            features: Which of the stored features to return; None: all.
 
         Raises:
             CacheError: An example that is not answered, or that has another number of tokens than it had then.
         """
         if torch.is_inference_mode_enabled():  # autograd takes no tensor that was made in there
             with torch.inference_mode(False):
-                return self.lookup(index, mask)
+                return self.lookup(index, mask, features)
         here = None
         if not self._in_memory:
             here = index.cpu().numpy()
@@ -228,6 +229,8 @@ class TeacherCache:
         values = {}
         try:
             for spec, exact in self._outputs:
+                if features is not None and spec.name != "logits" and spec.name not in features:
+                    continue
                 answer = self._answer(spec, index, here, mask) if exact is None else exact.index_select(0, index)
                 values[spec.name] = answer
         except (IndexError, RuntimeError):

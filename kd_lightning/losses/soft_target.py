@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Reduction, Scheduled, Term, at_least_float32, counted_positions, reduce
+from kd_lightning.losses.term import (
+    Reduction,
+    Scheduled,
+    Term,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    compared_logits,
+    in_float32,
+    reduce,
+)
 from kd_lightning.types import Batch, ModelOutput
 
 
+@in_float32
 def soft_target(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -42,17 +51,11 @@ def soft_target(
         >>> soft_target(z, z, temperature=4.0).item()
         0.0
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} "
-            "must have the same shape"
-        )
-    if mask is not None and mask.shape != student_logits.shape[:-1]:
-        raise ValueError(f"mask {tuple(mask.shape)} must have the shape {tuple(student_logits.shape[:-1])}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
-    student_log_probs = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
-    teacher_log_probs = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
+    check_same_shape(student_logits, teacher_logits)
+    check_mask(mask, student_logits.shape[:-1])
+    check_positive("temperature", temperature)
+    student_log_probs = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher_log_probs = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     kl = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(dim=-1)
     return temperature**2 * reduce(kl, mask, reduction)
 
@@ -80,15 +83,5 @@ class SoftTargetLoss(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return T^2 KL(teacher || student), averaged over examples or valid positions."""
-        sizes = student.logits.shape[-1], teacher.logits.shape[-1]
-        if self.classes is None and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"the student has {sizes[0]} classes and the teacher {sizes[1]}: soft targets compare class by class. "
-                "If they differ only in padding ids at the end, set this loss's `classes` to the real number"
-            )
-        if self.classes is not None and self.classes > min(sizes):
-            raise ValueError(f"classes={self.classes}, but the student has {sizes[0]} and the teacher {sizes[1]}")
-        keep, mask = counted_positions(student.logits, batch, self.causal)
-        logits = [output.logits[:, keep, ..., : self.classes] if mask is not None else output.logits[:, : self.classes]
-                  for output in (student, teacher)]  # fmt: skip
-        return soft_target(logits[0], logits[1], self.now(self.temperature), mask)
+        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.causal, self.classes)
+        return soft_target(logits_s, logits_t, self.now(self.temperature), mask)

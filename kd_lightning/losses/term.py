@@ -5,9 +5,11 @@ Shape suffixes used in this package: B examples, L positions, C classes (or V, t
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +19,40 @@ from kd_lightning.types import IGNORE, Batch, ModelOutput
 Reduction = Literal["mean", "sum", "none"]
 Scheduled = float | Callable[[float], float]
 """A number, or a function of training progress (0 at the first step, 1 at the last)."""
+Depth = Callable[[str], int]
+"""How many layers a network has of a kind: `hidden`, `attention`, `qkv` or `feature_maps`."""
+P = ParamSpec("P")
 
 
 class Term(nn.Module, ABC):
     """A loss term: a scalar from what student and teacher said of a batch. It knows nothing of its own weight.
 
+    Before the first step a term is told twice of the networks: `plan` of their depths, so that it can say what it
+    needs, and `connect` of their outputs, so that it can build what depends on their sizes. Most terms need neither.
+
     Attributes:
         uses_teacher: False when the term reads nothing of the teacher, so that its forward pass can be saved.
+        needs_student: Names of the student's features it reads; see `kd_lightning.features`.
+        needs_teacher: The same of the teacher.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
     """
 
     uses_teacher: bool = True
+    needs_student: tuple[str, ...] = ()
+    needs_teacher: tuple[str, ...] = ()
     progress: float = 0.0
+
+    def plan(self, student: Depth, teacher: Depth) -> None:
+        """Settle `needs_student` and `needs_teacher` where they depend on how many layers the networks have."""
+
+    def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
+        """Build what depends on the networks' sizes (projectors, memories), before the optimizer is made.
+
+        Args:
+            student: What the student said of one batch, in eval mode.
+            teacher: What the teacher said of it.
+            examples: How many examples the data has: every `index` is below.
+        """
 
     def now(self, value: Scheduled) -> float:
         """Return a scheduled value at the present progress."""
@@ -46,6 +70,60 @@ class Term(nn.Module, ABC):
 def at_least_float32(x: Tensor) -> Tensor:
     """Return half-precision values as float32: sums of exponentials of them are not safe in 16 bits."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Have a loss computed in float32 or, where it is given that, float64: half precision is cast, autocast kept out.
+
+    Autocast would do the products of matrices in a loss in 16 bits even for float32 arguments.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor | list | tuple))
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*(_widened(x) for x in args), **{key: _widened(x) for key, x in kwargs.items()})  # type: ignore[arg-type]
+
+    return wrapped
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return at_least_float32(value)
+    return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value
+
+
+def check_same_shape(student: Tensor, teacher: Tensor, what: str = "logits") -> None:
+    """Refuse tensors that cannot be compared entry by entry.
+
+    Raises:
+        ValueError: Names both shapes.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {what} {tuple(student.shape)} and teacher {what} {tuple(teacher.shape)} must have the same shape"
+        )
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None:
+    """Refuse a mask that does not have one entry for each value that may count.
+
+    Raises:
+        ValueError: Names both shapes.
+    """
+    if mask is not None and mask.shape != torch.Size(shape):
+        raise ValueError(f"mask {tuple(mask.shape)} must have the shape {tuple(shape)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse what is not a positive, finite number, such as a temperature.
+
+    Raises:
+        ValueError: Names the parameter and its value.
+    """
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a positive number, got {value}")
 
 
 def reduce(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
@@ -96,3 +174,83 @@ def counted_positions(logits: Tensor, batch: Batch, causal: bool) -> tuple[slice
             f"{tuple(logits.shape[:2])} nor an attention_mask to tell which positions count"
         )
     return (slice(0, -1), counts[:, 1:]) if causal else (slice(None), counts)
+
+
+def compared_logits(
+    student: ModelOutput, teacher: ModelOutput, batch: Batch, causal: bool = False, classes: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return both sides' logits where a loss compares them class by class, and the mask of positions that count.
+
+    Args:
+        student: With logits `(B, C)` or `(B, L, V)`.
+        teacher: With logits of as many classes, or more than `classes`.
+        batch: As for `counted_positions`.
+        causal: As for `counted_positions`.
+        classes: Keep only the first `classes` logits of each side: for vocabularies that differ in padding ids at the
+            end.
+
+    Raises:
+        ValueError: The numbers of classes differ and `classes` does not settle it.
+    """
+    sizes = student.logits.shape[-1], teacher.logits.shape[-1]
+    if classes is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the student has {sizes[0]} classes and the teacher {sizes[1]}: soft targets compare class by class. "
+            "If they differ only in padding ids at the end, set this loss's `classes` to the real number"
+        )
+    if classes is not None and classes > min(sizes):
+        raise ValueError(f"classes={classes}, but the student has {sizes[0]} and the teacher {sizes[1]}")
+    keep, mask = counted_positions(student.logits, batch, causal)
+    if mask is None:
+        return student.logits[:, :classes], teacher.logits[:, :classes], None
+    return student.logits[:, keep, :classes], teacher.logits[:, keep, :classes], mask
+
+
+def token_mask(batch: Batch, student: Tensor, teacher: Tensor, axis: int = 1) -> Tensor | None:
+    """Return which positions count of two per-token features that are compared position by position.
+
+    Args:
+        batch: Read for `attention_mask` `(B, L)`.
+        student: `(B, L, ...)`, or with positions on another axis.
+        teacher: The same.
+        axis: Where the positions are; -1 for attentions `(B, H, L, L)`.
+
+    Returns:
+        `(B, L)` bool; None for vectors `(B, D)`, or where the batch has no mask (images), so that all count.
+
+    Raises:
+        ValueError: The two sides read different tokens.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or student.ndim == 2:
+        return None
+    lengths = student.shape[axis], teacher.shape[axis]
+    if lengths[0] != lengths[1] or "teacher_input_ids" in batch:
+        raise ValueError(
+            f"the student's feature has {lengths[0]} positions and the teacher's {lengths[1]}, of different tokens: "
+            "they are compared position by position. Give both the same tokenizer (data.tokenizer), or use a loss on "
+            "logits or on `pooled`"
+        )
+    return mask.bool()
+
+
+def masked_mean(feature: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return one vector `(B, D)` for each example: the mean of a feature over its positions that count.
+
+    Args:
+        feature: `(B, D)`, tokens `(B, L, D)` or a map `(B, D, H, W)`.
+        mask: `(B, L)` bool for tokens; an example without any gives zeros.
+
+    Raises:
+        ValueError: A feature of another rank.
+    """
+    if feature.ndim == 2:
+        return feature
+    if feature.ndim == 4:
+        return feature.mean((2, 3))
+    if feature.ndim != 3:
+        raise ValueError(f"feature {tuple(feature.shape)}: expected (B, D), tokens (B, L, D) or a map (B, D, H, W)")
+    if mask is None:
+        return feature.mean(1)
+    check_mask(mask, feature.shape[:2])
+    return feature.masked_fill(~mask.unsqueeze(2), 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

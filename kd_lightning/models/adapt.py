@@ -11,7 +11,8 @@ This is the only place where the package calls a user's network, so a plain `nn.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -57,6 +58,18 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
         arguments.pop(main, None)  # for forward(x, **kwargs): not once by position and once more by name
         return _as_output(network(batch[main], **arguments), network)
     raise ConfigError(_cannot_call(network, forward, missing, batch))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode for a while: no dropout, no update of BatchNorm's statistics; then each part back."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def unwrap(network: nn.Module) -> nn.Module:

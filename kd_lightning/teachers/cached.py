@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -34,6 +34,7 @@ class CachedTeacher:
         lengths: The teacher's tokens of every example, `(N,)`, to estimate from how large the cache becomes; None takes
             the first batch's for all.
         say: Told that estimate.
+        features: Which of the stored features to answer with; None: all.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class CachedTeacher:
         teacher: Teacher | None = None,
         lengths: Tensor | None = None,
         say: Callable[[str], None] = lambda line: None,
+        features: Sequence[str] | None = None,
     ) -> None:
-        self.cache, self.teacher, self.lengths, self.say = cache, teacher, lengths, say
+        self.cache, self.teacher, self.lengths, self.say, self.features = cache, teacher, lengths, say, features
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the stored answers to the batch's examples, after asking for those that are missing.
@@ -54,7 +56,7 @@ class CachedTeacher:
         index, mask = batch["index"], attention_mask(batch)
         if not self.cache.complete and not bool(self.cache.known(index).all()):
             self._ask(batch, index, mask)
-        return self.cache.lookup(index, mask)
+        return self.cache.lookup(index, mask, self.features)
 
     def _ask(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
         if self.teacher is None:
@@ -82,7 +84,9 @@ class CachedTeacher:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give a spawned process the cache by its path; what this one says stays here."""
-        return {"cache": self.cache, "teacher": self.teacher, "lengths": self.lengths}
+        return {
+            "cache": self.cache, "teacher": self.teacher, "lengths": self.lengths, "features": self.features,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the cache in the new process."""

@@ -1,0 +1,167 @@
+"""Which student layer learns from which teacher layer, and the terms that compare layer by layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.losses.projectors import Projection, projector, same_size
+from kd_lightning.losses.term import Depth, Term, at_least_float32, token_mask
+from kd_lightning.types import Batch, ModelOutput
+
+Kind = Literal["hidden", "attention", "qkv", "feature_maps"]
+LayerMap = Literal["uniform", "last", "first", "emd"] | Sequence[tuple[int, int]]
+"""How m student layers meet n >= m teacher layers.
+
+* `uniform`: student layer i (from 1) meets teacher layer round(i n / m): the last meets the last
+* `last`: the student's layers meet the teacher's last m
+* `first`: ... its first m
+* `emd`: every layer meets every one, weighted by the optimal transport between them (Li et al. 2020, arXiv 2010.06133)
+* pairs `[[student, teacher], ...]` of layers counted from 0, negative ones from the end
+"""
+
+
+def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int, int]]:
+    """Return the pairs (student layer, teacher layer), counted from 0, that a layer map makes.
+
+    Args:
+        layers: See `LayerMap`.
+        student: m, the student's number of layers.
+        teacher: n, the teacher's.
+
+    Raises:
+        ValueError: An unknown map, a layer that does not exist, or a student deeper than its teacher.
+
+    >>> layer_pairs("uniform", 3, 12), layer_pairs("last", 2, 6)
+    ([(0, 3), (1, 7), (2, 11)], [(0, 4), (1, 5)])
+    """
+    if not isinstance(layers, str):
+        for pair in layers:
+            if len(pair) != 2 or not (-student <= pair[0] < student and -teacher <= pair[1] < teacher):
+                raise ValueError(
+                    f"layers: {list(pair)} is no pair of a student's layer (it has {student}) and a teacher's "
+                    f"({teacher}), counted from 0"
+                )
+        return [(s % student, t % teacher) for s, t in layers]
+    if layers == "emd":
+        return [(s, t) for s in range(student) for t in range(teacher)]
+    if student > teacher:
+        raise ValueError(f"layers={layers}: the student has {student} layers and the teacher {teacher}; give the pairs")
+    if layers == "uniform":
+        return [(i, round((i + 1) * teacher / student) - 1) for i in range(student)]
+    if layers == "last":
+        return [(i, teacher - student + i) for i in range(student)]
+    if layers == "first":
+        return [(i, i) for i in range(student)]
+    raise ValueError(f"layers={layers!r}: expected uniform, last, first, emd or a list of pairs")
+
+
+def transport(costs: Tensor, sharpness: float = 20.0, iterations: int = 100) -> Tensor:
+    r"""Return the plan that moves equal masses from rows to columns at least cost, smoothed by entropy.
+
+    .. math:: \arg\min_F \sum_{ij} F_{ij} \frac{C_{ij}}{\bar C} - \frac{1}{sharpness} H(F),
+              \quad \sum_j F_{ij} = 1/m, \quad \sum_i F_{ij} = 1/n
+
+    by Sinkhorn's iterations in log space (Cuturi 2013, arXiv 1306.0895).
+
+    Args:
+        costs: C, `(m, n)`, finite and not negative.
+        sharpness: The larger, the nearer to the unsmoothed plan.
+        iterations: How often rows and columns are scaled.
+
+    Returns:
+        F, `(m, n)`, which sums to 1, without a graph.
+    """
+    with torch.no_grad():
+        scores = -sharpness * costs.detach() / costs.detach().mean().clamp(min=torch.finfo(costs.dtype).tiny)
+        rows, columns = (scores.new_tensor(float(size)).log() for size in scores.shape)
+        for _ in range(iterations):
+            scores = scores - scores.logsumexp(1, keepdim=True) - rows
+            scores = scores - scores.logsumexp(0, keepdim=True) - columns
+        return scores.exp()
+
+
+class LayerwiseTerm(Term):
+    r"""A term that compares layers of the student with layers of the teacher and averages over the pairs.
+
+    Subclasses say what is compared, in `compare`. With `layers=emd` the pairs' values are costs, and their mean is
+    weighted by the optimal transport between the two networks' layers, found anew for each batch.
+
+    Args:
+        layers: See `LayerMap`; settled by `plan`.
+        projector: Takes a student's layer to the teacher's width: one for each student layer. None: as it is, and
+            `compare` sees what the networks gave.
+
+    Attributes:
+        kind: The feature that is compared.
+    """
+
+    kind: Kind = "hidden"
+
+    def __init__(self, layers: LayerMap = "uniform", projector: Projection | None = None) -> None:
+        super().__init__()
+        self.layers, self.projection = layers, projector
+        self.pairs: list[tuple[int, int]] = []
+        self.projectors = nn.ModuleDict()
+
+    def plan(self, student: Depth, teacher: Depth) -> None:
+        """Pair the layers.
+
+        Raises:
+            ValueError: As `layer_pairs`.
+        """
+        self.pairs = layer_pairs(self.layers, student(self.kind), teacher(self.kind))
+        self.needs_student = tuple(dict.fromkeys(self.feature(s) for s, _ in self.pairs))
+        self.needs_teacher = tuple(dict.fromkeys(self.feature(t) for _, t in self.pairs))
+
+    def feature(self, layer: int) -> str:
+        """Return the name of a layer's feature: `hidden[0]` is what the first layer reads, so layer i's is i + 1."""
+        return f"{self.kind}[{layer + 1 if self.kind == 'hidden' else layer}]"
+
+    def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
+        """Build the projectors.
+
+        Raises:
+            ValueError: As `projector`, or teacher layers of different widths that one student layer should meet.
+        """
+        if self.projection is None:
+            return
+        for s, t in self.pairs:
+            of_student, of_teacher = student.features[self.feature(s)], teacher.features[self.feature(t)]
+            key = str(s)
+            if key not in self.projectors:
+                self.projectors[key] = projector(self.projection, of_student, of_teacher, self.feature(s))
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the value of one pair, a scalar.
+
+        Args:
+            student: The student's feature, projected.
+            teacher: The teacher's.
+            mask: `(B, L)`, True = counts; None where there is none (images).
+        """
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over the pairs, or with `emd` its weighted form."""
+        if not self.pairs:
+            raise ValueError(
+                f"{type(self).__name__}: no layers are paired; call Objective.plan(student, teacher) first"
+            )
+        values = torch.stack([self._pair(student, teacher, batch, s, t) for s, t in self.pairs])
+        if self.layers != "emd":
+            return values.mean()
+        costs = values.view(len(self.needs_student), len(self.needs_teacher))
+        return (transport(costs) * costs).sum()
+
+    def _pair(self, student: ModelOutput, teacher: ModelOutput, batch: Batch, s: int, t: int) -> Tensor:
+        of_student = at_least_float32(student.features[self.feature(s)])
+        of_teacher = at_least_float32(teacher.features[self.feature(t)]).detach()
+        mask = token_mask(batch, of_student, of_teacher, axis=-1 if self.kind == "attention" else 1)
+        if self.projection is not None:
+            of_student = self.projectors[str(s)](of_student)
+        return self.compare(*same_size(of_student, of_teacher), mask)
