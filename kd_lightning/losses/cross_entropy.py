@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Reduction, Term, at_least_float32, reduce
+from kd_lightning.losses.logit_term import check_labels
+from kd_lightning.losses.term import Reduction, Term, in_float32, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
+@in_float32
 def cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduction: Reduction = "mean"
 ) -> Tensor:
@@ -32,12 +34,11 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100])).item()  # log 4
         1.3862943649291992
     """
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")
+    check_labels(labels, logits)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     values = F.cross_entropy(
-        at_least_float32(logits).flatten(0, -2),
+        logits.flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE,
         label_smoothing=label_smoothing,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.losses.projectors import Projection, projector, same_size
+from kd_lightning.losses.projectors import Projection, projector
 from kd_lightning.losses.term import Depth, Term, at_least_float32, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
@@ -34,19 +34,24 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
         teacher: n, the teacher's.
 
     Raises:
-        ValueError: An unknown map, a layer that does not exist, or a student deeper than its teacher.
+        ValueError: An unknown map, an empty list, a layer that does not exist, or a student deeper than its teacher.
 
     >>> layer_pairs("uniform", 3, 12), layer_pairs("last", 2, 6)
     ([(0, 3), (1, 7), (2, 11)], [(0, 4), (1, 5)])
     """
     if not isinstance(layers, str):
+        if not layers:
+            raise ValueError("layers: the list of pairs is empty")
         for pair in layers:
-            if len(pair) != 2 or not (-student <= pair[0] < student and -teacher <= pair[1] < teacher):
+            fits = isinstance(pair, Sequence) and len(pair) == 2
+            if not (fits and -student <= pair[0] < student and -teacher <= pair[1] < teacher):
                 raise ValueError(
-                    f"layers: {list(pair)} is no pair of a student's layer (it has {student}) and a teacher's "
+                    f"layers: {pair} is no pair of a student's layer (it has {student}) and a teacher's "
                     f"({teacher}), counted from 0"
                 )
         return [(s % student, t % teacher) for s, t in layers]
+    if layers not in ("uniform", "last", "first", "emd"):
+        raise ValueError(f"layers={layers!r}: expected uniform, last, first, emd or a list of pairs")
     if layers == "emd":
         return [(s, t) for s in range(student) for t in range(teacher)]
     if student > teacher:
@@ -55,9 +60,7 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
         return [(i, round((i + 1) * teacher / student) - 1) for i in range(student)]
     if layers == "last":
         return [(i, teacher - student + i) for i in range(student)]
-    if layers == "first":
-        return [(i, i) for i in range(student)]
-    raise ValueError(f"layers={layers!r}: expected uniform, last, first, emd or a list of pairs")
+    return [(i, i) for i in range(student)]
 
 
 def transport(costs: Tensor, sharpness: float = 20.0, iterations: int = 100) -> Tensor:
@@ -74,7 +77,8 @@ def transport(costs: Tensor, sharpness: float = 20.0, iterations: int = 100) -> 
         iterations: How often rows and columns are scaled.
 
     Returns:
-        F, `(m, n)`, which sums to 1, without a graph.
+        F, `(m, n)`, which sums to 1, without a graph. Its columns' sums are exact, its rows' nearly: with the values
+        above to 1 %.
     """
     with torch.no_grad():
         scores = -sharpness * costs.detach() / costs.detach().mean().clamp(min=torch.finfo(costs.dtype).tiny)
@@ -93,8 +97,8 @@ class LayerwiseTerm(Term):
 
     Args:
         layers: See `LayerMap`; settled by `plan`.
-        projector: Takes a student's layer to the teacher's width: one for each student layer. None: as it is, and
-            `compare` sees what the networks gave.
+        projector: Takes a student's layer to the teacher's width: one for each student layer; a module of your own is
+            shared by all. None: as it is, and `compare` sees what the networks gave.
 
     Attributes:
         kind: The feature that is compared.
@@ -102,7 +106,7 @@ class LayerwiseTerm(Term):
 
     kind: Kind = "hidden"
 
-    def __init__(self, layers: LayerMap = "uniform", projector: Projection | None = None) -> None:
+    def __init__(self, layers: LayerMap = "uniform", projector: Projection | nn.Module | None = None) -> None:
         super().__init__()
         self.layers, self.projection = layers, projector
         self.pairs: list[tuple[int, int]] = []
@@ -114,9 +118,13 @@ class LayerwiseTerm(Term):
         Raises:
             ValueError: As `layer_pairs`.
         """
-        self.pairs = layer_pairs(self.layers, student(self.kind), teacher(self.kind))
+        self.pairs = self.pair(student(self.kind), teacher(self.kind))
         self.needs_student = tuple(dict.fromkeys(self.feature(s) for s, _ in self.pairs))
         self.needs_teacher = tuple(dict.fromkeys(self.feature(t) for _, t in self.pairs))
+
+    def pair(self, student: int, teacher: int) -> list[tuple[int, int]]:
+        """Return the pairs for networks of these depths; a method that leaves layers out overrides this."""
+        return layer_pairs(self.layers, student, teacher)
 
     def feature(self, layer: int) -> str:
         """Return the name of a layer's feature: `hidden[0]` is what the first layer reads, so layer i's is i + 1."""
@@ -130,11 +138,16 @@ class LayerwiseTerm(Term):
         """
         if self.projection is None:
             return
+        widths: dict[int, int] = {}
         for s, t in self.pairs:
             of_student, of_teacher = student.features[self.feature(s)], teacher.features[self.feature(t)]
-            key = str(s)
-            if key not in self.projectors:
-                self.projectors[key] = projector(self.projection, of_student, of_teacher, self.feature(s))
+            width = of_teacher.shape[1 if of_teacher.ndim == 4 else -1]
+            if widths.setdefault(s, width) != width:
+                raise ValueError(
+                    f"{self.feature(s)} has one projector, but meets teacher layers of widths {widths[s]} and {width}"
+                )
+            if str(s) not in self.projectors:
+                self.projectors[str(s)] = projector(self.projection, of_student, of_teacher, self.feature(s))
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,4 +177,4 @@ class LayerwiseTerm(Term):
         mask = token_mask(batch, of_student, of_teacher, axis=-1 if self.kind == "attention" else 1)
         if self.projection is not None:
             of_student = self.projectors[str(s)](of_student)
-        return self.compare(*same_size(of_student, of_teacher), mask)
+        return self.compare(of_student, of_teacher, mask)

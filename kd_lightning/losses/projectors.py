@@ -66,5 +66,5 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Return two maps `(B, C, H, W)` at the smaller one's height and width, by average pooling; others unchanged."""
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
-    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)

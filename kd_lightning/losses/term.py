@@ -83,7 +83,7 @@ def in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor | list | tuple))
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         with torch.autocast(device, enabled=False):
-            return function(*(_widened(x) for x in args), **{key: _widened(x) for key, x in kwargs.items()})  # type: ignore[arg-type]
+            return function(*(_widened(x) for x in args), **{key: _widened(x) for key, x in kwargs.items()})
 
     return wrapped
 

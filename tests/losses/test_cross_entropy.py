@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor
 
-from kd_lightning.losses import CrossEntropyLoss, cross_entropy
+from kd_lightning.losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -107,6 +109,25 @@ def test_half_precision_is_computed_in_float32(batch: tuple[Tensor, Tensor], dty
     assert torch.isfinite(logits.grad).all()
     assert torch.equal(value, cross_entropy(logits.float(), batch[1]))
     assert value.item() == pytest.approx(by_numpy(logits.detach().double(), batch[1]).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_autocast_does_not_reach_it(
+    batch: tuple[Tensor, Tensor], smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, plain = [], torch.nn.functional.cross_entropy
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = cross_entropy(batch[0].float(), batch[1], smoothing)
+        assert torch.is_autocast_enabled("cpu")
+    assert inside == [False]
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(by_numpy(*batch, smoothing).mean(), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -14,15 +14,10 @@ from scipy.stats import entropy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_lightning.losses import (
-    FusedLinearKDLoss,
-    SoftTargetLoss,
-    chunked_linear,
-    chunked_soft_target,
-    cross_entropy,
-    fused_linear_kd,
-    soft_target,
-)
+from kd_lightning.losses import SoftTargetLoss, chunked_linear
+from kd_lightning.losses.cross_entropy import cross_entropy
+from kd_lightning.losses.fused_linear import FusedLinearKDLoss, chunked_soft_target, fused_linear_kd
+from kd_lightning.losses.soft_target import soft_target
 from kd_lightning.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 

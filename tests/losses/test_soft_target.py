@@ -7,7 +7,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import Tensor
 
-from kd_lightning.losses import SoftTargetLoss, soft_target
+from kd_lightning.losses.soft_target import SoftTargetLoss, soft_target
 from kd_lightning.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 

@@ -1,0 +1,124 @@
+"""What the losses on softened distributions share.
+
+Their functions return what is computed here reduced over what counts, so that each file holds its formula alone.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Scheduled, Term, check_mask, check_positive, check_same_shape, compared_logits
+from kd_lightning.types import IGNORE, Batch, ModelOutput
+
+
+class LogitTerm(Term):
+    """A term that compares both sides' logits, class by class, at a temperature; subclasses say how, in `compare`.
+
+    Args:
+        temperature: T > 0, or a schedule over training progress.
+        causal: For language models: position t answers for token t + 1.
+        classes: Compare only the first `classes` logits of each side; see `compared_logits`.
+    """
+
+    def __init__(self, temperature: Scheduled = 1.0, causal: bool = False, classes: int | None = None) -> None:
+        super().__init__()
+        self.temperature, self.causal, self.classes = temperature, causal, classes
+
+    def settings(self) -> dict[str, float]:
+        """Return the temperature now in force."""
+        return {"temperature": self.now(self.temperature)}
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the loss, averaged over the examples or positions that count.
+
+        Raises:
+            ValueError: As `compared_logits`, or what the loss's function refuses.
+        """
+        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.causal, self.classes)
+        return self.compare(logits_s, logits_t, mask, batch)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Return the labels that belong to the compared logits, shifted with them."""
+        return batch["labels"][:, 1:] if self.causal else batch["labels"]
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
+        """Return the loss of logits that are cut and shifted already, a scalar.
+
+        Args:
+            student: `(B, C)` or `(B, L, V)`.
+            teacher: The same shape.
+            mask: `(B, L)`, True = counts; None for `(B, C)`.
+            batch: For losses that read the labels.
+        """
+
+
+def softened(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return log softmax(z / T) of both sides, the teacher's without a graph.
+
+    Raises:
+        ValueError: Shapes that differ, a mask of another shape, or a temperature that is not positive and finite.
+    """
+    check_same_shape(student_logits, teacher_logits)
+    check_mask(mask, student_logits.shape[:-1])
+    check_positive("temperature", temperature)
+    student, teacher = student_logits / temperature, teacher_logits.detach() / temperature
+    return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats, summed over the last axis, of log probabilities."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """Return log(share p + (1 - share) q), for a share in [0, 1)."""
+    return torch.logaddexp(log_p + (math.log(share) if share else -math.inf), log_q + math.log1p(-share))
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels that are not one class for each row of logits.
+
+    Raises:
+        ValueError: Names both shapes, or says that they are no classes.
+    """
+    if labels.is_floating_point():
+        raise ValueError("labels are scores, and this loss reads classes: use kd_lightning.losses.regression")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")
+
+
+def labelled(labels: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return labels with a class in place of -100, and which examples count: where mask is True and there is a label.
+
+    Raises:
+        ValueError: Labels of another shape, or fewer than two classes.
+    """
+    check_labels(labels, logits)
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits {tuple(logits.shape)}: a label's class and others need two classes or more")
+    known = labels != IGNORE
+    return labels.masked_fill(~known, 0), known if mask is None else known & mask
+
+
+def at_label(values: Tensor, labels: Tensor) -> Tensor:
+    """Return each row's entry at its label: `(..., C)` and `(...)` to `(...)`."""
+    return values.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def is_label(labels: Tensor, classes: int) -> Tensor:
+    """Return `(..., C)` bool, True at each row's label."""
+    return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
+
+
+def log_probs_of_others(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log softmax over the classes other than the label's, and 0 at the label, where nothing shall count."""
+    label = is_label(labels, logits.shape[-1])
+    return F.log_softmax(logits.masked_fill(label, -math.inf), dim=-1).masked_fill(label, 0.0)

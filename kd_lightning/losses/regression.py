@@ -1,0 +1,103 @@
+"""Regression: the student gives the teacher's scores."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Reduction, Term, check_mask, check_positive, check_same_shape, in_float32, reduce
+from kd_lightning.types import IGNORE, Batch, ModelOutput
+
+Kind = Literal["mse", "smooth_l1"]
+
+
+@in_float32
+def regression(
+    scores: Tensor,
+    targets: Tensor,
+    kind: Kind = "mse",
+    threshold: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Squared or smoothed absolute difference of scores, in their unit squared.
+
+    .. math:: \text{mse: } d^2 \qquad
+              \text{smooth\_l1: } \begin{cases} d^2 / 2\delta & |d| < \delta \\ |d| - \delta / 2 & \text{else}
+              \end{cases}, \quad d = s - t
+
+    averaged over an example's scores where it has several. To regress what the teacher puts out is Ba & Caruana 2014
+    (arXiv 1312.6184); the smoothed form, in the scores' unit, is Girshick 2015 (arXiv 1504.08083) and lets a few wild
+    scores of the teacher weigh less.
+
+    Args:
+        scores: The student's, `(B,)`, or `(B, K)` for K of each example.
+        targets: The same shape: the teacher's scores, or labels. Gets no gradient.
+        kind: `mse` or `smooth_l1`.
+        threshold: delta > 0, below which `smooth_l1` is quadratic.
+        mask: `(B,)` bool, True = counts.
+        reduction: `mean` over what counts, `sum`, or `none` for one value an example.
+
+    Raises:
+        ValueError: Shapes that differ, an unknown kind, or a threshold that is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> scores, targets = torch.tensor([0.0, 3.0]), torch.tensor([1.0, 0.0])
+        >>> regression(scores, targets).item(), regression(scores, targets, "smooth_l1").item()
+        (5.0, 1.5)
+    """
+    check_same_shape(scores, targets, "scores")
+    check_mask(mask, scores.shape[:1])
+    check_positive("threshold", threshold)
+    if kind == "mse":
+        values = F.mse_loss(scores, targets.detach(), reduction="none")
+    elif kind == "smooth_l1":
+        values = F.smooth_l1_loss(scores, targets.detach(), reduction="none", beta=threshold)
+    else:
+        raise ValueError(f"kind must be mse or smooth_l1, got {kind!r}")
+    return reduce(values.flatten(1).mean(1) if values.ndim > 1 else values, mask, reduction)
+
+
+class RegressionLoss(Term):
+    """Learning scores from the teacher or from labels; see `regression` for the formula.
+
+    Scores are the logits as they are, `(B,)` or `(B, K)`; `(B, 1)` and `(B,)` are the same. As labels, NaN and -100 say
+    that there is none, and a batch without `labels` gives 0.
+
+    Args:
+        kind: `mse` or `smooth_l1`.
+        threshold: Below this difference `smooth_l1` is quadratic; in the scores' unit.
+        target: Whom to learn from: `teacher`, which needs no labels, or `labels`.
+
+    Raises:
+        ValueError: An unknown target; at the first batch, what `regression` refuses.
+    """
+
+    def __init__(
+        self, kind: Kind = "mse", threshold: float = 1.0, target: Literal["teacher", "labels"] = "teacher"
+    ) -> None:
+        super().__init__()
+        if target not in ("teacher", "labels"):
+            raise ValueError(f"target must be teacher or labels, got {target!r}")
+        self.kind: Kind = kind
+        self.threshold = threshold
+        self.uses_teacher = target == "teacher"
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over the examples that have a target."""
+        scores = _scores(student.logits)
+        if self.uses_teacher:
+            return regression(scores, _scores(teacher.logits), self.kind, self.threshold)
+        if "labels" not in batch:
+            return 0.0 * scores.sum()
+        labels = _scores(batch["labels"]).to(scores.dtype)
+        missing = labels.isnan() | (labels == IGNORE)
+        known = ~missing if labels.ndim == 1 else ~missing.any(-1)
+        return regression(scores, labels.masked_fill(missing, 0.0), self.kind, self.threshold, known)
+
+
+def _scores(values: Tensor) -> Tensor:
+    return values.squeeze(1) if values.ndim == 2 and values.shape[1] == 1 else values

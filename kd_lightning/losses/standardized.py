@@ -1,0 +1,83 @@
+"""Standardized logits: any loss on logits, in front of which both sides' logits become z-scores."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Depth, Term, in_float32
+from kd_lightning.types import Batch, ModelOutput
+
+
+@in_float32
+def standardized(logits: Tensor) -> Tensor:
+    r"""Z-scores of each example's logits (Sun et al. 2024, Logit Standardization, arXiv 2403.01427).
+
+    .. math:: \frac{z_c - \bar z}{\sigma(z)}, \quad \sigma(z)^2 = \frac{1}{C} \sum_c (z_c - \bar z)^2
+
+    so that a loss behind it asks the student for the relations of the teacher's logits, not for their size: the result
+    is the same for a z + b with any a > 0 and b. The variance has 1e-8 added: equal logits give zeros. (Published code
+    divides by the deviation with C - 1, a constant factor that the loss's temperature takes up.)
+
+    With *two classes* the z-scores are 1 and -1 whatever the logits: only which one is larger is left, and there is no
+    gradient.
+
+    Args:
+        logits: `(B, C)` or `(B, L, V)`, finite.
+
+    Example:
+        >>> import torch
+        >>> standardized(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[-1.2247,  0.0000,  1.2247]])
+    """
+    return F.layer_norm(logits, logits.shape[-1:], eps=1e-8)
+
+
+class StandardizedLoss(Term):
+    """A loss on logits, given z-scores in their place; see `standardized` for the formula.
+
+    The temperature is the wrapped term's own. If that compares only the first `classes` logits, the z-scores are of
+    those.
+
+    Args:
+        term: Any term that reads logits, e.g. `SoftTargetLoss(temperature=2.0)`.
+    """
+
+    def __init__(self, term: Term) -> None:
+        super().__init__()
+        self.term = term
+        self.uses_teacher = term.uses_teacher
+        self.needs_student, self.needs_teacher = term.needs_student, term.needs_teacher
+
+    def plan(self, student: Depth, teacher: Depth) -> None:
+        """Let the wrapped term plan."""
+        self.term.plan(student, teacher)
+        self.needs_student, self.needs_teacher = self.term.needs_student, self.term.needs_teacher
+
+    def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
+        """Let the wrapped term connect; warn of two classes, of which it can teach nothing."""
+        student, teacher = self._standardized(student), self._standardized(teacher)
+        if student.logits.shape[-1] == 2:
+            warnings.warn(
+                "StandardizedLoss: there are 2 classes, and their z-scores are 1 and -1 whatever the logits: this term "
+                "has no gradient. It needs 3 classes or more; for 2 use the wrapped loss alone",
+                stacklevel=2,
+            )
+        self.term.connect(student, teacher, examples)
+
+    def settings(self) -> dict[str, float]:
+        """Return what the wrapped term has scheduled."""
+        self.term.progress = self.progress
+        return self.term.settings()
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the wrapped term's value for z-scores."""
+        self.term.progress = self.progress
+        value: Tensor = self.term(self._standardized(student), self._standardized(teacher), batch)
+        return value
+
+    def _standardized(self, output: ModelOutput) -> ModelOutput:
+        classes = getattr(self.term, "classes", None)
+        return ModelOutput(standardized(output.logits[..., :classes]), output.features)
