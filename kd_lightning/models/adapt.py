@@ -32,9 +32,9 @@ _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataPar
 def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     """Run `network` on the entries of `batch` that its forward names, and return its logits as a `ModelOutput`.
 
-    `labels`, `index` and `teacher_*` are never passed: a network sees what it will see when it is deployed. A forward
-    with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the user's
-    does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the
+    `labels`, `index`, `task` and `teacher_*` are never passed: a network sees what it will see when it is deployed. A
+    forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the
+    user's does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the
     signature of what they wrap.
 
     Args:
@@ -110,7 +110,7 @@ def _inspect(function: Callable[..., Any], is_method: bool) -> _Forward:
 
 
 def _is_input(name: str) -> bool:
-    return name not in ("labels", "index") and not name.startswith("teacher_")
+    return name not in ("labels", "index", "task") and not name.startswith("teacher_")
 
 
 def _as_output(output: Any, network: nn.Module) -> ModelOutput:

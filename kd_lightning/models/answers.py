@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,25 +20,28 @@ class Answers:
     Attributes:
         index: `(N,)` int64, ascending.
         logits: `(N, C)` float32.
-        labels: `(N,)` int64.
+        labels: `(N,)` int64; float32 for a regression.
+        task: `(N,)` int64, which of several tasks each example is of; None where there is one.
     """
 
     index: Tensor
     logits: Tensor
     labels: Tensor
+    task: Tensor | None = None
 
 
 def answers(
     model: Callable[[Batch], ModelOutput], batches: Iterable[Batch], device: torch.device | str = "cpu"
 ) -> Answers:
     """Collect what a model (a teacher, or anything from batch to output) says of every example."""
-    found: dict[str, list[Tensor]] = {"index": [], "logits": [], "labels": []}
+    found: defaultdict[str, list[Tensor]] = defaultdict(list)
     with torch.inference_mode():
         for batch in batches:
             output = model({key: value.to(device) for key, value in batch.items()})
             found["logits"].append(output.logits.float().cpu())
-            found["index"].append(batch["index"])
-            found["labels"].append(batch["labels"])
+            for name in ("index", "labels", "task"):
+                if name in batch:
+                    found[name].append(batch[name])
         joined = {key: torch.cat(values) for key, values in found.items()}
         order = joined["index"].argsort()
         return Answers(**{key: values[order] for key, values in joined.items()})

@@ -27,6 +27,10 @@ class BiLSTM(nn.Module):
     visibly by AdamW at 1e-3), input weights Xavier uniform, recurrent weights orthogonal, biases zero but the forget
     gate's, which is 1 (Jozefowicz et al. 2015).
 
+    Features (see `kd_lightning.features`): `hidden[0]`, also called `embeddings`, the word embeddings, and `hidden[i]`,
+    the states after layer i, `(B, L, 2H)`; before dropout, at the positions of the input, zero at padding. `pooled`,
+    `(B, 2H)`, after dropout.
+
     Args:
         num_classes: Number of classes C.
         vocab_size: Number of token ids V.
@@ -70,6 +74,10 @@ class BiLSTM(nn.Module):
         inputs = [embedding_size] + [2 * hidden_size] * (num_layers - 1)
         self.forward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
         self.backward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
+        # Without parameters: what layers read and put out passes through these for whoever hooks them.
+        self.states = nn.ModuleList(nn.Identity() for _ in range(num_layers + 1))
+        self.feature_names = {f"hidden[{i}]": f"states.{i}" for i in range(num_layers + 1)}
+        self.feature_names["embeddings"] = "states.0"
         if pooling == "attention":
             score = nn.Linear(hidden_size, 1, bias=False)
             self.attention = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.Tanh(), score)
@@ -93,23 +101,31 @@ class BiLSTM(nn.Module):
         # Words to the front, in order: positions of words keep their number, those of padding get one beyond the end.
         order = torch.where(mask, positions, positions + input_ids.shape[1]).argsort(dim=1)
         lengths = mask.sum(1, keepdim=True).clamp_min(1)  # a text without a word reads as one padding token
-        hidden = self._encode(input_ids.gather(1, order), lengths, positions)
+        hidden = self._encode(input_ids.gather(1, order), lengths, positions, order)
         return ModelOutput(self.classifier(self.dropout(self._pool(hidden, lengths, positions))))
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the word embeddings, under the name `transformers` gives this method."""
         return self.embedding
 
-    def _encode(self, input_ids: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
+    def _encode(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, order: Tensor) -> Tensor:
         """Return the last layer's states `(B, L, 2H)`; those at padding are meaningless."""
         mirrored = lengths - 1 - positions
         reverse = torch.where(mirrored >= 0, mirrored, positions).unsqueeze(2)  # (B, L, 1), its own inverse
         hidden: Tensor = self.embedding(input_ids)
-        for ahead, back in zip(self.forward_layers, self.backward_layers, strict=True):
+        self._show(0, hidden, lengths, positions, order)
+        for i, (ahead, back) in enumerate(zip(self.forward_layers, self.backward_layers, strict=True), start=1):
             hidden = self.dropout(hidden)
             reversed_states = back(hidden.gather(1, reverse.expand_as(hidden)))[0]
             hidden = torch.cat([ahead(hidden)[0], reversed_states.gather(1, reverse.expand_as(reversed_states))], dim=2)
+            self._show(i, hidden, lengths, positions, order)
         return hidden
+
+    def _show(self, layer: int, hidden: Tensor, lengths: Tensor, positions: Tensor, order: Tensor) -> None:
+        """Put the words' states back where the words stand in the input, if anybody looks."""
+        if self.states[layer]._forward_hooks:
+            words = hidden.masked_fill((positions >= lengths).unsqueeze(2), 0.0)
+            self.states[layer](words.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(words)))
 
     def _pool(self, hidden: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
         """Reduce `(B, L, 2H)` to `(B, 2H)` over the words."""

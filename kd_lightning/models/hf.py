@@ -11,7 +11,18 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from kd_lightning.assets import fetch
@@ -89,7 +100,8 @@ def pretrained(
             touch the network.
         num_classes: Number of classes.
         pooling: `checkpoint`: the head that `AutoModelForSequenceClassification` gives this architecture (for BERT:
-            first token, pooler, linear). `mean`, `max`, `first`: a `PooledClassifier`.
+            first token, pooler, linear), or `AutoModelForImageClassification` to one of images. `mean`, `max`,
+            `first`: a `PooledClassifier`.
         dropout: Before a `PooledClassifier`'s classifier; everything else keeps the checkpoint's dropout.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None: the fastest that is always there (sdpa).
         frozen_layers: Keep the embeddings and so many of the lowest layers as they were pretrained: their backward pass
@@ -119,7 +131,7 @@ def pretrained(
             keeps_head = _has_classifier(config) and config.num_labels == num_classes
             if not keeps_head:
                 options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-            network: nn.Module = AutoModelForSequenceClassification.from_pretrained(source, **options)
+            network: nn.Module = _classifier(config).from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(_cannot_load(name, local, error)) from error
     _log_head(name, config, num_classes)
@@ -196,7 +208,15 @@ def _locate(name: str) -> tuple[str, bool]:
 
 
 def _has_classifier(config: PreTrainedConfig) -> bool:
-    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+    kinds = ("ForSequenceClassification", "ForImageClassification")
+    return any(str(name).endswith(kinds) for name in config.architectures or ())
+
+
+def _classifier(config: PreTrainedConfig) -> Any:
+    """Return what loads a classifier of this architecture: of images where it classifies nothing else."""
+    of_images = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    of_texts = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return AutoModelForImageClassification if of_images and not of_texts else AutoModelForSequenceClassification
 
 
 def _log_head(name: str, config: PreTrainedConfig, num_classes: int) -> None:

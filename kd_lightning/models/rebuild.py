@@ -16,11 +16,15 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kd_lightning.attention import PROBABILITIES
 from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier, Pooling
+from kd_lightning.models.simkd import SimKDStudent
+from kd_lightning.models.timm import timm_model
 
 
 def describe(network: nn.Module) -> dict[str, Any] | None:
@@ -31,7 +35,8 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         A dict with `_target_` and its arguments (also what `hydra.utils.instantiate` takes), or None when the network
-        is not a `BiLSTM`, a model class of the `transformers` library or a `PooledClassifier` around one.
+        is not a `BiLSTM`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one, a model
+        class of the `transformers` library or a `PooledClassifier` around one.
     """
     network = unwrap(network)
     if isinstance(network, PooledClassifier):
@@ -40,20 +45,30 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
             return None
         head = {"num_classes": network.num_classes, "pooling": network.pooling, "dropout": network.dropout.p}
         return {"_target_": _name(pooled_classifier), "encoder": encoder, **head}
-    if isinstance(network, BiLSTM):
-        return {"_target_": _name(BiLSTM), **network.arguments}
+    if isinstance(network, SimKDStudent):
+        backbone = describe(network.backbone)
+        return (
+            None if backbone is None else {"_target_": _name(SimKDStudent), "backbone": backbone, **network.arguments}
+        )
+    if isinstance(network, BiLSTM | CNN | ResNet):
+        return {"_target_": _name(type(network)), **network.arguments}
+    if type(network).__module__.startswith("timm.") and isinstance(
+        arguments := getattr(network, "arguments", None), dict
+    ):
+        return {"_target_": _name(timm_model), **arguments}
     if not isinstance(network, PreTrainedModel) or _architecture(type(network).__name__) is not type(network):
         return None
     config = json.loads(network.config.to_json_string(use_diff=False))
     for key in ("_name_or_path", "dtype"):  # a path of this machine; how the checkpoint was stored
         config.pop(key, None)
     embedding = network.get_input_embeddings()
+    implementation = network.config._attn_implementation
     return {
         "_target_": _name(hugging_face),
         "architecture": type(network).__name__,
         "config": config,
         "embedding_rank": embedding.rank if isinstance(embedding, FactorizedEmbedding) else None,
-        "attn_implementation": network.config._attn_implementation,
+        "attn_implementation": None if implementation == PROBABILITIES else implementation,  # known to a tap alone
     }
 
 
@@ -77,8 +92,9 @@ def from_description(description: dict[str, Any]) -> nn.Module:
             f"_target_={description.get('_target_')!r} is not a network description; known: {', '.join(_BUILDERS)}"
         )
     arguments = {key: value for key, value in description.items() if key != "_target_"}
-    if isinstance(arguments.get("encoder"), dict):
-        arguments["encoder"] = from_description(arguments["encoder"])
+    for part in ("encoder", "backbone"):
+        if isinstance(arguments.get(part), dict):
+            arguments[part] = from_description(arguments[part])
     try:
         return builder(**arguments)
     except TypeError as error:
@@ -149,5 +165,6 @@ def _name(builder: Callable[..., nn.Module]) -> str:
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    _name(builder): builder for builder in (hugging_face, pooled_classifier, BiLSTM)
+    _name(builder): builder
+    for builder in (hugging_face, pooled_classifier, BiLSTM, CNN, ResNet, SimKDStudent, timm_model)
 }

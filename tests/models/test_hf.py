@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from kd_lightning.errors import ConfigError
@@ -154,3 +154,15 @@ def test_unknown_pooling() -> None:
         pretrained("minilm", 2, pooling="meen")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'mean'"):
         PooledClassifier(AutoModel.from_config(tiny("bert").config), 2, "meen")  # type: ignore[arg-type]
+
+
+def test_an_image_classifier_is_loaded_with_its_head(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    network = ViTForImageClassification(
+        ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, **sizes)
+    ).eval()
+    network.save_pretrained(tmp_path)
+    pictures = {"pixel_values": torch.randn(2, 1, 8, 8)}
+    loaded = finished(str(tmp_path), 3).eval()
+    torch.testing.assert_close(run_network(loaded, pictures).logits, network(**pictures).logits)
+    assert pretrained(str(tmp_path), 5)(**pictures).logits.shape == (2, 5)

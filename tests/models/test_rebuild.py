@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 from kd_lightning.errors import ConfigError
+from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.from_teacher import from_teacher
@@ -91,3 +92,10 @@ def test_wrong_descriptions_are_refused(change: dict[str, object], says: str) ->
     assert description is not None
     with pytest.raises(ConfigError, match=says):
         from_description({**description, **change})
+
+
+def test_a_network_whose_attentions_were_tapped_loads_without_the_tap() -> None:
+    network = tiny("bert")
+    FeatureTap(network, ["attention[-1]"])
+    assert describe(network)["attn_implementation"] is None
+    assert from_description(describe(network)).config._attn_implementation == "sdpa"
