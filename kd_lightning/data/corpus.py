@@ -19,10 +19,10 @@ Sentence = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Examples:
-    """Sentences and, for each, the position of its class in the class names."""
+    """Sentences and, for each, the position of its class in the class names; for a regression its score."""
 
     texts: list[Sentence]
-    labels: list[int]
+    labels: list[int] | list[float]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,6 +60,7 @@ class Corpus:
         validation: Labelled sentences to select on.
         test: Labelled sentences to report on, once.
         transfer: Sentences that only the teacher labels.
+        regression: The labels are scores, and `class_names` holds the name of the score.
     """
 
     class_names: list[str]
@@ -67,6 +68,7 @@ class Corpus:
     validation: Examples
     test: Examples
     transfer: list[Sentence] = field(default_factory=list)
+    regression: bool = False
 
 
 def text_of(value: object, where: str) -> str:
@@ -124,7 +126,8 @@ def assemble(
     parts = dict(given)
     if missing:
         examples = _drop_duplicates(examples, train.source)
-        carved = stratified_split(examples.labels, list(missing.values()), split_seed, names, train.source)
+        labels = [int(label) for label in examples.labels]
+        carved = stratified_split(labels, list(missing.values()), split_seed, names, train.source)
         parts |= {part: examples.take(positions) for part, positions in zip(missing, carved[1:], strict=True)}
         examples = examples.take(carved[0])
     _warn_of_overlap(examples, given, train.source)  # what was held out here shares nothing with the rest

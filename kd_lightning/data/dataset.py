@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from kd_lightning.data.augment import Views
+from kd_lightning.data.base import BatchDataset
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.data.tokens import TokenStore, encode_batch
 from kd_lightning.types import IGNORE, Batch
@@ -44,12 +44,12 @@ class FreshViews:
         }
 
 
-class TokenDataset(Dataset[Batch]):
-    """A run of examples, fetched a whole batch at a time.
+class TokenDataset(BatchDataset):
+    """A run of encoded sentences.
 
     Args:
         stores: Encoded sentences by the prefix of their names in the batch: `""`, and `"teacher_"` for a second one.
-        labels: Of all examples there are, `(N,)` int64.
+        labels: Of all examples there are, `(N,)` int64; float32 for a regression.
         span: Which of them these are.
         turns: Equal runs of examples of which an epoch takes one, in turn: epoch e takes the run `e % len(turns)`.
         fresh: Views that are not stored. They have the positions from `len(self)` on, epoch after epoch, the label
@@ -59,7 +59,7 @@ class TokenDataset(Dataset[Batch]):
     def __init__(
         self,
         stores: Mapping[str, TokenStore],
-        labels: NDArray[np.int64],
+        labels: NDArray[np.int64] | NDArray[np.float32],
         span: range,
         turns: Sequence[range] = (),
         fresh: FreshViews | None = None,
@@ -70,9 +70,6 @@ class TokenDataset(Dataset[Batch]):
         self.turns = turns
         self.fresh = fresh
 
-    def __len__(self) -> int:
-        return len(self.span)
-
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens in each example, over all tokenizers, `(len(self),)`."""
@@ -80,7 +77,7 @@ class TokenDataset(Dataset[Batch]):
         return np.asarray(total)[self.span.start : self.span.stop]
 
     def turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch takes, and their lengths; a fresh view counts as long as its sentence."""
+        """Return the positions that an epoch takes; a fresh view counts as long as its sentence."""
         positions, lengths = np.arange(len(self)), self.lengths
         if self.turns:
             taken = np.ones(len(self), bool)

@@ -1,0 +1,345 @@
+"""What all data for classification share: parts, batches in an order of their own, positions to resume from."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from kd_lightning.data.sampler import BucketBatchSampler, Turn, position, rank_and_world
+from kd_lightning.errors import ConfigError
+from kd_lightning.tasks import Classification, Regression, Task
+from kd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from kd_lightning.data.image_store import ImageFormat
+
+log = logging.getLogger(__name__)
+
+Role = Literal["teacher", "student"]
+PARTS = ("train", "views", "transfer", "validation", "test")
+
+
+def check_least(lowest: int, **options: int) -> None:
+    """Refuse options of the data that are below `lowest`."""
+    for name, value in options.items():
+        if value < lowest:
+            raise ConfigError(f"data.{name}={value}: expected {lowest} or more")
+
+
+def check_probabilities(**options: float) -> None:
+    """Refuse options of the data that lie outside [0, 1]."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"data.{name}={value}: expected a probability, 0 to 1")
+
+
+class BatchDataset(Dataset[Batch], ABC):
+    """A run of examples, fetched a whole batch at a time.
+
+    Attributes:
+        span: Which of all examples these are.
+    """
+
+    span: range
+
+    def __len__(self) -> int:
+        return len(self.span)
+
+    @property
+    @abstractmethod
+    def lengths(self) -> NDArray[np.int64]:
+        """What batches of like examples are formed by, `(len(self),)`."""
+
+    @abstractmethod
+    def turn(self, epoch: int) -> Turn:
+        """Return the positions that an epoch takes, and their lengths."""
+
+
+class ClassificationData(L.LightningDataModule, ABC):
+    """Examples with one class each, and examples without that only a teacher labels.
+
+    For a regression they have a score each instead, and `class_names` holds its name alone.
+
+    Every example has a stable `index`: first the training examples, then their views (set by set), then the transfer
+    examples, then validation, then test.
+
+    Args:
+        batch_size: Training examples in a batch of one process.
+        eval_batch_size: Examples in a batch where nothing is trained.
+        views: Altered copies of each training example.
+        view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All have an
+            `index`. None: a set of its own for every epoch, made as it is trained on, of index -1, which nothing that
+            is looked up by `index` can serve.
+        seed: Of the order of training.
+        split_seed: Of the split and the views. It is a seed of its own so that repeats with other seeds share their
+            data, and with it the teacher's stored outputs.
+        num_workers: Processes that prepare batches; 0 does it in the training process.
+
+    Raises:
+        ConfigError: An option out of its range.
+
+    Attributes:
+        class_names: In the order of the labels; set by `prepare`.
+        fingerprint: Of everything that decides the batches but for their sizes and order; set by `prepare`.
+        teacher_key: What decides a teacher's answer to each `index`, for people to compare; set by `prepare`.
+        around: Wraps the loader of training batches (`AheadTeacher.around`); None leaves it as it is.
+        image_format: How images become inputs; None for data of another kind.
+    """
+
+    image_format: ImageFormat | None = None
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int = 128,
+        views: int = 0,
+        view_sets: int | None = 1,
+        seed: int = 0,
+        split_seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        sets = 1 if view_sets is None else view_sets
+        check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, view_sets=sets)
+        check_least(0, views=views, seed=seed, split_seed=split_seed, num_workers=num_workers)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.views = views
+        self.view_sets = view_sets
+        self.seed = seed
+        self.split_seed = split_seed
+        self.num_workers = num_workers
+        self.class_names: list[str] = []
+        self.fingerprint = ""
+        self.teacher_key: dict[str, Any] = {}
+        self.around: Callable[[DataLoader[Batch]], Any] | None = None
+        self._tokens: Literal["student", "teacher", "both"] = "both"
+        self._pool = True
+        self._resume: tuple[int, int] | None = None
+        self._spans: dict[str, range]
+        self._labels: NDArray[Any]  # int64; float32 for a regression
+
+    # -- getting ready ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Read and split everything, and set what the attributes describe; a second call does nothing.
+
+        Raises:
+            DataError: The data cannot be used as they are.
+            ConfigError: An option does not fit the data.
+        """
+
+    def prepare_data(self) -> None:
+        """Fill the caches on disk, in one process of each machine."""
+        self.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read what `prepare_data` left."""
+        self.prepare()
+
+    def _lay_out(self, sizes: Sequence[int]) -> None:
+        """Give each part its run of the `index`; `sizes` are in the order of `PARTS`."""
+        ends = np.cumsum(sizes).tolist()
+        self._spans = {name: range(end - size, end) for name, size, end in zip(PARTS, sizes, ends, strict=True)}
+        log.info("%s: %s", type(self).__name__, ", ".join(f"{size} {name}" for name, size in self.sizes.items()))
+
+    # -- what models need to know -------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        """What is predicted, in a few words."""
+        return " / ".join(self.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 1 for a regression."""
+        return len(self.class_names)
+
+    @property
+    def task(self) -> Task:
+        """What is predicted: a class, or where the labels are floats a score."""
+        return Regression() if self._labels.dtype.kind == "f" else Classification(self.num_classes)
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples there are in all; every `index` is below."""
+        return len(self._labels)
+
+    @property
+    @abstractmethod
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each example has for the teacher, `(num_examples,)`; 1 where there are no tokens."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether every training example has an `index`; fresh views in each epoch (`view_sets=None`) have none."""
+        return self.view_sets is not None or self.views == 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many examples each part has: train, views (all sets), transfer, validation, test."""
+        return {name: len(span) for name, span in self._spans.items()}
+
+    @abstractmethod
+    def model_arguments(self, role: Role) -> dict[str, int]:
+        """Return what the data decide about a network, by the names of its constructor's arguments."""
+
+    @property
+    @abstractmethod
+    def input_format(self) -> dict[str, Any]:
+        """What a saved network must be given besides its weights, as JSON-able values (`task.json` of a run)."""
+
+    def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast | None:
+        """Return the tokenizer of a network's inputs; None where they are no texts."""
+        return None
+
+    # -- views of the same data ---------------------------------------------------------------------------------------
+
+    def select(self, tokens: Literal["student", "teacher", "both"] = "both", pool: bool = True) -> Self:
+        """Return the same data with other batches; the arrays are shared.
+
+        Args:
+            tokens: Whose tokens stand under the plain names. `"both"`: the student's and, where the tokenizers differ,
+                the teacher's under `teacher_input_ids` and so on.
+            pool: Whether what only a teacher can label is trained on too.
+        """
+        if tokens not in ("student", "teacher", "both"):
+            raise ConfigError(f"tokens={tokens!r}: expected 'student', 'teacher' or 'both'")
+        chosen = self._copy()
+        chosen._tokens, chosen._pool = tokens, pool
+        return chosen
+
+    def with_batches(
+        self, batch_size: int | None = None, eval_batch_size: int | None = None, seed: int | None = None
+    ) -> Self:
+        """Return the same data in batches of another size or order; the arrays are shared."""
+        chosen = self._copy()
+        chosen.batch_size = batch_size or self.batch_size
+        chosen.eval_batch_size = eval_batch_size or self.eval_batch_size
+        chosen.seed = self.seed if seed is None else seed
+        return chosen
+
+    def reading(self, tokenizer: str) -> Self:
+        """Return the same data for a teacher with another tokenizer; this very object where there is none to change."""
+        return self
+
+    def with_one_reader(self) -> Self:
+        """Return the same data for a teacher that reads what the student reads, as one that was a student does."""
+        return self._copy()
+
+    def _copy(self) -> Self:
+        self.prepare()
+        chosen = copy.copy(self)
+        chosen.trainer = None
+        chosen._resume = None
+        return chosen
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return shuffled batches of like length; the same for the same `seed` and epoch."""
+        data = self._training_dataset()
+        sampler = BucketBatchSampler(data.turn, self.batch_size, shuffle=True, seed=self.seed)
+        if self._resume is not None:
+            sampler.resume(*self._resume)
+            self._resume = None
+        elif self.trainer is not None and self.trainer.training:  # Lightning reloads it at the start of an epoch
+            sampler.set_epoch(self.trainer.current_epoch)
+        loader = self._loader(data, sampler)
+        if self.around is not None:
+            loader = self.around(loader)
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return the validation examples, sorted by length."""
+        return self._evaluation_loader("validation", "validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the test examples, sorted by length."""
+        return self._evaluation_loader("test", "test")
+
+    def all_dataloader(self) -> DataLoader[Batch]:
+        """Return every example of every part, sorted by length."""
+        return self._evaluation_loader("train", "test")
+
+    @abstractmethod
+    def _training_dataset(self) -> BatchDataset:
+        """Return what is trained on, with the turns of its epochs."""
+
+    @abstractmethod
+    def _dataset(self, first: str, last: str) -> BatchDataset:
+        """Return the parts from `first` to `last`."""
+
+    def _evaluation_loader(self, first: str, last: str) -> DataLoader[Batch]:
+        data = self._dataset(first, last)
+        return self._loader(data, BucketBatchSampler(data.lengths, self.eval_batch_size, shuffle=False))
+
+    def _loader(self, data: BatchDataset, sampler: BucketBatchSampler) -> DataLoader[Batch]:
+        if self.num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker prints a warning
+        return DataLoader(
+            data,
+            sampler=sampler,
+            batch_size=None,  # the sampler's items are whole batches
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global one
+        )
+
+    # -- resuming -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in training as the trainer counts it (workers may have fetched further)."""
+        if self.trainer is None:
+            return {}
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        epoch, batches = position(self.trainer)
+        between = epochs.ready == epochs.processed
+        return {**self._order(), "epoch": epoch, "batches": batches, "between_epochs": between}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training batches go on where a checkpoint was made.
+
+        Raises:
+            ConfigError: The data or the batches are not those of the checkpoint, or Lightning cannot go on from it.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # an evaluation may use other batches
+        for name, now in self._order().items():
+            if state_dict.get(name) != now:
+                given = f"{now!r}, but the checkpoint was trained with {state_dict.get(name)!r}"
+                raise ConfigError(f"cannot resume: the data's {name} is {given}; restore it or start a new run")
+        if self.trainer is not None and self.trainer.max_steps != -1 and state_dict["between_epochs"]:
+            # Lightning 2.6 then counts one batch of the next epoch to the finished one and leaves out the others.
+            message = "cannot resume: the checkpoint was made after an epoch's end, which Lightning gets wrong"
+            raise ConfigError(f"{message} with trainer.max_steps; limit by trainer.max_epochs, or save at a step")
+        self._resume = (state_dict["epoch"], state_dict["batches"])
+        # Lightning looks for a position in the loader only and warns, wrongly, that there is none.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+
+    def _order(self) -> dict[str, Any]:
+        """Return what the sequence of training batches follows from."""
+        self.prepare()
+        return {
+            "fingerprint": self.fingerprint,
+            "tokens": self._tokens,
+            "pool": self._pool,
+            "seed": self.seed,
+            "global_batch_size": self.batch_size * rank_and_world()[1],
+        }

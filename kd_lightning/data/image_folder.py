@@ -1,0 +1,96 @@
+"""The user's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_lightning.data.image_store import ImageFormat, read_image, store_images
+from kd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageCorpus, ImageData
+from kd_lightning.errors import DataError, did_you_mean
+from kd_lightning.shared import stamps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+
+
+class ImageFolder(ImageData):
+    """Images in folders named after their classes: `train/CLASS/*.jpg`, and `val/`, `test/` likewise.
+
+    Where `val/` or `test/` is not there, an even part of the training images is held out. Images are scaled and cut at
+    the centre to squares. Needs Pillow.
+
+    Args:
+        folder: The one that holds `train`.
+        image_size: Height and width in pixels.
+        channels: 3 for colour, 1 for grey.
+        mean: Of each channel, taken off the values in [0, 1]; by default ImageNet's.
+        std: Of each channel, divided by; by default ImageNet's.
+        validation_fraction: How much to hold out where there is no `val`.
+        test_fraction: How much to hold out where there is no `test`.
+        options: Those of `ImageData`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        image_size: int = 64,
+        channels: int = 3,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.folder = Path(folder).expanduser()
+        self.image_format = ImageFormat(image_size, channels, list(mean), list(std))
+        self.fractions = {"validation": validation_fraction, "test": test_fraction}
+
+    def read(self) -> ImageCorpus:
+        """Find the images and read them."""
+        folders = {part: [self.folder / name for name in names] for part, names in _FOLDERS.items()}
+        there = {part: next((path for path in paths if path.is_dir()), None) for part, paths in folders.items()}
+        if there["train"] is None:
+            raise DataError(f"data.folder={self.folder} has no folder 'train' with a folder of images for each class")
+        class_names = _classes(there["train"])
+        if len(class_names) < 2:
+            raise DataError(f"{there['train']}: expected a folder for each of two classes or more, found {class_names}")
+        files: list[Path] = []
+        labels: list[int] = []
+        rows = {}
+        for part, path in there.items():
+            if path is not None:
+                start = len(files)
+                for label, found in enumerate(_files(path, class_names)):
+                    files += found
+                    labels += [label] * len(found)
+                rows[part] = range(start, len(files))
+        size, channels = self.image_format.size, self.image_format.channels
+        key = [[str(path.relative_to(self.folder)), *stamps(str(path))[0][1:]] for path in files]
+        images = store_images(
+            self.cache_dir, key, (len(files), channels, size, size),
+            (read_image(path, size, channels) for path in files),
+        )  # fmt: skip
+        held_out = {part: share for part, share in self.fractions.items() if part not in rows}
+        return ImageCorpus(class_names, images, np.array(labels, np.int64), rows, held_out)
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _files(folder: Path, class_names: Sequence[str]) -> list[list[Path]]:
+    """Return the image files of each class, sorted; a class may be without any in all parts but `train`."""
+    if unknown := [name for name in _classes(folder) if name not in class_names]:
+        raise DataError(
+            f"{folder / unknown[0]}: not a class of the training images{did_you_mean(unknown[0], class_names)}"
+        )
+    found = [sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES) for name in class_names]
+    empty = [folder / name for name, files in zip(class_names, found, strict=True) if not files]
+    if empty and (folder.name == "train" or len(empty) == len(found)):
+        raise DataError(f"{empty[0]}: there are no images ({', '.join(SUFFIXES)})")
+    return found

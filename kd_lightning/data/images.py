@@ -1,0 +1,307 @@
+"""Images as a `LightningDataModule`: read, split, altered by shifts and flips, served as normalised batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd_lightning.assets import home
+from kd_lightning.data.base import BatchDataset, ClassificationData, Role, check_least, check_probabilities
+from kd_lightning.data.image_store import ImageFormat, ImageStore
+from kd_lightning.data.sampler import Positions, Turn
+from kd_lightning.errors import ConfigError
+from kd_lightning.types import Batch
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What networks pretrained on ImageNet expect."""
+
+
+@dataclass(frozen=True)
+class ImageCorpus:
+    """Everything a task has to train, select and test on.
+
+    Attributes:
+        class_names: In the order of the labels.
+        images: All of them.
+        labels: Their classes, `(N,)` int64.
+        rows: Which of them are the parts `train` and, where the source has them, `validation` and `test`.
+        held_out: Which share of `train` to hold out for a part that the source does not have.
+    """
+
+    class_names: list[str]
+    images: ImageStore
+    labels: NDArray[np.int64]
+    rows: Mapping[str, range]
+    held_out: Mapping[str, float] = field(default_factory=dict)
+
+
+def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Return positions in a random order of which every run has the classes in their proportion.
+
+    >>> labels = np.array([0] * 6 + [1] * 3)
+    >>> labels[stratified_order(labels, seed=0)]
+    array([0, 1, 0, 0, 1, 0, 0, 1, 0])
+    """
+    generator = np.random.default_rng(seed)
+    share = np.empty(len(labels))
+    for label in np.unique(labels):
+        positions = generator.permutation(np.flatnonzero(labels == label))
+        share[positions] = (np.arange(len(positions)) + 0.5) / len(positions)
+    return np.argsort(share, kind="stable")
+
+
+def make_image_view(
+    image: NDArray[np.uint8], index: int, view: int, seed: int, *, crop_padding: int, flip_probability: float
+) -> NDArray[np.uint8]:
+    """Return one altered copy of an image: padded with black and cut out again somewhere, and perhaps mirrored.
+
+    Args:
+        image: `(C, H, W)`.
+        index: The image's position in the data set.
+        view: Which view of it, from 0.
+        seed: Of the whole data set.
+        crop_padding: The image moves by at most so many pixels in each direction.
+        flip_probability: How often left and right are exchanged.
+
+    Returns:
+        The view: a function of the arguments alone, the same in any order and in any process.
+    """
+    rng = random.Random(f"{seed}/{index}/{view}")
+    _, height, width = image.shape
+    down, right = (rng.randint(0, 2 * crop_padding) for _ in range(2))
+    padded = np.pad(image, ((0, 0), (crop_padding, crop_padding), (crop_padding, crop_padding)))
+    cut = padded[:, down : down + height, right : right + width]
+    return cut[:, :, ::-1] if rng.random() < flip_probability else cut
+
+
+@dataclass(frozen=True)
+class ImageViews:
+    """The views of all training images, numbered: set by set, in a set image by image; there is no last set.
+
+    Attributes:
+        images: How many images there are.
+        count: Views of each in one set.
+        seed: Of all of them.
+        crop_padding: As in `make_image_view`.
+        flip_probability: As in `make_image_view`.
+    """
+
+    images: int
+    count: int
+    seed: int
+    crop_padding: int
+    flip_probability: float
+
+    @property
+    def per_set(self) -> int:
+        """How many views one set has."""
+        return self.images * self.count
+
+    def index(self, number: Any) -> Any:
+        """Return which image a view is of; numbers or arrays of numbers."""
+        return number % self.per_set // self.count
+
+    def make(self, image: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
+        """Return one view of its image."""
+        one_set, place = divmod(number, self.per_set)
+        index, view = divmod(place, self.count)
+        return make_image_view(
+            image, index, one_set * self.count + view, self.seed, crop_padding=self.crop_padding,
+            flip_probability=self.flip_probability,
+        )  # fmt: skip
+
+
+class ImageDataset(BatchDataset):
+    """A run of images. A view is made when a batch needs it, whether it has an `index` or not.
+
+    Args:
+        images: All of them.
+        rows: Which of them each example shows, `(num_examples,)`.
+        labels: Of all examples, `(num_examples,)` int64.
+        span: Which examples these are. Positions beyond are fresh views, epoch after epoch, of index -1.
+        views: What numbers the views.
+        stored: The examples that are views, which the epochs take turns at; none where each epoch has fresh ones.
+        format: What the images are made into.
+    """
+
+    def __init__(
+        self,
+        images: ImageStore,
+        rows: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        span: range,
+        views: ImageViews,
+        stored: range,
+        format: ImageFormat,
+    ) -> None:
+        self.images = images
+        self.rows = rows
+        self.labels = labels
+        self.span = span
+        self.views = views
+        self.stored = stored
+        self.format = format
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The same for all, `(len(self),)`."""
+        return np.ones(len(self), np.int64)
+
+    def turn(self, epoch: int) -> Turn:
+        """Return the positions that an epoch takes: the images, and one set of their views."""
+        size = self.views.per_set
+        start = self.stored.start + size * (epoch % (len(self.stored) // size) if self.stored else epoch)
+        positions = np.concatenate([np.arange(self.views.images), np.arange(start, start + size)])
+        return positions, np.ones(len(positions), np.int64)
+
+    def __getitem__(self, positions: Positions | Sequence[int]) -> Batch:
+        example = np.asarray(positions, np.int64) + self.span.start
+        fresh = example >= self.span.stop
+        altered = fresh | ((example >= self.stored.start) & (example < self.stored.stop))
+        numbers = example[altered] - self.stored.start
+        source = example.copy()
+        if altered.any():
+            source[altered] = self.views.index(numbers)
+        pixels = self.images.pixels[self.rows[source]]
+        for place, number in zip(np.flatnonzero(altered), numbers.tolist(), strict=True):
+            pixels[place] = self.views.make(pixels[place], number)
+        return {
+            "pixel_values": self.format.normalise(pixels),
+            "labels": torch.from_numpy(self.labels[source]),
+            "index": torch.from_numpy(np.where(fresh, -1, example)),
+        }
+
+
+class ImageData(ClassificationData):
+    """Images with one class each. A subclass says where they come from, in `read`, and sets `image_format`.
+
+    A shift or a mirror image keeps the class, so that views have labels and every training, also the teacher's and the
+    baseline's, goes through them beside the images themselves. Student and teacher read the same images: what `select`
+    chooses between is one thing here.
+
+    Batches have `pixel_values` `(B, C, H, W)` float32, `labels` and `index`. Images are kept on disk as bytes, read,
+    scaled and cut once.
+
+    Args:
+        train_examples: Train on so many images only, evenly over the classes, whatever else stays the same; a smaller
+            choice is part of a larger one. None: all.
+        crop_padding: A view is moved by at most so many pixels.
+        flip_probability: How often a view is mirrored.
+        cache_dir: Where the bytes are kept; by default under `$KD_LIGHTNING_HOME`.
+        options: Those of `ClassificationData`.
+
+    Raises:
+        ConfigError: An option out of its range.
+    """
+
+    image_format: ImageFormat
+
+    def __init__(
+        self,
+        train_examples: int | None = None,
+        crop_padding: int = 4,
+        flip_probability: float = 0.5,
+        cache_dir: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_least(0, crop_padding=crop_padding)
+        check_least(1, train_examples=1 if train_examples is None else train_examples)
+        check_probabilities(flip_probability=flip_probability)
+        self.train_examples = train_examples
+        self.crop_padding = crop_padding
+        self.flip_probability = flip_probability
+        self.cache_dir = Path(cache_dir) if cache_dir else home() / "images"
+
+    @abstractmethod
+    def read(self) -> ImageCorpus:
+        """Return the class names and the images."""
+
+    # -- getting ready ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read and split everything; a second call does nothing."""
+        if self.fingerprint:
+            return
+        corpus = self.read()
+        rows = self._split(corpus)
+        count = len(rows["train"])
+        self._views = ImageViews(count, self.views, self.split_seed, self.crop_padding, self.flip_probability)
+        stored = self._views.per_set * (self.view_sets or 0)
+        viewed = rows["train"][self._views.index(np.arange(stored))] if stored else rows["train"][:0]
+        self._rows = np.concatenate([rows["train"], viewed, rows["validation"], rows["test"]])
+        self._lay_out([count, stored, 0, len(rows["validation"]), len(rows["test"])])
+        self._images = corpus.images
+        self._labels = corpus.labels[self._rows]
+        self.class_names = corpus.class_names
+        self._name_content()
+
+    def _split(self, corpus: ImageCorpus) -> dict[str, NDArray[np.int64]]:
+        """Return the rows of each part, ascending; what is held out does not depend on `train_examples`."""
+        rows = {part: np.arange(run.start, run.stop) for part, run in corpus.rows.items()}
+        train = rows["train"][stratified_order(corpus.labels[rows["train"]], self.split_seed)]
+        shares = list(corpus.held_out.values())
+        if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
+            raise ConfigError(
+                f"cannot hold out the fractions {', '.join(f'{share:g}' for share in shares)} of the training images: "
+                "each must lie between 0 and 1, their sum below 1; change data.validation_fraction or test_fraction"
+            )
+        sizes = {part: max(1, round(share * len(rows["train"]))) for part, share in corpus.held_out.items()}
+        for part, size in sizes.items():
+            rows[part], train = train[:size], train[size:]
+        if self.train_examples is not None and self.train_examples > len(train):
+            raise ConfigError(f"data.train_examples={self.train_examples}, but there are {len(train)} to train on")
+        rows["train"] = train[: self.train_examples]
+        return {part: np.sort(found) for part, found in rows.items()}
+
+    def _name_content(self) -> None:
+        """Name everything: as far as a teacher's answers depend on it, and whole."""
+        views = {"sets": self.view_sets, **asdict(self._views)}
+        rows = hashlib.sha256(self._rows.astype("<i8").tobytes()).hexdigest()
+        self.teacher_key = {
+            "images": hashlib.sha256(f"{self._images.digest}{rows}".encode()).hexdigest(),
+            "examples": self.num_examples,
+            "format": asdict(self.image_format),
+            "views": views if self.views else None,
+        }
+        spans = [[span.start, span.stop] for span in self._spans.values()]
+        content = [self.teacher_key, self._labels.tolist(), self.class_names, spans]
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    # -- what models need to know -------------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """One for each example, `(num_examples,)`: images have no tokens."""
+        return np.ones(self.num_examples, np.int64)
+
+    def model_arguments(self, role: Role) -> dict[str, int]:
+        """Return what the data decide about a network: `num_classes` and `channels`."""
+        self.prepare()
+        return {"num_classes": self.num_classes, "channels": self.image_format.channels}
+
+    @property
+    def input_format(self) -> dict[str, Any]:
+        """What an image is made into."""
+        return {"images": asdict(self.image_format)}
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def _training_dataset(self) -> ImageDataset:
+        return self._dataset("train", "views")
+
+    def _dataset(self, first: str, last: str) -> ImageDataset:
+        self.prepare()
+        span = range(self._spans[first].start, self._spans[last].stop)
+        stored = self._spans["views"]
+        return ImageDataset(self._images, self._rows, self._labels, span, self._views, stored, self.image_format)
