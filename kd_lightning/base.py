@@ -8,26 +8,37 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from kd_lightning.losses import cross_entropy
+from kd_lightning.losses.term import at_least_float32
+from kd_lightning.metrics import is_labelled
 from kd_lightning.optim import OptimizerCallable, SchedulerCallable, parameter_groups
-from kd_lightning.types import IGNORE, Batch
+from kd_lightning.tasks import Classification, Task
+from kd_lightning.types import Batch, ModelOutput
+
+GRADIENTS_EVERY = 50
+"""Optimizer steps from one comparison of the terms' gradients to the next; each is a short backward pass a term."""
 
 
 class NetworkModule(L.LightningModule):
     """Trains one network; subclasses say with what loss."""
 
     def __init__(
-        self, optimizer: OptimizerCallable, scheduler: SchedulerCallable | None, *, num_classes: int, seed: int
+        self,
+        optimizer: OptimizerCallable,
+        scheduler: SchedulerCallable | None,
+        *,
+        num_classes: int,
+        seed: int,
+        task: Task | None,
     ) -> None:
         super().__init__()
         self.optimizer, self.scheduler, self.seed = optimizer, scheduler, seed
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORE)
-        self.val_macro_f1 = MulticlassF1Score(num_classes, average="macro", ignore_index=IGNORE)
+        self.task = task or Classification(num_classes)
+        self.from_labels, self.val_scores = self.task.loss(), self.task.scores()
 
     @property
     def progress(self) -> float:
@@ -52,15 +63,27 @@ class NetworkModule(L.LightningModule):
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
             self.log_dict({f"train/{name}": value for name, value in parts().items()}, batch_size=size)
 
+    def log_gradients(self, batch_idx: int, compare: Callable[[], dict[str, float]]) -> None:
+        """Compare the terms' gradients in the first step and every 50th after it, on the step's first batch.
+
+        Written straight to the loggers: what goes through `self.log` is written again until there is a new value.
+        Without loggers nothing is compared, nor where a process holds a shard of the network (FSDP).
+        """
+        trainer: Any = self.trainer
+        due = batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % GRADIENTS_EVERY == 0
+        whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if due and whole and trainer.loggers and trainer.log_every_n_steps:
+            values = {f"train/{name}": value for name, value in compare().items()}
+            for logger in trainer.loggers if values else ():
+                logger.log_metrics(values, step=trainer.global_step)
+
     def score(self, logits: Tensor, batch: Batch) -> None:
         """Update and log the validation scores."""
-        labels = batch["labels"]
-        self.val_accuracy(logits, labels)
-        self.val_macro_f1(logits, labels)
-        labelled = int((labels != IGNORE).sum())
-        self.log("val/loss", cross_entropy(logits, labels), batch_size=labelled, sync_dist=True)
-        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
-        self.log("val/macro_f1", self.val_macro_f1)
+        labelled = int(is_labelled(batch["labels"]).sum())
+        said = ModelOutput(at_least_float32(logits))
+        self.log("val/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
+        for name, metric in self.val_scores(logits, batch["labels"], batch).items():
+            self.log(f"val/{name}", metric, prog_bar=name == self.task.main)
 
     def configure_gradient_clipping(
         self,

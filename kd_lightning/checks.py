@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.balance import make_balance
 from kd_lightning.config import build, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.runs import differences
+from kd_lightning.teachers.ensemble import Combine, shares_of
 from kd_lightning.teachers.frozen import Precision
 
 STAGES = ("teacher", "baseline", "distill", "finetune")
@@ -36,19 +41,23 @@ def validate(cfg: DictConfig) -> None:
 
 _ROOT = {
     "name": str, "run_dir": str, "stages": list[str], "seed": int, "seeds": int, "resume": str, "temperature": Any,
-    "alpha": Any, "validations": int, "checkpoint_every_n_steps": int, "compile": bool, "teacher": dict,
-    "finetune": dict,
+    "alpha": Any, "balance": str, "validations": int, "checkpoint_every_n_steps": int, "compile": bool, "teacher": dict,
+    "assistants": list[dict[str, Any]], "peers": list[dict[str, Any]], "finetune": dict,
+    "tasks": dict[str, dict[str, Any]],
 }  # fmt: skip
 CACHE_MODES = ("auto", "off", "require", "refresh")
 _GROUPS = ("data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 _TEACHER = {
-    "checkpoint": str | list[str], "cache": str, "cache_dtype": Literal["float32", "float16", "bfloat16"],
+    "checkpoint": str | list[str], "seeds": int, "combine": Combine,
+    "weights": list[float] | Literal["learned", "confidence"] | None, "ema": float | None, "cache": str,
+    "cache_dtype": Literal["float32", "float16", "bfloat16"],
     "cache_top_k": int | None, "cache_views": int, "precision": Precision, "features": list[str],
     "answer_batch_size": int, "device": str | None, "compile": bool, "batch_size": int, "trainer": dict,
     "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
 }  # fmt: skip
-_MAY_BE_NULL = ("teacher.checkpoint", "teacher.cache_top_k", "teacher.device")
+_MAY_BE_NULL = ("teacher.checkpoint", "teacher.weights", "teacher.ema", "teacher.cache_top_k", "teacher.device")
 _FINETUNE = {"lr": float, "max_epochs": int}
+_TASK = {"weight": float, "distillation": dict, "teacher": dict}
 _OURS = (
     "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "use_distributed_sampler",
     "enable_model_summary", "enable_progress_bar", "val_check_interval", "check_val_every_n_epoch",
@@ -59,9 +68,12 @@ _OURS = (
 def _check_keys(cfg: dict[str, Any]) -> None:
     """Check names and types of the keys that belong to no class."""
     groups: dict[str, Any] = dict.fromkeys(_GROUPS, dict)
-    for prefix, node, known in (
+    fixed = [
         ("", cfg, _ROOT | groups), ("teacher.", cfg["teacher"], _TEACHER), ("finetune.", cfg["finetune"], _FINETUNE),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    tasks = ((f"tasks.{name}.", task, _TASK) for name, task in cfg["tasks"].items())
+    teachers = ((f"tasks.{name}.teacher.", task.get("teacher", {}), _TEACHER) for name, task in cfg["tasks"].items())
+    for prefix, node, known in chain(fixed, tasks, teachers):  # one after the other: each is checked before it is read
         for key, value in node.items():
             if key not in known:
                 raise ConfigError(f"{prefix}{key}: there is no such key{did_you_mean(str(key), known)}")
@@ -74,7 +86,7 @@ def _check_values(cfg: dict[str, Any]) -> None:
     """Check the values of those keys, and what they say together."""
     at_least = {
         "seed": 0, "seeds": 1, "validations": 1, "checkpoint_every_n_steps": 1, "teacher.batch_size": 1,
-        "teacher.validations": 1, "teacher.answer_batch_size": 1, "teacher.cache_views": 1, "finetune.max_epochs": 1,
+        "teacher.seeds": 1, "teacher.validations": 1, "teacher.answer_batch_size": 1, "teacher.cache_views": 1, "finetune.max_epochs": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         group, _, key = path.rpartition(".")
@@ -89,13 +101,87 @@ def _check_values(cfg: dict[str, Any]) -> None:
         raise ConfigError(f"stages={stages} must be some of {list(STAGES)}, in this order, each once")
     if "finetune" in stages and "distill" not in stages:
         raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
+    make_balance(cfg["balance"], [])  # refuses an unknown policy
+    if cfg["balance"] == "gradnorm" and "fsdp" in str(cfg["trainer"].get("strategy")).lower():
+        raise ConfigError("balance=gradnorm compares whole gradients, and trainer.strategy=fsdp shards them: use fixed")
     if cfg["resume"] not in ("auto", "never"):
         raise ConfigError(f"resume={cfg['resume']!r} must be auto or never")
+    checkpoint, weights = cfg["teacher"]["checkpoint"], cfg["teacher"]["weights"]
+    members = len(checkpoint) if isinstance(checkpoint, list) else cfg["teacher"]["seeds"]
+    if checkpoint is not None and cfg["teacher"]["seeds"] > 1:
+        raise ConfigError(
+            f"teacher.seeds={cfg['teacher']['seeds']} are to be trained, and teacher.checkpoint to be loaded"
+        )
+    if weights is not None and members == 1:
+        raise ConfigError(
+            "teacher.weights are those of an ensemble's members: give teacher.checkpoint a list of them, or set "
+            "teacher.seeds"
+        )
+    if members > 1 and weights != "learned":
+        shares_of(weights, members, cfg["teacher"]["combine"])
     mode = cfg["teacher"]["cache"]
     if mode not in CACHE_MODES and "/" not in mode:
         raise ConfigError(
             f"teacher.cache={mode!r} is neither a mode nor a path (which has a slash){did_you_mean(mode, CACHE_MODES)}"
         )
+    _check_schemes(cfg)
+    _check_tasks(cfg)
+
+
+def _check_tasks(cfg: dict[str, Any]) -> None:
+    """Check the keys of several tasks, and what several tasks exclude."""
+    known = cfg["data"].get("tasks", {})
+    for name, task in cfg["tasks"].items():
+        if name not in known:
+            there = did_you_mean(str(name), known) or "; data=multi_task has several (experiment=multi_task)"
+            raise ConfigError(f"tasks.{name}: there is no such task in data.tasks{there}")
+        if task.get("weight", 1) < 0:
+            raise ConfigError(f"tasks.{name}.weight={task['weight']:g} must be at least 0")
+    if not known:
+        return
+    excluded = {
+        "teacher.checkpoint": cfg["teacher"]["checkpoint"] is not None, "assistants": bool(cfg["assistants"]),
+        "teacher.ema": cfg["teacher"]["ema"] is not None, "teacher.features": bool(cfg["teacher"]["features"]),
+        "peers": bool(cfg["peers"]),
+    }  # fmt: skip
+    if wrong := [key for key, given in excluded.items() if given]:
+        raise ConfigError(
+            f"data.tasks: each task has a teacher of its own, who answers with logits; leave out {', '.join(wrong)} "
+            "(finished teachers are given as tasks.NAME.teacher.checkpoint)"
+        )
+
+
+def _check_schemes(cfg: dict[str, Any]) -> None:
+    """Check the keys of assistants, peers and the mean teacher, and what they exclude."""
+    for key in ("assistants", "peers"):
+        for number, node in enumerate(cfg[key]):
+            if "_target_" not in node:
+                raise ConfigError(
+                    f"{key}[{number}] has no _target_: give a network, as `student` is one, or '${{student}}'"
+                )
+    teacher = cfg["teacher"]
+    if cfg["assistants"] and teacher["cache"] not in CACHE_MODES:
+        raise ConfigError(
+            "assistants: a path in teacher.cache keeps one teacher's answers only; use teacher.cache=auto"
+        )
+    if teacher["ema"] is None:
+        return
+    if not 0 <= teacher["ema"] < 1:
+        raise ConfigError(f"teacher.ema={teacher['ema']:g} must be at least 0 and below 1")
+    excluded = {
+        "stages": "teacher" in cfg["stages"], "teacher.checkpoint": teacher["checkpoint"] is not None,
+        "assistants": bool(cfg["assistants"]), "teacher.features": bool(teacher["features"]),
+        "teacher.cache": teacher["cache"] not in ("auto", "off"), "teacher.compile": teacher["compile"],
+        "teacher.device": teacher["device"] is not None,
+    }  # fmt: skip
+    wrong = [key for key, given in excluded.items() if given]
+    if wrong:
+        raise ConfigError(
+            f"teacher.ema={teacher['ema']:g} makes the teacher from the student's own weights, anew in every step: "
+            f"leave out what asks for another one ({', '.join(wrong)})"
+        )
+    if teacher["precision"] != "float32":
+        raise ConfigError("teacher.ema averages in float32 and answers in it: set teacher.precision=float32")
 
 
 def _check_schedules(cfg: dict[str, Any]) -> None:
@@ -131,13 +217,13 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
             raise ConfigError(f"{path}.{key}: {node['_target_']} takes no '{key}'{did_you_mean(key, takes)}")
         if not any(True for _ in _targets(value)):  # nested objects are checked as nodes of their own
             _check_type(f"{path}.{key}", value, takes[key][0])
-    if not path.startswith(_FILLED_IN) and not node.get("_partial_"):
+    if not path.startswith(_FILLED_IN) and ".teacher.network" not in path and not node.get("_partial_"):
         for key, (_, required) in takes.items():
             if required and key not in node:
                 raise ConfigError(f"{path}.{key} needs a value: {node['_target_']} cannot do without it")
 
 
-_FILLED_IN = ("student", "teacher.network", "logger")
+_FILLED_IN = ("student", "teacher.network", "assistants", "peers", "logger")
 """Nodes that the pipeline gives further arguments (number of classes, vocabulary, teacher; the folder to log in)."""
 
 
@@ -160,6 +246,8 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
 
 
 def _type_name(expected: Any) -> str:
+    if get_origin(expected) is Literal:
+        return "one of " + ", ".join(map(str, get_args(expected)))
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return plain.get(expected) or "a " + str(getattr(expected, "__name__", expected)).replace("typing.", "")
 
@@ -191,3 +279,28 @@ def _check_trainers(cfg: dict[str, Any]) -> None:
             raise ConfigError(f"compile=true: the {processes(trainer)} processes of {path} would not compile; use one")
         if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
+
+
+def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
+    """Refuse a folder whose finished students were trained with other settings: its report would mix the two.
+
+    Raises:
+        ConfigError: Names the first keys that differ.
+    """
+    known = folder / "config.yaml"
+    if not known.is_file():
+        return
+    old, new = to_dict(OmegaConf.load(known)), dict(cfg)
+    if not set(old["stages"]) - {"teacher"}:
+        return
+    for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
+        old[key] = new[key] = None
+    elsewhere = dict.fromkeys(("cache", "features", "answer_batch_size", "device", "compile"))
+    old["teacher"] |= elsewhere  # where answers come from, not what they are
+    new["teacher"] = {**new["teacher"], **elsewhere}
+    old["seeds"] = max(old["seeds"], new["seeds"])  # more seeds are welcome
+    if changed := sorted(differences(old, new)):
+        raise ConfigError(
+            f"{folder} holds a finished run with other settings ({'; '.join(changed[:3])}): choose another name=... or "
+            "remove it"
+        )

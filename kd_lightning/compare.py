@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd_lightning import measure
-from kd_lightning.metrics import evaluate_logits
 from kd_lightning.models.answers import Answers, answers, network_answers
 from kd_lightning.report import (
     Curve,
@@ -21,7 +20,6 @@ from kd_lightning.report import (
     read_curve,
     write_report,
 )
-from kd_lightning.report.results import ModelName
 from kd_lightning.runs import digest, load_run, read_json
 from kd_lightning.training import say
 from kd_lightning.types import Batch
@@ -29,14 +27,14 @@ from kd_lightning.types import Batch
 if TYPE_CHECKING:
     from kd_lightning.pipeline import Pipeline
 
-TITLES: dict[str, tuple[ModelName, str]] = {
+TITLES: dict[str, tuple[str, str]] = {
     "baseline": ("baseline", "student from labels"),
     "baseline_initialised": ("baseline_initialised", "student from labels, initialised"),
     "distill": ("distilled", "distilled student"),
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
 LATENCY_EXAMPLES = 100
-Speed = tuple[measure.Latency, measure.Throughput]
+Speed = tuple[measure.Latency | None, measure.Throughput | None]
 
 
 def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
@@ -59,15 +57,17 @@ def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
 
 
 def _finished(pipeline: Pipeline) -> dict[str, list[Path]]:
-    """Return the finished stage folders by stage: the students' stages of this run, one folder a seed."""
-    found = {}
+    """Return the finished stage folders by stage: the assistants', and the students' of this run, one folder a seed."""
+    names = [f"assistant_{number}" for number in range(1, len(pipeline.cfg["assistants"]) + 1)]
+    found = {name: [folder] for name in names if ((folder := pipeline.folder / name) / "stage.json").is_file()}
     for stage in TITLES:
         folders = [pipeline.folder / f"seed_{seed}" / stage for seed in pipeline.seeds]
         if all((folder / "stage.json").is_file() for folder in folders):
             found[stage] = folders
-    if "teacher" in pipeline.stages and pipeline.teacher.folder is not None:
-        found["teacher"] = [pipeline.teacher.folder]
-    return found
+    if "teacher" in pipeline.stages:
+        teachers = pipeline.teacher.members or [pipeline.teacher]
+        found["teacher"] = [teacher.folder for teacher in teachers if teacher.folder is not None]
+    return {stage: folders for stage, folders in found.items() if folders}
 
 
 def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:
@@ -75,31 +75,34 @@ def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trai
     teacher = _teacher_answers(pipeline) if pipeline.has_teacher else None
     speeds = _speeds(pipeline, folders)
     results = [
-        _student(pipeline, stage, folders[stage], teacher, speeds[stage]) for stage in TITLES if stage in folders
+        _student(pipeline, stage, found, teacher, speeds[stage])
+        for stage, found in folders.items()
+        if stage != "teacher"
     ]
     if teacher is not None:
-        results.insert(0, _teacher(pipeline, teacher, speeds["teacher"]))
+        results.insert(0, _teacher(pipeline, teacher, speeds.get("teacher", (None, None))))
     labels = torch.cat([batch["labels"] for batch in data.test_dataloader()])
     records = {stage: [read_json(folder / "stage.json") for folder in found] for stage, found in folders.items()}
     return build_report(
         results,
         run=str(pipeline.folder),
-        task=f"{type(data).__name__}: " + " / ".join(data.class_names),
+        task=f"{type(data).__name__}: {data.title}",
         seeds=pipeline.seeds,
         command=command,
         environment=measure.environment(),
         settings={
-            "temperature": cfg["temperature"], "alpha": cfg["alpha"], "steps": pipeline.steps,
-            "batch_size": data.batch_size, "learning_rate": cfg["optimizer"].get("lr"),
+            "temperature": cfg["temperature"], "alpha": cfg["alpha"], "balance": cfg["balance"],
+            "steps": pipeline.steps, "batch_size": data.batch_size, "learning_rate": cfg["optimizer"].get("lr"),
             "precision": cfg["trainer"]["precision"], "teacher_precision": cfg["teacher"]["precision"],
             "trainings": trainings,
         },
         data=DataSummary(
             name=type(data).__name__,
             splits=data.sizes,
-            majority_accuracy=float(labels.bincount().max() / len(labels)),
+            majority_accuracy=pipeline.task.guess(labels),
             class_names=data.class_names,
             fingerprint=data.fingerprint,
+            score=pipeline.task.main,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
     )  # fmt: skip
@@ -116,18 +119,19 @@ def _teacher_answers(pipeline: Pipeline) -> dict[str, Answers]:
 
 
 def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> ModelResult:
-    network, folder = pipeline.teacher.network, pipeline.teacher.folder
+    teachers, task = pipeline.teacher.members or [pipeline.teacher], pipeline.task
+    folders = [teacher.folder for teacher in teachers if teacher.folder is not None]
     return ModelResult(
         name="teacher",
-        title="teacher",
-        test=[evaluate_logits(said["test"].logits, said["test"].labels, said["test"].logits)],
-        validation=[evaluate_logits(said["validation"].logits, said["validation"].labels, said["validation"].logits)],
-        size=measure.size(network),
+        title=f"{len(teachers)} teachers" if len(teachers) > 1 else "teacher",
+        test=[task.evaluate(said["test"], said["test"].logits)],
+        validation=[task.evaluate(said["validation"], said["validation"].logits)],
+        size=measure.size(pipeline.teacher.network),
         latency=speed[0],
         throughput=speed[1],
-        training_seconds=[read_json(folder / "stage.json")["seconds"]] if folder else [],
-        curves=[_curve(folder, pipeline.seeds[0])] if folder else [],
-        correct=[(said["test"].logits.argmax(1) == said["test"].labels).tolist()],
+        training_seconds=[sum(read_json(folder / "stage.json")["seconds"] for folder in folders)] if folders else [],
+        curves=[_curve(folder, pipeline.seeds[0], task.main) for folder in folders] if len(teachers) == 1 else [],
+        correct=list(filter(None, [task.correct(said["test"])])),
     )
 
 
@@ -141,9 +145,9 @@ def _student(
         network = load_run(folder).network
         for split, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
             said = network_answers(network, loader, pipeline.device)
-            scores[split].append(evaluate_logits(said.logits, said.labels, teacher[split].logits if teacher else None))
-        correct.append((said.logits.argmax(1) == said.labels).tolist())
-    name, title = TITLES[stage]
+            scores[split].append(pipeline.task.evaluate(said, teacher[split].logits if teacher else None))
+        correct.append(pipeline.task.correct(said))
+    name, title = TITLES.get(stage, (stage, stage.replace("_", " ")))
     return ModelResult(
         name=name,
         title=title,
@@ -153,25 +157,30 @@ def _student(
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_json(folder / "stage.json")["seconds"] for folder in folders],
-        curves=[_curve(folder, seed) for seed, folder in zip(pipeline.seeds, folders, strict=True)],
-        correct=correct,
+        curves=[
+            _curve(folder, seed, pipeline.task.main) for seed, folder in zip(pipeline.seeds, folders, strict=False)
+        ],
+        correct=list(filter(None, correct)),
     )
 
 
-def _curve(folder: Path, seed: int) -> Curve:
+def _curve(folder: Path, seed: int, score: str) -> Curve:
     """Read a stage's learning curve; a training that was resumed has one log an attempt, and the later one counts."""
     curve = Curve(seed, {}, {})
     for log in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
-        part = read_curve(log, seed)
+        part = read_curve(log, seed, accuracy_key=f"val/{score}")
         curve.accuracy.update(part.accuracy)
         curve.loss.update(part.loss)
+        for known, new in ((curve.loss_share, part.loss_share), (curve.gradient_share, part.gradient_share)):
+            for term, values in new.items():
+                known.setdefault(term, {}).update(values)
     return curve
 
 
 def _speeds(pipeline: Pipeline, folders: dict[str, list[Path]]) -> dict[str, Speed]:
-    """Time the first seed's networks side by side, each on its own tokens of the same validation sentences."""
-    networks = {stage: load_run(found[0]).network for stage, found in folders.items()}
-    if pipeline.has_teacher:
+    """Time the first seed's networks side by side, each on its own inputs of the same validation examples."""
+    networks = {stage: load_run(found[0]).network for stage, found in folders.items() if stage != "teacher"}
+    if pipeline.has_teacher and not pipeline.reads_other_tokens:  # no batch holds what each of its members reads
         networks["teacher"] = pipeline.teacher.network.cpu()
     batches = {
         name: list(pipeline.data.select(tokens="teacher" if name == "teacher" else "student").val_dataloader())

@@ -79,16 +79,21 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
     brings. A network without one reads the other's tokens, and `minilm` where neither has its own.
     """
     checkpoint = OmegaConf.select(_root_, "teacher.checkpoint")
-    if OmegaConf.is_list(checkpoint):  # the members of an ensemble read the same tokens
+    if OmegaConf.is_list(checkpoint):  # an ensemble: see `TextData.reading` for members with another tokenizer
         checkpoint = checkpoint[0]
     if checkpoint is not None:
-        saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
-        teacher = next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))
+        teacher = tokenizer_beside(checkpoint)
     else:
         teacher = OmegaConf.select(_root_, "teacher.network.name")
     if role == "teacher":
         return teacher
     return OmegaConf.select(_root_, "student.name") or teacher or "minilm"
+
+
+def tokenizer_beside(checkpoint: str) -> str:
+    """Return where a finished teacher's tokenizer is: in its folder, or under its Hugging Face name."""
+    saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
+    return next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))
 
 
 def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:

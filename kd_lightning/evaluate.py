@@ -14,6 +14,7 @@ from kd_lightning.errors import KDError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from kd_lightning.data.corpus import Sentence
     from kd_lightning.runs import TrainedModel
@@ -37,19 +38,53 @@ def text_logits(model: TrainedModel, sentences: Sequence[Sentence], batch_size: 
 
     from kd_lightning.models.adapt import run_network
 
-    if model.tokenizer is None:
-        raise KDError(f"the model in {model.folder} has no tokenizer: it does not read text")
+    tokenizer = _tokenizer(model)
     order = sorted(range(len(sentences)), key=lambda i: sum(map(len, sentences[i])))
     logits = torch.empty(len(sentences), len(model.class_names))
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             columns = [list(column) for column in zip(*(sentences[i] for i in chosen), strict=True)]
-            batch = model.tokenizer(
-                *columns, padding=True, truncation=True, max_length=model.max_length, return_tensors="pt"
-            )
+            batch = tokenizer(*columns, padding=True, truncation=True, max_length=model.max_length, return_tensors="pt")
             logits[chosen] = run_network(model.network, dict(batch)).logits.float()
     return logits
+
+
+def image_logits(model: TrainedModel, paths: Sequence[Path], batch_size: int = 64) -> Tensor:
+    """Return the logits of image files as a trained model sees them.
+
+    Args:
+        model: A model that reads images.
+        paths: The files.
+        batch_size: Images that are answered together.
+
+    Returns:
+        `(N, C)` float32, in the order of the files.
+
+    Raises:
+        KDError: The model reads no images, or a file is none.
+    """
+    import numpy as np
+    import torch
+
+    from kd_lightning.data.image_store import read_image
+    from kd_lightning.models.adapt import run_network
+
+    if model.images is None:
+        raise KDError(f"the model in {model.folder} does not read images")
+    format, logits = model.images, []
+    with torch.inference_mode():
+        for start in range(0, len(paths), batch_size):
+            chosen = paths[start : start + batch_size]
+            pixels = np.stack([read_image(path, format.size, format.channels) for path in chosen])
+            logits.append(run_network(model.network, {"pixel_values": format.normalise(pixels)}).logits.float())
+    return torch.cat(logits)
+
+
+def _tokenizer(model: TrainedModel) -> PreTrainedTokenizerBase:
+    if model.tokenizer is None:
+        raise KDError(f"the model in {model.folder} has no tokenizer: it does not read text")
+    return model.tokenizer
 
 
 def evaluate_file(model: TrainedModel, file: str, text: str, pair: str | None, label: str) -> dict[str, float]:
@@ -59,7 +94,13 @@ def evaluate_file(model: TrainedModel, file: str, text: str, pair: str | None, l
     from kd_lightning.data.corpus import encode_labels
     from kd_lightning.data.files import FileReader
     from kd_lightning.metrics import evaluate_logits
+    from kd_lightning.tasks import Classification
 
+    _tokenizer(model)
+    if not isinstance(model.task, Classification):
+        raise KDError(
+            f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
+        )
     if model.texts != (2 if pair else 1):
         reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
         raise KDError(f"the model in {model.folder} reads {reads}")
@@ -73,7 +114,6 @@ def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, floa
     from omegaconf import DictConfig, OmegaConf
 
     from kd_lightning.config import build
-    from kd_lightning.metrics import evaluate_logits
     from kd_lightning.models.answers import network_answers
     from kd_lightning.runs import read_json
 
@@ -84,7 +124,8 @@ def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, floa
     assert isinstance(cfg, DictConfig)
     data = build(cfg["data"]).select(tokens=read_json(model.folder / "task.json")["role"])
     said = network_answers(model.network, data.val_dataloader() if split == "validation" else data.test_dataloader())
-    return evaluate_logits(said.logits, said.labels) | {"examples": float(len(said.labels))}
+    scores: dict[str, float] = data.task.evaluate(said)
+    return scores | {"examples": float(len(said.labels))}
 
 
 def run_parser(name: str, description: str) -> argparse.ArgumentParser:

@@ -167,6 +167,54 @@ def evaluate_logits(
     return scores
 
 
+def evaluate_scores(scores: Tensor, labels: Tensor, teacher_scores: Tensor | None = None) -> dict[str, float]:
+    r"""Every score of a regression, from what is said of a whole split.
+
+    With predictions s and labels y of the N examples that have one: Pearson's correlation
+    $$ \frac{\sum_i (s_i - \bar s)(y_i - \bar y)}{\sqrt{\sum_i (s_i - \bar s)^2 \sum_i (y_i - \bar y)^2}} $$
+    which is 0 here where either is constant, and $$ \mathrm{RMSE} = \sqrt{\frac{1}{N} \sum_i (s_i - y_i)^2} $$ in the
+    unit of the labels.
+
+    Args:
+        scores: `(N,)` or `(N, 1)`.
+        labels: `(N,)`; NaN and `IGNORE` are no labels.
+        teacher_scores: As `scores`; None leaves `rmse_to_teacher` out.
+
+    Returns:
+        `pearson`, `rmse` and with a teacher `rmse_to_teacher`. Without a single label the first two are nan.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    >>> found = evaluate_scores(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0]))
+    >>> {name: round(value, 3) for name, value in found.items()}
+    {'pearson': 1.0, 'rmse': 0.816}
+    """
+    said, known = _precise(scores).reshape(-1), is_labelled(labels)
+    if labels.shape != said.shape:
+        raise ValueError(f"expected scores (N,) and labels (N,), got {tuple(scores.shape)} and {tuple(labels.shape)}")
+    found = {"pearson": math.nan, "rmse": math.nan}
+    if known.any():
+        s, y = said[known].double(), labels[known].double()
+        a, b = s - s.mean(), y - y.mean()
+        spread = float((a.square().sum() * b.square().sum()).sqrt())
+        found = {"pearson": float((a * b).sum()) / spread if spread else 0.0, "rmse": float(_rms(s - y))}
+        if not math.isfinite(found["rmse"]):
+            found["pearson"] = math.nan
+    if teacher_scores is not None:
+        found["rmse_to_teacher"] = float(_rms(said - _precise(teacher_scores).reshape(-1)))
+    return found
+
+
+def is_labelled(labels: Tensor) -> Tensor:
+    """Return which labels are labels: neither `IGNORE` nor NaN."""
+    return (labels != IGNORE) & ~labels.isnan()
+
+
+def _rms(differences: Tensor) -> Tensor:
+    return differences.square().mean().sqrt()
+
+
 class Agreement(Metric):
     """`agreement` accumulated over batches and processes.
 

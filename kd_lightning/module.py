@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from kd_lightning.base import NetworkModule
 from kd_lightning.errors import ConfigError
 from kd_lightning.features import FeatureTap
-from kd_lightning.losses import CrossEntropyLoss
-from kd_lightning.metrics import Agreement, TeacherStudentKL
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.objective import Objective
 from kd_lightning.optim import OptimizerCallable, SchedulerCallable
+from kd_lightning.tasks import Task
 from kd_lightning.teachers import Teacher
-from kd_lightning.types import Batch
+from kd_lightning.types import Batch, ModelOutput
 
 
 class DistillationModule(NetworkModule):
-    r"""A trainable student learns from a frozen teacher.
+    r"""A trainable student learns from a teacher.
 
     With the reference objective (`conf/distillation/soft_target.yaml`) the loss is
     `(1 - alpha) * CE(z_s, y) + alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, for logits z, temperature T
@@ -35,35 +34,43 @@ class DistillationModule(NetworkModule):
 
     Args:
         student: Any network; see `kd_lightning.models.adapt.run_network` for what it may take and return.
-        teacher: Answers batches without a gradient: `FrozenTeacher`, `CachedTeacher`.
+        teacher: Answers batches without a gradient: `FrozenTeacher`, `CachedTeacher`, ...; None where the objective
+            reads no teacher.
         objective: The loss: named terms and their weights.
         optimizer: Makes the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-3)`.
         scheduler: Makes the learning-rate schedule from the optimizer and the number of steps.
         num_classes: C, for the validation metrics.
         seed: Seeds each step's dropout, so that a resumed run repeats an uninterrupted one.
+        task: What is predicted; by default one of C classes.
+
+    Raises:
+        ConfigError: The objective reads a teacher, and there is none.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher,
+        teacher: Teacher | None,
         objective: Objective,
         optimizer: OptimizerCallable,
         scheduler: SchedulerCallable | None = None,
         *,
         num_classes: int,
         seed: int = 0,
+        task: Task | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed)
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task)
+        if teacher is None and objective.uses_teacher:
+            raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
         self.student = student
         self.objective = objective
         self._ask = FeatureTap(student, objective.needs_student)
         self._outside = (teacher,)  # a tuple hides it from nn.Module's registration
-        self.val_agreement, self.val_kl = Agreement(), TeacherStudentKL()
+        self.val_fidelity = self.task.fidelity()
 
     @property
-    def teacher(self) -> Teacher:
-        """The frozen teacher."""
+    def teacher(self) -> Teacher | None:
+        """The teacher."""
         return self._outside[0]
 
     def connect(self, batch: Batch, examples: int) -> None:
@@ -77,7 +84,7 @@ class DistillationModule(NetworkModule):
         """
         with evaluating(self.student), torch.no_grad():
             student = self._ask(batch)
-            self.objective.connect(student, self.teacher(batch) if self.objective.uses_teacher else student, examples)
+            self.objective.connect(student, self._expected(batch, student), examples)
 
     def setup(self, stage: str) -> None:
         """Bring the teacher to the device the student will be on; connect the objective if that is still to be done."""
@@ -88,29 +95,32 @@ class DistillationModule(NetworkModule):
                     "the objective has projectors to build: call module.connect(batch, examples) before fit"
                 )
             self.connect(next(iter(data.val_dataloader())), data.num_examples)
-        self.teacher.to(self.trainer.strategy.root_device)
+        if self.teacher is not None:
+            self.teacher.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the objective's value for one batch."""
         student = self._ask(batch)
-        teacher = self.teacher(batch) if self.objective.uses_teacher else student
         loss: Tensor
-        loss, parts = self.objective(student, teacher, batch, self.progress)
-        self.log_step(
-            batch,
-            loss,
-            lambda: {name: value.detach() for name, value in parts.items()} | self.objective.settings(self.progress),
-        )
+        loss, parts = self.objective(student, self._expected(batch, student), batch, self.progress)
+        self.log_step(batch, loss, lambda: self.objective.account(parts, self.progress))
+        self.log_gradients(batch_idx, lambda: self.objective.gradients(parts, self.progress))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score the student against labels and against its teacher."""
+        """Score the student against labels and against its teacher, if it has one."""
         student = run_network(self.student, batch).logits
-        teacher = self.teacher(batch).logits
         self.score(student, batch)
-        self.val_agreement(student, teacher)
-        self.val_kl(student, teacher)
-        self.log_dict({"val/agreement": self.val_agreement, "val/kl_to_teacher": self.val_kl})
+        if self.teacher is None:
+            return
+        near = self.val_fidelity(student, self.teacher(batch).logits, batch)
+        self.log_dict({f"val/{name}": metric for name, metric in near.items()})
+
+    def _expected(self, batch: Batch, student: ModelOutput) -> ModelOutput:
+        """Return what the teacher says of a batch; where the objective does not read it, the student's own output."""
+        if self.teacher is None or not self.objective.uses_teacher:
+            return student
+        return self.teacher(batch)
 
 
 class SupervisedModule(NetworkModule):
@@ -122,6 +132,7 @@ class SupervisedModule(NetworkModule):
         scheduler: As for `DistillationModule`.
         num_classes: C.
         seed: As for `DistillationModule`.
+        task: As for `DistillationModule`.
     """
 
     def __init__(
@@ -132,15 +143,15 @@ class SupervisedModule(NetworkModule):
         *,
         num_classes: int,
         seed: int = 0,
+        task: Task | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed)
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task)
         self.network = network
-        self.loss = CrossEntropyLoss()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of one batch."""
+        """Return the loss of one batch: the mean cross-entropy, or what the task learns by from its labels."""
         output = run_network(self.network, batch)
-        loss: Tensor = self.loss(output, output, batch)
+        loss: Tensor = self.from_labels(output, output, batch)
         self.log_step(batch, loss)
         return loss
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.balance import gradient_report, loss_shares, make_balance
 from kd_lightning.errors import ConfigError
 from kd_lightning.features import depth
 from kd_lightning.losses.term import Scheduled, Term, at_least_float32
 from kd_lightning.types import Batch, ModelOutput
+
+_log = logging.getLogger(__name__)
 
 
 class Objective(nn.Module):
@@ -25,15 +30,17 @@ class Objective(nn.Module):
     Args:
         terms: Loss terms by name; the name is what each is logged under.
         weights: A weight for each term, a number >= 0 or a schedule over training progress p.
+        balance: How the terms are brought to one scale before they are weighted: `fixed` (as they are),
+            `unit_initial`, `gradnorm` or `uncertainty`; see `kd_lightning.balance`.
 
     Attributes:
         connected: Whether the terms have built what they size by the networks.
 
     Raises:
-        ConfigError: No terms, names that do not pair up, or a negative weight.
+        ConfigError: No terms, names that do not pair up, a negative weight, or an unknown policy.
     """
 
-    def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, Scheduled]) -> None:
+    def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, Scheduled], balance: str = "fixed") -> None:
         super().__init__()
         if not terms:
             raise ConfigError("objective.terms is empty: name at least one loss term")
@@ -47,7 +54,9 @@ class Objective(nn.Module):
                 raise ConfigError(f"objective.weights.{name} must not be negative, got {weight}")
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
+        self.balance = make_balance(balance, list(self.terms))
         self.connected = False
+        self._comparable = True
 
     @property
     def uses_teacher(self) -> bool:
@@ -96,25 +105,60 @@ class Objective(nn.Module):
 
         Computed in float32 whatever the networks' precision: under autocast a loss's products of matrices would be
         done in 16 bits.
+
+        In training a term whose schedule has its weight at 0 now is not computed and has no part, so that a recipe in
+        stages pays for one stage at a time (unless all weights are 0). Its projectors then get no gradient, which DDP
+        takes for a mistake unless told to expect it: trainer.strategy=ddp_spawn_find_unused_parameters_true. A term
+        whose weight is the number 0 is computed, to be watched.
         """
         student, teacher = _widened(student), _widened(teacher)
-        loss = torch.zeros((), device=student.logits.device)
         parts: dict[str, Tensor] = {}
+        weights = self._weights(progress)
+        skipping = self.training and any(weights.values())
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, term in self.terms.items():
                 assert isinstance(term, Term)
                 term.progress = progress
-                parts[name] = term(student, teacher, batch)
-                loss = loss + _at(self.weights[name], progress) * parts[name]
-        return loss, parts
+                if weights[name] != 0 or not (skipping and callable(self.weights[name])):
+                    parts[name] = term(student, teacher, batch)
+            return self.balance(parts, weights), parts
 
-    def settings(self, progress: float) -> dict[str, float]:
-        """Return the weights and scheduled values in force at this progress: what to log beside the parts."""
-        values = {f"weight/{name}": _at(weight, progress) for name, weight in self.weights.items()}
+    def account(self, parts: Mapping[str, Tensor], progress: float) -> dict[str, Any]:
+        """Return what to log of a step: each term's value and its share of the loss, and `settings`."""
+        values = {name: part.detach() for name, part in parts.items()}
+        shares = loss_shares(parts, self._effective(progress))
+        return values | {f"share/{name}": share for name, share in shares.items()} | self.settings(progress)
+
+    def gradients(self, parts: Mapping[str, Tensor], progress: float) -> dict[str, float]:
+        """Compare the terms' gradients (see `balance.gradient_report`); where that cannot be, say why, once."""
+        if not self._comparable:
+            return {}
+        try:
+            report = gradient_report(parts, self._effective(progress))
+        except RuntimeError as error:
+            self._comparable = False
+            _log.warning("The terms' gradients are not compared: %s", error)
+            return {}
+        return {f"gradient/{name}": value for name, value in report.items()}
+
+    def settings(self, progress: float) -> dict[str, Any]:
+        """Return the weights, factors and scheduled values in force at this progress: what to log beside the parts."""
+        values: dict[str, Any] = {f"weight/{name}": weight for name, weight in self._weights(progress).items()}
+        values |= {f"balance/{name}": factor.detach() for name, factor in self.balance.factors().items()}
         for name, term in zip(self.terms, self._terms(), strict=True):
             term.progress = progress
             values.update({f"{name}/{key}": value for key, value in term.settings().items()})
         return values
+
+    def _weights(self, progress: float) -> dict[str, float]:
+        """Return the configured weights at this progress."""
+        return {name: _at(weight, progress) for name, weight in self.weights.items()}
+
+    def _effective(self, progress: float) -> dict[str, float | Tensor]:
+        """Return what each term's gradient is multiplied by: its weight, and what `balance` makes of it."""
+        factors = self.balance.factors()
+        weights = self._weights(progress)
+        return {name: weight * factors[name].detach() if factors else weight for name, weight in weights.items()}
 
     def _terms(self) -> list[Term]:
         return list(self.terms.values())  # type: ignore[arg-type]

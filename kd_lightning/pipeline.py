@@ -1,8 +1,9 @@
-"""The life of a run: teacher, baseline, distilled student, fine-tuned student. Each reads the files of the last."""
+"""The life of a run: teacher, assistants, baseline, distilled and fine-tuned student. Each reads files of the last."""
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +12,35 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from kd_lightning.callbacks import CacheFilling
-from kd_lightning.checks import validate
+from kd_lightning.callbacks import CacheFilling, MeanTeacher
+from kd_lightning.checks import check_folder, validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError
-from kd_lightning.features import FeatureTap
 from kd_lightning.files import write_file
-from kd_lightning.models.adapt import evaluating
 from kd_lightning.models.answers import network_answers
+from kd_lightning.models.cohort import joined
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
-from kd_lightning.runs import differences, digest, file_digest, load_run, read_json
+from kd_lightning.rehearsal import rehearse, takes_from_teacher
+from kd_lightning.runs import digest, file_digest, load_run, read_json, validation_score
 from kd_lightning.shared import shared, stamps
-from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher
-from kd_lightning.teaching import DECIDING, Answering, TeacherNetwork, load_teacher, read_teacher
+from kd_lightning.teachers import (
+    AheadTeacher,
+    CachedTeacher,
+    EMATeacher,
+    EnsembleTeacher,
+    FrozenTeacher,
+    MultiTaskTeacher,
+    Teacher,
+)
+from kd_lightning.teaching import DECIDING, Answering, TeacherNetwork, ensemble, load_teacher, read_teacher
 from kd_lightning.training import Stage, planned_steps, train
-from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
-    from kd_lightning.data import TextData
-    from kd_lightning.data.text import Role
+    from kd_lightning.data import ClassificationData
+    from kd_lightning.data.base import Role
+    from kd_lightning.tasks import Task
 
 
 class Pipeline:
@@ -40,12 +49,13 @@ class Pipeline:
     Args:
         cfg: The composed configuration (conf/config.yaml).
         console: Where progress and the table are printed.
+        data: The data that `cfg` describes, where they are read already.
 
     Raises:
         ConfigError: Before any work, for whatever is wrong with the configuration.
     """
 
-    def __init__(self, cfg: DictConfig, console: Console | None = None) -> None:
+    def __init__(self, cfg: DictConfig, console: Console | None = None, data: ClassificationData | None = None) -> None:
         validate(cfg)
         self.cfg: dict[str, Any] = to_dict(cfg)
         self.console = console or Console()
@@ -54,10 +64,11 @@ class Pipeline:
         self.seeds = list(range(self.cfg["seed"], self.cfg["seed"] + self.cfg["seeds"]))
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
-        self._check_folder()
-        self.data: TextData = shared(
+        check_folder(self.folder, self.cfg)
+        self.data: ClassificationData = data or shared(
             "data", [digest(self.cfg["data"]), stamps(self.cfg["data"])], lambda: _prepared(self.cfg["data"])
         )
+        self._assistants: dict[int, TeacherNetwork] = {}
 
     def run(self) -> None:
         """Train every stage that is asked for and not yet finished."""
@@ -75,35 +86,44 @@ class Pipeline:
                 self.finetune(seed)
         write_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
 
+    def _rehearse(self) -> None:
+        """Refuse before any training what does not fit."""
+        rehearse(self)
+
     def score(self) -> float:
-        """Return the best validation accuracy of the last stage, averaged over seeds: what a sweep maximises."""
+        """Return the best validation score of the last stage, averaged over seeds: what a sweep maximises."""
         if self.stages == ["teacher"]:
             data = self.data.select(tokens="teacher")
             said = network_answers(self.teacher.network, data.val_dataloader(), self.device)
-            return float((said.logits.argmax(1) == said.labels).float().mean())
+            return self.task.evaluate(said)[self.task.main]
         records = [read_json(self._folder(seed, self.stages[-1]) / "stage.json") for seed in self.seeds]
-        return sum(float(record["validation"]["accuracy"]) for record in records) / len(records)
+        return sum(map(validation_score, records)) / len(records)
 
     # -- the stages ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def teacher(self) -> TeacherNetwork:
-        """Fine-tune the teacher, or load the one that `teacher.checkpoint` names."""
+        """Fine-tune the teacher, or several with different seeds, or load what `teacher.checkpoint` names."""
         settings = self.cfg["teacher"]
         if settings["checkpoint"] is not None:
             return load_teacher(settings["checkpoint"], self.data, self.console)
-        folder = self.folder / "teacher"
-        torch.manual_seed(self.cfg["seed"])
+        members = [self._tuned(number) for number in range(settings["seeds"])]
+        return members[0] if len(members) == 1 else ensemble(members)
+
+    def _tuned(self, number: int) -> TeacherNetwork:
+        """Fine-tune a teacher; the first one's folder is `teacher`."""
+        settings, seed = self.cfg["teacher"], self.cfg["seed"] + number
+        name = f"teacher_{number}" if number else "teacher"
+        torch.manual_seed(seed)
         data = self.data.select(tokens="teacher", pool=False)
-        data = data.with_batches(batch_size=settings["batch_size"], seed=self.cfg["seed"])
-        network, network_settings = self._build(settings["network"], "teacher")
+        data = data.with_batches(batch_size=settings["batch_size"], seed=seed)
+        network, network_settings = self.build_network(settings["network"], "teacher")
         stage = self._stage(
-            "teacher", folder, data, network, network_settings, settings["optimizer"], settings["scheduler"],
-            trainer={**self.cfg["trainer"], **settings["trainer"]}, validations=settings["validations"],
-            seed=self.cfg["seed"],
+            name, self.folder / name, data, network, network_settings, settings["optimizer"], settings["scheduler"],
+            trainer={**self.cfg["trainer"], **settings["trainer"]}, validations=settings["validations"], seed=seed,
         )  # fmt: skip
         train(stage, self.console)
-        return read_teacher(folder, self.data)
+        return read_teacher(self.folder / name, self.data)
 
     def baseline(self, seed: int, name: str) -> None:
         """Train the student from labels alone, for as many steps as the distillation takes."""
@@ -116,43 +136,85 @@ class Pipeline:
         )  # fmt: skip
         train(stage, self.console)
 
+    def guide(self, number: int) -> TeacherNetwork:
+        """Return the teacher (0), or an assistant, once it is distilled from the one before it."""
+        if number == 0:
+            return self.teacher
+        if number not in self._assistants:
+            self.guide(number - 1)  # its training draws random numbers too
+            folder, seed = self.folder / f"assistant_{number}", self.cfg["seed"]
+            torch.manual_seed(seed)
+            built = self.build_network(self.cfg["assistants"][number - 1], "student")
+            self._distil(f"assistant {number}", folder, *built, seed, number - 1)
+            self._assistants[number] = read_teacher(folder, self.data_of(number))
+        return self._assistants[number]
+
     def distill(self, seed: int) -> None:
         """Train the student from the teacher, on the labelled split and on whatever only the teacher labels."""
-        network, network_settings = self._student(seed, "teacher")
-        teacher = self.answering_teacher
-        data = self._student_data(seed, pool=True)
+        last = len(self.cfg["assistants"]) if self.has_teacher else None
+        if last is not None:
+            self.guide(last)
+        network, settings = self._student(seed, "teacher")
+        peers = [self.build_network(peer, "student")[0] for peer in self.cfg["peers"]]
+        self._distil(f"distill, seed {seed}", self._folder(seed, "distill"), network, settings, seed, last, peers)
+
+    def _distil(
+        self, name: str, folder: Path, network: nn.Module, network_settings: dict[str, Any], seed: int,
+        number: int | None, peers: Sequence[nn.Module] = (),
+    ) -> None:  # fmt: skip
+        """Train a network from guide `number`; without one, from the average of its own weights, or from no teacher."""
+        teacher = None if number is None else self._asked(number)
+        data = self._student_data(seed, pool=True, number=number or 0)
         if isinstance(teacher, AheadTeacher):
             data.around = teacher.around
         stage = self._stage(
-            f"distill, seed {seed}", self._folder(seed, "distill"), data, network, network_settings,
-            self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
+            name, folder, data, network, network_settings, self.cfg["optimizer"], self.cfg["scheduler"],
+            steps=self.steps, seed=seed,
             more={
-                "distillation": self.cfg["distillation"], "teacher": self.teacher.fingerprint,
-                "answers": {key: self.cfg["teacher"][key] for key in DECIDING},
+                "distillation": self.cfg["distillation"], "balance": self.cfg["balance"], "peers": self.cfg["peers"],
+                "teacher": {"ema": self.cfg["teacher"]["ema"]} if number is None else self.guide(number).fingerprint,
+                "answers": {key: self.cfg["teacher"][key] for key in (*DECIDING, "combine", "weights")},
             },
         )  # fmt: skip
-        if isinstance(teacher, CachedTeacher | EnsembleTeacher) and not self._shares_answers:
-            stage.more_callbacks = [CacheFilling(teacher.flush, lambda: self._answering.complete(self.teacher))]
-        stage.module = lambda network: self._distillation(network, teacher, data, seed)
+        keeping = teacher if isinstance(teacher, CachedTeacher | EnsembleTeacher | MultiTaskTeacher) else None
+        if number is not None and keeping is not None and not self._shares(number):
+            stage.more_callbacks = [CacheFilling(keeping.flush, partial(self._complete, number))]
+        if self.cfg["teacher"]["ema"] is not None:
+            stage.more_callbacks = [MeanTeacher()]
+        for peer in peers if self.cfg["compile"] else ():
+            peer.compile(dynamic=True)
+        above = None if number is None else self.guide(number).network
+        stage.module = lambda network: self._distillation(joined(network, peers), above, teacher, data, seed)
         train(stage, self.console)
-        teacher.flush()
+        if teacher is not None:
+            teacher.flush()
 
-    def _distillation(self, student: nn.Module, teacher: Teacher, data: TextData, seed: int) -> DistillationModule:
-        """Put student, teacher and objective together, with projectors that fit them."""
-        objective = self._objective(student, self.teacher.network)
+    def _distillation(
+        self, student: nn.Module, above: nn.Module | None, teacher: Teacher | None, data: ClassificationData, seed: int
+    ) -> DistillationModule:
+        """Put student, teacher (of the network `above`, if any) and objective together, with projectors that fit."""
+        objective = self.objective(student, above)
+        teacher = self.own_average(student, objective) if above is None else teacher
         module = DistillationModule(
             student, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
-            num_classes=self.data.num_classes, seed=seed,
+            num_classes=self.data.num_classes, seed=seed, task=self.task,
         )  # fmt: skip
         if objective.connects:
             torch.manual_seed(seed)
-            teacher.to(torch.device("cpu"))  # where a new student is
+            if teacher is not None:
+                teacher.to(torch.device("cpu"))  # where a new student is
             module.connect(next(iter(data.val_dataloader())), data.num_examples)
         return module
 
-    def _objective(self, student: nn.Module, teacher: nn.Module) -> Objective:
-        objective: Objective = build(self.cfg["distillation"])
-        objective.plan(student, teacher)
+    def own_average(self, student: nn.Module, objective: Objective) -> EMATeacher | None:
+        """Return the mean teacher that `teacher.ema` asks for."""
+        decay = self.cfg["teacher"]["ema"]
+        return None if decay is None else EMATeacher(student, decay, objective.needs_teacher)
+
+    def objective(self, student: nn.Module, teacher: nn.Module | None) -> Objective:
+        """Build the loss for two networks; without a teacher, for the student and itself."""
+        objective: Objective = build(self.cfg["distillation"], balance=self.cfg["balance"])
+        objective.plan(student, student if teacher is None else teacher)
         return objective
 
     def finetune(self, seed: int) -> None:
@@ -169,60 +231,17 @@ class Pipeline:
         )  # fmt: skip
         train(stage, self.console)
 
-    # -- before the first stage ---------------------------------------------------------------------------------------
-
-    def _check_folder(self) -> None:
-        """Refuse a folder whose finished students were trained with other settings: its report would mix the two."""
-        known = self.folder / "config.yaml"
-        if not known.is_file():
-            return
-        old, new = to_dict(OmegaConf.load(known)), dict(self.cfg)
-        if not set(old["stages"]) - {"teacher"}:
-            return
-        for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
-            old[key] = new[key] = None
-        for key in (
-            "cache",
-            "features",
-            "answer_batch_size",
-            "device",
-            "compile",
-        ):  # where answers come from, not what they are
-            old["teacher"] = {**old["teacher"], key: None}
-            new["teacher"] = {**new["teacher"], key: None}
-        old["seeds"] = max(old["seeds"], new["seeds"])  # more seeds are welcome
-        if changed := sorted(differences(old, new)):
-            raise ConfigError(
-                f"{self.folder} holds a finished run with other settings ({'; '.join(changed[:3])}): choose another "
-                "name=... or remove it"
-            )
-
-    def _rehearse(self) -> None:
-        """Build the networks and compare them on one batch: what does not fit is refused before any training."""
-        data = self.data.select(tokens="both").with_batches(eval_batch_size=4)
-        batch = next(iter(data.val_dataloader()))
-        given = {}
-        if self.has_teacher:
-            trained = self.cfg["teacher"]["checkpoint"] is not None
-            network = self.teacher.network if trained else self._build(self.cfg["teacher"]["network"], "teacher")[0]
-            given["teacher"] = network
-        elif "distill" in self.stages or self.takes_from_teacher:
-            raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
-        if self.stages == ["teacher"]:
-            return
-        student, _ = self._build(self.cfg["student"], "student", **given)
-        if "distill" in self.stages:
-            objective = self._objective(student, given["teacher"])
-            self._answering.needs = objective.needs_teacher
-            teacher = self._answering.check(given["teacher"], self.teacher if trained else None)
-            _try(objective, student, teacher, batch, data.num_examples)
-
     # -- what the stages share ----------------------------------------------------------------------------------------
 
     @cached_property
     def steps(self) -> int:
         """Optimizer steps of the distillation, and so of its baselines."""
         return planned_steps(self.cfg["trainer"], len(self._student_data(self.seeds[0], pool=True).train_dataloader()))
+
+    @property
+    def task(self) -> Task:
+        """What the networks learn to predict."""
+        return self.data.task
 
     @property
     def device(self) -> torch.device:
@@ -236,59 +255,93 @@ class Pipeline:
         return (
             "teacher" in self.stages
             or self.cfg["teacher"]["checkpoint"] is not None
-            or (self.folder / "teacher" / "stage.json").is_file()
+            or (self.cfg["teacher"]["ema"] is None and (self.folder / "teacher" / "stage.json").is_file())
         )
+
+    @property
+    def reads_other_tokens(self) -> bool:
+        """True for an ensemble of which no batch holds all members' tokens."""
+        return self.answerings[0].reads_other_tokens(self.teacher)
 
     @cached_property
     def takes_from_teacher(self) -> bool:
         """True when the student is initialised from the teacher."""
-        return "initialise" in parameters(lookup(self.cfg["student"]["_target_"]))
+        return takes_from_teacher(self.cfg["student"])
 
     @cached_property
     def answering_teacher(self) -> Teacher:
-        """The teacher as the students meet it: running, or answering from one pass over all examples."""
+        """The teacher as those it teaches meet it: running, or answering from one pass over all examples."""
         if "distill" not in self.stages:
             return FrozenTeacher(self.teacher.network, self.cfg["teacher"]["precision"])
-        if self._shares_answers:
-            self._answering.complete(self.teacher)
-        return self._answering.teacher(self.teacher)
+        return self._asked(0)
 
-    @property
-    def _shares_answers(self) -> bool:
-        """True when several trainings or processes read the teacher's answers, which are then asked for beforehand."""
-        return len(self.seeds) > 1 or in_sweep() or processes(self.cfg["trainer"]) > 1
+    def _asked(self, number: int) -> Teacher:
+        """Return the teacher (0) or an assistant as the one below meets it."""
+        if self._shares(number):
+            self._complete(number)
+        return self.answerings[number].teacher(self.guide(number))
+
+    def _complete(self, number: int) -> None:
+        """Have the teacher, or an assistant, answer whatever is not kept yet."""
+        self.answerings[number].complete(self.guide(number))
+
+    def _shares(self, number: int) -> bool:
+        """True when several trainings or processes read this guide's answers, which are then asked for beforehand."""
+        seeds = len(self.seeds) if number == len(self.cfg["assistants"]) else 1
+        return seeds > 1 or in_sweep() or processes(self.cfg["trainer"]) > 1
 
     def build_caches(self) -> list[Path]:
         """Have the teacher answer every example; return the folder of its cache, or of each member's of an ensemble."""
-        if self.cfg["teacher"]["cache"] == "off":
-            raise ConfigError("teacher.cache=off keeps no answers: there is nothing to build")
+        if self.cfg["teacher"]["cache"] == "off" or self.cfg["teacher"]["ema"] is not None:
+            raise ConfigError("teacher.cache=off, or teacher.ema, keeps no answers: there is nothing to build")
         self._rehearse()
-        self._answering.complete(self.teacher)
-        return [self._answering.cache(teacher).folder for teacher in self.teacher.members or [self.teacher]]
+        answering = self.answerings[0]
+        answering.complete(self.teacher)
+        return [answering.cache(teacher).folder for teacher in self.teacher.members or [self.teacher]]
 
     @cached_property
-    def _answering(self) -> Answering:
-        data = self.data.select(tokens="teacher", pool=True)
-        return Answering(self.cfg["teacher"], data, self.device, self.console)
+    def answerings(self) -> list[Answering]:
+        """How the teacher and each assistant are asked; what the losses need of them is settled by the rehearsal."""
+        own = {**self.cfg["teacher"], "checkpoint": None, "seeds": 1, "features": []}
+        return [
+            Answering(
+                own if number else self.cfg["teacher"], self.data_of(number).select(tokens="teacher", pool=True),
+                self.device, self.console,
+            )
+            for number in range(len(self.cfg["assistants"]) + 1)
+        ]  # fmt: skip
 
-    def _student_data(self, seed: int, pool: bool) -> TextData:
-        return self.data.select(tokens="both" if pool else "student", pool=pool).with_batches(seed=seed)
+    def data_of(self, number: int) -> ClassificationData:
+        """Return the data as a guide and those below it read them: an assistant reads what the students read."""
+        return self.data.with_one_reader() if number else self.data
+
+    def _student_data(self, seed: int, pool: bool, number: int = 0) -> ClassificationData:
+        return self.data_of(number).select(tokens="both" if pool else "student", pool=pool).with_batches(seed=seed)
 
     def _folder(self, seed: int, stage: str) -> Path:
         return self.folder / f"seed_{seed}" / stage
 
     def _student(self, seed: int, initialise: str) -> tuple[nn.Module, dict[str, Any]]:
         """Build the student, alike for every stage of a seed but for what `initialise` has it take from the teacher."""
-        settings, given = self.cfg["student"], {}
+        settings = self.cfg["student"]
         if self.takes_from_teacher:
-            settings, given = {**settings, "initialise": initialise}, {"teacher": self.teacher.network}
-        torch.manual_seed(seed)  # after the teacher, whose training or loading draws numbers too
-        return self._build(settings, "student", **given)
+            settings = {**settings, "initialise": initialise}
+            _ = self.teacher  # its training or loading draws random numbers too
+        torch.manual_seed(seed)
+        return self.build_network(settings, "student")
 
-    def _build(self, settings: dict[str, Any], role: Role, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
+    def build_network(self, settings: dict[str, Any], role: Role, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Build a network, and return with it the settings that rebuild it without the data."""
         sizes = self.data.model_arguments(role)
+        if role == "student" and takes_from_teacher(settings) and not given:
+            given = {"teacher": self.teacher.network}
         takes = parameters(lookup(settings["_target_"]))
+        known = {**settings, **sizes, **given}
+        if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:
+            source = type(self.data).__name__
+            raise ConfigError(
+                f"{role}: {settings['_target_']} needs {', '.join(lacking)}; {source} gives {list(sizes)}"
+            )
         network: nn.Module = build(settings, **sizes, **given)
         if "teacher" in takes and describe(network) is None:
             raise ConfigError(
@@ -299,7 +352,7 @@ class Pipeline:
         return network, {**settings, **filled}
 
     def _stage(
-        self, name: str, folder: Path, data: TextData, network: nn.Module, network_settings: dict[str, Any],
+        self, name: str, folder: Path, data: ClassificationData, network: nn.Module, network_settings: dict[str, Any],
         optimizer: dict[str, Any], scheduler: dict[str, Any], *, seed: int, trainer: dict[str, Any] | None = None,
         validations: int | None = None, steps: int | None = None, more: dict[str, Any] | None = None,
     ) -> Stage:  # fmt: skip
@@ -314,37 +367,27 @@ class Pipeline:
                 "network": network_settings, "optimizer": optimizer, "scheduler": scheduler, "trainer": deciding,
                 "batch_size": data.batch_size, "validations": validations, "steps": steps, "seed": seed,
                 "data": data.fingerprint, "callbacks": self.cfg["callbacks"], **(more or {}),
+                **({"tasks": self.cfg["tasks"]} if self.cfg["tasks"] else {}),
             },
             network=network,
             network_settings=network_settings,
             module=lambda network: SupervisedModule(
-                network, build(optimizer), build(scheduler), num_classes=self.data.num_classes, seed=seed
+                network, build(optimizer), build(scheduler), num_classes=self.data.num_classes, seed=seed,
+                task=self.task,
             ),
             data=data,
-            role="teacher" if name == "teacher" else "student",
+            role="teacher" if name.startswith("teacher") else "student",
             trainer=trainer,
             validations=validations,
             checkpoint_every=self.cfg["checkpoint_every_n_steps"],
             callbacks=self.cfg["callbacks"],
             loggers=self.cfg["logger"],
             steps=steps,
-            compile=self.cfg["compile"] and name != "teacher",
+            compile=self.cfg["compile"] and not name.startswith("teacher"),
         )  # fmt: skip
 
 
-def _prepared(settings: dict[str, Any]) -> TextData:
-    data: TextData = build(settings)
+def _prepared(settings: dict[str, Any]) -> ClassificationData:
+    data: ClassificationData = build(settings)
     data.prepare()
     return data
-
-
-def _try(objective: Objective, student: nn.Module, teacher: Teacher, batch: Batch, examples: int) -> None:
-    """Compare the two on one batch before any training, so that models that do not fit are refused at once."""
-    ask = FeatureTap(student, objective.needs_student)
-    with evaluating(student), torch.no_grad():
-        said, expected = ask(batch), teacher(batch)
-        try:
-            objective.connect(said, expected, examples)
-            objective.eval()(said, expected, batch)
-        except ValueError as error:
-            raise ConfigError(f"distillation: {error}") from error

@@ -2,7 +2,7 @@
 
 A stage folder (`RUN/teacher`, `RUN/seed_0/distill`) is finished once it holds `stage.json`, which is written last.
 Beside it: `model.json` (how to rebuild the network), `model.safetensors` (its weights), `task.json` and `tokenizer/`
-(what text goes in and which classes come out), and while it trains `checkpoints/`.
+(what goes in and which classes come out), and while it trains `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from kd_lightning.data.image_store import ImageFormat
+    from kd_lightning.tasks import Task
+
 
 @dataclass
 class TrainedModel:
@@ -29,17 +32,21 @@ class TrainedModel:
         network: In eval mode, on the CPU.
         tokenizer: Turns text into its inputs; None for a network without one.
         class_names: Names of the C classes, in the order of the logits.
-        max_length: Longest input in tokens, the rest is cut.
-        texts: How many texts an example has: 1, or 2 for pairs.
+        max_length: Longest input in tokens, the rest is cut; None for a network that reads no text.
+        texts: How many texts an example has: 1, or 2 for pairs; None for a network that reads no text.
         folder: Where it was read from.
+        task: What it predicts: a class, a score, or those of several tasks.
+        images: What an image is made into before the network reads it; None for a network that reads no images.
     """
 
     network: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     class_names: list[str]
-    max_length: int
-    texts: int
+    max_length: int | None
+    texts: int | None
     folder: Path
+    task: Task
+    images: ImageFormat | None = None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -84,7 +91,7 @@ def save_network(
         folder: The stage's folder.
         network: The trained network.
         settings: The `_target_` settings it was built from, used where the network cannot describe itself.
-        task: `class_names`, `max_length`, `texts` per example, and `role`, whose tokens the network reads.
+        task: `class_names`, the data's `input_format`, and `role`, whose inputs the network reads.
         tokenizer: A Hugging Face tokenizer, or None.
     """
     from safetensors.torch import save_file
@@ -128,7 +135,18 @@ def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(stage / "tokenizer"), local_files_only=True)
-    return TrainedModel(network.eval(), tokenizer, task["class_names"], task["max_length"], task["texts"], stage)
+    images = None
+    if "images" in task:
+        from kd_lightning.data.image_store import ImageFormat
+
+        images = ImageFormat(**task["images"])
+    from kd_lightning.tasks import task_of
+
+    names = task["class_names"]
+    predicts = task_of(task.get("predicts", len(names)))
+    return TrainedModel(
+        network.eval(), tokenizer, names, task.get("max_length"), task.get("texts"), stage, predicts, images
+    )
 
 
 def find_stage(folder: Path, seed: int | None = None) -> Path:
@@ -142,9 +160,14 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     for stages in (("finetune", "distill"), ("baseline_initialised", "baseline")):
         found = [root / stage for root in seeds for stage in stages if (root / stage / "stage.json").is_file()]
         if found:
-            return max(found, key=lambda stage: float(read_json(stage / "stage.json")["validation"]["accuracy"]))
+            return max(found, key=lambda stage: validation_score(read_json(stage / "stage.json")))
     which = "" if seed is None else f" of seed {seed}"
     raise KDError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
+
+
+def validation_score(record: dict[str, Any]) -> float:
+    """Return the score of a stage's record by which its weights were selected."""
+    return float(record["validation"][record.get("selected_by", "accuracy")])
 
 
 def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) -> bool:

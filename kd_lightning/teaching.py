@@ -7,7 +7,7 @@ import inspect
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +21,19 @@ from kd_lightning.cache.manifest import MANIFEST, Manifest
 from kd_lightning.cache.outputs import Storage
 from kd_lightning.cache.store import TeacherCache
 from kd_lightning.checks import CACHE_MODES
+from kd_lightning.config import tokenizer_beside
 from kd_lightning.errors import CacheError, ConfigError, KDError
+from kd_lightning.models.answers import answers
 from kd_lightning.models.rebuild import describe
 from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
 from kd_lightning.shared import shared, stamps
-from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher
+from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher, fit_weights
 from kd_lightning.teachers.ensemble import EnsembleNetwork
 from kd_lightning.training import say
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
-    from kd_lightning.data import TextData
+    from kd_lightning.data import ClassificationData
 
 
 @dataclass
@@ -44,6 +46,7 @@ class TeacherNetwork:
         title: What it is called where people look.
         folder: Its stage folder; None for one that was loaded from Hugging Face.
         members: The teachers of an ensemble; empty for a single one.
+        tokenizer: Where an ensemble's member has its tokenizer; None for a single teacher, who reads the data's.
     """
 
     network: nn.Module
@@ -51,15 +54,13 @@ class TeacherNetwork:
     title: str
     folder: Path | None
     members: list[TeacherNetwork] = field(default_factory=list)
+    tokenizer: str | None = None
 
 
-def load_teacher(checkpoint: str | list[str], data: TextData, console: Console) -> TeacherNetwork:
+def load_teacher(checkpoint: str | list[str], data: ClassificationData, console: Console) -> TeacherNetwork:
     """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules; of a list, an ensemble."""
     if isinstance(checkpoint, list):
-        members = [load_teacher(one, data, console) for one in checkpoint]
-        title = " + ".join(member.title for member in members)
-        fingerprint = digest([member.fingerprint for member in members])
-        return TeacherNetwork(EnsembleNetwork([m.network for m in members]), fingerprint, title, None, members)
+        return ensemble([_load_member(one, data, console) for one in checkpoint])
     folder = Path(checkpoint)
     if (folder / "teacher" / "stage.json").is_file():
         folder = folder / "teacher"
@@ -76,7 +77,19 @@ def load_teacher(checkpoint: str | list[str], data: TextData, console: Console) 
     return teacher
 
 
-def read_teacher(folder: Path, data: TextData) -> TeacherNetwork:
+def ensemble(members: list[TeacherNetwork]) -> TeacherNetwork:
+    """Return several teachers as one."""
+    title = " + ".join(member.title for member in members)
+    fingerprint = digest([member.fingerprint for member in members])
+    return TeacherNetwork(EnsembleNetwork([member.network for member in members]), fingerprint, title, None, members)
+
+
+def _load_member(checkpoint: str, data: ClassificationData, console: Console) -> TeacherNetwork:
+    tokenizer = tokenizer_beside(checkpoint)
+    return replace(load_teacher(checkpoint, data.reading(tokenizer), console), tokenizer=tokenizer)
+
+
+def read_teacher(folder: Path, data: ClassificationData) -> TeacherNetwork:
     """Read back a teacher that a run trained."""
     fingerprint = file_digest(folder / "model.safetensors")
     model = shared("teacher", (folder.absolute(), fingerprint), lambda: load_run(folder))
@@ -85,12 +98,15 @@ def read_teacher(folder: Path, data: TextData) -> TeacherNetwork:
             f"the teacher in {folder} knows the classes {model.class_names}, the data has {data.class_names}: "
             "teacher.checkpoint must be a teacher of the same classes"
         )
-    if model.tokenizer is not None and model.tokenizer.get_vocab() != data.teacher_tokenizer.get_vocab():
+    tokenizer = data.tokenizer_of("teacher")
+    if model.tokenizer is not None and (tokenizer is None or model.tokenizer.get_vocab() != tokenizer.get_vocab()):
         raise KDError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
+    if model.images != data.image_format:
+        raise KDError(f"the teacher in {folder} reads {model.images}, the data give it {data.image_format}")
     return TeacherNetwork(model.network, fingerprint, str(folder), folder)
 
 
-def _check_class_order(checkpoint: str, network: nn.Module, data: TextData, console: Console) -> None:
+def _check_class_order(checkpoint: str, network: nn.Module, data: ClassificationData, console: Console) -> None:
     """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
     config: Any = network.config
     names = [str(name) for _, name in sorted(config.id2label.items())]
@@ -122,10 +138,24 @@ class Answering:
     """
 
     settings: dict[str, Any]
-    data: TextData
+    data: ClassificationData
     device: torch.device
     console: Console
     needs: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> int:
+        """How many teachers answer together."""
+        given = self.settings["checkpoint"]
+        return len(given) if isinstance(given, list) else int(self.settings["seeds"])
+
+    def data_of(self, teacher: TeacherNetwork) -> ClassificationData:
+        """Return the data as a teacher reads it: an ensemble's members may have tokenizers of their own."""
+        return self.data if teacher.tokenizer is None else self.data.reading(teacher.tokenizer)
+
+    def reads_other_tokens(self, teacher: TeacherNetwork) -> bool:
+        """True for an ensemble whose members do not all read what the batches hold."""
+        return any(self.data_of(member) is not self.data for member in teacher.members)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -148,11 +178,18 @@ class Answering:
                 for member in teacher.members or [teacher]:
                     self.cache(member)
         precision, features = self.settings["precision"], self.features
-        if teacher is not None and teacher.members and features:
+        if self.members > 1 and features:
             raise ConfigError(
-                f"the features {', '.join(features)} of an ensemble's members may differ in shape: use one teacher, or "
-                "a distillation that reads logits only"
+                f"teacher.features, distillation: {', '.join(features)} of an ensemble's members may differ in shape: "
+                "use one teacher, or a distillation that reads logits only"
             )
+        if teacher is not None and self.reads_other_tokens(teacher):
+            if self.settings["cache"] == "off":
+                raise ConfigError(
+                    "teacher.cache=off: the members of teacher.checkpoint have different tokenizers, and a batch holds "
+                    "the tokens of one; their answers must be kept (teacher.cache=auto)"
+                )
+            network = teacher.members[0].network  # rehearses for all: it reads the batch's tokens
         if self.settings["compile"]:
             FrozenTeacher(network, precision, features, compile=True)  # refuses what cannot be; compiles when called
         return self._frozen(network, compile=False)
@@ -164,7 +201,7 @@ class Answering:
             CacheError: `cache=require` and answers are missing, or what is stored is damaged or of something else.
         """
         if teacher.members:
-            return EnsembleTeacher([self.teacher(member) for member in teacher.members])
+            return self._ensemble(teacher.members)
         if self.settings["cache"] == "off":
             own = self.settings["device"]
             return AheadTeacher(self._running(teacher), torch.device(own) if own else None)
@@ -172,13 +209,32 @@ class Answering:
         if cache.complete:
             return CachedTeacher(cache, features=self.needs)
         running = self._running(teacher)
-        return CachedTeacher(cache, running, self._lengths(), lambda line: say(self.console, line), self.needs)
+        lengths = self._lengths(teacher)
+        return CachedTeacher(cache, running, lengths, lambda line: say(self.console, line), self.needs)
+
+    def _ensemble(self, members: list[TeacherNetwork]) -> EnsembleTeacher:
+        asked: list[Teacher] = []
+        for member in members:
+            if self.data_of(member) is not self.data:
+                self._complete(member)  # a batch does not hold its tokens
+            asked.append(self.teacher(member))
+        weights = self.settings["weights"]
+        if weights == "learned":
+            found = [answers(one.to(self.device), self.data.val_dataloader(), self.device) for one in asked]
+            weights = fit_weights(torch.stack([one.logits for one in found]), found[0].labels, self.settings["combine"])
+            shares = ", ".join(f"{m.title} {weight:.2f}" for m, weight in zip(members, weights, strict=True))
+            say(self.console, f"teacher  weights of its members, learned on the validation split: {shares}")
+        return EnsembleTeacher(asked, weights, self.settings["combine"])
 
     def complete(self, teacher: TeacherNetwork) -> None:
         """Have the teacher, or each member, answer whatever its cache has no answer to."""
         for member in teacher.members or [teacher]:
-            if self.settings["cache"] != "off" and not (cache := self.cache(member)).complete:
-                self._fill(cache, self._running(member))
+            if self.settings["cache"] != "off":
+                self._complete(member)
+
+    def _complete(self, teacher: TeacherNetwork) -> None:
+        if not (cache := self.cache(teacher)).complete:
+            self._fill(cache, teacher)
 
     def cache(self, teacher: TeacherNetwork) -> TeacherCache:
         """Return the teacher's cache: opened, begun or, with `cache=refresh`, built anew."""
@@ -187,7 +243,7 @@ class Answering:
         folder = _home() / digest(key)
         if mode not in CACHE_MODES:
             folder = Path(mode).expanduser()
-            if isinstance(self.settings["checkpoint"], list):
+            if self.members > 1:
                 folder /= digest(key)  # each member's own
         return shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, teacher))
 
@@ -204,24 +260,25 @@ class Answering:
             return cache
         if mode == "refresh":
             with TeacherCache.refreshing(folder, key, examples, self._storage(), teacher=title, data=data) as cache:
-                self._fill(cache, self._running(teacher))
+                self._fill(cache, teacher)
             return cache
         if there:
             return TeacherCache.open(folder, key, examples, repair=True, say=lambda line: say(self.console, line))
         return TeacherCache.create(folder, key, examples, self._storage(), teacher=title, data=data)
 
-    def _fill(self, cache: TeacherCache, teacher: FrozenTeacher) -> None:
+    def _fill(self, cache: TeacherCache, teacher: TeacherNetwork) -> None:
         started, hidden = time.monotonic(), not self.console.is_terminal
-        data = self.data.with_batches(eval_batch_size=self.settings["answer_batch_size"])
+        data = self.data_of(teacher).with_batches(eval_batch_size=self.settings["answer_batch_size"])
         batches: Iterable[Batch] = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         asked = fill(
-            cache, teacher.to(self.device), on_device, lengths=self._lengths(), say=lambda line: say(self.console, line)
-        )
+            cache, self._running(teacher).to(self.device), on_device, lengths=self._lengths(teacher),
+            say=lambda line: say(self.console, line),
+        )  # fmt: skip
         say(self.console, f"teacher  answered {asked} examples in {time.monotonic() - started:.0f} s, for all runs")
 
-    def _lengths(self) -> Tensor:
-        return torch.from_numpy(self.data.lengths)
+    def _lengths(self, teacher: TeacherNetwork) -> Tensor:
+        return torch.from_numpy(self.data_of(teacher).lengths)
 
     def _storage(self) -> Storage:
         return Storage(self.settings["cache_dtype"], self.settings["cache_top_k"])
@@ -255,7 +312,7 @@ class Answering:
         settings = {**{name: self.settings[name] for name in DECIDING}, "features": list(self.features)}
         return {
             "teacher": {"weights": teacher.fingerprint, "network": network, "source": source, **settings},
-            "data": self.data.teacher_key,
+            "data": self.data_of(teacher).teacher_key,
         }
 
 

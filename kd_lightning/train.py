@@ -16,14 +16,14 @@ from kd_lightning.errors import KDError
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
 def _run(cfg: DictConfig) -> float:
-    """Run one composed configuration; returns the best validation accuracy, averaged over seeds, for a sweeper."""
+    """Run one composed configuration; returns the best validation score, averaged over seeds, for a sweeper."""
     try:
         from kd_lightning.checks import validate
 
         config.place(cfg)
         validate(cfg)
         from kd_lightning.compare import compare
-        from kd_lightning.pipeline import Pipeline
+        from kd_lightning.multitask import pipeline_of
         from kd_lightning.quiet import quiet
         from kd_lightning.threads import settle_threads
 
@@ -32,7 +32,7 @@ def _run(cfg: DictConfig) -> float:
         log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
         log.setLevel(logging.INFO)
         log.handlers = [logging.StreamHandler()]
-        pipeline = Pipeline(cfg)
+        pipeline = pipeline_of(cfg)
         pipeline.run()
         compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))
         return pipeline.score()

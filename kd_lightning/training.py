@@ -19,13 +19,13 @@ from torch import nn
 from kd_lightning.callbacks import ResumeCheckpoint, StageProgress
 from kd_lightning.config import build, processes
 from kd_lightning.errors import KDError
-from kd_lightning.metrics import evaluate_logits
 from kd_lightning.models.answers import network_answers
 from kd_lightning.runs import check_fingerprint, digest, read_json, save_network, write_json
 
 if TYPE_CHECKING:
     from kd_lightning.base import NetworkModule
-    from kd_lightning.data import TextData
+    from kd_lightning.data import ClassificationData
+    from kd_lightning.data.base import Role
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Stage:
         network_settings: How to build that network again.
         module: Makes the LightningModule around the network.
         data: The data, with the training examples of this stage selected.
-        role: Whose tokenizer the network reads.
+        role: Whose inputs the network reads.
         trainer: Settings of `lightning.Trainer`.
         validations: How many looks at the validation split.
         checkpoint_every: Optimizer steps between checkpoints to resume from.
@@ -57,8 +57,8 @@ class Stage:
     network: nn.Module
     network_settings: dict[str, Any]
     module: Callable[[nn.Module], NetworkModule]
-    data: TextData
-    role: str
+    data: ClassificationData
+    role: Role
     trainer: dict[str, Any]
     validations: int
     checkpoint_every: int
@@ -98,6 +98,7 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     resume = stage.folder / "checkpoints" / "resume.ckpt"
     best, timer, started = _best(stage), Timer(), time.monotonic()
     if stage.compile:
+        torch._functorch.config.donated_buffer = False  # else no backward pass a term, to compare their gradients
         stage.network.compile(dynamic=True)  # in place: the names of its weights stay
     module = stage.module(stage.network)
     trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best, *stage.more_callbacks], resume)
@@ -111,16 +112,14 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     module.load_state_dict(checkpoint["state_dict"])
 
     validation = network_answers(stage.network, stage.data.val_dataloader(), trainer.strategy.root_device)
-    scores = evaluate_logits(validation.logits, validation.labels)
-    if not all(math.isfinite(score) for score in scores.values()):
-        raise KDError(f"{stage.name} diverged: its validation loss is {scores['cross_entropy']}; lower optimizer.lr")
-    tokenizer = stage.data.student_tokenizer if stage.role == "student" else stage.data.teacher_tokenizer
+    scores = stage.data.task.evaluate(validation)
+    if bad := [name for name, score in scores.items() if not math.isfinite(score)]:
+        raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower optimizer.lr")
     task = {
-        "class_names": stage.data.class_names,
-        "max_length": stage.data.max_length,
-        "texts": stage.data.texts_per_example,
+        "class_names": stage.data.class_names, "predicts": stage.data.task.description, **stage.data.input_format,
         "role": stage.role,
-    }
+    }  # fmt: skip
+    tokenizer = stage.data.tokenizer_of(stage.role)
     save_network(stage.folder, stage.network, stage.network_settings, task, tokenizer)
     record = {
         "fingerprint": fingerprint,
@@ -130,6 +129,7 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         # The timer counts what a killed attempt took, too; it stays in the spawned processes where there are several.
         "seconds": max(timer.time_elapsed("train"), time.monotonic() - started),
         "validation": scores,
+        "selected_by": stage.data.task.main,
     }
     write_json(stage.folder / "stage.json", record)
     for file in (stage.folder / "checkpoints").glob("*.ckpt"):
@@ -144,7 +144,7 @@ def say(console: Console, line: str) -> None:
 
 def _best(stage: Stage) -> ModelCheckpoint:
     return ModelCheckpoint(
-        stage.folder / "checkpoints", "best", monitor="val/accuracy", mode="max",
+        stage.folder / "checkpoints", "best", monitor=f"val/{stage.data.task.main}", mode="max",
         save_weights_only=True, enable_version_counter=False,
     )  # fmt: skip
 

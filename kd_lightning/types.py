@@ -9,9 +9,10 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 """A batch, under Hugging Face's names.
 
-* `input_ids`, `attention_mask`, `token_type_ids`: `(B, L)` int64; or `pixel_values`: `(B, 3, H, W)` float
-* `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label
+* `input_ids`, `attention_mask`, `token_type_ids`: `(B, L)` int64; or `pixel_values`: `(B, C, H, W)` float
+* `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label; scores to regress are float32, NaN where none
 * `index`: `(B,)` int64, each example's stable position in its data set
+* `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
 * `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's
 """
 

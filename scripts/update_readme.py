@@ -43,6 +43,32 @@ def benchmarks() -> str:
     return "\n".join([*lines, "", f"Measured with `python scripts/benchmark.py NAME` on {where}."]) + "\n"
 
 
+def strategies() -> str:
+    """Return the README's table of what every text strategy is worth to one student, from results/strategies.json."""
+    content = _read(ROOT / "results" / "strategies.json")
+    rows = sorted(content["strategies"], key=lambda row: -row["test"]["mean"])
+    base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
+    lines = ["| strategy | test accuracy, % | against labels only | validation, % | training, s |"]
+    lines.append("| :-- | --: | --: | --: | --: |")
+    for row in rows:
+        test, validation = _percent(row["test"]), _percent(row["validation"])
+        better = 100 * (row["test"]["mean"] - base)
+        name = f"[`{row['name']}`](docs/strategies.md#{row['name']})"
+        lines.append(f"| {name} | {test} | {better:+.1f} | {validation} | {row['seconds']['mean']:.0f} |")
+    machine = content["environment"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
+    lines += [
+        "",
+        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds, {content['minutes']:.0f} min "
+        f"for all. `{content['command']}`, {where} (`results/strategies.json`).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(spread: dict[str, Any]) -> str:
+    return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f}"
+
+
 def _read(file: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
@@ -73,8 +99,8 @@ def picture() -> None:
 
 def block(name: str) -> str:
     """Return the README's block for one result: the sentence that sums it up, the table, and where it was measured."""
-    if name == "benchmarks":
-        return benchmarks()
+    if name in ("benchmarks", "strategies"):
+        return {"benchmarks": benchmarks, "strategies": strategies}[name]()
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.compare import compare
-from kd_lightning.config import conf_dir
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.predict import main as predict
@@ -130,8 +129,8 @@ def test_a_diverged_training_is_one_line(composed: Composed, overrides: list[str
         run(composed(*overrides, "stages=[teacher,baseline]", "optimizer.lr=1e30", "trainer.gradient_clip_val=null"))
 
 
-@pytest.mark.parametrize("distillation", sorted(path.stem for path in (conf_dir() / "distillation").glob("*.yaml")))
-def test_every_distillation_trains(composed: Composed, overrides: list[str], distillation: str) -> None:
+@pytest.mark.parametrize("distillation", ["labels_only", "soft_target", "hint", "rkd"])  # all: tests/test_strategies.py
+def test_a_distillation_trains(composed: Composed, overrides: list[str], distillation: str) -> None:
     pipeline, _, _ = run(
         composed(*overrides, f"distillation={distillation}", "trainer.max_steps=2", "teacher.trainer.max_steps=2")
     )

@@ -20,9 +20,11 @@ from kd_lightning.cache.command import main as kd_cache
 from kd_lightning.cache.store import TeacherCache
 from kd_lightning.compare import compare
 from kd_lightning.errors import CacheError, ConfigError
+from kd_lightning.models.adapt import run_network
 from kd_lightning.models.answers import answers
 from kd_lightning.pipeline import Pipeline
-from kd_lightning.teachers import CachedTeacher, FrozenTeacher
+from kd_lightning.runs import load_run
+from kd_lightning.teachers import CachedTeacher, FrozenTeacher, fit_weights
 from kd_lightning.types import Batch, ModelOutput
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -219,6 +221,43 @@ def test_an_ensemble_caches_each_member(
     assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
 
 
+def test_members_with_tokenizers_of_their_own_teach_together(
+    distil: Callable[..., Pipeline], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+) -> None:
+    other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
+    second = Pipeline(composed(*other, "data.tokenizer=wordpiece:150", "stages=[teacher]"), Console(file=StringIO()))
+    second.run()
+    members = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{tmp_path / 'other'}]"
+    pipeline = distil(members, "teacher.weights=learned", "teacher.combine=logits")
+    first = pipeline.data.teacher_key["tokenizer"]
+    assert first != second.data.teacher_key["tokenizer"]
+    pipeline.run()
+    report = compare(pipeline, "")
+    assert report["models"]["teacher"]["latency_ms"] is None  # no one batch to time both on
+    said = []
+    for network, data in zip((m.network for m in pipeline.teacher.members), (pipeline.data, second.data), strict=True):
+        said.append(answers(FrozenTeacher(network), data.select(tokens="teacher").val_dataloader()))
+    assert torch.equal(said[0].labels, said[1].labels)
+    weights = torch.tensor(fit_weights(torch.stack([one.logits for one in said]), said[0].labels, "logits"))
+    expected = (weights.view(2, 1, 1) * torch.stack([one.logits for one in said])).sum(0)
+    together = answers(pipeline.answering_teacher, pipeline.data.val_dataloader())
+    torch.testing.assert_close(together.logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"teacher\.cache=off: the members of teacher.checkpoint have different tok"):
+        distil(members, "teacher.cache=off").run()
+
+
+def test_what_an_ensembles_settings_refuse(distil: Callable[..., Pipeline], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.weights are those of an ensemble"):
+        distil("teacher.weights=[1,2]")
+    twice = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{tmp_path / 'teacher_run'}]"
+    with pytest.raises(ConfigError, match=r"teacher\.weights has 3 numbers for 2 members"):
+        distil(twice, "teacher.weights=[1,2,3]")
+    with pytest.raises(ConfigError, match=r"teacher\.weights='confident' is not"):
+        distil(twice, "teacher.weights=confident")
+    with pytest.raises(ConfigError, match=r"teacher\.combine='votes' is not"):
+        distil(twice, "teacher.combine=votes")
+
+
 def test_an_ensemble_keeps_its_members_apart_in_a_given_folder_and_has_no_features(
     distil: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
@@ -333,3 +372,26 @@ def test_sets_of_views_are_all_answered(distil: Callable[..., Pipeline], asked: 
     sizes = pipeline.data.sizes
     assert sizes["views"] == 3 * sizes["train"]
     assert set(range(4 * sizes["train"])) < set(asked)
+
+
+def test_teachers_of_several_seeds_are_trained_and_teach_together(
+    composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+) -> None:
+    base = tiny_overrides(toy_csv, tmp_path / "run")
+    pipeline = Pipeline(
+        composed(*base, "teacher.seeds=2", "teacher.weights=[1,3]", "stages=[teacher,distill]"),
+        Console(file=StringIO()),
+    )
+    pipeline.run()
+    report = compare(pipeline, "")
+    first, second = (load_run(tmp_path / "run" / name).network.eval() for name in ("teacher", "teacher_1"))
+    batch = next(iter(pipeline.data.val_dataloader()))
+    both = [run_network(network, batch).logits.softmax(-1) for network in (first, second)]
+    assert not torch.allclose(both[0], both[1])
+    together = pipeline.answering_teacher(batch).logits.softmax(-1)
+    torch.testing.assert_close(together, both[0] / 4 + 3 * both[1] / 4, rtol=1e-4, atol=1e-5)
+    assert len(stored(own_home)) == 2
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (first, second)]
+    assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
+    with pytest.raises(ConfigError, match=r"teacher\.seeds=2 are to be trained, and teacher\.checkpoint"):
+        Pipeline(composed(*base, "teacher.seeds=2", f"teacher.checkpoint={tmp_path / 'run'}"))

@@ -65,14 +65,14 @@ def _build(given: argparse.Namespace) -> int:
             cfg = compose("config", overrides=given.overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise KDError(config.first_line(error)) from error
-    from kd_lightning.pipeline import Pipeline
+    from kd_lightning.multitask import pipeline_of
     from kd_lightning.quiet import quiet
     from kd_lightning.threads import settle_threads
 
     quiet()
     settle_threads()
 
-    _table(Pipeline(cfg).build_caches())
+    _table(pipeline_of(cfg).build_caches())
     return 0
 
 

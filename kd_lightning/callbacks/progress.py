@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 _READ_EVERY = 10
-_SHOWN = ("train/loss", "val/loss", "val/accuracy")
+_SHOWN = ("train/loss", "val/loss", "val/accuracy", "val/pearson", "val/average")
 
 
 class StageProgress(L.Callback):

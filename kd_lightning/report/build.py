@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.report.results import MODEL_NAMES, Curve, DataSummary, ModelResult
+from kd_lightning.report.results import MODEL_NAMES, Curve, DataSummary, ModelResult, main_score, role, score_title
 
 SCHEMA_VERSION = 1
 """Raised when a key of the report changes its meaning or goes away; new keys do not raise it."""
 
 SELECTION = (
-    "Checkpoints were selected by accuracy on the validation split. "
+    "Checkpoints were selected by {score} on the validation split. "
     "The test split was read once, after training had ended."
 )
 
@@ -31,7 +31,7 @@ def build_report(
     settings: Mapping[str, Any],
     data: DataSummary,
     stages_seconds: Mapping[str, float],
-    selection: str = SELECTION,
+    selection: str | None = None,
 ) -> dict[str, Any]:
     """Assemble the report, schema version 1 (docs/report_schema.md).
 
@@ -45,7 +45,7 @@ def build_report(
         settings: Temperature, alpha, steps, learning rate and whatever else defines the run.
         data: The data.
         stages_seconds: Wall time by stage.
-        selection: How checkpoints were selected.
+        selection: How checkpoints were selected, where it was not by the main score on validation.
 
     Returns:
         Plain data that JSON can hold: no nan, no infinity (both become None).
@@ -56,11 +56,12 @@ def build_report(
     by_name = _by_name(models, seeds)
     n_test = data.splits["test"]
     entries = {name: _model_entry(result, n_test) for name, result in by_name.items()}
-    ratios = {name: _ratios(by_name, name) for name in ("baseline_initialised", "distilled", "finetuned")}
+    scores = {name: [float(test[data.score]) for test in result.test] for name, result in by_name.items()}
+    ratios = {name: _ratios(scores, name) for name in ("baseline_initialised", "distilled", "finetuned")}
     for name, ratio in ratios.items():
         if name in entries:
             entries[name]["distillation_ratio"] = ratio
-    errors = [entry["test"]["accuracy"]["standard_error"] for entry in entries.values()]
+    errors = [entry["test"].get("accuracy", {}).get("standard_error") for entry in entries.values()]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": run,
@@ -69,13 +70,13 @@ def build_report(
         "command": command,
         "models": entries,
         "distillation_ratio": ratios["distilled"],
-        "difference": _difference(by_name, n_test),
+        "difference": _difference(by_name, scores, n_test, data.score),
         "data": {
             **asdict(data),
             "n_test": n_test,
             "standard_error": max((error for error in errors if error is not None), default=None),
         },
-        "selection": selection,
+        "selection": selection or SELECTION.format(score=score_title(data.score)),
         "settings": dict(settings),
         "stages": dict(stages_seconds),
         "environment": dict(environment),
@@ -93,10 +94,11 @@ def check(report: Mapping[str, Any]) -> list[str]:
 
     Returns:
         One sentence per finding: a teacher or student no better than the majority class, a teacher no better than the
-        baseline, seeds without a ratio, a distilled student below the baseline, a difference within the noise, a single
-        seed.
+        baseline, seeds without a ratio, a distilled student below the baseline, a difference within the noise, a loss
+        term that hardly counts, a single seed.
     """
-    accuracy = {name: entry["test"]["accuracy"]["mean"] for name, entry in report["models"].items()}
+    main = main_score(report)
+    accuracy = {name: entry["test"][main]["mean"] for name, entry in report["models"].items()}
     accuracy = {name: value for name, value in accuracy.items() if value is not None}
     titles = {name: entry["title"] for name, entry in report["models"].items()}
     majority = report["data"]["majority_accuracy"]
@@ -120,10 +122,11 @@ def check(report: Mapping[str, Any]) -> list[str]:
         )
     if baseline is not None and distilled is not None and distilled < baseline:
         warnings.append(
-            f"Distillation made it worse: the distilled student has accuracy {distilled:.3f}, "
+            f"Distillation made it worse: the distilled student has {score_title(main)} {distilled:.3f}, "
             f"the student from labels {baseline:.3f}."
         )
     warnings.extend(_noise_warning(report["difference"]))
+    warnings.extend(_share_warnings(report))
     if len(report["seeds"]) == 1:
         warnings.append("One seed only: nothing here tells how much the result varies with the seed. Run with seeds=5.")
     return warnings
@@ -168,18 +171,19 @@ def describe(values: Iterable[float]) -> dict[str, Any]:
 def _by_name(models: Sequence[ModelResult], seeds: Sequence[int]) -> dict[str, ModelResult]:
     """Order the models and check that their lists fit the seeds."""
     by_name = {model.name: model for model in models}
-    if len(by_name) < len(models) or not set(by_name) <= set(MODEL_NAMES):
+    if len(by_name) < len(models) or not set(map(role, by_name)) <= set(MODEL_NAMES):
         raise ValueError(f"expected each of {MODEL_NAMES} at most once, got {[model.name for model in models]}")
     for model in models:
-        if len(model.test) not in {1 if model.name == "teacher" else len(seeds)}:
+        if len(model.test) != (1 if role(model.name) in ("teacher", "assistant") else len(seeds)):
             raise ValueError(f"{model.name}: {len(model.test)} test results for {len(seeds)} seeds")
-    return {name: by_name[name] for name in MODEL_NAMES if name in by_name}
+    return dict(sorted(by_name.items(), key=lambda item: MODEL_NAMES.index(role(item[0]))))
 
 
 def _model_entry(result: ModelResult, n_test: int) -> dict[str, Any]:
     """Return the report's entry of one model."""
     test = _describe_scores(result.test)
-    test["accuracy"]["standard_error"] = _binomial_error(test["accuracy"]["mean"], n_test)
+    if "accuracy" in test:
+        test["accuracy"]["standard_error"] = _binomial_error(test["accuracy"]["mean"], n_test)
     return {
         "title": result.title,
         "test": test,
@@ -202,30 +206,33 @@ def _curve_entry(curve: Curve) -> dict[str, Any]:
     """Write a curve as lists, since JSON keys cannot be numbers."""
     return {
         "seed": curve.seed,
-        "validation_accuracy": {"steps": list(curve.accuracy), "values": list(curve.accuracy.values())},
-        "training_loss": {"steps": list(curve.loss), "values": list(curve.loss.values())},
+        "validation_accuracy": _series(curve.accuracy),
+        "training_loss": _series(curve.loss),
+        "loss_share": {term: _series(values) for term, values in curve.loss_share.items()},
+        "gradient_share": {term: _series(values) for term, values in curve.gradient_share.items()},
     }
 
 
-def _accuracies(result: ModelResult) -> list[float]:
-    return [scores["accuracy"] for scores in result.test]
+def _series(values: Mapping[int, float]) -> dict[str, list[Any]]:
+    return {"steps": list(values), "values": list(values.values())}
 
 
-def _ratios(models: Mapping[str, ModelResult], name: str) -> dict[str, Any]:
+def _ratios(scores: Mapping[str, list[float]], name: str) -> dict[str, Any]:
     """Return the distillation ratio of a student, each seed against the baseline of the same seed."""
     from kd_lightning.metrics import distillation_ratio  # imports torch
 
-    if not {"teacher", "baseline", name} <= set(models):
+    if not {"teacher", "baseline", name} <= set(scores):
         return {**describe([]), "of_means": math.nan}
-    teacher = _accuracies(models["teacher"])[0]
-    baseline, student = _accuracies(models["baseline"]), _accuracies(models[name])
+    teacher, baseline, student = scores["teacher"][0], scores["baseline"], scores[name]
     per_seed = [distillation_ratio(teacher, *pair) for pair in zip(baseline, student, strict=True)]
     of_means = distillation_ratio(teacher, statistics.fmean(baseline), statistics.fmean(student))
     return {**describe(per_seed), "of_means": of_means}
 
 
-def _difference(models: Mapping[str, ModelResult], n_test: int) -> dict[str, Any] | None:
-    """Return accuracy of distilled minus baseline, with the standard error of that difference.
+def _difference(
+    models: Mapping[str, ModelResult], scores: Mapping[str, list[float]], n_test: int, main: str
+) -> dict[str, Any] | None:
+    """Return the main score of distilled minus baseline, with the standard error of that difference if it is accuracy.
 
     Its variance is that of drawing the test examples plus that of drawing the seeds. The first is taken example by
     example where both models' answers are known (paired), otherwise as for two independent test sets, which overstates
@@ -234,9 +241,11 @@ def _difference(models: Mapping[str, ModelResult], n_test: int) -> dict[str, Any
     if not {"baseline", "distilled"} <= set(models):
         return None
     baseline, distilled = models["baseline"], models["distilled"]
-    per_seed = [b - a for a, b in zip(_accuracies(baseline), _accuracies(distilled), strict=True)]
+    per_seed = [b - a for a, b in zip(scores["baseline"], scores["distilled"], strict=True)]
     described = describe(per_seed)
     paired = bool(baseline.correct) and bool(distilled.correct)
+    if main != "accuracy":
+        return {**described, "standard_error": math.nan, "paired": False}
     if paired:
         shares = [
             [statistics.fmean(answers) for answers in zip(*model.correct, strict=True)]
@@ -246,7 +255,7 @@ def _difference(models: Mapping[str, ModelResult], n_test: int) -> dict[str, Any
         variance = statistics.variance(gains) / len(gains)
     else:
         variance = sum(
-            _binomial_error(statistics.fmean(_accuracies(model)), n_test) ** 2 for model in (baseline, distilled)
+            _binomial_error(statistics.fmean(scores[name]), n_test) ** 2 for name in ("baseline", "distilled")
         )
     if len(per_seed) > 1:
         variance += described["std"] ** 2 / len(per_seed)
@@ -269,3 +278,27 @@ def _noise_warning(difference: Mapping[str, Any] | None) -> list[str]:
         f"The difference between distilled student and student from labels ({mean:+.3f}) is smaller than twice its "
         f"standard error ({error:.3f}): not distinguishable from noise on this test set."
     ]
+
+
+def _share_warnings(report: Mapping[str, Any]) -> list[str]:
+    """Warn of each term under 1% of the distillation's gradient; where one has over 99%, that is all the others."""
+    curves = report["models"].get("distilled", {"curves": []})["curves"]
+    values: dict[str, list[float]] = {}
+    for curve in curves:
+        for term, series in curve.get("gradient_share", {}).items():
+            values.setdefault(term, []).extend(value for value in series["values"] if value is not None)
+    shares = {term: statistics.fmean(listed) for term, listed in values.items() if listed}
+    balance = {"fixed": " or set balance=unit_initial", "unit_initial": " or set balance=gradnorm"}
+    other = balance.get(report["settings"].get("balance", "fixed"), "")
+    warnings = []
+    for term, share in shares.items():
+        if share < 0.01:
+            task, _, own = term.rpartition("/")
+            weight = f"tasks.{task}.weight" if task else f"distillation.weights.{term}"
+            mend = {"ce": "lower alpha", "kd": "raise alpha"}.get(own, f"raise {weight}")
+            most = max(shares, key=lambda name: shares[name])
+            warnings.append(
+                f"{term} is {100 * share:.2g}% of the gradient ({most} is {100 * shares[most]:.3g}%): the student "
+                f"learns next to nothing from it. If that is not meant, {mend}{other}."
+            )
+    return warnings

@@ -15,7 +15,7 @@ from kd_lightning.report.text import report_markdown
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write `report.json`, `report.md`, `curves.png` and `tradeoff.png`.
+    """Write `report.json`, `report.md`, `curves.png`, `tradeoff.png` and, where terms were weighed, `shares.png`.
 
     Everything is rendered before the first file is touched, and each file replaces its predecessor in one step: a
     failure leaves the old report as it was.
@@ -30,15 +30,20 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
     Raises:
         ValueError: If the report holds nan or infinity (`build_report` leaves none).
     """
-    from kd_lightning.report.pictures import curves_figure, tradeoff_figure  # matplotlib takes a second to import
+    from kd_lightning.report.pictures import (
+        curves_figure,
+        shares_figure,
+        tradeoff_figure,
+    )  # matplotlib takes a second to import
 
     folder = Path(folder)
     contents: dict[str, bytes] = {}
-    for name, figure in (("curves.png", curves_figure(report)), ("tradeoff.png", tradeoff_figure(report))):
+    for name, draw in (("curves", curves_figure), ("tradeoff", tradeoff_figure), ("shares", shares_figure)):
+        figure = draw(report)
         if figure is not None:
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=150)
-            contents[name] = picture.getvalue()
+            contents[f"{name}.png"] = picture.getvalue()
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents["report.json"] = text.encode()
     contents["report.md"] = report_markdown(report, pictures=tuple(contents)).encode()

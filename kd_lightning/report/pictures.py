@@ -1,4 +1,4 @@
-"""The report's two pictures, as matplotlib figures without pyplot's global state."""
+"""The report's pictures, as matplotlib figures without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.report.results import main_score, role, score_title
 from kd_lightning.report.table import count, short
 
 if TYPE_CHECKING:
@@ -17,12 +18,22 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind people can tell apart
 COLOURS = {
     "teacher": "#000000",
+    "assistant": "#56B4E9",
     "baseline": "#E69F00",
     "baseline_initialised": "#CC79A7",
     "distilled": "#0072B2",
     "finetuned": "#009E73",
 }
-MARKERS = {"teacher": "*", "baseline": "o", "baseline_initialised": "D", "distilled": "s", "finetuned": "^"}
+MARKERS = {
+    "teacher": "*",
+    "assistant": "v",
+    "baseline": "o",
+    "baseline_initialised": "D",
+    "distilled": "s",
+    "finetuned": "^",
+}
+
+TERM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 
 
 def curves_figure(report: Mapping[str, Any]) -> Figure | None:
@@ -41,7 +52,8 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
         return None
     figure = _figure(7.5, 4.2)
     axes = figure.add_subplot()
-    teacher = report["models"].get("teacher", {}).get("validation", {}).get("accuracy")
+    main = main_score(report)
+    teacher = report["models"].get("teacher", {}).get("validation", {}).get(main)
     if teacher and teacher["mean"] is not None:
         title = report["models"]["teacher"]["title"]
         axes.axhline(teacher["mean"], color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label=title, zorder=1)
@@ -49,16 +61,18 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
         start = points["distilled"][0][-1] if name == "finetuned" and "distilled" in points else 0
         x = [start + step for step in steps]
         title = students[name]["title"]
-        axes.plot(x, means, label=title, color=COLOURS[name], marker=MARKERS[name], markersize=4, linewidth=1.8)
+        axes.plot(
+            x, means, label=title, color=COLOURS[role(name)], marker=MARKERS[role(name)], markersize=4, linewidth=1.8
+        )
         if any(deviations):
             low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
             high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
-            axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
+            axes.fill_between(x, low, high, color=COLOURS[role(name)], alpha=0.18, linewidth=0)
     seeds = len(report["seeds"])
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
     axes.set_title(f"Learning curves{spread}", fontsize=11)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("validation accuracy")
+    axes.set_ylabel(f"validation {score_title(main)}")
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)  # never over a line
     _tidy(axes)
@@ -93,24 +107,63 @@ def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.xaxis.set_major_formatter(_tick_writer(write))
         axes.xaxis.set_minor_locator(NullLocator())
         _tidy(axes)
-    figure.axes[0].set_ylabel("test accuracy")
+    figure.axes[0].set_ylabel(f"test {score_title(main_score(report))}")
     for axes in figure.axes[1:]:
         axes.tick_params(labelleft=False)
     return figure
 
 
+def shares_figure(report: Mapping[str, Any]) -> Figure | None:
+    """Draw each loss term's share of the gradient, and of the weighted loss, against optimizer steps.
+
+    A line is the mean over the seeds.
+
+    Returns:
+        The figure; None where the distilled student's terms were not logged.
+    """
+    curves = report["models"].get("distilled", {}).get("curves", [])
+    panels = {
+        label: {term: [curve[key][term] for curve in curves if term in curve[key]] for term in _terms(curves, key)}
+        for label, key in (("gradient", "gradient_share"), ("weighted loss", "loss_share"))
+        if _terms(curves, key)
+    }
+    if not panels:
+        return None
+    figure = _figure(1.0 + 4.2 * len(panels), 3.8)
+    every = list(dict.fromkeys(term for terms in panels.values() for term in terms))
+    for number, (label, terms) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for term, seeds in terms.items():
+            steps, means, _ = mean_series(seeds)
+            colour = TERM_COLOURS[every.index(term) % len(TERM_COLOURS)]
+            marker = "o" if len(steps) < 30 else ""
+            axes.plot(steps, [100 * mean for mean in means], label=term, color=colour, marker=marker, markersize=4)
+        axes.set_xlabel("optimizer steps")
+        axes.set_ylabel(f"share of the {label}, %")
+        axes.set_ylim(-2, 102)
+        axes.set_xlim(left=0)
+        _tidy(axes)
+    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=10)
+    return figure
+
+
 def mean_curve(curves: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], list[float]]:
-    """Return steps, mean and sample standard deviation of validation accuracy, over the steps that all seeds have.
+    """Return `mean_series` of the validation accuracy in the curves of one model's entry in the report."""
+    return mean_series([curve["validation_accuracy"] for curve in curves])
+
+
+def mean_series(series: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], list[float]]:
+    """Return steps, mean and sample standard deviation over the steps that all seeds have.
 
     Args:
-        curves: The curves of one model's entry in the report.
+        series: `steps` and `values`, one for each seed.
 
     Returns:
         Three lists of equal length; the deviations are 0 for one seed.
     """
     seeds = []
-    for curve in curves:
-        points = curve["validation_accuracy"]
+    for points in series:
         pairs = zip(points["steps"], points["values"], strict=True)
         seeds.append({step: value for step, value in pairs if value is not None})
     if not seeds:
@@ -152,19 +205,20 @@ def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
 
 def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: str) -> None:
     """Put every measured model on a panel, with its title beside it."""
+    main = main_score(report)
     points = [
-        (name, model, model[section][key], model["test"]["accuracy"])
+        (name, model, model[section][key], model["test"][main])
         for name, model in report["models"].items()
-        if model[section] and model["test"]["accuracy"]["mean"] is not None
+        if model[section] and model["test"][main]["mean"] is not None
     ]
     xs = [x for _, _, x, _ in points]
     ys = [accuracy["mean"] for *_, accuracy in points]
     deviations = [accuracy["std"] or 0.0 for *_, accuracy in points]
     for (name, _, x, _), y, deviation in zip(points, ys, deviations, strict=True):
-        size = 13 if MARKERS[name] == "*" else 8
+        size = 13 if MARKERS[role(name)] == "*" else 8
         axes.errorbar(
-            x, y, yerr=deviation or None, color=COLOURS[name], marker=MARKERS[name], markersize=size, capsize=3,
-            linestyle="none"
+            x, y, yerr=deviation or None, color=COLOURS[role(name)], marker=MARKERS[role(name)], markersize=size,
+            capsize=3, linestyle="none"
         )  # fmt: skip
     axes.set_xscale("log")
     low = min(y - d for y, d in zip(ys, deviations, strict=True))
@@ -179,10 +233,15 @@ def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: st
         on_right = math.log10(x) > (left + right) / 2
         axes.annotate(
             model["title"], (x, height), xytext=(-9 if on_right else 9, 0), textcoords="offset points",
-            color=COLOURS[name], horizontalalignment="right" if on_right else "left", verticalalignment="center",
+            color=COLOURS[role(name)], horizontalalignment="right" if on_right else "left", verticalalignment="center",
             fontsize=10,
             bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5},
         )  # fmt: skip
+
+
+def _terms(curves: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """Return the terms whose shares are in the curves; older reports have none."""
+    return list(dict.fromkeys(term for curve in curves for term in curve.get(key, ())))
 
 
 def _tick_writer(write: Callable[[float], str]) -> Callable[[float, float], str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from kd_lightning.report.results import SCORES, main_score, score_title
 
 MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
 
@@ -21,11 +24,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     batch_size = next((m["throughput"]["batch_size"] for m in models.values() if m["throughput"]), None)
     throughput = "sentences/s" + (f" (batch {batch_size})" if batch_size else "")
     cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "accuracy": lambda m: spread(m["test"].get("accuracy")),
-        "macro F1": lambda m: spread(m["test"].get("macro_f1")),
-        "agreement with teacher": lambda m: spread(m["test"].get("agreement")),
-        "KL to teacher, nats": lambda m: spread(m["test"].get("kl_to_teacher")),
-        "calibration error (ECE)": lambda m: spread(m["test"].get("ece")),
+        **{score_title(name): partial(_score, name) for name in _tabulated(report)},
         "parameters": lambda m: _part(m["size"], "parameters", count),
         "parameters, no embeddings": lambda m: _part(m["size"], "parameters_without_embeddings", count),
         "file size": lambda m: _part(m["size"], "bytes", file_size),
@@ -36,6 +35,19 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     }
     rows = [[name, *(cell(model) for model in models.values())] for name, cell in cells.items()]
     return [["", *(model["title"] for model in models.values())], *rows]
+
+
+def _tabulated(report: Mapping[str, Any]) -> list[str]:
+    """Return the scores that are tabulated: of one task all that have a title, of several what each is judged by."""
+    if main_score(report) == "accuracy":
+        return ["accuracy", "macro_f1", "agreement", "kl_to_teacher", "ece"]
+    found = dict.fromkeys(name for model in report["models"].values() for name in model["test"])
+    judged = [name for name in found if "/" in name and name.rpartition("/")[2] in ("accuracy", "pearson", "rmse")]
+    return [name for name in SCORES if name in found] + judged
+
+
+def _score(name: str, model: Mapping[str, Any]) -> str:
+    return spread(model["test"].get(name))
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
@@ -87,7 +99,7 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
         width = max(len(row[number]) for row in body)
         table.add_column(Text(title, justify="right"), justify="right", vertical="bottom", min_width=width)
     for row in body:
-        style = "bold" if row[0] == "accuracy" else None
+        style = "bold" if row[0] == score_title(main_score(report)) else None
         table.add_row(*(Text(cell, no_wrap=True) for cell in row), style=style)
     needed = console.measure(table).minimum
     console.print(table, width=max(console.width, needed), crop=False, no_wrap=True, overflow="ignore")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from kd_lightning.report.results import main_score, score_title
 from kd_lightning.report.table import as_markdown, markdown_table, ratio_line, short
 
 
@@ -12,13 +13,14 @@ def summary(report: Mapping[str, Any]) -> str:
     """Say in one paragraph what came out: how near the student is to its teacher, at what price, thanks to what."""
     models = report["models"]
     student, teacher = models.get("distilled"), models.get("teacher")
-    accuracy = {name: model["test"]["accuracy"]["mean"] for name, model in models.items()}
+    main, title = main_score(report), score_title(main_score(report))
+    accuracy = {name: model["test"][main]["mean"] for name, model in models.items()}
     if student is None or teacher is None or not accuracy["distilled"] or not accuracy["teacher"]:
         scores = ", ".join(f"{model['title']} {_score(accuracy[name])}" for name, model in models.items())
-        return f"Accuracy on the test split: {scores}."
+        return f"{title[0].upper()}{title[1:]} on the test split: {scores}."
     kept = 100 * accuracy["distilled"] / accuracy["teacher"]
     sentence = (
-        f"The distilled student keeps {kept:.1f}% of the teacher's accuracy ({accuracy['distilled']:.3f} of "
+        f"The distilled student keeps {kept:.1f}% of the teacher's {title} ({accuracy['distilled']:.3f} of "
         f"{accuracy['teacher']:.3f})"
     )
     clauses = [clause for clause in (_size_clause(teacher, student), _speed_clause(teacher, student)) if clause]
@@ -40,22 +42,21 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     Returns:
         The text of report.md.
     """
-    data, environment = report["data"], report["environment"]
+    data, environment, title = report["data"], report["environment"], score_title(main_score(report))
     splits = ", ".join(f"{name} {size:,}" for name, size in data["splits"].items())
     parts = [f"# {report['task']}: distillation report", summary(report)]
     parts += ["\n".join(f"> **Warning.** {warning}" for warning in report["warnings"]).replace("\n", "\n>\n")]
     parts += ["## Comparison on the test split", markdown_table(report), ratio_line(report) + "."]
     captions = {
-        "curves.png": "Validation accuracy during training",
-        "tradeoff.png": "Test accuracy against size and against latency",
+        "curves.png": f"Validation {title} during training",
+        "tradeoff.png": f"Test {title} against size and against latency",
+        "shares.png": "Each loss term's share of the distillation's loss and gradient",
     }
     parts += [f"![{caption}]({name})" for name, caption in captions.items() if name in pictures]
     parts += [
         "## How to read it",
         report["selection"],
-        f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {data['name']} ({splits}). Always answering the most "
-        f"frequent class scores {_score(data['majority_accuracy'])}. With {data['n_test']:,} test examples the "
-        f"standard error of an accuracy is up to {_score(data['standard_error'])}.",
+        f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {data['name']} ({splits})." + _chance_text(data),
         _difference_text(report["difference"]),
         _speed_text(report),
         "## How to reproduce it",
@@ -67,6 +68,16 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         as_markdown([["environment", ""], *([name, _value(value)] for name, value in environment.items())], ":--"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _chance_text(data: Mapping[str, Any]) -> str:
+    """Say what an accuracy is to be held against."""
+    if data["majority_accuracy"] is None:
+        return ""
+    return (
+        f" Always answering the most frequent class scores {_score(data['majority_accuracy'])}. With "
+        f"{data['n_test']:,} test examples the standard error of an accuracy is up to {_score(data['standard_error'])}."
+    )
 
 
 def _score(value: float | None) -> str:

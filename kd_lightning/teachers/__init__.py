@@ -2,9 +2,12 @@
 
 from kd_lightning.teachers.ahead import AheadTeacher
 from kd_lightning.teachers.cached import CachedTeacher
-from kd_lightning.teachers.ensemble import EnsembleNetwork, EnsembleTeacher
+from kd_lightning.teachers.ema import EMATeacher
+from kd_lightning.teachers.ensemble import Combine, EnsembleNetwork, EnsembleTeacher, fit_weights
 from kd_lightning.teachers.frozen import FrozenTeacher, Precision, Teacher
+from kd_lightning.teachers.multi_task import MultiTaskTeacher, SideBySide
 
 __all__ = [
-    "AheadTeacher", "CachedTeacher", "EnsembleNetwork", "EnsembleTeacher", "FrozenTeacher", "Precision", "Teacher",
+    "AheadTeacher", "CachedTeacher", "Combine", "EMATeacher", "EnsembleNetwork", "EnsembleTeacher", "FrozenTeacher",
+    "MultiTaskTeacher", "Precision", "SideBySide", "Teacher", "fit_weights",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 
 Combine = Literal["probabilities", "logits"]
+Weights = Sequence[float] | Literal["confidence"] | None
 
 
 class EnsembleTeacher:
@@ -26,22 +27,24 @@ class EnsembleTeacher:
       the members' probabilities;
     * `logits`: :math:`\sum_m w_m \, z_m`, whose softmax is their normalised geometric mean.
 
+    With `weights="confidence"` they are each example's own, by how far a member is from knowing nothing:
+    :math:`w_m \propto 1 - H(\mathrm{softmax}(z_m)) / \log C`, with the entropy H in nats.
+
     Each member may run or answer from its own cache. Features are not combined: the members' may differ in shape.
 
     Args:
         members: At least one teacher.
-        weights: One number >= 0 for each member; by default all are equal.
+        weights: One number >= 0 for each member, or `confidence`; by default all are equal. `fit_weights` finds them
+            from labels.
         combine: What is averaged.
 
     Raises:
         ConfigError: No member, weights that do not fit them, or an unknown `combine`.
     """
 
-    def __init__(
-        self, members: Sequence[Teacher], weights: Sequence[float] | None = None, combine: Combine = "probabilities"
-    ) -> None:
+    def __init__(self, members: Sequence[Teacher], weights: Weights = None, combine: Combine = "probabilities") -> None:
         self.members, self.combine = list(members), combine
-        self.weights = _shares(weights, len(members), combine)
+        self.weights = shares_of(weights, len(members), combine)
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Ask every member and return the combined logits in float32.
@@ -76,11 +79,11 @@ class EnsembleNetwork(nn.Module):
     """
 
     def __init__(
-        self, members: Sequence[nn.Module], weights: Sequence[float] | None = None, combine: Combine = "probabilities"
+        self, members: Sequence[nn.Module], weights: Weights = None, combine: Combine = "probabilities"
     ) -> None:
         super().__init__()
         self.members, self.combine = nn.ModuleList(members), combine
-        self.weights = _shares(weights, len(members), combine)
+        self.weights = shares_of(weights, len(members), combine)
 
     def forward(self, **batch: Tensor) -> ModelOutput:
         """Run every member on the entries that it names and return the combined logits in float32."""
@@ -88,21 +91,55 @@ class EnsembleNetwork(nn.Module):
         return ModelOutput(_combined(answers, self.weights, self.combine))
 
 
-def _shares(weights: Sequence[float] | None, count: int, combine: str) -> list[float]:
-    """Check the settings of an ensemble and return its weights, scaled to sum to 1."""
+def fit_weights(logits: Tensor, labels: Tensor, combine: Combine = "probabilities") -> list[float]:
+    """Return the members' weights with which the ensemble gives labels the least cross-entropy.
+
+    The problem is convex in either way of combining; it is solved by L-BFGS over the softmax of free numbers, from
+    equal weights.
+
+    Args:
+        logits: Each member's, `(M, N, C)`, on examples that none was trained on.
+        labels: `(N,)` int64, all of them classes.
+        combine: As for `EnsembleTeacher`.
+    """
+    logits, labels = logits.double().clone(), labels.clone()  # autograd takes no tensors made in inference mode
+    free = torch.zeros(len(logits), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(_mix(logits, free.softmax(0).view(-1, 1), combine), labels)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return [float(weight) for weight in free.softmax(0).detach()]
+
+
+def shares_of(weights: Weights, count: int, combine: str) -> list[float] | None:
+    """Check the settings of an ensemble and return its weights, scaled to sum to 1; None for `confidence`.
+
+    Raises:
+        ConfigError: No member, weights that do not fit them, or an unknown `combine`.
+    """
     if not count:
         raise ConfigError("an ensemble needs at least one teacher")
     if combine not in get_args(Combine):
-        raise ConfigError(f"combine={combine!r} is unknown{did_you_mean(str(combine), get_args(Combine))}")
+        raise ConfigError(f"teacher.combine={combine!r} is unknown{did_you_mean(str(combine), get_args(Combine))}")
+    if weights == "confidence":
+        return None
+    if isinstance(weights, str):
+        raise ConfigError(f"teacher.weights={weights!r}: give confidence, learned, or a number for each member")
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
-        raise ConfigError(f"weights has {len(weights)} numbers for {count} members: give one each")
+        raise ConfigError(f"teacher.weights has {len(weights)} numbers for {count} members: give one each")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:
-        raise ConfigError(f"weights={weights}: give numbers of at least 0, not all of them 0")
+        raise ConfigError(f"teacher.weights={weights}: give numbers of at least 0, not all of them 0")
     return [weight / sum(weights) for weight in weights]
 
 
-def _combined(answers: list[Tensor], shares: list[float], combine: Combine) -> Tensor:
+def _combined(answers: list[Tensor], shares: list[float] | None, combine: Combine) -> Tensor:
     first = answers[0]
     for number, other in enumerate(answers):
         if other.shape != first.shape:
@@ -111,7 +148,22 @@ def _combined(answers: list[Tensor], shares: list[float], combine: Combine) -> T
                 f"(logits {tuple(first.shape)}), member {number} for {other.shape[-1]} (logits {tuple(other.shape)})"
             )
     logits = torch.stack(answers).float()
-    weights: Tensor = logits.new_tensor(shares).view(-1, *[1] * first.ndim)
+    if shares is None:
+        return _mix(logits, _confidence(logits), combine)
+    return _mix(logits, logits.new_tensor(shares).view(-1, *[1] * (first.ndim - 1)), combine)
+
+
+def _mix(logits: Tensor, weights: Tensor, combine: Combine) -> Tensor:
+    """Combine `(M, ..., C)` with weights that sum to 1 over M and have the shape `(M, ...)` or one that broadcasts."""
+    weights = weights.unsqueeze(-1)
     if combine == "logits":
         return (weights * logits).sum(0)
     return (logits.log_softmax(-1) + weights.log()).logsumexp(0)
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    """Return each member's share `(M, ...)`; equal ones where no member is the least bit sure."""
+    log_probs = logits.log_softmax(-1)
+    certainty = 1 + (log_probs.exp() * log_probs).sum(-1) / math.log(logits.shape[-1])
+    certainty = certainty.clamp(min=torch.finfo(logits.dtype).eps)
+    return certainty / certainty.sum(0)

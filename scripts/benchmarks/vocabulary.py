@@ -36,7 +36,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Measure, fresh_process, ratios
-from kd_lightning.losses import cross_entropy, fused_linear_kd, soft_target
+from kd_lightning.losses.cross_entropy import cross_entropy
+from kd_lightning.losses.fused_linear import fused_linear_kd
+from kd_lightning.losses.soft_target import soft_target
 
 VOCABULARIES = (32_768, 131_072)
 TOKENS, HIDDEN, TEMPERATURE = 4096, 576, 2.0

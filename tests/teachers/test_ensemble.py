@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
-from kd_lightning.teachers.ensemble import EnsembleNetwork, EnsembleTeacher
+from kd_lightning.teachers.ensemble import Combine, EnsembleNetwork, EnsembleTeacher, fit_weights
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.types import Batch, ModelOutput
 
@@ -49,6 +49,58 @@ def test_the_mean_of_probabilities(weights: list[float] | None) -> None:
     torch.testing.assert_close(output.logits.softmax(1).double(), expected / shares.sum(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(output.logits.exp().sum(1), torch.ones(3))  # they are log-probabilities already
     assert output.features == {}
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_confident_members_weigh_more_example_by_example(combine: Combine) -> None:
+    sure, unsure, clueless = (
+        torch.tensor([[9.0, 0.0], [0.0, 0.0]]),
+        torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+        torch.zeros(2, 2),
+    )
+    both = EnsembleTeacher([Says(sure), Says(unsure), Says(clueless)], "confidence", combine)
+    output = both({"index": torch.arange(2)}).logits.double()
+    probabilities = torch.stack([sure, unsure, clueless]).double().softmax(-1)
+    certainty = 1 + (probabilities * probabilities.log()).sum(-1) / torch.tensor(2.0).double().log()
+    weights = (certainty / certainty.sum(0)).unsqueeze(-1)
+    assert weights[0, 0] > 0.8  # the first knows the first example,
+    assert weights[1, 1] == pytest.approx(1.0)  # the second alone knows anything of the second
+    mixed = (weights * probabilities).sum(0) if combine == "probabilities" else None
+    if mixed is None:
+        mixed = (weights * torch.stack([sure, unsure, clueless]).double()).sum(0).softmax(-1)
+    torch.testing.assert_close(output.softmax(-1), mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_where_no_member_knows_anything_all_weigh_the_same() -> None:
+    output = EnsembleTeacher([Says(torch.zeros(1, 3)), Says(torch.zeros(1, 3))], "confidence")(
+        {"index": torch.tensor([0])}
+    )
+    torch.testing.assert_close(output.logits.softmax(-1), torch.full((1, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_learned_weights_are_the_best_of_a_fine_grid(combine: Combine) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (400,), generator=generator)
+    one_hot = nn.functional.one_hot(labels, 3).double()
+    good = 2 * one_hot + torch.randn(400, 3, generator=generator)
+    poor = 0.7 * one_hot + torch.randn(400, 3, generator=generator)
+    learned = fit_weights(torch.stack([good, poor]), labels, combine)
+    assert sum(learned) == pytest.approx(1.0)
+
+    def loss(weight: float) -> float:
+        answer = EnsembleTeacher([Says(good), Says(poor)], [weight, 1 - weight], combine)({"index": torch.arange(400)})
+        return float(nn.functional.cross_entropy(answer.logits.double(), labels))
+
+    grid = [i / 200 for i in range(201)]
+    assert learned[0] == pytest.approx(min(grid, key=loss), abs=0.006)
+    assert 0.5 < learned[0] < 1.0
+
+
+def test_a_member_that_only_guesses_learns_no_weight() -> None:
+    labels = torch.arange(40) % 2
+    right = 4.0 * nn.functional.one_hot(labels, 2)
+    assert fit_weights(torch.stack([right, -right]), labels)[0] > 0.99
 
 
 def test_the_mean_of_logits() -> None:

@@ -1,0 +1,103 @@
+"""Before the first stage: the networks are built and compared on one batch, and what does not fit is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kd_lightning.config import build, lookup, parameters
+from kd_lightning.errors import ConfigError
+from kd_lightning.features import FeatureTap
+from kd_lightning.models.adapt import evaluating
+from kd_lightning.models.cohort import joined
+from kd_lightning.objective import Objective
+from kd_lightning.teachers import Teacher
+from kd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from kd_lightning.pipeline import Pipeline
+
+
+def rehearse(pipeline: Pipeline) -> None:
+    """Build the networks of a run and compare those that meet, each with the one that teaches it, on a batch.
+
+    Raises:
+        ConfigError: What does not fit, before any training.
+    """
+    cfg, given = pipeline.cfg, {}
+    trained = cfg["teacher"]["checkpoint"] is not None
+    if pipeline.has_teacher:
+        fresh = None if trained else pipeline.build_network(cfg["teacher"]["network"], "teacher")[0]
+        given["teacher"] = pipeline.teacher.network if fresh is None else fresh
+    elif needs_teacher(cfg):
+        raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
+    if pipeline.stages == ["teacher"]:
+        return
+    student, _ = pipeline.build_network(cfg["student"], "student", **given)
+    if "distill" not in pipeline.stages:
+        return
+    peers = [pipeline.build_network(peer, "student", **given)[0] for peer in cfg["peers"]]
+    assistants = [pipeline.build_network(assistant, "student", **given)[0] for assistant in cfg["assistants"]]
+    below: list[nn.Module] = [*assistants, joined(student, peers)]
+    for number, (above, network) in enumerate(zip([given.get("teacher"), *assistants], below, strict=True)):
+        objective = pipeline.objective(network, above)
+        check_scheme(objective, cfg)
+        if above is None:
+            teacher: Teacher | None = pipeline.own_average(network, objective)
+        else:
+            answering = pipeline.answerings[number]
+            answering.needs = objective.needs_teacher
+            teacher = answering.check(above, pipeline.teacher if trained and number == 0 else None)
+        data = pipeline.data_of(number).select(tokens="both").with_batches(eval_batch_size=4)
+        try_out(objective, network, teacher, next(iter(data.val_dataloader())), data.num_examples)
+
+
+def needs_teacher(cfg: dict[str, Any]) -> bool:
+    """Return whether there is nothing to train without a trained teacher."""
+    if cfg["assistants"] or any(takes_from_teacher(node) for node in (cfg["student"], *cfg["peers"])):
+        return True
+    taught = "distill" in cfg["stages"] and cfg["teacher"]["ema"] is None
+    return taught and bool(build(cfg["distillation"]).uses_teacher)
+
+
+def takes_from_teacher(settings: dict[str, Any]) -> bool:
+    """Return whether a network of these settings can be initialised from the teacher."""
+    return "initialise" in parameters(lookup(settings["_target_"]))
+
+
+def check_scheme(objective: Objective, cfg: dict[str, Any]) -> None:
+    """Refuse peers and assistants that the distillation has no use for, and a distillation that lacks its peers.
+
+    Raises:
+        ConfigError: Names the key to change.
+    """
+    needs = objective.needs_student
+    if "peers" in needs and not cfg["peers"]:
+        raise ConfigError(
+            "distillation: students that learn from each other need peers beside the student: peers='[${student}]' "
+            "(experiment=deep_mutual)"
+        )
+    if cfg["peers"] and set(needs) != {"peers"}:
+        reads = f"reads {', '.join(needs)}" if needs else "does not read them"
+        raise ConfigError(f"peers learn by their logits alone, and distillation {reads}: use distillation=deep_mutual")
+    if cfg["assistants"] and not objective.uses_teacher:
+        raise ConfigError("assistants hand on what the teacher says, and distillation reads no teacher")
+
+
+def try_out(objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, examples: int) -> None:
+    """Compare the two on one batch, every term whatever its weight, so that models that do not fit are refused at once.
+
+    Raises:
+        ConfigError: What does not fit.
+    """
+    ask = FeatureTap(student, objective.needs_student)
+    with evaluating(student), torch.no_grad():
+        said = ask(batch)
+        expected = said if teacher is None else teacher(batch)
+        try:
+            objective.connect(said, expected, examples)
+            objective.eval()(said, expected, batch)
+        except ValueError as error:
+            raise ConfigError(f"distillation: {error}") from error

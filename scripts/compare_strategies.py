@@ -1,0 +1,235 @@
+"""Train one student with every text strategy at equal budget, and write what each is worth.
+
+python scripts/compare_strategies.py                    all of them: results/strategies.json and results/strategies.png
+python scripts/compare_strategies.py soft_target dkd    only these, into the same folders (nothing is trained twice)
+python scripts/compare_strategies.py --teacher runs/reviews    with a teacher that is there already
+
+One student (a transformer of 2 layers, with as many heads as the teacher, since some strategies need that), one teacher
+(MiniLM fine-tuned on the reviews, as in experiment=quickstart, asked once for everything that any strategy reads), the
+same steps, learning rate, alpha and temperature for all: no strategy is tuned, each has the weights of its file. The
+weights of a run are selected on validation; the test split is read once, when all runs are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "strategies"
+SEEDS = (0, 1, 2)
+STUDENT = [
+    "model@student=transformer",
+    "student.hidden_size=144",
+    "student.num_heads=12",
+    "student.intermediate_size=576",
+]
+BUDGET = [
+    "trainer.max_steps=500",
+    "data.batch_size=32",
+    "optimizer.lr=1e-3",
+    "validations=6",
+    "temperature=2",
+    "alpha=0.9",
+]
+ELSEWHERE = {
+    "deep_mutual": "its student has peers: experiment=deep_mutual",
+    "simkd": "its student has the teacher's classifier: model@student=simkd",
+}
+"""Strategies that do not train this student as it is, and why."""
+
+
+def overrides(strategy: str, teacher: str, features: list[str]) -> list[str]:
+    """Return the configuration of one strategy's runs but for the seed."""
+    kept = ",".join(f'"{name}"' for name in features)
+    return [
+        "experiment=quickstart", "data.views=0", "data.transfer=[]", *STUDENT, *BUDGET, f"distillation={strategy}",
+        f"teacher.checkpoint={teacher}", f"teacher.features=[{kept}]", "teacher.cache_dtype=float16", "logger={}",
+        "stages=[distill]",
+    ]  # fmt: skip
+
+
+def seeded(strategy: str, seed: int) -> list[str]:
+    """Return what one seed's run adds: a folder of its own, since seeds train side by side."""
+    return [f"seed={seed}", f"run_dir={RUNS / strategy / str(seed)}"]
+
+
+def folder(strategy: str, seed: int) -> Path:
+    """Return where a run leaves its student."""
+    return RUNS / strategy / str(seed) / f"seed_{seed}" / "distill"
+
+
+def pipeline(settings: list[str], quiet: bool = True) -> Any:
+    """Return the pipeline of a configuration."""
+    from hydra import compose, initialize_config_dir
+    from rich.console import Console
+
+    from kd_lightning import config
+    from kd_lightning.pipeline import Pipeline
+    from kd_lightning.quiet import quiet as hush
+
+    hush()
+    config.register_resolvers()
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        cfg = compose("config", settings)
+    return Pipeline(cfg, Console(file=io.StringIO()) if quiet else None)
+
+
+def train(strategy: str, seed: int, settings: list[str]) -> dict[str, Any]:
+    """Train one strategy with one seed; return what its stage recorded."""
+    import torch
+
+    torch.set_num_threads(1)  # two of these run side by side
+    pipeline([*settings, *seeded(strategy, seed)]).run()
+    record: dict[str, Any] = json.loads((folder(strategy, seed) / "stage.json").read_text())
+    return record
+
+
+def needed(names: list[str], teacher: str) -> list[str]:
+    """Return every feature of the teacher that any of the strategies reads."""
+    found: set[str] = set()
+    for name in names:
+        run = pipeline(overrides(name, teacher, []))
+        student, _ = run._student(0, "random")
+        found |= set(run.objective(student, run.teacher.network).needs_teacher)
+    return sorted(found)
+
+
+def test_scores(strategy: str, settings: list[str]) -> list[float]:
+    """Read the test split: the accuracy of each seed's selected student."""
+    from kd_lightning.metrics import evaluate_logits
+    from kd_lightning.models.answers import network_answers
+    from kd_lightning.runs import load_run
+
+    data = pipeline([*settings, *seeded(strategy, 0)]).data.select(tokens="student")
+    scores = []
+    for seed in SEEDS:
+        said = network_answers(load_run(folder(strategy, seed)).network, data.test_dataloader())
+        scores.append(evaluate_logits(said.logits, said.labels)["accuracy"])
+    return scores
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("strategies", nargs="*", metavar="STRATEGY")
+    parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a run with a finished teacher")
+    given = parser.parse_args()
+
+    from kd_lightning.config import conf_dir
+    from kd_lightning.measure import environment
+    from kd_lightning.strategies import strategies
+
+    known = [s.name for s in strategies(conf_dir() / "distillation") if "text" in s.models and s.name not in ELSEWHERE]
+    if unknown := set(given.strategies) - set(known):
+        sys.exit(
+            f"compare_strategies: no text strategy is called {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+        )
+    names = given.strategies or known
+    started = time.monotonic()
+    atexit.register(_add_minutes, started)
+    teacher = str(given.teacher or RUNS / "teacher")
+    if not given.teacher:
+        pipeline(["experiment=quickstart", "stages=[teacher]", f"run_dir={teacher}"], quiet=False).run()
+    features = needed(known, teacher)
+    print(f"the teacher answers {len(features)} features besides logits: {', '.join(features)}", flush=True)
+    pipeline([*overrides(names[0], teacher, features), *seeded(names[0], 0)], quiet=False).build_caches()
+
+    records: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        settings = {name: overrides(name, teacher, features) for name in names}
+        waiting = {pool.submit(train, name, seed, settings[name]): (name, seed) for seed in SEEDS for name in names}
+        for done, future in enumerate(as_completed(waiting), 1):
+            name, seed = waiting[future]
+            records[name][seed] = future.result()
+            accuracy = records[name][seed]["validation"]["accuracy"]
+            minutes = (time.monotonic() - started) / 60
+            print(
+                f"{done}/{len(waiting)}  {name}, seed {seed}: validation {accuracy:.3f}  ({minutes:.0f} min)",
+                flush=True,
+            )
+    found = [_row(name, records[name], test_scores(name, settings[name])) for name in names]
+    found.sort(key=lambda row: -row["validation"]["mean"])
+    any_run = [*settings[names[0]], *seeded(names[0], SEEDS[0])]
+    content = {
+        "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS), "teacher": _teacher_scores(any_run),
+        "command": " ".join(["python", *sys.argv]), "minutes": _minutes() + (time.monotonic() - started) / 60,
+        "environment": environment(), "strategies": found, "elsewhere": ELSEWHERE,
+    }  # fmt: skip
+    if given.strategies:
+        print(json.dumps(found, indent=1))  # a part is no comparison of all: it is not recorded
+        return
+    (ROOT / "results" / "strategies.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    picture(content)
+    print("wrote results/strategies.json and results/strategies.png; now run scripts/update_readme.py")
+
+
+def _row(name: str, records: dict[int, dict[str, Any]], test: list[float]) -> dict[str, Any]:
+    ordered = [records[seed] for seed in SEEDS]
+    return {
+        "name": name,
+        "validation": _spread([record["validation"]["accuracy"] for record in ordered]),
+        "test": _spread(test),
+        "seconds": _spread([record["seconds"] for record in ordered]),
+    }
+
+
+def _minutes() -> float:
+    """Return how long earlier calls took, whose finished trainings this one reuses."""
+    file = RUNS / "minutes.json"
+    return float(json.loads(file.read_text())) if file.is_file() else 0.0
+
+
+def _add_minutes(started: float) -> None:
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (RUNS / "minutes.json").write_text(json.dumps(_minutes() + (time.monotonic() - started) / 60))
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
+
+
+def _teacher_scores(settings: list[str]) -> dict[str, float]:
+    from kd_lightning.metrics import evaluate_logits
+    from kd_lightning.models.answers import answers
+
+    run = pipeline(settings)
+    data, teacher = run.data.select(tokens="both"), run.answering_teacher
+    said = {"validation": answers(teacher, data.val_dataloader()), "test": answers(teacher, data.test_dataloader())}
+    return {split: evaluate_logits(found.logits, found.labels)["accuracy"] for split, found in said.items()}
+
+
+def picture(content: dict[str, Any]) -> None:
+    """Draw each strategy's test accuracy, with a bar for one standard deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    rows = content["strategies"][::-1]
+    base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
+    figure = Figure(figsize=(7.5, 1.2 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ["#E69F00" if row["name"] == "labels_only" else "#0072B2" for row in rows]
+    means, deviations = [100 * row["test"]["mean"] for row in rows], [100 * row["test"]["std"] for row in rows]
+    axes.barh([row["name"] for row in rows], means, xerr=deviations, color=colours, ecolor="#444444", capsize=2)
+    axes.axvline(100 * base, color="#E69F00", linewidth=1, linestyle="--")
+    axes.set_xlim(left=min(means) - 4)
+    axes.set_xlabel(f"test accuracy, % (mean and standard deviation of {content['seeds']} seeds); dashed: labels only")
+    axes.set_title("One student, one budget, every strategy", fontsize=11)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "results" / "strategies.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
