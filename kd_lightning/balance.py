@@ -15,6 +15,7 @@ with its own factors :math:`f_i`; the configured weights stay multipliers in all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -163,8 +164,11 @@ class Uncertainty(Balance):
     :math:`s_i = \log \sigma_i^2` is learned with the student, by its optimizer and at its learning rate, without weight
     decay; it begins at 0 and is no part of the exported student. This is the paper's form for a classification,
     for every term; its form for a regression halves f, which moves s by log 2. At the optimum
-    :math:`f_i = 1 / (2 L_i)`.
+    :math:`f_i = 1 / (2 L_i)`. A term that is zero or negative (VID's may be) has no optimum: its factor stops at
+    `MOST`.
     """
+
+    MOST = 1e4
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
@@ -173,13 +177,17 @@ class Uncertainty(Balance):
     def forward(self, parts: Parts, weights: Weights) -> Tensor:
         """Return the loss."""
         loss = super().forward(parts, weights)
-        for name, log_variance in zip(self.names, self.log_variance.unbind(), strict=True):
+        for name, log_variance in zip(self.names, self._log_variance.unbind(), strict=True):
             loss = loss + weights[name] * log_variance / 2
         return loss
 
     def factors(self) -> dict[str, Tensor]:
         """Return exp(-s)."""
-        return dict(zip(self.names, torch.exp(-self.log_variance).unbind(), strict=True))
+        return dict(zip(self.names, torch.exp(-self._log_variance).unbind(), strict=True))
+
+    @property
+    def _log_variance(self) -> Tensor:
+        return self.log_variance.clamp(min=-math.log(self.MOST))
 
 
 POLICIES: dict[str, type[Balance]] = {
@@ -223,9 +231,9 @@ def gradnorm_step(weight: Tensor, norm: Tensor, progress: Tensor, alpha: float, 
 
 
 def loss_shares(parts: Parts, weights: Weights) -> dict[str, Tensor]:
-    r"""Return each term's share :math:`w_i L_i / \sum_j w_j L_j` of the loss; zeros where all terms are zero."""
-    weighted = {name: weights[name] * part.detach() for name, part in parts.items()}
-    total = torch.stack(list(weighted.values())).sum()
+    r"""Return each term's share :math:`|w_i L_i| / \sum_j |w_j L_j|` of the loss; zeros where all terms are zero."""
+    weighted = {name: (weights[name] * part.detach()).abs() for name, part in parts.items()}
+    total = torch.stack(list(weighted.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
     return {name: (value / total).nan_to_num(0.0) for name, value in weighted.items()}
 
 

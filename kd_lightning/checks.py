@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.balance import make_balance
@@ -37,6 +38,8 @@ def validate(cfg: DictConfig) -> None:
     for path, node in _targets(settings):
         _check_node(path, node)
     _check_trainers(settings)
+    if "distill" in settings["stages"]:
+        build(settings["distillation"], balance=settings["balance"])  # a loss's own checks
 
 
 _ROOT = {
@@ -86,7 +89,8 @@ def _check_values(cfg: dict[str, Any]) -> None:
     """Check the values of those keys, and what they say together."""
     at_least = {
         "seed": 0, "seeds": 1, "validations": 1, "checkpoint_every_n_steps": 1, "teacher.batch_size": 1,
-        "teacher.seeds": 1, "teacher.validations": 1, "teacher.answer_batch_size": 1, "teacher.cache_views": 1, "finetune.max_epochs": 1,
+        "teacher.seeds": 1, "teacher.validations": 1, "teacher.answer_batch_size": 1, "teacher.cache_views": 1,
+        "finetune.max_epochs": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         group, _, key = path.rpartition(".")
@@ -106,6 +110,11 @@ def _check_values(cfg: dict[str, Any]) -> None:
         raise ConfigError("balance=gradnorm compares whole gradients, and trainer.strategy=fsdp shards them: use fixed")
     if cfg["resume"] not in ("auto", "never"):
         raise ConfigError(f"resume={cfg['resume']!r} must be auto or never")
+    if (device := cfg["teacher"]["device"]) is not None:
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"teacher.device={device!r} is no device, such as cuda:1") from error
     checkpoint, weights = cfg["teacher"]["checkpoint"], cfg["teacher"]["weights"]
     members = len(checkpoint) if isinstance(checkpoint, list) else cfg["teacher"]["seeds"]
     if checkpoint is not None and cfg["teacher"]["seeds"] > 1:
@@ -254,8 +263,6 @@ def _type_name(expected: Any) -> str:
 
 def _check_trainers(cfg: dict[str, Any]) -> None:
     """Check the trainer's settings for the students, and as the teacher's own change them."""
-    import torch
-
     _check_node("teacher.trainer", {"_target_": cfg["trainer"]["_target_"], **cfg["teacher"]["trainer"]})
     for path, trainer in (("trainer", cfg["trainer"]), ("teacher.trainer", cfg["trainer"] | cfg["teacher"]["trainer"])):
         for key in _OURS:

@@ -117,6 +117,9 @@ def build(node: DictConfig | dict[str, Any], **given: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, KDError):  # what the user should read, without Hydra's wrapping
             raise cause from None
+        if isinstance(cause, ValueError):
+            inside = re.search(r"full_key: (\S+)", str(error))
+            raise ConfigError(f"{inside[1] if inside else settings['_target_']}: {cause}") from error
         if isinstance(cause, ModuleNotFoundError):
             raise ConfigError(f"{settings['_target_']} needs a package that is missing: {first_line(cause)}") from error
         raise

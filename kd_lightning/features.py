@@ -7,7 +7,7 @@
 | `attention[i]` | `(B, H, L, L)` | attention probabilities of layer i, counted from 0; rows sum to 1 | 1, 2 |
 | `qkv[i]` | `(B, L, 3, D)` | its query, key and value projections, before they are split into heads | 1, 2 |
 | `feature_maps[i]` | `(B, C, H, W)` | output of stage i, counted from 0 | 1, 3 |
-| `pooled` | `(B, D)` | what the classifier reads: the linear layer that was registered last | 1, all |
+| `pooled` | `(B, D)` | what the classifier, the linear layer registered last, reads, without its dropout (4) | 1, all |
 | `cam` | `(B, classes, H, W)` | what that layer, without its bias, says at each place of the last feature map | 1, 3 |
 | `encoder.layer.3.output` | any | output of the module of that name, with what a later one does to it in place | all |
 
@@ -18,6 +18,8 @@
    query, key and value projection of its own (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, ViT, DeiT, ...).
 3. A timm network, by its `feature_info` (`hidden[i]` for its vision transformers); one with a list of modules called
    `stages` (Hugging Face's ResNet, RegNet, ConvNeXt); one with modules `layer1`, `layer2`, ... (torchvision's ResNet).
+4. What goes into the `nn.Dropout` directly in front of it, in the same module: random zeros would tell nothing. If the
+   dropout is a function (in some of timm's networks) or elsewhere, what the layer itself reads: in training after it.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ class _Source:
 
     Attributes:
         modules: Names of the modules; what several give is stacked.
-        what: Their output or input, the second part of an attention's output, or one of the tuples in the output of a
-            Hugging Face network whose layers cannot be told apart from outside (they share weights, or are older).
+        what: Their output or input (`undropped`: without the dropout in front), the second part of an attention's
+            output, or a tuple in the output of a Hugging Face network whose layers cannot be told apart from outside.
         position: In that tuple.
         head: Name of a linear layer that is applied, without its bias, at each place of what was read; "" for none.
     """
 
     modules: tuple[str, ...]
-    what: Literal["output", "input", "attention", "hidden_states", "attentions"] = "output"
+    what: Literal["output", "input", "undropped", "attention", "hidden_states", "attentions"] = "output"
     position: int = 0
     head: str = ""
 
@@ -72,11 +74,10 @@ class FeatureTap:
     and deep-copied with the network. Works with compiled networks (if they have not run before), inside DDP, and with
     activation checkpointing; a feature that re-entrant checkpointing cuts off from the graph is refused.
 
-    In training mode `pooled` comes after dropout, as the classifier reads it. Attentions come before it: they are
-    probabilities, while the network itself goes on with the dropped ones, the same as without this tap. For that,
-    asking for them switches a Hugging Face network, in place, to eager attention (`kd_lightning.attention`), which
-    computes the attention a second time in training if it has dropout. A network whose attention cannot be switched
-    must be eager already, and gives what it gives.
+    In training mode `pooled` and attentions come before dropout, while the network itself goes on with the dropped
+    ones, the same as without this tap. For that, asking for attentions switches a Hugging Face network, in place, to
+    eager attention (`kd_lightning.attention`), which computes the attention a second time in training if it has
+    dropout. A network whose attention cannot be switched must be eager already, and gives what it gives.
 
     Args:
         network: Any network; compiled and DDP-wrapped ones are looked into.
@@ -128,21 +129,31 @@ class FeatureTap:
             for part, path in enumerate(source.modules):
                 module = root.get_submodule(path)
                 if source.what in ("output", "attention"):
-                    which = 1 if source.what == "attention" else 0
-                    module.register_forward_hook(partial(self._keep_output, (name, part), which))
-                elif source.what == "input":
+                    module.register_forward_hook(partial(self._keep_output, (name, part), source.what == "attention"))
+                elif source.what in ("input", "undropped"):
                     module.register_forward_pre_hook(partial(self._keep_input, (name, part)), with_kwargs=True)
+                    if source.what == "undropped":
+                        self._watch_dropouts(name, root.get_submodule(path.rpartition(".")[0]))
                 else:
                     encoders[path] = module
         for encoder in encoders.values():  # one at most
             encoder.register_forward_pre_hook(self._request, with_kwargs=True)
             encoder.register_forward_hook(self._keep_fields)
 
+    def _watch_dropouts(self, name: str, parent: nn.Module) -> None:
+        """Keep what goes into a dropout as part 1 of a feature and what comes out as part 2; the last call counts."""
+        for module in (child for child in parent.children() if isinstance(child, nn.Dropout)):
+            module.register_forward_pre_hook(partial(self._keep_input, (name, 1)), with_kwargs=True)
+            if module.inplace:  # work on a copy; versions then count what others do in place
+                module.register_forward_pre_hook(self._copy)
+                module.register_forward_hook(self._copy)
+            module.register_forward_hook(partial(self._keep_output, (name, 2), 0))
+
     def _attends(self) -> bool:
         """Return True if attention probabilities of a Hugging Face network are read."""
         return any(source.what in ("attention", "attentions") for source in self._sources.values())
 
-    # The hooks only store: where a layer is checkpointed, anything they computed would be missing when it runs again.
+    # The hooks only store: where a layer is checkpointed, what they compute (but a copy) is missing when it runs again.
 
     def _keep_output(self, key: tuple[str, int], which: int, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._open and (tensor := _first_tensor(output[which] if which else output)) is not None:
@@ -161,6 +172,9 @@ class FeatureTap:
             if source.what in ("hidden_states", "attentions") and (values := getattr(output, source.what, None)):
                 self._read[name, 0] = values[source.position], torch.is_grad_enabled()
 
+    def _copy(self, module: nn.Module, inputs: Any, output: Tensor | None = None) -> Tensor | None:
+        return (inputs[0] if output is None else output).clone() if self._open else None
+
     def _feature(self, name: str, found: dict[tuple[str, int], tuple[Tensor, bool]]) -> Tensor:
         """Return what was read for a name, if it is what the name promises."""
         source = self._sources[name]
@@ -169,6 +183,8 @@ class FeatureTap:
             ran_before = "; a compiled network must not have run before its FeatureTap is made"
             why = ran_before if _is_compiled(self.network) else ""
             raise ConfigError(f"feature {name!r}: its module did not run on this batch, or gave no tensor{why}")
+        if source.what == "undropped" and (name, 2) in found and _is_unchanged(found[name, 2][0], parts[0][0]):
+            parts = [found[name, 1]]
         tensors = [tensor for tensor, _ in parts]
         if torch.is_grad_enabled() and not all(on for _, on in parts):
             raise ConfigError(
@@ -218,7 +234,7 @@ def _catalogue(root: nn.Module) -> dict[str, _Source]:
         for path, m in root.named_modules()
         if isinstance(getattr(m, "in_features", None), int) and hasattr(m, "weight")
     ]
-    pooled = {"pooled": _Source((linear[-1],), "input")} if linear else {}
+    pooled = {"pooled": _Source((linear[-1],), "undropped")} if linear else {}
     found = {**_of_transformer(root), **_of_stages(root), **pooled, **_of_own_names(root)}
     stages = _count(found, "feature_maps")
     if stages and linear and isinstance(root.get_submodule(linear[-1]), nn.Linear):
@@ -366,6 +382,11 @@ def _lacks(root: nn.Module, kind: str, available: dict[str, _Source]) -> str:
 
 def _is_compiled(network: nn.Module) -> bool:
     return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in network.modules())
+
+
+def _is_unchanged(put_out: Tensor, read: Tensor) -> bool:
+    """Return True if what a dropout put out was read, and no module between them (a ReLU) has worked on it in place."""
+    return put_out is read and (read.is_inference() or read._version == 0)
 
 
 def _first_tensor(value: Any) -> Tensor | None:

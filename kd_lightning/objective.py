@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ class Objective(nn.Module):
                 "give each term its weight"
             )
         for name, weight in weights.items():
-            if not callable(weight) and weight < 0:
-                raise ConfigError(f"objective.weights.{name} must not be negative, got {weight}")
+            if (least := min(_at(weight, step / 100) for step in range(101))) < 0:
+                raise ConfigError(f"objective.weights.{name} must not be negative, got {least:g}")
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
         self.balance = make_balance(balance, list(self.terms))
@@ -159,6 +159,15 @@ class Objective(nn.Module):
         factors = self.balance.factors()
         weights = self._weights(progress)
         return {name: weight * factors[name].detach() if factors else weight for name, weight in weights.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the networks, but stay as wide as before where a trainer (`bf16-true`) makes them narrower."""
+
+        def moved(x: Tensor) -> Tensor:
+            y = fn(x)
+            return y.to(x.dtype) if y.is_floating_point() and y.dtype.itemsize < x.dtype.itemsize else y
+
+        return super()._apply(moved, recurse)
 
     def _terms(self) -> list[Term]:
         return list(self.terms.values())  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from kd_lightning.checks import check_folder, validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
-from kd_lightning.models.answers import network_answers
+from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
     from kd_lightning.data.base import Role
     from kd_lightning.tasks import Task
+
+GUIDES = 1000
+"""Seeds of teachers and assistants begin so far above the students': alike in architecture, they start unlike."""
 
 
 class Pipeline:
@@ -94,7 +97,10 @@ class Pipeline:
         """Return the best validation score of the last stage, averaged over seeds: what a sweep maximises."""
         if self.stages == ["teacher"]:
             data = self.data.select(tokens="teacher")
-            said = network_answers(self.teacher.network, data.val_dataloader(), self.device)
+            if self.teacher.members:
+                said = answers(self.answering_teacher.to(self.device), data.val_dataloader(), self.device)
+            else:
+                said = network_answers(self.teacher.network, data.val_dataloader(), self.device)
             return self.task.evaluate(said)[self.task.main]
         records = [read_json(self._folder(seed, self.stages[-1]) / "stage.json") for seed in self.seeds]
         return sum(map(validation_score, records)) / len(records)
@@ -112,8 +118,7 @@ class Pipeline:
 
     def _tuned(self, number: int) -> TeacherNetwork:
         """Fine-tune a teacher; the first one's folder is `teacher`."""
-        settings, seed = self.cfg["teacher"], self.cfg["seed"] + number
-        name = f"teacher_{number}" if number else "teacher"
+        settings, seed, name = self.cfg["teacher"], self.cfg["seed"] + GUIDES + number, _teacher_name(number)
         torch.manual_seed(seed)
         data = self.data.select(tokens="teacher", pool=False)
         data = data.with_batches(batch_size=settings["batch_size"], seed=seed)
@@ -124,6 +129,9 @@ class Pipeline:
         )  # fmt: skip
         train(stage, self.console)
         return read_teacher(self.folder / name, self.data)
+
+    def _is_tuned(self, number: int) -> bool:
+        return (self.folder / _teacher_name(number) / "stage.json").is_file()
 
     def baseline(self, seed: int, name: str) -> None:
         """Train the student from labels alone, for as many steps as the distillation takes."""
@@ -142,7 +150,7 @@ class Pipeline:
             return self.teacher
         if number not in self._assistants:
             self.guide(number - 1)  # its training draws random numbers too
-            folder, seed = self.folder / f"assistant_{number}", self.cfg["seed"]
+            folder, seed = self.folder / f"assistant_{number}", self.cfg["seed"] + GUIDES * (number + 1)
             torch.manual_seed(seed)
             built = self.build_network(self.cfg["assistants"][number - 1], "student")
             self._distil(f"assistant {number}", folder, *built, seed, number - 1)
@@ -255,7 +263,7 @@ class Pipeline:
         return (
             "teacher" in self.stages
             or self.cfg["teacher"]["checkpoint"] is not None
-            or (self.cfg["teacher"]["ema"] is None and (self.folder / "teacher" / "stage.json").is_file())
+            or (self.cfg["teacher"]["ema"] is None and all(map(self._is_tuned, range(self.cfg["teacher"]["seeds"]))))
         )
 
     @property
@@ -271,7 +279,7 @@ class Pipeline:
     @cached_property
     def answering_teacher(self) -> Teacher:
         """The teacher as those it teaches meet it: running, or answering from one pass over all examples."""
-        if "distill" not in self.stages:
+        if "distill" not in self.stages and not self.teacher.members:
             return FrozenTeacher(self.teacher.network, self.cfg["teacher"]["precision"])
         return self._asked(0)
 
@@ -302,10 +310,14 @@ class Pipeline:
     @cached_property
     def answerings(self) -> list[Answering]:
         """How the teacher and each assistant are asked; what the losses need of them is settled by the rehearsal."""
-        own = {**self.cfg["teacher"], "checkpoint": None, "seeds": 1, "features": []}
+        settings = self.cfg["teacher"]
+        cache = {"require": "auto"}.get(
+            settings["cache"], settings["cache"]
+        )  # an assistant's cannot be there before it
+        own = {**settings, "checkpoint": None, "seeds": 1, "features": [], "cache": cache}
         return [
             Answering(
-                own if number else self.cfg["teacher"], self.data_of(number).select(tokens="teacher", pool=True),
+                own if number else settings, self.data_of(number).select(tokens="teacher", pool=True),
                 self.device, self.console,
             )
             for number in range(len(self.cfg["assistants"]) + 1)
@@ -391,3 +403,7 @@ def _prepared(settings: dict[str, Any]) -> ClassificationData:
     data: ClassificationData = build(settings)
     data.prepare()
     return data
+
+
+def _teacher_name(number: int) -> str:
+    return f"teacher_{number}" if number else "teacher"

@@ -13,7 +13,7 @@ from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import evaluating
 from kd_lightning.models.cohort import joined
 from kd_lightning.objective import Objective
-from kd_lightning.teachers import Teacher
+from kd_lightning.teachers import EnsembleNetwork, Teacher
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def rehearse(pipeline: Pipeline) -> None:
     cfg, given = pipeline.cfg, {}
     trained = cfg["teacher"]["checkpoint"] is not None
     if pipeline.has_teacher:
-        fresh = None if trained else pipeline.build_network(cfg["teacher"]["network"], "teacher")[0]
-        given["teacher"] = pipeline.teacher.network if fresh is None else fresh
+        given["teacher"] = pipeline.teacher.network if trained else _untrained(pipeline)
     elif needs_teacher(cfg):
         raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
     if pipeline.stages == ["teacher"]:
@@ -54,6 +53,13 @@ def rehearse(pipeline: Pipeline) -> None:
         try_out(objective, network, teacher, next(iter(data.val_dataloader())), data.num_examples)
 
 
+def _untrained(pipeline: Pipeline) -> nn.Module:
+    """Return a network as the teacher's will be; one member stands for all of an ensemble."""
+    settings = pipeline.cfg["teacher"]
+    network, _ = pipeline.build_network(settings["network"], "teacher")
+    return network if settings["seeds"] == 1 else EnsembleNetwork([network] * settings["seeds"])
+
+
 def needs_teacher(cfg: dict[str, Any]) -> bool:
     """Return whether there is nothing to train without a trained teacher."""
     if cfg["assistants"] or any(takes_from_teacher(node) for node in (cfg["student"], *cfg["peers"])):
@@ -74,6 +80,8 @@ def check_scheme(objective: Objective, cfg: dict[str, Any]) -> None:
         ConfigError: Names the key to change.
     """
     needs = objective.needs_student
+    if cfg["teacher"]["ema"] is not None and not objective.uses_teacher:
+        raise ConfigError("teacher.ema makes a teacher, and distillation reads none: set teacher.ema=null")
     if "peers" in needs and not cfg["peers"]:
         raise ConfigError(
             "distillation: students that learn from each other need peers beside the student: peers='[${student}]' "

@@ -27,8 +27,9 @@ from kd_lightning.models.answers import answers
 from kd_lightning.models.rebuild import describe
 from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
 from kd_lightning.shared import shared, stamps
+from kd_lightning.tasks import Regression
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher, fit_weights
-from kd_lightning.teachers.ensemble import EnsembleNetwork
+from kd_lightning.teachers.ensemble import EnsembleNetwork, check_scores
 from kd_lightning.training import say
 from kd_lightning.types import Batch
 
@@ -177,6 +178,8 @@ class Answering:
             if teacher is not None and self.settings["cache"] == "require":
                 for member in teacher.members or [teacher]:
                     self.cache(member)
+        if self.members > 1 and isinstance(self.data.task, Regression):
+            check_scores(self.settings["weights"], self.settings["combine"])
         precision, features = self.settings["precision"], self.features
         if self.members > 1 and features:
             raise ConfigError(

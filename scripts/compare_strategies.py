@@ -28,12 +28,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "strategies"
 SEEDS = (0, 1, 2)
-STUDENT = [
-    "model@student=transformer",
-    "student.hidden_size=144",
-    "student.num_heads=12",
-    "student.intermediate_size=576",
-]
+SIZES = {"hidden_size": 144, "num_layers": 2, "num_heads": 12, "intermediate_size": 576}
+STUDENT = ["model@student=transformer", *(f"student.{name}={size}" for name, size in SIZES.items())]
+BACKBONE = ["_target_: kd_lightning.models.transformer.transformer", "_partial_: true"]
+BACKBONE += [f"{name}: {size}" for name, size in SIZES.items()]
+SPECIAL = {
+    "deep_mutual": [*STUDENT, "peers=['${student}']"],
+    "simkd": ["model@student=simkd", f"student.backbone={{{', '.join(BACKBONE)}}}"],
+}
+"""What a strategy's student has besides."""
 BUDGET = [
     "trainer.max_steps=500",
     "data.batch_size=32",
@@ -42,19 +45,14 @@ BUDGET = [
     "temperature=2",
     "alpha=0.9",
 ]
-ELSEWHERE = {
-    "deep_mutual": "its student has peers: experiment=deep_mutual",
-    "simkd": "its student has the teacher's classifier: model@student=simkd",
-}
-"""Strategies that do not train this student as it is, and why."""
 
 
 def overrides(strategy: str, teacher: str, features: list[str]) -> list[str]:
     """Return the configuration of one strategy's runs but for the seed."""
     kept = ",".join(f'"{name}"' for name in features)
     return [
-        "experiment=quickstart", "data.views=0", "data.transfer=[]", *STUDENT, *BUDGET, f"distillation={strategy}",
-        f"teacher.checkpoint={teacher}", f"teacher.features=[{kept}]", "teacher.cache_dtype=float16", "logger={}",
+        "experiment=quickstart", "data.views=0", "data.transfer=[]", *SPECIAL.get(strategy, STUDENT), *BUDGET,
+        f"distillation={strategy}", f"teacher.checkpoint={teacher}", f"teacher.features=[{kept}]", "teacher.cache_dtype=float16", "logger={}",
         "stages=[distill]",
     ]  # fmt: skip
 
@@ -130,7 +128,7 @@ def main() -> None:
     from kd_lightning.measure import environment
     from kd_lightning.strategies import strategies
 
-    known = [s.name for s in strategies(conf_dir() / "distillation") if "text" in s.models and s.name not in ELSEWHERE]
+    known = [s.name for s in strategies(conf_dir() / "distillation") if "text" in s.models]
     if unknown := set(given.strategies) - set(known):
         sys.exit(
             f"compare_strategies: no text strategy is called {', '.join(sorted(unknown))}; there are {', '.join(known)}"
@@ -165,7 +163,7 @@ def main() -> None:
     content = {
         "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS), "teacher": _teacher_scores(any_run),
         "command": " ".join(["python", *sys.argv]), "minutes": _minutes() + (time.monotonic() - started) / 60,
-        "environment": environment(), "strategies": found, "elsewhere": ELSEWHERE,
+        "environment": environment(), "strategies": found,
     }  # fmt: skip
     if given.strategies:
         print(json.dumps(found, indent=1))  # a part is no comparison of all: it is not recorded

@@ -618,3 +618,22 @@ def test_mistakes_are_refused(composed: Callable[..., DictConfig], overrides: li
 
     with pytest.raises(ConfigError, match=says):
         validate(composed(*overrides))
+
+
+def test_shares_of_terms_that_cancel_are_shares() -> None:
+    shares = loss_shares({"a": torch.tensor(1.0), "b": torch.tensor(-1.0)}, {"a": 1.0, "b": 1.0})
+    assert [float(share) for share in shares.values()] == [0.5, 0.5]
+    nothing = loss_shares({"a": torch.tensor(0.0), "b": torch.tensor(0.0)}, {"a": 1.0, "b": 1.0})
+    assert [float(share) for share in nothing.values()] == [0.0, 0.0]
+
+
+def test_uncertainty_of_a_negative_term_stops_at_its_bound() -> None:
+    policy = make_balance("uncertainty", ["vid", "ce"])
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+    for _ in range(500):
+        optimizer.zero_grad()
+        policy({"vid": torch.tensor(-1.0), "ce": torch.tensor(0.5)}, {"vid": 1.0, "ce": 1.0}).backward()
+        optimizer.step()
+    factors = policy.factors()
+    assert factors["vid"].item() == pytest.approx(1e4)
+    assert factors["ce"].item() == pytest.approx(1.0, rel=1e-2)  # 1 / (2 L)

@@ -107,6 +107,45 @@ def test_compiled(kind: str, order: str) -> None:
     compiled(kind, order, "eager")
 
 
+def compiled_in_training(kind: str, order: str, backend: str) -> None:
+    """What is compiled draws other random numbers, so only the classifier's dropout is left on."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    build, batch, _ = networks()[kind]
+    torch.manual_seed(0)
+    network = build().train()
+    dropouts = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.p = 0.0
+    expected = step(FeatureTap(copy.deepcopy(network), ["pooled"]), batch)
+    dropouts[-1].p = 0.5
+    if order == "compiled, tapped":
+        network.compile(dynamic=True, backend=backend)
+    tap = FeatureTap(network, ["pooled"])
+    if order == "tapped, compiled":
+        network.compile(dynamic=True, backend=backend)
+    for _ in range(3):
+        found = step(tap, batch)
+        torch.testing.assert_close(found[0].features["pooled"], expected[0].features["pooled"])
+        assert not torch.allclose(found[0].logits, expected[0].logits)
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(found[1][name], gradient, msg=name)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["total"] == frames["ok"] == 1
+
+
+@pytest.mark.parametrize("order", ["compiled, tapped", "tapped, compiled"])
+@pytest.mark.parametrize("kind", ["bert", "cnn"])
+def test_compiled_in_training_pooled_is_before_dropout(kind: str, order: str) -> None:
+    compiled_in_training(kind, order, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "cnn"])
+def test_compiled_to_machine_code_in_training_pooled_is_before_dropout(kind: str) -> None:
+    compiled_in_training(kind, "compiled, tapped", "inductor")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", networks())
 def test_compiled_to_machine_code(kind: str) -> None:

@@ -98,3 +98,14 @@ def test_refuses_names_that_do_not_pair_up(weights: dict[str, float]) -> None:
 def test_refuses_a_negative_weight() -> None:
     with pytest.raises(ConfigError, match=r"objective\.weights\.ce must not be negative, got -0\.1"):
         Objective({"ce": CrossEntropyLoss()}, {"ce": -0.1})
+
+
+def test_a_schedule_that_turns_negative_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"weights\.ce must not be negative, got -5"):
+        Objective({"ce": CrossEntropyLoss()}, {"ce": Linear(start=0.0, end=-5.0)})
+
+
+def test_its_own_parameters_stay_wide_where_a_trainer_makes_the_networks_narrow() -> None:
+    objective = Objective({"ce": CrossEntropyLoss()}, {"ce": 1.0}, "uncertainty")
+    assert {p.dtype for p in objective.to(torch.bfloat16).parameters()} == {torch.float32}
+    assert {p.dtype for p in objective.to(torch.float64).parameters()} == {torch.float64}

@@ -28,6 +28,22 @@ def test_tables_are_what_the_results_say() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_page_of_strategies_is_what_the_files_say() -> None:
+    result = subprocess.run(
+        [sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_names_every_choice_and_scheme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for group in ("model", "data"):
+        names = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+        assert not [name for name in names if f"`{name}`" not in text]
+    experiments = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
+    assert not [name for name in experiments if f"experiment={name}" not in text and f"`{name}`" not in text]
+
+
 def run(line: str, folder: Path) -> str:
     environment = {**os.environ, "KD_LIGHTNING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

@@ -325,6 +325,8 @@ def test_where_every_weight_is_zero_the_loss_is_a_zero_with_a_graph() -> None:
         ),
         (["assistants=['${student}']", "teacher.cache=./answers"], "assistants: a path in teacher.cache keeps one"),
         (["+assistant=[]"], "assistant: there is no such key; did you mean 'assistants'"),
+        (["teacher.device=cudaa"], "teacher.device='cudaa' is no device"),
+        (["distillation=mgd_pooled", "distillation.terms.mgd.ratio=2"], "terms.mgd: "),
         (["teacher.ema=1.0"], "teacher.ema=1 must be at least 0 and below 1"),
         (["teacher.ema=yes"], "teacher.ema="),
         (["teacher.ema=0.9"], "leave out what asks for another one (stages"),
@@ -348,12 +350,20 @@ SHRUNK: dict[str, list[str]] = {
     "mean_teacher": [],
     "deep_mutual": [],
     "byot": ["model@student=transformer", *(f"student.{size}" for size in TINY_TRANSFORMER), "student.num_layers=3"],
+    "ensemble": ["~teacher.network.frozen_layers", "teacher.seeds=2"],
     "annealing_kd": ["~teacher.network.frozen_layers"],
     "tinybert": [
         "~teacher.network.frozen_layers", "model@teacher.network=transformer", "model@student=from_teacher",
         "student.layers=2", "teacher.network.num_layers=4", *(f"teacher.network.{size}" for size in TINY_TRANSFORMER),
     ],
 }  # fmt: skip
+
+
+NO_SCHEMES = {"quickstart", "reviews", "fashion_mnist", "multi_task"}  # tasks: tests/test_multitask.py
+
+
+def test_no_scheme_is_left_out() -> None:
+    assert {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")} == {*SHRUNK, *NO_SCHEMES}
 
 
 @pytest.mark.parametrize("experiment", SHRUNK)
@@ -375,3 +385,44 @@ def test_every_scheme_has_an_experiment_that_runs(
     report = compare(pipeline, "kd-train ...")
     assert {"baseline", "distilled"} <= set(report["models"])
     assert record(tmp_path / "run/seed_0/distill")["steps"] == 6
+
+
+def test_a_mean_teacher_that_nobody_asks_is_refused(composed: Composed, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.ema makes a teacher, and distillation reads none"):
+        run(composed(*overrides, "teacher.ema=0.9", "stages=[distill]", "distillation=labels_only"))
+
+
+def test_generations_of_one_network_start_unlike(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
+    """Stopped before their first step, they are what they began with."""
+    alike = [o for o in overrides if not o.startswith(("model@teacher.network", "teacher.network"))]
+    chosen = ["model@teacher.network=lstm_student", "teacher.network.embedding_size=8", "teacher.network.hidden_size=8"]
+    frozen = ["optimizer.lr=0.0", "teacher.optimizer.lr=0.0", "trainer.max_steps=1", "teacher.trainer.max_steps=1"]
+    run(composed(*alike, *chosen, *frozen, "assistants=['${student}']", "stages=[teacher,distill]"))
+    files = [tmp_path / "run" / name / "model.safetensors" for name in ("teacher", "assistant_1", "seed_0/distill")]
+    first, second, third = (load_file(path)["classifier.weight"] for path in files)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert not torch.equal(first, third)
+
+
+def test_each_process_has_an_average_of_its_own() -> None:
+    student = nn.Linear(2, 2)
+    teacher = EMATeacher(student)
+    teacher.network.share_memory()  # as ddp_spawn hands it over
+    module = DistillationModule(
+        student, teacher, Objective({"kd": SoftTargetLoss()}, {"kd": 1.0}), torch.optim.SGD, num_classes=2
+    )
+    MeanTeacher().on_train_start(type("Trainer", (), {"global_step": 0})(), module)  # type: ignore[arg-type]
+    assert not any(parameter.is_shared() for parameter in teacher.network.parameters())
+    assert torch.equal(teacher.network.weight, student.weight)  # type: ignore[arg-type]
+
+
+def test_assistants_answer_for_themselves_where_the_teachers_answers_are_required(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    run(composed(*overrides, "stages=[teacher]"))
+    own = [o for o in overrides if not o.startswith("run_dir")]
+    taught = [*own, f"teacher.checkpoint={tmp_path / 'run'}", "stages=[distill]", "assistants=['${student}']"]
+    Pipeline(composed(*taught, f"run_dir={tmp_path / 'x'}"), Console(file=StringIO())).build_caches()
+    run(composed(*taught, "teacher.cache=require", f"run_dir={tmp_path / 'second'}"))
+    assert (tmp_path / "second" / "assistant_1" / "stage.json").is_file()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.config import build, conf_dir
+from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.simkd import simkd
@@ -95,6 +96,27 @@ class Gradients(L.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
+def gradient(value: Tensor, student: nn.Module) -> float:
+    """The length of a value's gradient on the student."""
+    parameters = [x for x in student.parameters() if x.requires_grad]
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(float(x.square().sum()) for x in found if x is not None))
+
+
+def shares(module: DistillationModule, batch: Batch) -> dict[str, float]:
+    """The length of each term's gradient on the student, times its largest weight, over that of cross-entropy."""
+    student = module.train()._ask(batch)
+    teacher = module._expected(batch, student)
+    labels = gradient(cross_entropy(student.logits, batch["labels"]), module.student)
+    found = {}
+    for name, term in module.objective.terms.items():
+        weight = module.objective.weights[name]
+        largest = max(weight(progress) for progress in (0.0, 0.5, 1.0)) if callable(weight) else weight
+        term.progress = 0.0
+        found[name] = largest * gradient(term(student, teacher, batch), module.student) / labels
+    return found
+
+
 def test_there_are_strategies_for_both_kinds() -> None:
     assert len(STRATEGIES) > 40
     assert {kind for strategy in STRATEGIES.values() for kind in strategy.models} == {"text", "vision"}
@@ -110,6 +132,7 @@ def test_every_file_says_what_it_is(strategy: Strategy) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_two_steps(name: str, kind: str, composed: Callable[..., DictConfig]) -> None:
+    strategy_name = name
     torch.manual_seed(0)
     make_teacher, make_student, _ = NETWORKS[kind]
     teacher_network, student = make_teacher().eval(), make_student()
@@ -141,4 +164,6 @@ def test_two_steps(name: str, kind: str, composed: Callable[..., DictConfig]) ->
     assert any(not torch.equal(value, start[name]) for name, value in student.state_dict().items())
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(value, before[name]), f"the teacher's {name} changed"
+    for term, share in shares(module, data.batches[0]).items():
+        print("SHARE", f"{share:.2e}", strategy_name, kind, term)
     assert not [name for name in module.state_dict() if name.startswith("_outside") or "teacher" in name]

@@ -25,6 +25,7 @@ from kd_lightning.models.answers import answers
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.runs import load_run
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, fit_weights
+from kd_lightning.teachers.ensemble import check_scores
 from kd_lightning.types import Batch, ModelOutput
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -395,3 +396,45 @@ def test_teachers_of_several_seeds_are_trained_and_teach_together(
     assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
     with pytest.raises(ConfigError, match=r"teacher\.seeds=2 are to be trained, and teacher\.checkpoint"):
         Pipeline(composed(*base, "teacher.seeds=2", f"teacher.checkpoint={tmp_path / 'run'}"))
+
+
+def test_an_ensemble_is_scored_and_reported_as_it_answers(
+    composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+) -> None:
+    """Also without a distillation, and where its members' tokenizers differ."""
+    for number, name in enumerate(("first", "second")):
+        base = [o for o in tiny_overrides(toy_csv, tmp_path / name) if not o.startswith("data.tokenizer")]
+        size = 400 if number == 0 else 150
+        Pipeline(
+            composed(*base, f"data.tokenizer=wordpiece:{size}", "stages=[teacher]"), Console(file=StringIO())
+        ).run()
+    base = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith("data.tokenizer")]
+    members = f"teacher.checkpoint=[{tmp_path / 'first'},{tmp_path / 'second'}]"
+    pipeline = Pipeline(
+        composed(*base, members, "teacher.weights=[0,1]", "stages=[baseline]"), Console(file=StringIO())
+    )
+    pipeline.run()
+    report = compare(pipeline, "")
+    alone = Pipeline(composed(*[o for o in base if not o.startswith("run_dir")], f"run_dir={tmp_path / 'alone'}",
+        f"teacher.checkpoint={tmp_path / 'second'}", "stages=[baseline]"), Console(file=StringIO()))  # fmt: skip
+    alone.run()
+    expected = compare(alone, "")["models"]["teacher"]["test"]["accuracy"]["mean"]
+    assert report["models"]["teacher"]["test"]["accuracy"]["mean"] == pytest.approx(expected)
+
+
+def test_what_an_ensemble_cannot_do_is_refused_before_any_training(
+    composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+) -> None:
+    base = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith(("model@student", "student"))]
+    initialised = [*base, "teacher.seeds=2", "model@student=bilstm_from_teacher", "student.embedding_size=8"]
+    with pytest.raises(ConfigError, match="word embeddings"):
+        Pipeline(composed(*initialised), Console(file=StringIO())).run()
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_scores_have_no_probabilities_to_average() -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.combine=probabilities: teachers that give scores"):
+        check_scores(None, "probabilities")
+    with pytest.raises(ConfigError, match=r"teacher\.weights=learned needs probabilities"):
+        check_scores("learned", "logits")
+    check_scores([1.0, 2.0], "logits")

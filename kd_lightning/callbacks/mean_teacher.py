@@ -23,8 +23,15 @@ class MeanTeacher(L.Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from the step the training goes on from."""
+        """Count from the step the training goes on from; give this process an average of its own.
+
+        `ddp_spawn` hands over tensors in shared memory. Lightning makes copies of the module's, and the teacher is not
+        among them: all processes would move one average.
+        """
         self._steps = trainer.global_step
+        network = _teacher(pl_module).network
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.clone()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

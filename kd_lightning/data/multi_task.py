@@ -235,7 +235,7 @@ def draws(sizes: Sequence[int], temperature: float) -> list[int]:
     """Share out `sum(sizes)` draws in proportion to `size ** (1 / temperature)`, to whole numbers of at least 1.
 
     >>> draws([800, 100, 100], 1.0), draws([800, 100, 100], 1e9), draws([810, 90], 2.0)
-    ([800, 100, 100], [334, 333, 333], [675, 225])
+    ([800, 100, 100], [333, 334, 333], [675, 225])
     """
     powers = np.asarray(sizes, float) / max(sizes)
     shares = powers ** (1 / temperature)

@@ -27,8 +27,10 @@ def adaptive_kl(
 
     for each example. H, the head, is the fewest classes, by the teacher's probability, that together have at least
     `head_mass`. (Published code leaves the class that reaches `head_mass` in the tail; this follows the paper.) With
-    two classes both gaps are the same, and it is the mean of the two divergences. The weight w gets no gradient, nor do
-    the teacher's logits. The paper takes T = 1; T^2 is as in `soft_target`. Labels are not read.
+    two classes both gaps are the same, and it is the mean of the two divergences, as long as `head_mass` is at most
+    the teacher's larger probability; beyond that both classes are the head, and only the forward KL is left. The
+    weight w gets no gradient, nor do the teacher's logits. The paper takes T = 1; T^2 is as in `soft_target`. Labels
+    are not read.
 
     Args:
         student_logits: `(B, C)` or `(B, L, V)`, finite.

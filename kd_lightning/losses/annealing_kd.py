@@ -70,12 +70,12 @@ class AnnealingKDLoss(Term):
 
     Args:
         max_temperature: T_max >= 1, a whole number: how many sizes the teacher's logits take.
-        until: Share of the training that the phase takes, in (0, 1].
+        until: Share of the training that the phase takes, inside (0, 1), as a boundary of `schedules.Step`.
         causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side; see `compared_logits`.
 
     Raises:
-        ValueError: A T_max below 1 or a share outside (0, 1].
+        ValueError: A T_max below 1 or a share not inside (0, 1).
     """
 
     def __init__(
@@ -84,8 +84,10 @@ class AnnealingKDLoss(Term):
         super().__init__()
         if max_temperature < 1 or max_temperature != int(max_temperature):
             raise ValueError(f"max_temperature={max_temperature} must be a whole number of at least 1")
-        if not 0.0 < until <= 1.0:
-            raise ValueError(f"until={until} is a share of the training in (0, 1]")
+        if not 0.0 < until < 1.0:
+            raise ValueError(
+                f"until={until} must be a share of the training inside (0, 1), since labels alone teach after it"
+            )
         self.max_temperature, self.until, self.causal, self.classes = int(max_temperature), until, causal, classes
 
     @property

@@ -93,9 +93,11 @@ class CRDLoss(Term):
     training step after the loss. They are buffers, so a checkpoint has them, and a resumed run equals an uninterrupted
     one. The normalisation constants Z are estimated once, in `connect`, from random banks.
 
-    * Negatives are drawn uniformly, with replacement, from the examples of other classes; an example whose label has
-      not been seen yet counts as one. For an example without a label they are drawn from all other examples. The same
-      ones serve both sides. Draws come from torch's global generator.
+    * Negatives are drawn uniformly, with replacement, from the examples of other classes that the banks have taken in
+      (one without a label counts as one); for an example without a label, from all others that they have. Examples
+      that are never trained on, such as those of validation, are thus no negatives: their rows stay random. Only while
+      an example has fewer than `FEW` negatives, rows not taken in are drawn as well. The same ones serve both sides.
+      Draws come from torch's global generator.
     * An example without a stable index (-1, of a view that is made anew) is an anchor like others, and leaves nothing
       in the banks.
     * Where an index comes twice in a batch, the bank takes in the mean of both embeddings.
@@ -116,8 +118,12 @@ class CRDLoss(Term):
         ValueError: Sizes or values out of range, or, at the first batch, one without `index`.
     """
 
+    FEW = 8
+    """With fewer negatives than this an example meets rows of the banks that are still random, too."""
+
     bank_s: Tensor
     bank_t: Tensor
+    seen: Tensor
     classes: Tensor
     offsets: Tensor
     embed_s: nn.Module
@@ -158,6 +164,7 @@ class CRDLoss(Term):
         for name in ("bank_s", "bank_t"):
             bank = F.normalize(torch.randn(examples, self.embedding_size), dim=1)
             self.register_buffer(name, bank.to(device))
+        self.register_buffer("seen", torch.zeros(examples, dtype=torch.bool, device=device))
         self.register_buffer("classes", torch.full((examples,), IGNORE, device=device))
         embedded = [
             F.normalize(embed.to(device)(self._vectors(x, None)), dim=1)
@@ -180,12 +187,11 @@ class CRDLoss(Term):
         embedded_s = F.normalize(self.embed_s(of_student), dim=1)
         embedded_t = F.normalize(self.embed_t(of_teacher), dim=1)
         index, labels = batch["index"], self._labels(batch)
-        if self.training:
-            self._learn_classes(_everyones(index), _everyones(labels))
         drawn = self._draw(index, labels)
         value = crd(embedded_s, embedded_t, self.bank_s[drawn], self.bank_t[drawn], self.offsets, self.temperature)
         if self.training:
             index = _everyones(index)
+            self._note(index, _everyones(labels))
             self._take_in(self.bank_s, index, _everyones(embedded_s.detach()))
             self._take_in(self.bank_t, index, _everyones(embedded_t.detach()))
         return value
@@ -203,29 +209,33 @@ class CRDLoss(Term):
         return labels
 
     @torch.no_grad()
-    def _learn_classes(self, index: Tensor, labels: Tensor) -> None:
+    def _note(self, index: Tensor, labels: Tensor) -> None:
         known = index >= 0
+        self.seen[index[known]] = True
         self.classes[index[known]] = labels[known]
 
     @torch.no_grad()
     def _draw(self, index: Tensor, labels: Tensor) -> Tensor:
         """Return `(B, K)` positions in the banks.
 
-        With the examples sorted by class, those an anchor must not meet are one run of them: its class, or itself. A
-        number is drawn below the count of the others and, from the run on, moved behind it.
+        With the examples taken in sorted by class, and the rest behind them, those to draw from are the first so many,
+        or all, and those an anchor must not meet are one run: its class, or itself. A number is drawn below the count
+        of the others and, from the run on, moved behind it.
         """
-        count = len(self.classes)
-        classes, order = self.classes.sort(stable=True)
+        count, known = len(self.seen), self.seen.sum()
+        classes, order = torch.where(self.seen, self.classes, torch.iinfo(torch.int64).max).sort(stable=True)
         start = torch.searchsorted(classes, labels)
         end = torch.searchsorted(classes, labels, right=True)
         place = order.argsort()[index.clamp(min=0)]
         alone = (labels == IGNORE) | (end - start == count)  # no label, or no other class
         start = torch.where(alone, place, start)
         end = torch.where(alone, place + (index >= 0), end)
-        others = (count - (end - start)).unsqueeze(1)
+        pool = torch.where(known - (end - start) < self.FEW, count, known)
+        start, end = start.minimum(pool).unsqueeze(1), end.minimum(pool).unsqueeze(1)
+        others = pool.unsqueeze(1) - (end - start)
         uniform = torch.rand(len(index), self.negatives, dtype=torch.float64, device=index.device)
         drawn = (uniform * others).long()  # float64: in float32 a product may round up to the count itself
-        return order[drawn + torch.where(drawn >= start.unsqueeze(1), (end - start).unsqueeze(1), 0)]
+        return order[drawn + torch.where(drawn >= start, end - start, 0)]
 
     @torch.no_grad()
     def _take_in(self, bank: Tensor, index: Tensor, embedded: Tensor) -> None:

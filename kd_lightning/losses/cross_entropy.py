@@ -6,13 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import check_labels
-from kd_lightning.losses.term import Reduction, Term, in_float32, reduce
+from kd_lightning.losses.term import Reduction, Term, check_mask, in_float32, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
 @in_float32
 def cross_entropy(
-    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, reduction: Reduction = "mean"
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Cross-entropy of labels under softmax(logits), in nats, over the examples that have a label.
 
@@ -24,10 +28,12 @@ def cross_entropy(
         logits: `(B, C)` or `(B, L, V)`.
         labels: `(B,)` or `(B, L)` int64; -100 counts neither in the sum nor in the mean.
         label_smoothing: epsilon in [0, 1) (Szegedy et al. 2015, arXiv 1512.00567).
-        reduction: `mean` over labelled examples, `sum`, or `none`.
+        mask: As the labels, bool, True = counts (if it has a label).
+        reduction: `mean` over what counts, `sum`, or `none`.
 
     Raises:
-        ValueError: Labels whose shape is not the logits' without the last axis, or epsilon out of range.
+        ValueError: Labels whose shape is not the logits' without the last axis, a mask whose shape is not the labels',
+            or epsilon out of range.
 
     Example:
         >>> import torch
@@ -35,6 +41,7 @@ def cross_entropy(
         1.3862943649291992
     """
     check_labels(labels, logits)
+    check_mask(mask, labels.shape)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     values = F.cross_entropy(
@@ -44,7 +51,8 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         reduction="none",
     ).view(labels.shape)
-    return reduce(values, labels != IGNORE, reduction)
+    counts = labels != IGNORE
+    return reduce(values, counts if mask is None else counts & mask, reduction)
 
 
 class CrossEntropyLoss(Term):

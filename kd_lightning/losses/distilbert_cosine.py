@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.losses.layers import LayerwiseTerm
 from kd_lightning.losses.projectors import Projection
+from kd_lightning.losses.relations import unit
 from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
 
 
@@ -18,7 +18,8 @@ def distilbert_cosine(
 
     .. math:: 1 - \frac{h_s \cdot h_t}{\|h_s\| \|h_t\|}
 
-    averaged over the positions that count; in [0, 2]. It ignores the states' lengths.
+    averaged over the positions that count; in [0, 2]. It ignores the states' lengths; one of length 0
+    has the cosine 0 and gets no gradient.
 
     Args:
         student_hidden: `(B, L, D)`.
@@ -36,7 +37,8 @@ def distilbert_cosine(
     """
     check_same_shape(student_hidden, teacher_hidden, "hidden states")
     check_mask(mask, student_hidden.shape[:-1])
-    return reduce(1.0 - F.cosine_similarity(student_hidden, teacher_hidden.detach(), dim=-1), mask, reduction)
+    cosine = (unit(student_hidden) * unit(teacher_hidden.detach())).sum(-1)
+    return reduce(1.0 - cosine, mask, reduction)
 
 
 class DistilBERTCosineLoss(LayerwiseTerm):

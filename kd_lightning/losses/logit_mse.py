@@ -25,8 +25,9 @@ def logit_mse(
 
     .. math:: \frac{1}{C} \sum_c (z_{s,c} - z_{t,c})^2
 
-    averaged over the examples (or positions) that count. It is what soft targets become as the temperature grows, for
-    logits of equal mean (Hinton et al. 2015, arXiv 1503.02531, section 2.1); unlike them it also matches the mean.
+    averaged over the examples (or positions) that count. As the temperature grows, soft targets (T^2 times
+    the KL) become half of it, for logits of equal mean (Hinton et al. 2015, arXiv 1503.02531, section 2.1); unlike them
+    it also matches the mean.
 
     Args:
         student_logits: `(B, C)` or `(B, L, V)`.

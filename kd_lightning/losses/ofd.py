@@ -86,10 +86,10 @@ def response_margin(feature: Tensor) -> Tensor:
 class OFDLoss(Term):
     """Overhauled feature distillation of pairs of features, summed; see `ofd` for the formula.
 
-    The teacher's features must be read before a ReLU: the names of its BatchNorms, or of stages that put out sums.
+    The teacher's features must be read before a ReLU: `preactivations[i]` of `CNN` and `ResNet`. The name of a
+    BatchNorm is one only where the ReLU that follows does not work in place, which would overwrite its output.
     Each student feature is projected by a 1 x 1 convolution and a BatchNorm, which may put out negative values even
-    where its own feature comes after a ReLU. After a ReLU the teacher has no negative responses; the margins are then
-    zero, and only what the teacher activates is matched.
+    where its own feature comes after a ReLU.
 
     Args:
         student_features: Names of the student's maps; see `kd_lightning.features`.
@@ -98,7 +98,7 @@ class OFDLoss(Term):
             mean negative responses in the batch that `connect` is shown, which is what the paper estimates.
 
     Raises:
-        ValueError: Not as many of one as of the other.
+        ValueError: Not as many of one as of the other; or, in `connect`, a teacher's feature without a negative entry.
     """
 
     def __init__(
@@ -116,9 +116,18 @@ class OFDLoss(Term):
         self.projectors = nn.ModuleList()
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
-        """Build the projectors and settle the margins."""
+        """Build the projectors and settle the margins.
+
+        Raises:
+            ValueError: A teacher's feature that has no negative entry: it was read after a ReLU.
+        """
         for i, (name_s, name_t) in enumerate(zip(self.needs_student, self.needs_teacher, strict=True)):
             of_student, of_teacher = student.features[name_s], teacher.features[name_t]
+            if not (of_teacher < 0).any():
+                raise ValueError(
+                    f"the teacher's {name_t} has no negative entry, as after a ReLU (in place, it overwrites what it "
+                    "reads): give maps from before the ReLU; of CNN and ResNet they are preactivations[i]"
+                )
             self.projectors.append(projector("conv1x1", of_student, of_teacher, name_s))
             margin = response_margin(of_teacher) if self.margins is None else self.margins[i].to(of_teacher.device)
             self.register_buffer(f"margin_{i}", margin)

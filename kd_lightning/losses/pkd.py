@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.losses.layers import LayerMap, LayerwiseTerm, layer_pairs
 from kd_lightning.losses.projectors import Projection
+from kd_lightning.losses.relations import unit
 from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.types import Batch, ModelOutput
 
 
 @in_float32
@@ -18,8 +19,9 @@ def pkd(
 
     .. math:: \left\| \frac{h_s}{\|h_s\|_2} - \frac{h_t}{\|h_t\|_2} \right\|_2^2 = 2 (1 - \cos(h_s, h_t))
 
-    averaged over examples; in [0, 4]. It ignores the states' lengths. The norm is summed over D, as in the paper;
-    code that averages over D has values, and needs weights, D times as small and as large.
+    averaged over examples; in [0, 4]. It ignores the states' lengths; one of length 0 gets no gradient. The norm is
+    summed over D, as in the paper; code that averages over D has values, and needs weights, D times as small and as
+    large.
 
     Args:
         student_states: One layer's [CLS] states, `(B, D)`.
@@ -37,7 +39,7 @@ def pkd(
     """
     check_same_shape(student_states, teacher_states, "states")
     check_mask(mask, student_states.shape[:-1])
-    gap = F.normalize(student_states, dim=-1) - F.normalize(teacher_states.detach(), dim=-1)
+    gap = unit(student_states) - unit(teacher_states.detach())
     return reduce(gap.square().sum(-1), mask, reduction)
 
 
@@ -54,7 +56,7 @@ class PKDLoss(LayerwiseTerm):
         projector: As for `LayerwiseTerm`; `none` is the paper's.
 
     Raises:
-        ValueError: At planning, where leaving out the last layers leaves no pair.
+        ValueError: At planning, where leaving out the last layers leaves no pair; or a batch padded on the left.
     """
 
     def __init__(self, layers: LayerMap = "uniform", projector: Projection | nn.Module = "none") -> None:
@@ -71,6 +73,16 @@ class PKDLoss(LayerwiseTerm):
                 f"{teacher}, so that no pair is left; give the pairs"
             )
         return pairs
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over the pairs of layers."""
+        mask = batch.get("attention_mask")
+        if mask is not None and not mask[:, 0].all():
+            raise ValueError(
+                "PKDLoss compares the first position, which is padding where attention_mask[:, 0] is 0: "
+                "pad on the right"
+            )
+        return super().forward(student, teacher, batch)
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         """Return the squared distance of the normalised first states."""

@@ -295,7 +295,7 @@ def _share_warnings(report: Mapping[str, Any]) -> list[str]:
         if share < 0.01:
             task, _, own = term.rpartition("/")
             weight = f"tasks.{task}.weight" if task else f"distillation.weights.{term}"
-            mend = {"ce": "lower alpha", "kd": "raise alpha"}.get(own, f"raise {weight}")
+            mend = f"raise {weight}" + (", which alpha sets in most strategies," if own in ("ce", "kd") else "")
             most = max(shares, key=lambda name: shares[name])
             warnings.append(
                 f"{term} is {100 * share:.2g}% of the gradient ({most} is {100 * shares[most]:.3g}%): the student "

@@ -153,6 +153,18 @@ def _combined(answers: list[Tensor], shares: list[float] | None, combine: Combin
     return _mix(logits, logits.new_tensor(shares).view(-1, *[1] * (first.ndim - 1)), combine)
 
 
+def check_scores(weights: Weights | Literal["learned"], combine: Combine) -> None:
+    """Refuse settings that need probabilities for an ensemble that gives scores.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    if combine == "probabilities":
+        raise ConfigError("teacher.combine=probabilities: teachers that give scores have none, use logits")
+    if isinstance(weights, str):
+        raise ConfigError(f"teacher.weights={weights} needs probabilities, and the teachers give scores: give numbers")
+
+
 def _mix(logits: Tensor, weights: Tensor, combine: Combine) -> Tensor:
     """Combine `(M, ..., C)` with weights that sum to 1 over M and have the shape `(M, ...)` or one that broadcasts."""
     weights = weights.unsqueeze(-1)

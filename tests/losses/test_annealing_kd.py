@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from kd_lightning.errors import ConfigError
 from kd_lightning.losses.annealing_kd import AnnealingKDLoss, annealing_kd
 from kd_lightning.losses.logit_mse import logit_mse
+from kd_lightning.schedules import Step
 from kd_lightning.types import ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 
@@ -63,5 +65,8 @@ def test_errors() -> None:
             annealing_kd(torch.zeros(2, 3), torch.zeros(2, 3), temperature)
     with pytest.raises(ValueError, match=r"max_temperature=0\.5 must be a whole number"):
         AnnealingKDLoss(max_temperature=0.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"until=0\.0 is a share"):
-        AnnealingKDLoss(until=0.0)
+    for until in (0.0, 1.0):  # as a boundary of the schedule that begins the second phase
+        with pytest.raises(ValueError, match=rf"until={until} must be a share of the training inside \(0, 1\)"):
+            AnnealingKDLoss(until=until)
+        with pytest.raises(ConfigError, match=r"inside \(0, 1\)"):
+            Step([1.0, 0.0], [until])

@@ -113,10 +113,11 @@ def batch_of(index: list[int], labels: list[int] | None = None) -> Batch:
 
 def test_it_builds_banks_and_constants() -> None:
     term = connected()
-    assert {"bank_s", "bank_t", "classes", "offsets"} == set(dict(term.named_buffers()))
+    assert {"bank_s", "bank_t", "seen", "classes", "offsets"} == set(dict(term.named_buffers()))
     assert term.bank_s.shape == (EXAMPLES, 4)
     torch.testing.assert_close(term.bank_t.norm(dim=1), torch.ones(EXAMPLES))
     assert (term.classes == -100).all()
+    assert not term.seen.any()
     with pytest.raises(ValueError, match="the data has 1"):
         CRDLoss().connect(output(1, 3, 1), output(1, 3, 2), 1)
     with pytest.raises(ValueError, match=r"batch\['index'\]"):
@@ -170,6 +171,7 @@ def test_only_training_moves_the_banks_and_only_the_rows_of_the_batch() -> None:
         expected = before[bank].clone()
         expected[[9, 2, 5]] = F.normalize(0.25 * expected[[9, 2, 5]] + 0.75 * new, dim=1)
         torch.testing.assert_close(term.get_buffer(bank), expected)
+    assert term.seen.nonzero().flatten().tolist() == [2, 5, 9]
     assert term.classes.tolist() == [-100, -100, 1, -100, -100, 0, -100, -100, -100, 0, -100, -100]
     assert torch.equal(term.offsets, before["offsets"])
 
@@ -200,6 +202,7 @@ def drawn_from(term: CRDLoss, index: int, label: int) -> set[int]:
 
 def test_negatives_are_drawn_uniformly_from_other_classes() -> None:
     term = connected()
+    term.seen[:] = True
     term.classes = torch.tensor([2, 0, 0, 1, 2, -100, 1, 0, -100, 2, 1, 0])
     everything = set(range(EXAMPLES))
     assert drawn_from(term, 1, 0) == everything - {1, 2, 7, 11}
@@ -211,6 +214,23 @@ def test_negatives_are_drawn_uniformly_from_other_classes() -> None:
     term.classes = torch.zeros(EXAMPLES, dtype=torch.int64)
     assert drawn_from(term, 4, 0) == everything - {4}  # there is no other class
     assert drawn_from(term, -1, 0) == everything
+
+
+def test_rows_that_are_never_trained_are_no_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CRDLoss, "FEW", 3)
+    term = connected()
+    everything = set(range(EXAMPLES))
+    assert drawn_from(term, 5, 1) == everything  # nothing is known yet, and the anchor's own row is random as well
+    assert drawn_from(term, 5, -100) == everything - {5}
+    for index, labels in ([0, 1, 2], [0, 1, 1]), ([3, 4, 7], [0, 1, 1]):  # 5, 6, 8, ... are of validation
+        term(output(3, 3, 5), output(3, 6, 6), batch_of(index, labels))
+    assert drawn_from(term, 0, 0) == {1, 2, 4, 7}
+    assert drawn_from(term, -1, 0) == {1, 2, 4, 7}
+    assert drawn_from(term, 8, 0) == {1, 2, 4, 7}
+    assert drawn_from(term, 3, -100) == {0, 1, 2, 4, 7}
+    assert drawn_from(term, 8, -100) == {0, 1, 2, 3, 4, 7}
+    assert drawn_from(term, 1, 1) == everything - {1, 2, 4, 7}  # two of class 0 are too few: random rows as well
+    assert drawn_from(term, -1, 2) == {0, 1, 2, 3, 4, 7}
 
 
 def test_labels_that_are_no_classes_of_examples_are_not_read() -> None:

@@ -42,8 +42,8 @@ def loss(logits: Tensor, labels: Tensor, **options: bool) -> Tensor:
 def test_value_in_numpy(batch: tuple[Tensor, Tensor], smoothing: float) -> None:
     expected = by_numpy(*batch, smoothing)
     assert cross_entropy(*batch, smoothing).item() == pytest.approx(expected.mean(), rel=1e-10)
-    assert cross_entropy(*batch, smoothing, "sum").item() == pytest.approx(expected.sum(), rel=1e-10)
-    each = cross_entropy(*batch, smoothing, "none")
+    assert cross_entropy(*batch, smoothing, reduction="sum").item() == pytest.approx(expected.sum(), rel=1e-10)
+    each = cross_entropy(*batch, smoothing, reduction="none")
     assert each.shape == batch[1].shape
     np.testing.assert_allclose(each[batch[1] != IGNORE].numpy(), expected, rtol=1e-10)
     assert (each[batch[1] == IGNORE] == 0).all()
@@ -148,6 +148,23 @@ def test_tokens_are_averaged_over_labelled_positions(batch: tuple[Tensor, Tensor
     more = torch.cat([logits, torch.full((3, 2, 5), 7.0)], 1), torch.cat([labels, torch.full((3, 2), IGNORE)], 1)
     assert cross_entropy(*more).item() == pytest.approx(expected)  # padding
     assert cross_entropy(logits, labels, reduction="none").shape == (3, 4)
+
+
+def test_a_mask_leaves_out_what_has_a_label(batch: tuple[Tensor, Tensor]) -> None:
+    logits, labels = batch[0].view(3, 4, 5).clone().requires_grad_(), batch[1].view(3, 4)
+    mask = torch.arange(12).view(3, 4) % 4 != 1
+    counts = mask & (labels != IGNORE)
+    assert counts.sum() < (labels != IGNORE).sum()
+    value = cross_entropy(logits, labels, 0.1, mask)
+    assert value.item() == pytest.approx(by_numpy(logits.detach()[counts], labels[counts], 0.1).mean(), rel=1e-10)
+    value.backward()
+    assert logits.grad is not None
+    assert torch.equal((logits.grad != 0).any(-1), counts)
+    nothing = cross_entropy(logits, labels, mask=torch.zeros_like(mask))
+    assert nothing.item() == 0.0
+    assert nothing.requires_grad
+    with pytest.raises(ValueError, match=r"mask \(3,\) must have the shape \(3, 4\)"):
+        cross_entropy(logits, labels, mask=mask[:, 0])
 
 
 def test_causal_scores_position_t_on_token_t_plus_one() -> None:

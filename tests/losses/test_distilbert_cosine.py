@@ -38,6 +38,18 @@ def test_lengths_do_not_matter_and_opposites_are_2_apart() -> None:
     assert distilbert_cosine(torch.zeros(1, 2, 3), torch.ones(1, 2, 3)).item() == 1.0
 
 
+def test_a_state_of_length_zero_gets_no_gradient() -> None:
+    student = STUDENT.float().clone()
+    student[0] = 0.0
+    student.requires_grad_()
+    value = distilbert_cosine(student, TEACHER.float())
+    value.backward()
+    assert torch.isfinite(value)
+    assert student.grad is not None
+    assert (student.grad[0] == 0).all()
+    assert 0 < student.grad.abs().max() < 10
+
+
 def test_shapes_that_differ() -> None:
     with pytest.raises(ValueError, match=r"student hidden states \(2, 3, 4\) and teacher hidden states \(2, 3, 5\)"):
         distilbert_cosine(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))

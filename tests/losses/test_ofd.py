@@ -101,6 +101,20 @@ def test_the_term_sums_over_pairs() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in term.parameters())
 
 
+def test_a_teachers_maps_from_after_a_relu_are_refused() -> None:
+    # A hook on a BatchNorm keeps the tensor that it puts out, and a ReLU in place then overwrites it.
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+    kept = []
+    network[0].register_forward_hook(lambda module, args, made: kept.append(made))
+    with torch.no_grad():
+        network(randn(4, 3, 2, 2).float())
+    student = ModelOutput(torch.zeros(4, 2), {"a": MAPS[0].float()})
+    says = r"the teacher's 0 has no negative entry.*give maps from before the ReLU.*preactivations\[i\]"
+    for margins in (None, [nn.BatchNorm2d(3)]):
+        with pytest.raises(ValueError, match=says):
+            OFDLoss(["a"], ["0"], margins).connect(student, ModelOutput(torch.zeros(4, 2), {"0": kept[0]}), 10)
+
+
 def test_the_term_takes_margins_from_batchnorms() -> None:
     student, teacher = outputs()
     batchnorms = [nn.BatchNorm2d(3), nn.BatchNorm2d(6)]

@@ -39,6 +39,18 @@ def test_lengths_and_common_rotations_do_not_matter_and_opposites_are_4_apart() 
     assert torch.isfinite(pkd(torch.zeros(2, 4), torch.zeros(2, 4)))
 
 
+def test_a_state_of_length_zero_gets_no_gradient() -> None:
+    student = STUDENT.float().clone()
+    student[0] = 0.0
+    student.requires_grad_()
+    value = pkd(student, TEACHER.float())
+    value.backward()
+    assert torch.isfinite(value)
+    assert student.grad is not None
+    assert (student.grad[0] == 0).all()
+    assert 0 < student.grad.abs().max() < 10
+
+
 def test_shapes_that_differ() -> None:
     with pytest.raises(ValueError, match=r"student states \(2, 3\) and teacher states \(2, 4\)"):
         pkd(torch.zeros(2, 3), torch.zeros(2, 4))
@@ -88,6 +100,16 @@ def test_the_term_reads_the_first_position() -> None:
     expected = [pkd(student[f"hidden[{i}]"][:, 0], teacher[f"hidden[{2 * i}]"][:, 0]) for i in (1, 2)]
     torch.testing.assert_close(term(said(student), said(teacher), {}), torch.stack(expected).mean())
     assert_padding_changes_nothing(term, student, teacher)
+
+
+def test_padding_on_the_left_is_refused() -> None:
+    term = PKDLoss("last")
+    term.plan(depths(2), depths(3))
+    student, teacher = said({"hidden[1]": randn(2, 3, 5)}), said({"hidden[2]": randn(2, 3, 5, seed=1)})
+    term.connect(student, teacher, 10)
+    with pytest.raises(ValueError, match=r"attention_mask\[:, 0\] is 0: pad on the right"):
+        term(student, teacher, {"attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])})
+    assert term(student, teacher, {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}) > 0
 
 
 def test_a_projector_for_widths_that_differ() -> None:

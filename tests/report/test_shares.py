@@ -90,7 +90,8 @@ def test_warns_of_a_term_under_one_percent() -> None:
     report = shared({"ce": [0.994, 0.998], "kd": [0.006, 0.002]})  # on average 0.4%
     assert of_shares(report) == [
         "kd is 0.4% of the gradient (ce is 99.6%): the student learns next to nothing from it. "
-        "If that is not meant, raise alpha or set balance=unit_initial."
+        "If that is not meant, raise distillation.weights.kd, which alpha sets in most strategies, or set "
+        "balance=unit_initial."
     ]
     assert not of_shares(shared({"ce": [0.985, 0.993], "kd": [0.015, 0.007]}))  # 1.1%
 
@@ -98,7 +99,9 @@ def test_warns_of_a_term_under_one_percent() -> None:
 def test_one_term_over_99_percent_is_all_others_under_one() -> None:
     (first, second) = of_shares(shared({"ce": [0.002], "hint": [0.003], "kd": [0.995]}, balance="unit_initial"))
     assert first.startswith("ce is 0.2% of the gradient (kd is 99.5%)")
-    assert first.endswith("lower alpha or set balance=gradnorm.")
+    assert first.endswith(
+        "raise distillation.weights.ce, which alpha sets in most strategies, or set balance=gradnorm."
+    )
     assert second.startswith("hint is 0.3%")
     assert second.endswith("raise distillation.weights.hint or set balance=gradnorm.")
 
