@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,14 +160,14 @@ class Objective(nn.Module):
         weights = self._weights(progress)
         return {name: weight * factors[name].detach() if factors else weight for name, weight in weights.items()}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the networks, but stay as wide as before where a trainer (`bf16-true`) makes them narrower."""
 
         def moved(x: Tensor) -> Tensor:
             y = fn(x)
             return y.to(x.dtype) if y.is_floating_point() and y.dtype.itemsize < x.dtype.itemsize else y
 
-        return super()._apply(moved, recurse)
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def _terms(self) -> list[Term]:
         return list(self.terms.values())  # type: ignore[arg-type]

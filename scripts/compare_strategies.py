@@ -52,8 +52,8 @@ def overrides(strategy: str, teacher: str, features: list[str]) -> list[str]:
     kept = ",".join(f'"{name}"' for name in features)
     return [
         "experiment=quickstart", "data.views=0", "data.transfer=[]", *SPECIAL.get(strategy, STUDENT), *BUDGET,
-        f"distillation={strategy}", f"teacher.checkpoint={teacher}", f"teacher.features=[{kept}]", "teacher.cache_dtype=float16", "logger={}",
-        "stages=[distill]",
+        f"distillation={strategy}", f"teacher.checkpoint={teacher}", f"teacher.features=[{kept}]",
+        "teacher.cache_dtype=float16", "logger={}", "stages=[distill]",
     ]  # fmt: skip
 
 

@@ -31,8 +31,8 @@ def attention_transfer(
         student_feature: A map `(B, C, H, W)` or tokens `(B, L, D)`.
         teacher_feature: The same kind; gets no gradient. The widths may differ; the larger attention map is average
             pooled to the smaller one's height and width.
-        power: p >= 1; the larger, the more the strongest channels count. For states from a LayerNorm p = 2 says nothing:
-            their squares sum to the same for each token, but for the LayerNorm's scale and shift.
+        power: p >= 1; the larger, the more the strongest channels count. For states from a LayerNorm p = 2 says next
+            to nothing: but for its scale and shift, their squares sum to the same for each token.
         mask: `(B, L)` bool for tokens, True = counts.
         reduction: `mean` over the examples with anything that counts, `sum`, or `none` for one value an example.
 

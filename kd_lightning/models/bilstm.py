@@ -29,7 +29,7 @@ class BiLSTM(nn.Module):
 
     Features (see `kd_lightning.features`): `hidden[0]`, also called `embeddings`, the word embeddings, and `hidden[i]`,
     the states after layer i, `(B, L, 2H)`; before dropout, at the positions of the input, zero at padding. `pooled`,
-    `(B, 2H)`, after dropout.
+    `(B, 2H)`, before dropout too.
 
     Args:
         num_classes: Number of classes C.

@@ -20,7 +20,7 @@ class CNN(nn.Module):
 
     Initialisation: He normal (fan out) for the convolutions, N(0, 0.01^2) and zero for the classifier.
 
-    Features (see `kd_lightning.features`): `feature_maps[i]`, the output of stage i; `pooled`, after dropout.
+    Features (see `kd_lightning.features`): `feature_maps[i]`, the output of stage i; `pooled`, before dropout.
 
     Args:
         num_classes: Number of classes C.

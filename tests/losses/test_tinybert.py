@@ -11,12 +11,14 @@ from kd_lightning.losses.layers import LayerwiseTerm
 from kd_lightning.objective import Objective
 
 
-def test_intermediate_layers_come_first_and_the_prediction_after_them(composed: Callable[..., DictConfig]) -> None:
+def test_intermediate_layers_are_in_the_first_stage_and_the_prediction_in_both(
+    composed: Callable[..., DictConfig],
+) -> None:
     objective: Objective = build(composed("distillation=tinybert").distillation)
     stages = [
         {name: objective.settings(at)[f"weight/{name}"] for name in objective.terms} for at in (0.0, 0.49, 0.5, 1)
     ]
-    assert stages[0] == stages[1] == {"embedding": 1.0, "hidden": 1.0, "attention": 100.0, "prediction": 0.0}
+    assert stages[0] == stages[1] == {"embedding": 1.0, "hidden": 0.1, "attention": 100.0, "prediction": 1.0}
     assert stages[2] == stages[3] == {"embedding": 0.0, "hidden": 0.0, "attention": 0.0, "prediction": 1.0}
 
 
