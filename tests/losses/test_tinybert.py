@@ -18,7 +18,7 @@ def test_intermediate_layers_are_in_the_first_stage_and_the_prediction_in_both(
     stages = [
         {name: objective.settings(at)[f"weight/{name}"] for name in objective.terms} for at in (0.0, 0.49, 0.5, 1)
     ]
-    assert stages[0] == stages[1] == {"embedding": 1.0, "hidden": 0.1, "attention": 100.0, "prediction": 1.0}
+    assert stages[0] == stages[1] == {"embedding": 1.0, "hidden": 0.01, "attention": 10.0, "prediction": 1.0}
     assert stages[2] == stages[3] == {"embedding": 0.0, "hidden": 0.0, "attention": 0.0, "prediction": 1.0}
 
 
