@@ -64,7 +64,7 @@ def tiny_overrides(csv_file: Path, run_dir: Path) -> list[str]:
         "data=text_files", f"data.train_file={csv_file}", "data.tokenizer=wordpiece:400", "data.batch_size=16",
         "model@teacher.network=lstm_teacher", "teacher.network.embedding_size=16", "teacher.network.hidden_size=16",
         "model@student=lstm_student", "student.embedding_size=8", "student.hidden_size=8",
-        "teacher.trainer.max_epochs=4", "teacher.trainer.precision=32-true", "teacher.precision=float32",
+        "teacher.trainer.max_epochs=6", "teacher.trainer.precision=32-true", "teacher.precision=float32",
         "teacher.optimizer.lr=0.02", "trainer.max_epochs=2", "optimizer.lr=0.01", "teacher.validations=2",
         "validations=2", f"run_dir={run_dir}",
     ]  # fmt: skip
