@@ -97,7 +97,7 @@ def needed(names: list[str], teacher: str) -> list[str]:
     """Return every feature of the teacher that any of the strategies reads."""
     found: set[str] = set()
     for name in names:
-        run = pipeline(overrides(name, teacher, []))
+        run = pipeline([*overrides(name, teacher, []), *seeded(name, SEEDS[0])])
         student, _ = run._student(0, "random")
         found |= set(run.objective(student, run.teacher.network).needs_teacher)
     return sorted(found)
