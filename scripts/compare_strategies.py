@@ -34,7 +34,7 @@ BACKBONE = ["_target_: kd_lightning.models.transformer.transformer", "_partial_:
 BACKBONE += [f"{name}: {size}" for name, size in SIZES.items()]
 SPECIAL = {
     "deep_mutual": [*STUDENT, "peers=['${student}']"],
-    "simkd": ["model@student=simkd", f"student.backbone={{{', '.join(BACKBONE)}}}"],
+    "simkd": ["model@student=simkd", "~student.backbone", f"+student.backbone={{{', '.join(BACKBONE)}}}"],
 }
 """What a strategy's student has besides."""
 BUDGET = [
