@@ -79,7 +79,7 @@ class UnitInitial(Balance):
     def observe(self, parts: Parts, weights: Weights) -> None:
         """Remember the first values."""
         if parts.keys() - self._known:
-            values = _mean_over_ranks(self._sizes(parts).nan_to_num(0.0, 0.0, 0.0))
+            values = mean_over_ranks(self._sizes(parts).nan_to_num(0.0, 0.0, 0.0))
             self.initial.copy_(torch.where(self.initial > 0, self.initial, values))
             self._known = {name for name, value in zip(self.names, self.initial.tolist(), strict=True) if value > 0}
 
@@ -151,7 +151,7 @@ class GradNorm(UnitInitial):
             raise ConfigError(f"balance=gradnorm: {error}; use fixed, unit_initial or uncertainty") from error
         norms = [gradients[name].norm() if name in active else self.weight.new_zeros(()) for name in self.names]
         sizes = torch.stack([torch.stack(norms).to(self.weight.dtype), self._sizes(parts)])
-        norm, value = _mean_over_ranks(sizes)
+        norm, value = mean_over_ranks(sizes)
         counts = norm.isfinite() & (norm > 0) & value.isfinite() & (self.initial > 0)
         if counts.sum() > 1:
             at, initial = self.weight[counts], self.initial[counts]
@@ -326,7 +326,8 @@ def _parameters_of(value: Tensor) -> dict[Tensor, int]:
     return found
 
 
-def _mean_over_ranks(values: Tensor) -> Tensor:
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the average over all processes; the values themselves where there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
         values = values / torch.distributed.get_world_size()

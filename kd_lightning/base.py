@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kd_lightning.losses.term import at_least_float32
-from kd_lightning.metrics import is_labelled
+from kd_lightning.models.adapt import run_network
+from kd_lightning.objective import Objective
 from kd_lightning.optim import OptimizerCallable, SchedulerCallable, parameter_groups
+from kd_lightning.shard import full, shard
+from kd_lightning.step import StepCounts
 from kd_lightning.tasks import Classification, Task
-from kd_lightning.types import Batch, ModelOutput
+from kd_lightning.types import Batch, ModelOutput, is_labelled
 
 GRADIENTS_EVERY = 50
 """Optimizer steps from one comparison of the terms' gradients to the next; each is a short backward pass a term."""
@@ -34,11 +39,42 @@ class NetworkModule(L.LightningModule):
         num_classes: int,
         seed: int,
         task: Task | None,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.optimizer, self.scheduler, self.seed = optimizer, scheduler, seed
         self.task = task or Classification(num_classes)
+        self.objective = objective or Objective(*self.task.terms())
         self.from_labels, self.val_scores = self.task.loss(), self.task.scores()
+        self.skipped_steps = 0
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The network that the training is for."""
+
+    def setup(self, stage: str) -> None:
+        """See to it that means are taken over whole steps (see `StepCounts`), and that terms may sit out steps."""
+        trainer: Any = self.trainer
+        self.step = StepCounts(trainer, self.objective.counts)
+        if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
+            look, around = self.step.around, trainer.datamodule.around
+            trainer.datamodule.around = look if around is None else lambda loader: around(look(loader))
+        if isinstance(trainer.precision_plugin, HalfPrecision):
+            # It would make all of a batch narrow, also labels, which lose their numbers. `run_network` sees to images.
+            trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        if isinstance(trainer.strategy, DDPStrategy):  # DDP is made after this hook
+            if self.objective.pauses:  # what sits out then has no gradient, as in one process
+                trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+            # Banks and the like, which may be large, are alike already: not sent to all processes in every step.
+            kept = [f"objective.{name}" for name, _ in self.objective.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, kept)  # type: ignore[no-untyped-call]
+
+    def configure_model(self) -> None:
+        """Shard the weights where the strategy leaves that to the module (`trainer=fsdp2`)."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            shard(self, mesh, (self.trained,), ("training_step", "validation_step", "test_step", "predict_step"))
 
     @property
     def progress(self) -> float:
@@ -62,6 +98,8 @@ class NetworkModule(L.LightningModule):
             size = len(batch["labels"])
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
             self.log_dict({f"train/{name}": value for name, value in parts().items()}, batch_size=size)
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                self.log("train/skipped_steps", float(self.skipped_steps), batch_size=size)
 
     def log_gradients(self, batch_idx: int, compare: Callable[[], dict[str, float]]) -> None:
         """Compare the terms' gradients in the first step and every 50th after it, on the step's first batch.
@@ -77,13 +115,40 @@ class NetworkModule(L.LightningModule):
             for logger in trainer.loggers if values else ():
                 logger.log_metrics(values, step=trainer.global_step)
 
-    def score(self, logits: Tensor, batch: Batch) -> None:
-        """Update and log the validation scores."""
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the network against labels."""
+        self.score(run_network(self.trained, batch).logits, batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return `(B, C)` float32: the probabilities of classes, or scores; see `Task.predictions`."""
+        return self.task.predictions(at_least_float32(run_network(self.trained, batch).logits))
+
+    def score(self, logits: Tensor, batch: Batch, split: str = "val") -> None:
+        """Update and log the scores of a split."""
         labelled = int(is_labelled(batch["labels"]).sum())
         said = ModelOutput(at_least_float32(logits))
-        self.log("val/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
+        self.log(f"{split}/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
         for name, metric in self.val_scores(logits, batch["labels"], batch).items():
-            self.log(f"val/{name}", metric, prog_bar=name == self.task.main)
+            self.log(f"{split}/{name}", metric, prog_bar=name == self.task.main)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and count the steps that a GradScaler (float16) leaves out for gradients that overflow.
+
+        To Lightning they are steps: they count towards `max_steps`, and the learning rate moves on.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 0.0
+        super().optimizer_step(*args, **kwargs)
+        if scaler is not None and scaler.get_scale() < scale:
+            self.skipped_steps += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of steps left out."""
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from it."""
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
 
     def configure_gradient_clipping(
         self,
@@ -103,7 +168,7 @@ class NetworkModule(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         given = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        norm = full(torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]))
         if self.device.type != "cpu" or not norm <= gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(given, gradient_clip_val, norm)
 

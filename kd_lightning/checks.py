@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd_lightning.balance import make_balance
 from kd_lightning.config import build, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.processes import launched
 from kd_lightning.runs import differences
 from kd_lightning.teachers.ensemble import Combine, shares_of
 from kd_lightning.teachers.frozen import Precision
@@ -43,22 +44,25 @@ def validate(cfg: DictConfig) -> None:
 
 
 _ROOT = {
-    "name": str, "run_dir": str, "stages": list[str], "seed": int, "seeds": int, "resume": str, "temperature": Any,
-    "alpha": Any, "balance": str, "validations": int, "checkpoint_every_n_steps": int, "compile": bool, "teacher": dict,
+    "name": str, "run_dir": str, "shared_dir": str | None, "stages": list[str], "seed": int, "seeds": int,
+    "resume": str, "temperature": Any, "alpha": Any, "balance": str, "validations": int,
+    "checkpoint_every_n_steps": int, "compile": bool, "teacher": dict,
     "assistants": list[dict[str, Any]], "peers": list[dict[str, Any]], "finetune": dict,
     "tasks": dict[str, dict[str, Any]],
 }  # fmt: skip
 CACHE_MODES = ("auto", "off", "require", "refresh")
 _GROUPS = ("data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 _TEACHER = {
-    "checkpoint": str | list[str], "seeds": int, "combine": Combine,
+    "checkpoint": str | list[str], "seed": int, "seeds": int, "combine": Combine,
     "weights": list[float] | Literal["learned", "confidence"] | None, "ema": float | None, "cache": str,
     "cache_dtype": Literal["float32", "float16", "bfloat16"],
     "cache_top_k": int | None, "cache_views": int, "precision": Precision, "features": list[str],
     "answer_batch_size": int, "device": str | None, "compile": bool, "batch_size": int, "trainer": dict,
     "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
 }  # fmt: skip
-_MAY_BE_NULL = ("teacher.checkpoint", "teacher.weights", "teacher.ema", "teacher.cache_top_k", "teacher.device")
+_MAY_BE_NULL = (
+    "shared_dir", "teacher.checkpoint", "teacher.weights", "teacher.ema", "teacher.cache_top_k", "teacher.device",
+)  # fmt: skip
 _FINETUNE = {"lr": float, "max_epochs": int}
 _TASK = {"weight": float, "distillation": dict, "teacher": dict}
 _OURS = (
@@ -89,8 +93,8 @@ def _check_values(cfg: dict[str, Any]) -> None:
     """Check the values of those keys, and what they say together."""
     at_least = {
         "seed": 0, "seeds": 1, "validations": 1, "checkpoint_every_n_steps": 1, "teacher.batch_size": 1,
-        "teacher.seeds": 1, "teacher.validations": 1, "teacher.answer_batch_size": 1, "teacher.cache_views": 1,
-        "finetune.max_epochs": 1,
+        "teacher.seed": 0, "teacher.seeds": 1, "teacher.validations": 1, "teacher.answer_batch_size": 1,
+        "teacher.cache_views": 1, "finetune.max_epochs": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         group, _, key = path.rpartition(".")
@@ -276,16 +280,35 @@ def _check_trainers(cfg: dict[str, Any]) -> None:
         for key, value in (("max_steps", steps), ("max_epochs", epochs)):
             if value is not None and value != -1 and value < 1:
                 raise ConfigError(f"{path}.{key}={value} must be at least 1, or -1 for no limit")
-        strategy = str(trainer.get("strategy", "auto"))
-        if processes(trainer) > 1 and not strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
-            raise ConfigError(
-                f"{path}.strategy={strategy} with {processes(trainer)} processes would start the whole command again "
-                "in each of them: use strategy=ddp_spawn (trainer=ddp)"
-            )
+        _check_processes(path, trainer)
         if cfg["compile"] and processes(trainer) > 1:
             raise ConfigError(f"compile=true: the {processes(trainer)} processes of {path} would not compile; use one")
         if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
+
+
+def _check_processes(path: str, trainer: dict[str, Any]) -> None:
+    """Check that the processes a trainer wants are those that were started, or that it starts without this command."""
+    wanted, started = processes(trainer), launched()
+    strategy = trainer.get("strategy", "auto")
+    name = str(strategy.get("_target_") if isinstance(strategy, dict) else strategy)
+    spawns = name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
+    if started > 1 and wanted != started:
+        raise ConfigError(
+            f"{started} processes were started for this command (srun or torchrun), and {path} wants {wanted}: set "
+            f"trainer.devices and trainer.num_nodes to match, such as trainer=ddp trainer.devices={started}"
+        )
+    if started > 1 and spawns:
+        raise ConfigError(
+            f"{path}.strategy={name} starts processes itself, and {started} are there already (srun or torchrun): use "
+            "strategy=ddp (trainer=ddp)"
+        )
+    if started == 1 and wanted > 1 and not spawns:
+        raise ConfigError(
+            f"{path}.strategy={name} with {wanted} processes would start the whole command (in a sweep, the whole "
+            "sweep) again in each of them: use trainer=ddp (ddp_spawn) on one machine, or start one process a device "
+            f"yourself: torchrun --nproc-per-node={wanted} -m kd_lightning.train ..., or srun under SLURM"
+        )
 
 
 def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
@@ -300,7 +323,7 @@ def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
     old, new = to_dict(OmegaConf.load(known)), dict(cfg)
     if not set(old["stages"]) - {"teacher"}:
         return
-    for key in ("stages", "resume", "run_dir", "logger", "checkpoint_every_n_steps"):
+    for key in ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps"):
         old[key] = new[key] = None
     elsewhere = dict.fromkeys(("cache", "features", "answer_batch_size", "device", "compile"))
     old["teacher"] |= elsewhere  # where answers come from, not what they are

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -34,6 +35,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
+    OmegaConf.register_new_resolver("ddp_strategy", ddp_strategy, replace=True)
+    OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(map(int, numbers)), replace=True)
+    OmegaConf.register_new_resolver("gpus_for", lambda kind, devices: None if kind == "cpu" else devices, replace=True)
 
 
 def one_minus(value: Any) -> Any:
@@ -70,6 +74,13 @@ def fast_precision() -> str:
 def fast_answers() -> str:
     """Return the precision in which a teacher answers fastest at next to no loss: `bf16` or `float32`."""
     return "bf16" if fast_precision() == "bf16-mixed" else "float32"
+
+
+def ddp_strategy() -> str:
+    """Return `ddp` where a launcher started a process for each device, else `ddp_spawn`, which starts them itself."""
+    from kd_lightning.processes import launched
+
+    return "ddp" if launched() > 1 else "ddp_spawn"
 
 
 def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
@@ -193,11 +204,14 @@ def in_sweep() -> bool:
 
 
 def place(cfg: DictConfig) -> None:
-    """In a sweep, give the point a folder of its own."""
+    """In a sweep, give the point a folder of its own, and all points one for what they have in common."""
     from hydra.core.hydra_config import HydraConfig
 
     if in_sweep():
-        cfg.run_dir = HydraConfig.get().runtime.output_dir
+        hydra = HydraConfig.get()
+        cfg.run_dir = hydra.runtime.output_dir
+        if cfg.shared_dir is None:
+            cfg.shared_dir = str(Path(hydra.runtime.cwd, hydra.sweep.dir, "shared"))
 
 
 def first_line(error: BaseException) -> str:

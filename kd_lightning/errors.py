@@ -10,6 +10,10 @@ class KDError(Exception):
     """Something the user can mend; the message says what was given, what was expected and what to change."""
 
 
+class Interrupted(KDError):
+    """A training that was told to stop, and left what it takes to go on."""
+
+
 class ConfigError(KDError):
     """A configuration key that is unknown, of the wrong type or value, or in conflict with another."""
 

@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from kd_lightning.config import conf_dir, first_line
 from kd_lightning.errors import did_you_mean
 
+_PLUGINS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "sweep"}
+"""Settings that Hydra's plugins bring, and the extra that installs them."""
+
 
 def explain(error: Exception, overrides: list[str]) -> str | None:
     """Turn Hydra's refusal of the command line into one line that names the nearest valid key.
@@ -31,6 +34,9 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
         key = override.lstrip("+~").partition("=")[0]
         if known and "=" in override and not override.startswith(("+", "-", "hydra")) and key not in known:
             return f"{key}: there is no such key{did_you_mean(key, known)}"
+    for plugin, extra in _PLUGINS.items():
+        if f"'{plugin}'" in str(error):
+            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
     cause = error.__cause__
     return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
 

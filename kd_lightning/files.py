@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import filelock
 
 
 @contextmanager
@@ -29,3 +32,40 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+class Busy(Exception):
+    """Another process holds a lock; its text says which."""
+
+
+@contextmanager
+def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator[None]:
+    """Hold a lock, which the system releases when its holder dies. A process that holds it may take it again.
+
+    Args:
+        lock: Its file, which stays.
+        say: Told, once, whom this process waits for.
+        wait: Whether to wait at all.
+
+    Raises:
+        Busy: Another process has it and `wait` is False.
+        OSError: The lock cannot be made.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(lock, thread_local=False, is_singleton=True)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = ""
+        with suppress(OSError):  # who it is helps, but is not needed
+            holder = lock.read_text(encoding="utf-8").strip()
+        if not wait:
+            raise Busy(holder or "another process") from None
+        say(f"waiting for {holder or 'another process'}")
+        held.acquire()
+    try:
+        with suppress(OSError):  # a full disk
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        held.release()

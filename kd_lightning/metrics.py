@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from kd_lightning.types import IGNORE
+from kd_lightning.types import IGNORE, is_labelled
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -204,11 +204,6 @@ def evaluate_scores(scores: Tensor, labels: Tensor, teacher_scores: Tensor | Non
     if teacher_scores is not None:
         found["rmse_to_teacher"] = float(_rms(said - _precise(teacher_scores).reshape(-1)))
     return found
-
-
-def is_labelled(labels: Tensor) -> Tensor:
-    """Return which labels are labels: neither `IGNORE` nor NaN."""
-    return (labels != IGNORE) & ~labels.isnan()
 
 
 def _rms(differences: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ and the student follows the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from kd_lightning.base import NetworkModule
 from kd_lightning.errors import ConfigError
 from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import evaluating, run_network
+from kd_lightning.models.cohort import Cohort
 from kd_lightning.objective import Objective
 from kd_lightning.optim import OptimizerCallable, SchedulerCallable
 from kd_lightning.tasks import Task
@@ -44,7 +47,7 @@ class DistillationModule(NetworkModule):
         task: What is predicted; by default one of C classes.
 
     Raises:
-        ConfigError: The objective reads a teacher, and there is none.
+        ConfigError: The objective reads a teacher, and there is none; or features that the teacher does not give.
     """
 
     def __init__(
@@ -59,19 +62,39 @@ class DistillationModule(NetworkModule):
         seed: int = 0,
         task: Task | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task)
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task, objective=objective)
         if teacher is None and objective.uses_teacher:
             raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
         self.student = student
-        self.objective = objective
         self._ask = FeatureTap(student, objective.needs_student)
         self._outside = (teacher,)  # a tuple hides it from nn.Module's registration
         self.val_fidelity = self.task.fidelity()
+        if not objective.planned and (teacher is None or hasattr(teacher, "network")):
+            self.plan(getattr(teacher, "network", student))
+            needs = list(objective.needs_teacher)
+            if teacher is not None and (lacking := set(needs) - set(getattr(teacher, "features", ()))):
+                lacks = ", ".join(sorted(lacking))
+                raise ConfigError(f"the objective reads the teacher's {lacks}: give the teacher features={needs}")
 
     @property
     def teacher(self) -> Teacher | None:
         """The teacher."""
         return self._outside[0]
+
+    @property
+    def trained(self) -> nn.Module:
+        """The student, without its peers."""
+        return self.student.peers[0] if isinstance(self.student, Cohort) else self.student
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        """Let a teacher that follows the training (`kd_lightning.finished.FinishedTeacher`) do so."""
+        return [self.teacher] if isinstance(self.teacher, L.Callback) else []
+
+    def plan(self, teacher: nn.Module) -> None:
+        """Settle which layers of the student meet which of the teacher's network, unless that is done."""
+        if not self.objective.planned:
+            self.objective.plan(self.student, teacher)
+            self._ask = FeatureTap(self.student, self.objective.needs_student)
 
     def connect(self, batch: Batch, examples: int) -> None:
         """Build projectors and whatever else the objective sizes by what the networks say of a batch.
@@ -94,15 +117,27 @@ class DistillationModule(NetworkModule):
                 raise ConfigError(
                     "the objective has projectors to build: call module.connect(batch, examples) before fit"
                 )
-            self.connect(next(iter(data.val_dataloader())), data.num_examples)
+            torch.manual_seed(self.seed)
+            batch = self.trainer.strategy.broadcast(next(iter(data.val_dataloader())))  # the same for all processes
+            self.connect(batch, data.num_examples)
+        super().setup(stage)
         if self.teacher is not None:
             self.teacher.to(self.trainer.strategy.root_device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what only a training builds (projectors) where nothing is trained."""
+        super().on_load_checkpoint(checkpoint)
+        if self.objective.connects:
+            state = checkpoint["state_dict"]
+            for name in [name for name in state.keys() - self.state_dict().keys() if name.startswith("objective.")]:
+                del state[name]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the objective's value for one batch."""
         student = self._ask(batch)
         loss: Tensor
-        loss, parts = self.objective(student, self._expected(batch, student), batch, self.progress)
+        expected, counts = self._expected(batch, student), self.step.mean(batch, batch_idx)
+        loss, parts = self.objective(student, expected, batch, self.progress, counts)
         self.log_step(batch, loss, lambda: self.objective.account(parts, self.progress))
         self.log_gradients(batch_idx, lambda: self.objective.gradients(parts, self.progress))
         return loss
@@ -148,10 +183,16 @@ class SupervisedModule(NetworkModule):
         super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task)
         self.network = network
 
+    @property
+    def trained(self) -> nn.Module:
+        """The network."""
+        return self.network
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch: the mean cross-entropy, or what the task learns by from its labels."""
         output = run_network(self.network, batch)
-        loss: Tensor = self.from_labels(output, output, batch)
+        loss: Tensor
+        loss, _ = self.objective(output, output, batch, self.progress, self.step.mean(batch, batch_idx))
         self.log_step(batch, loss)
         return loss
 

@@ -34,6 +34,7 @@ class Objective(nn.Module):
             `unit_initial`, `gradnorm` or `uncertainty`; see `kd_lightning.balance`.
 
     Attributes:
+        planned: Whether it is settled which layers meet.
         connected: Whether the terms have built what they size by the networks.
 
     Raises:
@@ -55,6 +56,7 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
         self.balance = make_balance(balance, list(self.terms))
+        self.planned = False
         self.connected = False
         self._comparable = True
 
@@ -67,6 +69,11 @@ class Objective(nn.Module):
     def connects(self) -> bool:
         """True while terms have something to build that `connect` has not built yet."""
         return not self.connected and any(type(term).connect is not Term.connect for term in self._terms())
+
+    @property
+    def pauses(self) -> bool:
+        """True when a term may sit out steps of the training, so that its parameters get no gradient in them."""
+        return any(map(callable, self.weights.values()))
 
     @property
     def needs_student(self) -> tuple[str, ...]:
@@ -90,6 +97,7 @@ class Objective(nn.Module):
                 term.plan(partial(depth, student), partial(depth, teacher))
             except (ConfigError, ValueError) as error:
                 raise ConfigError(f"distillation.terms.{name}: {error}") from None
+        self.planned = True
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
         """Build what the terms size by the networks, once; see `Term.connect`."""
@@ -98,18 +106,29 @@ class Objective(nn.Module):
                 term.connect(_widened(student), _widened(teacher), examples)
             self.connected = True
 
+    def counts(self, batch: Batch) -> Tensor:
+        """Return how many things the terms' means over a batch are over, one after the other; see `Term.counts`."""
+        return torch.cat([term.counts(batch) for term in self._terms()])
+
     def forward(
-        self, student: ModelOutput, teacher: ModelOutput, batch: Batch, progress: float = 0.0
+        self,
+        student: ModelOutput,
+        teacher: ModelOutput,
+        batch: Batch,
+        progress: float = 0.0,
+        mean_counts: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and every term's unweighted value by name.
+
+        With `mean_counts`, the average of `counts` over all batches of a step, the loss is such that its average over
+        them has every term's mean over the step (all tokens, all labelled examples, ...), not the mean of the means.
 
         Computed in float32 whatever the networks' precision: under autocast a loss's products of matrices would be
         done in 16 bits.
 
         In training a term whose schedule has its weight at 0 now is not computed and has no part, so that a recipe in
-        stages pays for one stage at a time (unless all weights are 0). Its projectors then get no gradient, which DDP
-        takes for a mistake unless told to expect it: trainer.strategy=ddp_spawn_find_unused_parameters_true. A term
-        whose weight is the number 0 is computed, to be watched.
+        stages pays for one stage at a time (unless all weights are 0). A term whose weight is the number 0 is computed,
+        to be watched.
         """
         student, teacher = _widened(student), _widened(teacher)
         parts: dict[str, Tensor] = {}
@@ -121,7 +140,7 @@ class Objective(nn.Module):
                 term.progress = progress
                 if weights[name] != 0 or not (skipping and callable(self.weights[name])):
                     parts[name] = term(student, teacher, batch)
-            return self.balance(parts, weights), parts
+            return self.balance(self._shared(parts, batch, mean_counts), weights), parts
 
     def account(self, parts: Mapping[str, Tensor], progress: float) -> dict[str, Any]:
         """Return what to log of a step: each term's value and its share of the loss, and `settings`."""
@@ -149,6 +168,14 @@ class Objective(nn.Module):
             term.progress = progress
             values.update({f"{name}/{key}": value for key, value in term.settings().items()})
         return values
+
+    def _shared(self, parts: dict[str, Tensor], batch: Batch, mean_counts: Tensor | None) -> dict[str, Tensor]:
+        """Return the parts times this batch's shares of the step."""
+        if mean_counts is None:
+            return parts
+        own = {name: term.counts(batch) for name, term in zip(self.terms, self._terms(), strict=True)}
+        means = dict(zip(own, torch.split(mean_counts, [len(counts) for counts in own.values()]), strict=True))
+        return {name: part * self.terms[name].share(own[name], means[name]) for name, part in parts.items()}  # type: ignore[operator]
 
     def _weights(self, progress: float) -> dict[str, float]:
         """Return the configured weights at this progress."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from kd_lightning.models.cohort import joined
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
+from kd_lightning.processes import first, rank
 from kd_lightning.rehearsal import rehearse, takes_from_teacher
 from kd_lightning.runs import digest, file_digest, load_run, read_json, validation_score
 from kd_lightning.shared import shared, stamps
@@ -42,8 +45,8 @@ if TYPE_CHECKING:
     from kd_lightning.data.base import Role
     from kd_lightning.tasks import Task
 
-GUIDES = 1000
-"""Seeds of teachers and assistants begin so far above the students': alike in architecture, they start unlike."""
+ASSISTANTS = 2000
+"""Assistants' seeds begin so far above the students': alike in architecture, they start unlike."""
 
 
 class Pipeline:
@@ -87,7 +90,8 @@ class Pipeline:
                 self.distill(seed)
             if "finetune" in self.stages:
                 self.finetune(seed)
-        write_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
+        if rank() == 0:
+            write_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
 
     def _rehearse(self) -> None:
         """Refuse before any training what does not fit."""
@@ -118,7 +122,8 @@ class Pipeline:
 
     def _tuned(self, number: int) -> TeacherNetwork:
         """Fine-tune a teacher; the first one's folder is `teacher`."""
-        settings, seed, name = self.cfg["teacher"], self.cfg["seed"] + GUIDES + number, _teacher_name(number)
+        settings, name = self.cfg["teacher"], _teacher_name(number)
+        seed = settings["seed"] + number
         torch.manual_seed(seed)
         data = self.data.select(tokens="teacher", pool=False)
         data = data.with_batches(batch_size=settings["batch_size"], seed=seed)
@@ -150,7 +155,7 @@ class Pipeline:
             return self.teacher
         if number not in self._assistants:
             self.guide(number - 1)  # its training draws random numbers too
-            folder, seed = self.folder / f"assistant_{number}", self.cfg["seed"] + GUIDES * (number + 1)
+            folder, seed = self.folder / f"assistant_{number}", self.cfg["seed"] + ASSISTANTS + number - 1
             torch.manual_seed(seed)
             built = self.build_network(self.cfg["assistants"][number - 1], "student")
             self._distil(f"assistant {number}", folder, *built, seed, number - 1)
@@ -291,7 +296,9 @@ class Pipeline:
 
     def _complete(self, number: int) -> None:
         """Have the teacher, or an assistant, answer whatever is not kept yet."""
-        self.answerings[number].complete(self.guide(number))
+        guide = self.guide(number)
+        with first():
+            self.answerings[number].complete(guide)
 
     def _shares(self, number: int) -> bool:
         """True when several trainings or processes read this guide's answers, which are then asked for beforehand."""
@@ -333,6 +340,15 @@ class Pipeline:
     def _folder(self, seed: int, stage: str) -> Path:
         return self.folder / f"seed_{seed}" / stage
 
+    def _kept(self, folder: Path, settings: dict[str, Any]) -> Path:
+        """Return where a stage's files go: for what `shared_dir` shares, a folder that the run's own is a link to."""
+        shared_dir = self.cfg["shared_dir"]
+        if shared_dir is None or folder.name in ("distill", "finetune"):
+            return folder
+        if not folder.exists():
+            _linked(folder, Path(shared_dir).absolute() / f"{folder.name}-{digest(settings)}")
+        return folder.resolve()
+
     def _student(self, seed: int, initialise: str) -> tuple[nn.Module, dict[str, Any]]:
         """Build the student, alike for every stage of a seed but for what `initialise` has it take from the teacher."""
         settings = self.cfg["student"]
@@ -371,16 +387,19 @@ class Pipeline:
         """Describe a training from labels; `distill` puts its own module in."""
         trainer = trainer or self.cfg["trainer"]
         deciding = {key: value for key, value in trainer.items() if key != "log_every_n_steps"}
+        if deciding.get("strategy") == "ddp_spawn":  # who starts the processes decides nothing
+            deciding["strategy"] = "ddp"
         validations = validations or self.cfg["validations"]
+        settings = {
+            "network": network_settings, "optimizer": optimizer, "scheduler": scheduler, "trainer": deciding,
+            "batch_size": data.batch_size, "validations": validations, "steps": steps, "seed": seed,
+            "data": data.fingerprint, "callbacks": self.cfg["callbacks"], **(more or {}),
+            **({"tasks": self.cfg["tasks"]} if self.cfg["tasks"] else {}),
+        }  # fmt: skip
         return Stage(
             name=name,
-            folder=folder,
-            settings={
-                "network": network_settings, "optimizer": optimizer, "scheduler": scheduler, "trainer": deciding,
-                "batch_size": data.batch_size, "validations": validations, "steps": steps, "seed": seed,
-                "data": data.fingerprint, "callbacks": self.cfg["callbacks"], **(more or {}),
-                **({"tasks": self.cfg["tasks"]} if self.cfg["tasks"] else {}),
-            },
+            folder=self._kept(folder, settings),
+            settings=settings,
             network=network,
             network_settings=network_settings,
             module=lambda network: SupervisedModule(
@@ -397,6 +416,14 @@ class Pipeline:
             steps=steps,
             compile=self.cfg["compile"] and not name.startswith("teacher"),
         )  # fmt: skip
+
+
+def _linked(folder: Path, place: Path) -> None:
+    """Make a folder whose files are in another place, relative to it, so that both can be moved together."""
+    place.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # another process of this command was faster
+        folder.symlink_to(os.path.relpath(place, folder.parent), target_is_directory=True)
 
 
 def _prepared(settings: dict[str, Any]) -> ClassificationData:

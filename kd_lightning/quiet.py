@@ -37,6 +37,8 @@ WARNINGS = (
     r".*Experiment logs directory .* exists.*",
     # The number of batches is asked for before training to give the baseline the same number of steps.
     r".*The number of training batches .* is smaller than the logging interval.*",
+    # Asked for on every machine that has srun, also where nothing is to be launched; checks.py counts the processes.
+    r".*The `srun` command is available on your system but is not used.*",
     # Lightning's own use of a PyTorch API that a later PyTorch renamed; nothing a user can change.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )

@@ -16,9 +16,9 @@ from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.task import TaskTerm
 from kd_lightning.losses.term import Term
-from kd_lightning.metrics import Agreement, TeacherStudentKL, evaluate_logits, evaluate_scores, is_labelled
+from kd_lightning.metrics import Agreement, TeacherStudentKL, evaluate_logits, evaluate_scores
 from kd_lightning.models.answers import Answers
-from kd_lightning.types import IGNORE, Batch, ModelOutput
+from kd_lightning.types import IGNORE, Batch, ModelOutput, is_labelled
 
 
 class Scores(nn.Module):
@@ -64,6 +64,10 @@ class Task(ABC):
     def loss(self) -> Term:
         """Return how it is learned from labels."""
 
+    def terms(self) -> tuple[dict[str, Term], dict[str, float]]:
+        """Return `loss` as terms and their weights."""
+        return {"labels": self.loss()}, {"labels": 1.0}
+
     @abstractmethod
     def scores(self) -> Scores:
         """Return what validation looks at against the labels; `main` is among them."""
@@ -75,6 +79,10 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
         """Return every score of the report; with the teacher's logits `(N, C)`, how near it is to the teacher too."""
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return in numbers what logits `(B, C)` say: scores as they are, and the probabilities of classes."""
+        return logits
 
     @abstractmethod
     def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
@@ -128,6 +136,10 @@ class Classification(Task):
     def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
         """Return what `metrics.evaluate_logits` does."""
         return evaluate_logits(said.logits, said.labels, teacher)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return the classes' probabilities."""
+        return logits.softmax(-1)
 
     def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Return the most probable class and all probabilities."""
@@ -216,9 +228,13 @@ class MultiTask(Task):
         number, scores = list(self.tasks).index(name), isinstance(self.tasks[name], Regression)
         return TaskTerm(term, name, number, self.spans[name], scores)
 
+    def terms(self) -> tuple[dict[str, Term], dict[str, float]]:
+        """Return the tasks' own losses, each over the examples of its task."""
+        return {name: self.term(name, task.loss()) for name, task in self.tasks.items()}, self.weights
+
     def loss(self) -> Term:
-        """Return the weighted sum of the tasks' own losses, each over the examples of its task."""
-        return _Sum({name: self.term(name, task.loss()) for name, task in self.tasks.items()}, self.weights)
+        """Return the weighted sum of the tasks' own losses."""
+        return _Sum(*self.terms())
 
     def scores(self) -> Scores:
         """Return each task's scores, and the average of their main ones."""
@@ -241,6 +257,10 @@ class MultiTask(Task):
             found |= {f"{name}/{score}": value for score, value in task.evaluate(own, above).items()}
         mains = [found[f"{name}/{task.main}"] for name, task in self.tasks.items()]
         return {"average": sum(mains) / len(mains)} | found
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return each task's, side by side as its logits are."""
+        return torch.cat([t.predictions(logits[:, self.spans[name]]) for name, t in self.tasks.items()], dim=1)
 
     def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Return what each task's logits say, by its name."""

@@ -93,7 +93,7 @@ def _load_member(checkpoint: str, data: ClassificationData, console: Console) ->
 def read_teacher(folder: Path, data: ClassificationData) -> TeacherNetwork:
     """Read back a teacher that a run trained."""
     fingerprint = file_digest(folder / "model.safetensors")
-    model = shared("teacher", (folder.absolute(), fingerprint), lambda: load_run(folder))
+    model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
     if model.class_names != data.class_names:
         raise ConfigError(
             f"the teacher in {folder} knows the classes {model.class_names}, the data has {data.class_names}: "

@@ -4,40 +4,71 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
-from kd_lightning import config
-from kd_lightning.errors import KDError
+from kd_lightning import config, points, preemption
+from kd_lightning.errors import Interrupted, KDError
+from kd_lightning.processes import rank
+from kd_lightning.slurm.logs import link_logs
+
+if TYPE_CHECKING:
+    from kd_lightning.pipeline import Pipeline
 
 
 @hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
 def _run(cfg: DictConfig) -> float:
     """Run one composed configuration; returns the best validation score, averaged over seeds, for a sweeper."""
     try:
-        from kd_lightning.checks import validate
-
+        if not config.in_sweep():
+            return _train(cfg).score()
         config.place(cfg)
-        validate(cfg)
-        from kd_lightning.compare import compare
-        from kd_lightning.multitask import pipeline_of
-        from kd_lightning.quiet import quiet
-        from kd_lightning.threads import settle_threads
-
-        quiet()
-        settle_threads()
-        log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
-        log.setLevel(logging.INFO)
-        log.handlers = [logging.StreamHandler()]
-        pipeline = pipeline_of(cfg)
-        pipeline.run()
-        compare(pipeline, shlex.join(["kd-train", *sys.argv[1:]]))
-        return pipeline.score()
+        with points.recorded(cfg.run_dir) as point:
+            pipeline = _train(cfg)
+            point.score, point.metric = pipeline.score(), pipeline.task.main
+        return point.score
     except KDError as error:  # here, since Hydra adds lines of its own to an exception that leaves a job
-        sys.exit(f"kd-train: {error}")
+        if config.in_sweep() and not isinstance(error, Interrupted):
+            raise  # the sweep goes on, and raises it at its end
+        _end(error)
+
+
+def _end(reason: object) -> NoReturn:
+    """Leave with one line: of several processes, the first says it."""
+    sys.exit(1 if rank() > 0 else f"kd-train: {reason}")
+
+
+def _train(cfg: DictConfig) -> Pipeline:
+    from rich.console import Console
+
+    from kd_lightning.checks import validate
+    from kd_lightning.processes import first, join
+
+    preemption.watch()
+    link_logs(Path(cfg.run_dir))
+    validate(cfg)
+    join()
+    from kd_lightning.compare import compare
+    from kd_lightning.multitask import pipeline_of
+    from kd_lightning.quiet import quiet
+    from kd_lightning.threads import settle_threads
+
+    quiet()
+    settle_threads()
+    log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
+    log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    log.handlers = [logging.StreamHandler()]
+    with first():
+        pipeline = pipeline_of(cfg, Console(quiet=rank() > 0))
+    pipeline.run()
+    with first():
+        if rank() == 0:
+            compare(pipeline, points.command())
+    return pipeline
 
 
 def main() -> None:
@@ -47,13 +78,15 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what the user reads is decided here
     try:
         _run()
+    except KDError as error:  # the first point of a sweep that failed
+        _end(error)
     except Exception as error:
         from kd_lightning.explain import explain
 
         explained = explain(error, sys.argv[1:])
         if explained is None:
             raise
-        sys.exit(f"kd-train: {explained}")
+        _end(explained)
 
 
 if __name__ == "__main__":

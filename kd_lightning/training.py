@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,13 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from torch import nn
 
-from kd_lightning.callbacks import ResumeCheckpoint, StageProgress
+from kd_lightning import preemption
+from kd_lightning.callbacks import Preemption, StageProgress
 from kd_lightning.config import build, processes
-from kd_lightning.errors import KDError
+from kd_lightning.errors import Interrupted, KDError
+from kd_lightning.files import alone
 from kd_lightning.models.answers import network_answers
+from kd_lightning.processes import environment, first, rank
 from kd_lightning.runs import check_fingerprint, digest, read_json, save_network, write_json
 
 if TYPE_CHECKING:
@@ -80,6 +85,8 @@ def planned_steps(trainer: dict[str, Any], batches: int) -> int:
 def train(stage: Stage, console: Console) -> dict[str, Any]:
     """Train a stage unless it is finished, and leave its network with the best weights in its folder.
 
+    One command at a time: another one that comes to the same folder waits, and goes on from what it finds then.
+
     Returns:
         The stage's record: fingerprint, settings, steps, seconds, validation scores.
 
@@ -87,13 +94,30 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         ConfigError: The folder holds a training with other settings.
         KDError: The training was interrupted, or diverged.
     """
-    fingerprint = digest(stage.settings)
-    if check_fingerprint(stage.folder, fingerprint, stage.settings):
-        say(console, f"{stage.name}  finished before, reused from {stage.folder}")
-        record: dict[str, Any] = read_json(stage.folder / "stage.json")
-        return record
-    write_json(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
+    with ExitStack() as held:
+        with first():
+            if rank() == 0:
+                told = partial(_say_waiting, console, stage)
+                held.enter_context(alone(stage.folder / ".lock", told))
+            fingerprint = digest(stage.settings)
+            finished = check_fingerprint(stage.folder, fingerprint, stage.settings)
+            if rank() == 0 and not finished:
+                write_json(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
+        if finished:
+            say(console, f"{stage.name}  finished before, reused from {stage.folder}")
+        else:
+            with preemption.holding():
+                _fit(stage, fingerprint, console)
+    record: dict[str, Any] = read_json(stage.folder / "stage.json")
+    return record
 
+
+def _say_waiting(console: Console, stage: Stage, line: str) -> None:
+    say(console, f"{stage.name}  {line}, which trains it in {stage.folder}")
+
+
+def _fit(stage: Stage, fingerprint: str, console: Console) -> None:
+    """Train, in all processes; then keep the best weights, in the first."""
     steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
     resume = stage.folder / "checkpoints" / "resume.ckpt"
     best, timer, started = _best(stage), Timer(), time.monotonic()
@@ -104,14 +128,28 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best, *stage.more_callbacks], resume)
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
-        raise KDError(f"{stage.name} was interrupted; the same command goes on from {resume}")
+        raise Interrupted(f"{stage.name} was interrupted; the same command goes on from {resume}")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # else the next stage would log into the same run
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(checkpoint["state_dict"])
+    with first():
+        if rank() == 0:
+            # The timer counts what a killed attempt took, too; it stays in spawned processes where there are several.
+            seconds = max(timer.time_elapsed("train"), time.monotonic() - started)
+            _keep(stage, fingerprint, module, Path(best.best_model_path), steps, seconds, trainer.strategy.root_device)
 
-    validation = network_answers(stage.network, stage.data.val_dataloader(), trainer.strategy.root_device)
+
+def _keep(
+    stage: Stage, fingerprint: str, module: NetworkModule, best: Path, steps: int, seconds: float, device: torch.device
+) -> None:
+    """Score the best weights on validation and write what the stage leaves behind; checkpoints go.
+
+    Raises:
+        KDError: The training diverged.
+    """
+    checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+    module.load_state_dict(checkpoint["state_dict"])
+    validation = network_answers(stage.network, stage.data.val_dataloader(), device)
     scores = stage.data.task.evaluate(validation)
     if bad := [name for name, score in scores.items() if not math.isfinite(score)]:
         raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower optimizer.lr")
@@ -121,20 +159,18 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
     }  # fmt: skip
     tokenizer = stage.data.tokenizer_of(stage.role)
     save_network(stage.folder, stage.network, stage.network_settings, task, tokenizer)
-    record = {
+    record: dict[str, Any] = {
         "fingerprint": fingerprint,
         "settings": stage.settings,
         "steps": steps,
         "best_step": int(checkpoint["global_step"]),
-        # The timer counts what a killed attempt took, too; it stays in the spawned processes where there are several.
-        "seconds": max(timer.time_elapsed("train"), time.monotonic() - started),
+        "seconds": seconds,
         "validation": scores,
         "selected_by": stage.data.task.main,
     }
     write_json(stage.folder / "stage.json", record)
     for file in (stage.folder / "checkpoints").glob("*.ckpt"):
         file.unlink()
-    return record
 
 
 def say(console: Console, line: str) -> None:
@@ -152,11 +188,13 @@ def _best(stage: Stage) -> ModelCheckpoint:
 def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
     """Build the trainer; the callbacks that the pipeline relies on come before the user's."""
     accumulate = int(stage.trainer.get("accumulate_grad_batches", 1))
-    callbacks = [*callbacks, ResumeCheckpoint(resume, stage.checkpoint_every)]
+    callbacks = [*callbacks, Preemption(resume, stage.checkpoint_every, stage.name)]
     callbacks += [build(node) for node in stage.callbacks.values()]
     loggers = [build(node, save_dir=str(stage.folder)) for node in stage.loggers.values()]
+    plugins = [build(node) for node in stage.trainer.get("plugins") or ()]
     settings = {
         **stage.trainer,
+        "plugins": None,
         "max_steps": steps,
         "max_epochs": -1,
         "val_check_interval": max(steps // stage.validations, 1) * accumulate,
@@ -165,5 +203,6 @@ def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path
     trainer: L.Trainer = build(
         settings, callbacks=callbacks, logger=loggers or False, default_root_dir=str(stage.folder),
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
+        plugins=[*plugins, environment()],
     )  # fmt: skip
     return trainer

@@ -20,6 +20,11 @@ IGNORE = -100
 """The label that counts nowhere: neither in a loss nor in a metric (torch's `ignore_index` default)."""
 
 
+def is_labelled(labels: Tensor) -> Tensor:
+    """Return which labels are labels: neither `IGNORE` nor NaN."""
+    return (labels != IGNORE) & ~labels.isnan()
+
+
 @dataclass
 class ModelOutput:
     """What every model is adapted to, teacher or student.

@@ -17,6 +17,7 @@ import atexit
 import io
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -162,7 +163,7 @@ def main() -> None:
     any_run = [*settings[names[0]], *seeded(names[0], SEEDS[0])]
     content = {
         "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS), "teacher": _teacher_scores(any_run),
-        "command": " ".join(["python", *sys.argv]), "minutes": _minutes() + (time.monotonic() - started) / 60,
+        "command": " ".join(["python", *sys.argv]), "minutes": _minutes(started),
         "environment": environment(), "strategies": found,
     }  # fmt: skip
     if given.strategies:
@@ -183,15 +184,21 @@ def _row(name: str, records: dict[int, dict[str, Any]], test: list[float]) -> di
     }
 
 
-def _minutes() -> float:
-    """Return how long earlier calls took, whose finished trainings this one reuses."""
+def _minutes(started: float) -> dict[str, float]:
+    """Return the minutes this call took, and those of earlier ones whose finished trainings it reuses.
+
+    `cpu` are those of both processes together: what is left of the measure where other work shares the machine.
+    """
     file = RUNS / "minutes.json"
-    return float(json.loads(file.read_text())) if file.is_file() else 0.0
+    before = json.loads(file.read_text()) if file.is_file() else {"wall": 0.0, "cpu": 0.0}
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = {"wall": time.monotonic() - started, "cpu": sum(one.ru_utime + one.ru_stime for one in used)}
+    return {name: before[name] + value / 60 for name, value in seconds.items()}
 
 
 def _add_minutes(started: float) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    (RUNS / "minutes.json").write_text(json.dumps(_minutes() + (time.monotonic() - started) / 60))
+    (RUNS / "minutes.json").write_text(json.dumps(_minutes(started)))
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

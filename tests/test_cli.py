@@ -42,7 +42,7 @@ def test_help_and_config_are_printed_without_importing_torch(arguments: list[str
         (["data=text_files"], "kd-train: data.train_file needs a value"),
         (["temperature=-1"], "kd-train: temperature=-1 must be above 0"),
         (["data=text_files", "data.train_file=nowhere.csv"], "nowhere.csv: no such file"),
-        (["-m", "trainer=ddp", "trainer.strategy=ddp", "temperature=1,2"], "use strategy=ddp_spawn"),
+        (["trainer=ddp", "trainer.strategy=ddp"], "use trainer=ddp (ddp_spawn) on one machine"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: str, tmp_path: Path) -> None:

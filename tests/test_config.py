@@ -79,7 +79,7 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
         (["finetune.max_epochs=0"], "finetune.max_epochs=0 must be at least 1"),
         (["data.batch_size=null"], "data.batch_size=null is not a whole number"),
         (["+trainer.callbacks=[]"], "trainer.callbacks is set by the pipeline"),
-        (["trainer.devices=2"], "use strategy=ddp_spawn"),
+        (["trainer.devices=2"], "use trainer=ddp (ddp_spawn) on one machine"),
         (["temperature={_target_: kd_lightning.schedules.Linear, start: 4, end: 0}"], "temperature=0 must be above 0"),
         (["alpha={_target_: kd_lightning.schedules.Linear, start: 0.5, end: 2}"], "must be between 0"),
         (["temperature=warm"], "temperature='warm' is neither a number nor a schedule"),

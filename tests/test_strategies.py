@@ -135,8 +135,8 @@ def test_every_file_says_what_it_is(strategy: Strategy) -> None:
     assert strategy.models
 
 
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_two_steps(name: str, kind: str, composed: Callable[..., DictConfig]) -> None:
+def made(name: str, kind: str, composed: Callable[..., DictConfig], *overrides: str) -> tuple[DistillationModule, Data]:
+    """Small networks, the objective of a file and data, ready to train."""
     torch.manual_seed(0)
     make_teacher, make_student, _ = NETWORKS[kind]
     teacher_network, student = make_teacher().eval(), make_student()
@@ -145,12 +145,20 @@ def test_two_steps(name: str, kind: str, composed: Callable[..., DictConfig]) ->
     if name == "deep_mutual":  # whose student has peers
         student = joined(student, [make_student()])
     data = Data(examples_of(kind))
-    objective: Objective = build(composed(f"distillation={name}", "alpha=0.5").distillation)
+    objective: Objective = build(composed(f"distillation={name}", "alpha=0.5", *overrides).distillation)
     objective.plan(student, teacher_network)
-    before = copy.deepcopy(teacher_network.state_dict())
     teacher = FrozenTeacher(teacher_network, features=objective.needs_teacher)
     module = DistillationModule(student, teacher, objective, partial(torch.optim.AdamW, lr=1e-3), num_classes=CLASSES)
     module.connect(data.batches[0], EXAMPLES)
+    return module, data
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_two_steps(name: str, kind: str, composed: Callable[..., DictConfig]) -> None:
+    module, data = made(name, kind, composed)
+    student, teacher = module.student, module.teacher
+    assert isinstance(teacher, FrozenTeacher)
+    before = copy.deepcopy(teacher.network.state_dict())
     for term, share in shares(module, data.batches[0]).items():
         assert math.isfinite(share)
         assert share > FLOOR, f"{term}: {share:.1e} of the gradient of cross-entropy"

@@ -208,7 +208,7 @@ def test_an_ensemble_caches_each_member(
 ) -> None:
     other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
     tokenizer = f"data.tokenizer={tmp_path / 'teacher_run/teacher/tokenizer'}"
-    Pipeline(composed(*other, tokenizer, "stages=[teacher]", "seed=1"), Console(file=StringIO())).run()
+    Pipeline(composed(*other, tokenizer, "stages=[teacher]", "teacher.seed=1"), Console(file=StringIO())).run()
     members = [str(tmp_path / name) for name in ("teacher_run", "other")]
     pipeline = distil(f"teacher.checkpoint=[{','.join(members)}]", "seeds=2")
     pipeline.run()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import filelock
 
 from kd_lightning.cache.manifest import MANIFEST, REFRESH, Manifest, ShardRecord
 from kd_lightning.cache.shards import leftovers, shard_problem
 from kd_lightning.errors import CacheError
+from kd_lightning.files import Busy, alone
 
 Say = Callable[[str], None]
 
@@ -35,29 +32,16 @@ def locked(folder: Path, say: Say = log.info, wait: bool = True) -> Iterator[Non
         CacheError: The lock cannot be made, or another process has it and `wait` is False.
     """
     path = folder.absolute().with_name(f"{folder.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path, thread_local=False, is_singleton=True)
+    with contextlib.ExitStack() as held:
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            holder = ""
-            with contextlib.suppress(OSError):  # who it is helps, but is not needed
-                holder = path.read_text(encoding="utf-8").strip()
-            if not wait:
-                raise CacheError(f"{folder} is being written by {holder or 'another process'}") from None
-            say(f"waiting for {holder or 'another process'}, which writes {folder}")
-            lock.acquire()
-    except OSError as error:
-        raise CacheError(
-            f"cannot write to {path.parent} ({error.strerror}): set KD_LIGHTNING_HOME to a folder of yours"
-        ) from error
-    try:
-        with contextlib.suppress(OSError):  # a full disk
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            held.enter_context(alone(path, lambda line: say(f"{line}, which writes {folder}"), wait))
+        except Busy as holder:
+            raise CacheError(f"{folder} is being written by {holder}") from None
+        except OSError as error:
+            raise CacheError(
+                f"cannot write to {path.parent} ({error.strerror}): set KD_LIGHTNING_HOME to a folder of yours"
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def problems(folder: Path, manifest: Manifest) -> dict[ShardRecord, str]:

@@ -23,7 +23,7 @@ class MeanTeacher(L.Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from the step the training goes on from; give this process an average of its own.
+        """Count from the step the training goes on from, 0 with the student's weights; give each process its average.
 
         `ddp_spawn` hands over tensors in shared memory. Lightning makes copies of the module's, and the teacher is not
         among them: all processes would move one average.
@@ -32,6 +32,8 @@ class MeanTeacher(L.Callback):
         network = _teacher(pl_module).network
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.data = tensor.data.clone()
+        if trainer.global_step == 0:
+            _teacher(pl_module).restart(_module(pl_module).student)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

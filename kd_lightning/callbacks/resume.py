@@ -26,19 +26,25 @@ class ResumeCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = path, every_n_steps
-        self._saved_step = 0
+        self._step = 0
         self._waiting = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from the step the training goes on from."""
-        self._saved_step = trainer.global_step
+        self._step = trainer.global_step
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Return whether to save after this optimizer step; asked once after each."""
+        return trainer.global_step % self.every_n_steps == 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, unless a look at validation is about to follow."""
-        step = trainer.global_step
-        if step == self._saved_step or step % self.every_n_steps != 0:
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        self._step = trainer.global_step
+        if not self.is_due(trainer):
             return
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if trainer.enable_validation and trainer.val_check_batch and batches % trainer.val_check_batch == 0:
@@ -52,7 +58,7 @@ class ResumeCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        self._saved_step, self._waiting = trainer.global_step, False
+        self._waiting = False
         if trainer.world_size == 1:
             with replacing(self.path) as temporary:
                 trainer.save_checkpoint(temporary, weights_only=False)

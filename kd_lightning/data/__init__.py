@@ -1,6 +1,6 @@
 """Data modules: where sentences and images come from, and how they become batches."""
 
-from kd_lightning.data.base import ClassificationData
+from kd_lightning.data.base import ClassificationData, selected
 from kd_lightning.data.corpus import Corpus, Examples
 from kd_lightning.data.fashion_mnist import FashionMNIST
 from kd_lightning.data.files import FileReader
@@ -26,4 +26,5 @@ __all__ = [
     "Reviews",
     "TextData",
     "TextFiles",
+    "selected",
 ]

@@ -130,6 +130,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         self._tokens: Literal["student", "teacher", "both"] = "both"
         self._pool = True
         self._resume: tuple[int, int] | None = None
+        self._share = (0, 1)
         self._spans: dict[str, range]
         self._labels: NDArray[Any]  # int64; float32 for a regression
 
@@ -149,8 +150,13 @@ class ClassificationData(L.LightningDataModule, ABC):
         self.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what `prepare_data` left."""
+        """Read what `prepare_data` left; from here to `teardown` each process gets its share of the examples."""
         self.prepare()
+        self._share = rank_and_world()
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Give whoever asks all examples again."""
+        self._share = (0, 1)
 
     def _lay_out(self, sizes: Sequence[int]) -> None:
         """Give each part its run of the `index`; `sizes` are in the order of `PARTS`."""
@@ -246,7 +252,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         self.prepare()
         chosen = copy.copy(self)
         chosen.trainer = None
-        chosen._resume = None
+        chosen._resume, chosen._share = None, (0, 1)
         return chosen
 
     # -- batches ------------------------------------------------------------------------------------------------------
@@ -254,7 +260,10 @@ class ClassificationData(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return shuffled batches of like length; the same for the same `seed` and epoch."""
         data = self._training_dataset()
-        sampler = BucketBatchSampler(data.turn, self.batch_size, shuffle=True, seed=self.seed)
+        rank, world = self._share
+        sampler = BucketBatchSampler(
+            data.turn, self.batch_size, shuffle=True, seed=self.seed, rank=rank, world_size=world
+        )
         if self._resume is not None:
             sampler.resume(*self._resume)
             self._resume = None
@@ -273,6 +282,10 @@ class ClassificationData(L.LightningDataModule, ABC):
         """Return the test examples, sorted by length."""
         return self._evaluation_loader("test", "test")
 
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return the test examples, whose labels a prediction does not read."""
+        return self.test_dataloader()
+
     def all_dataloader(self) -> DataLoader[Batch]:
         """Return every example of every part, sorted by length."""
         return self._evaluation_loader("train", "test")
@@ -287,7 +300,9 @@ class ClassificationData(L.LightningDataModule, ABC):
 
     def _evaluation_loader(self, first: str, last: str) -> DataLoader[Batch]:
         data = self._dataset(first, last)
-        return self._loader(data, BucketBatchSampler(data.lengths, self.eval_batch_size, shuffle=False))
+        rank, world = self._share
+        sampler = BucketBatchSampler(data.lengths, self.eval_batch_size, shuffle=False, rank=rank, world_size=world)
+        return self._loader(data, sampler)
 
     def _loader(self, data: BatchDataset, sampler: BucketBatchSampler) -> DataLoader[Batch]:
         if self.num_workers:
@@ -341,5 +356,15 @@ class ClassificationData(L.LightningDataModule, ABC):
             "tokens": self._tokens,
             "pool": self._pool,
             "seed": self.seed,
-            "global_batch_size": self.batch_size * rank_and_world()[1],
+            "global_batch_size": self.batch_size * self._share[1],
         }
+
+
+def selected(
+    data: ClassificationData,
+    tokens: Literal["student", "teacher", "both"] = "both",
+    pool: bool = True,
+    one_reader: bool = False,
+) -> ClassificationData:
+    """Return `data.select(tokens, pool)`, and before it `data.with_one_reader()`: for a configuration to name."""
+    return (data.with_one_reader() if one_reader else data).select(tokens, pool)

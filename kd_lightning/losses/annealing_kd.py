@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.term import (
+    Averages,
     Reduction,
     Term,
     check_mask,
@@ -77,6 +78,8 @@ class AnnealingKDLoss(Term):
     Raises:
         ValueError: A T_max below 1 or a share not inside (0, 1).
     """
+
+    averages: Averages = "logits"
 
     def __init__(
         self, max_temperature: int = 10, until: float = 0.7, causal: bool = False, classes: int | None = None

@@ -7,7 +7,7 @@ from torch import Tensor
 from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import same_size
 from kd_lightning.losses.relations import counting_examples, patterns, unit
-from kd_lightning.losses.term import Reduction, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, check_same_shape, in_float32, reduce
 
 
 @in_float32
@@ -69,6 +69,8 @@ class AttentionTransferLoss(LayerwiseTerm):
         layers: Which layer learns from which; see `LayerMap`.
         power: p >= 1.
     """
+
+    averages: Averages = "examples"
 
     def __init__(self, kind: Kind = "feature_maps", layers: LayerMap = "uniform", power: float = 2.0) -> None:
         super().__init__(layers)

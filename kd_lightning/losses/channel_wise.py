@@ -10,6 +10,7 @@ from kd_lightning.losses.feature_pair import FeaturePairTerm
 from kd_lightning.losses.projectors import Projection
 from kd_lightning.losses.relations import counting_examples
 from kd_lightning.losses.term import (
+    Averages,
     Reduction,
     Scheduled,
     check_mask,
@@ -86,6 +87,8 @@ class ChannelWiseLoss(FeaturePairTerm):
         projector: Takes the student's channels to the teacher's.
         temperature: T > 0, or a schedule over training progress; the paper's is 4.
     """
+
+    averages: Averages = "examples"
 
     def __init__(
         self,

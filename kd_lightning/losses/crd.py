@@ -97,11 +97,12 @@ class CRDLoss(Term):
       (one without a label counts as one); for an example without a label, from all others that they have. Examples
       that are never trained on, such as those of validation, are thus no negatives: their rows stay random. Only while
       an example has fewer than `FEW` negatives, rows not taken in are drawn as well. The same ones serve both sides.
-      Draws come from torch's global generator.
+      Each batch takes K numbers from torch's global generator, which every example shifts by its own, by its index.
     * An example without a stable index (-1, of a view that is made anew) is an anchor like others, and leaves nothing
       in the banks.
     * Where an index comes twice in a batch, the bank takes in the mean of both embeddings.
-    * Under DDP each process's banks take in the examples of all.
+    * Of several processes each has the same banks, which take in the examples of all, and the first one draws: together
+      they train as one process with the whole batch.
 
     Unlike the paper's program the pair of one example is made of the embeddings of this step, not of one of them and
     the other's bank, which at first is random and later an epoch old.
@@ -120,6 +121,8 @@ class CRDLoss(Term):
 
     FEW = 8
     """With fewer negatives than this an example meets rows of the banks that are still random, too."""
+    SHIFT = (5**0.5 - 1) / 2
+    """How far apart the draws of examples with neighbouring indices begin; its multiples spread evenly over [0, 1)."""
 
     bank_s: Tensor
     bank_t: Tensor
@@ -233,7 +236,10 @@ class CRDLoss(Term):
         pool = torch.where(known - (end - start) < self.FEW, count, known)
         start, end = start.minimum(pool).unsqueeze(1), end.minimum(pool).unsqueeze(1)
         others = pool.unsqueeze(1) - (end - start)
-        uniform = torch.rand(len(index), self.negatives, dtype=torch.float64, device=index.device)
+        common = torch.rand(self.negatives, dtype=torch.float64, device=index.device)
+        if self.training:
+            common = _first_ones(common)
+        uniform = (common + self.SHIFT * index.unsqueeze(1)) % 1.0
         drawn = (uniform * others).long()  # float64: in float32 a product may round up to the count itself
         return order[drawn + torch.where(drawn >= start, end - start, 0)]
 
@@ -245,9 +251,20 @@ class CRDLoss(Term):
         bank[rows] = F.normalize(self.momentum * bank[rows] + (1 - self.momentum) * F.normalize(new, dim=1), dim=1)
 
 
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _first_ones(x: Tensor) -> Tensor:
+    """Return the first process's tensor."""
+    if _together():
+        torch.distributed.broadcast(x, src=0)
+    return x
+
+
 def _everyones(x: Tensor) -> Tensor:
     """Return the tensors of all processes, joined; in training all have as many examples."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _together():
         return x
     gathered = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(gathered, x.contiguous())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import check_labels
-from kd_lightning.losses.term import Reduction, Term, check_mask, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -63,6 +63,7 @@ class CrossEntropyLoss(Term):
         causal: For language models: position t is scored against the label of token t + 1.
     """
 
+    averages: Averages = "labels"
     uses_teacher = False
 
     def __init__(self, label_smoothing: float = 0.0, causal: bool = False) -> None:

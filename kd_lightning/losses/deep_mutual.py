@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.soft_target import soft_target
-from kd_lightning.losses.term import Scheduled, Term, check_mask, counted_positions, in_float32
+from kd_lightning.losses.term import Averages, Scheduled, Term, check_mask, counted_positions, in_float32
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -65,6 +65,7 @@ class DeepMutualLoss(Term):
         temperature: T > 0, or a schedule over training progress; the paper's is 1.
     """
 
+    averages: Averages = "logits"
     uses_teacher = False
     needs_student = ("peers",)
 

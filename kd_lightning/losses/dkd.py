@@ -16,7 +16,7 @@ from kd_lightning.losses.logit_term import (
     log_probs_of_others,
     softened,
 )
-from kd_lightning.losses.term import Reduction, Scheduled, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, Scheduled, in_float32, reduce
 from kd_lightning.types import Batch
 
 
@@ -86,6 +86,8 @@ class DKDLoss(LogitTerm):
         causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
+
+    averages: Averages = "labels"
 
     def __init__(
         self,

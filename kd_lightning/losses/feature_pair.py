@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector, same_size
-from kd_lightning.losses.term import Term, token_mask
+from kd_lightning.losses.term import Averages, Term, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -18,6 +18,7 @@ class FeaturePairTerm(Term):
         projector: Takes the student's feature to the teacher's width; trained with the student.
     """
 
+    averages: Averages = "tokens"
     projector: Projection | nn.Module
 
     def __init__(
@@ -35,6 +36,8 @@ class FeaturePairTerm(Term):
         """
         of_student, of_teacher = self.features(student, teacher)
         self.projector = projector(self.projector, of_student, of_teacher, self.needs_student[0])
+        if of_student.ndim != 3:
+            self.averages = "examples"
 
     def features(self, student: ModelOutput, teacher: ModelOutput) -> tuple[Tensor, Tensor]:
         """Return the two features as the networks gave them."""

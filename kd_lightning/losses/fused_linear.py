@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.chunked_linear import Options, fused_linear
-from kd_lightning.losses.term import Scheduled, Term, counted_positions
+from kd_lightning.losses.term import Averages, Scheduled, Term, counted_positions
 from kd_lightning.types import Batch, ModelOutput
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -166,6 +166,8 @@ class FusedLinearKDLoss(Term):
     Raises:
         ValueError: At the first batch: a feature that is missing, or what `fused_linear_kd` refuses.
     """
+
+    averages: Averages = "logits"
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import Projection, projector, same_size
 from kd_lightning.losses.relations import unit
 from kd_lightning.losses.term import (
+    Averages,
     Reduction,
     Term,
     check_mask,
@@ -89,6 +90,7 @@ class HintLoss(Term):
         distance: `mse`, `cosine` or `smooth_l1`.
     """
 
+    averages: Averages = "tokens"
     projector: Projection | nn.Module
 
     def __init__(
@@ -110,6 +112,8 @@ class HintLoss(Term):
         """
         of_student, of_teacher = self._features(student, teacher)
         self.projector = projector(self.projector, of_student, of_teacher, self.needs_student[0])
+        if of_student.ndim != 3:
+            self.averages = "examples"
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the distance, averaged over examples or the tokens that are no padding."""

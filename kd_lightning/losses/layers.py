@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector
-from kd_lightning.losses.term import Depth, Term, at_least_float32, token_mask
+from kd_lightning.losses.term import Averages, Depth, Term, at_least_float32, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 Kind = Literal["hidden", "attention", "qkv", "feature_maps"]
@@ -104,6 +104,7 @@ class LayerwiseTerm(Term):
         kind: The feature that is compared.
     """
 
+    averages: Averages = "tokens"
     kind: Kind = "hidden"
 
     def __init__(self, layers: LayerMap = "uniform", projector: Projection | nn.Module | None = None) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.term import (
+    Averages,
     Reduction,
     Term,
     check_mask,
@@ -56,6 +57,8 @@ class LogitMSELoss(Term):
         causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side; see `compared_logits`.
     """
+
+    averages: Averages = "logits"
 
     def __init__(self, causal: bool = False, classes: int | None = None) -> None:
         super().__init__()

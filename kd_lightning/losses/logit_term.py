@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Scheduled, Term, check_mask, check_positive, check_same_shape, compared_logits
+from kd_lightning.losses.term import (
+    Averages,
+    Scheduled,
+    Term,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    compared_logits,
+)
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -24,6 +32,8 @@ class LogitTerm(Term):
         causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side; see `compared_logits`.
     """
+
+    averages: Averages = "logits"
 
     def __init__(self, temperature: Scheduled = 1.0, causal: bool = False, classes: int | None = None) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kd_lightning.losses.attentions import attention_kl, relation_kl
-from kd_lightning.losses.term import Reduction, Term, in_float32, token_mask
+from kd_lightning.losses.term import Averages, Reduction, Term, in_float32, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -51,6 +51,7 @@ def minilm(
 class MiniLMLoss(Term):
     """Deep self-attention distillation of the last layers; see `minilm` for the formula."""
 
+    averages: Averages = "tokens"
     needs_student = ("attention[-1]", "qkv[-1]")
     needs_teacher = ("attention[-1]", "qkv[-1]")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.attentions import relation_kl
-from kd_lightning.losses.term import Reduction, Term, in_float32, token_mask
+from kd_lightning.losses.term import Averages, Reduction, Term, in_float32, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -60,6 +60,7 @@ class MiniLMv2Loss(Term):
             and the 21st of 24 of a large one. The student's is its last.
     """
 
+    averages: Averages = "tokens"
     needs_student = ("qkv[-1]",)
 
     def __init__(self, relation_heads: int = 48, teacher_layer: int = -1) -> None:

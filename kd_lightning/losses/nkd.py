@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import LogitTerm, at_label, labelled, log_probs_of_others, softened
-from kd_lightning.losses.term import Reduction, Scheduled, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, Scheduled, in_float32, reduce
 from kd_lightning.types import Batch
 
 
@@ -67,6 +67,8 @@ class NKDLoss(LogitTerm):
         causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
+
+    averages: Averages = "labels"
 
     def __init__(
         self,

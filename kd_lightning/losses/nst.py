@@ -10,7 +10,7 @@ from torch import Tensor
 from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import same_size
 from kd_lightning.losses.relations import counting_examples, patterns, unit
-from kd_lightning.losses.term import Reduction, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, in_float32, reduce
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
 
@@ -80,6 +80,8 @@ class NSTLoss(LayerwiseTerm):
         layers: Which layer learns from which; see `LayerMap`. The paper has the last of each: `[[-1, -1]]`.
         kernel: `polynomial`, `linear` or `gaussian`.
     """
+
+    averages: Averages = "examples"
 
     def __init__(
         self, kind: Kind = "feature_maps", layers: LayerMap = "uniform", kernel: Kernel = "polynomial"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from kd_lightning.losses.layers import LayerMap, LayerwiseTerm, layer_pairs
 from kd_lightning.losses.projectors import Projection
 from kd_lightning.losses.relations import unit
-from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, check_mask, check_same_shape, in_float32, reduce
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -58,6 +58,8 @@ class PKDLoss(LayerwiseTerm):
     Raises:
         ValueError: At planning, where leaving out the last layers leaves no pair; or a batch padded on the left.
     """
+
+    averages: Averages = "examples"
 
     def __init__(self, layers: LayerMap = "uniform", projector: Projection | nn.Module = "none") -> None:
         super().__init__(layers, projector)

@@ -85,6 +85,7 @@ class RegressionLoss(Term):
         self.kind: Kind = kind
         self.threshold = threshold
         self.uses_teacher = target == "teacher"
+        self.averages = "examples" if self.uses_teacher else "labels"
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean over the examples that have a target."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.term import (
+    Averages,
     Reduction,
     Scheduled,
     Term,
@@ -72,6 +73,8 @@ class SoftTargetLoss(Term):
     Raises:
         ValueError: At the first batch, when the sides' numbers of classes differ and `classes` does not settle it.
     """
+
+    averages: Averages = "logits"
 
     def __init__(self, temperature: Scheduled = 1.0, causal: bool = False, classes: int | None = None) -> None:
         super().__init__()

@@ -67,6 +67,10 @@ class StandardizedLoss(Term):
             )
         self.term.connect(student, teacher, examples)
 
+    def counts(self, batch: Batch) -> Tensor:
+        """Return the wrapped term's."""
+        return self.term.counts(batch)
+
     def settings(self) -> dict[str, float]:
         """Return what the wrapped term has scheduled."""
         self.term.progress = self.progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kd_lightning.losses.term import Depth, Term
@@ -45,6 +46,18 @@ class TaskTerm(Term):
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
         """Let the term build what it sizes by the task's logits."""
         self.term.connect(self._of(student, slice(None)), self._of(teacher, slice(None)), examples)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return what the term counts among the task's rows, B_k and B."""
+        rows = batch["task"] == self.number
+        own = self.term.counts({name: value[rows] for name, value in batch.items()})
+        return torch.cat([own, torch.stack([rows.sum(), torch.ones_like(rows).sum()])])
+
+    def share(self, own: Tensor, mean: Tensor) -> Tensor:
+        """Return the term's share, with B_k / B of the whole step in place of the batch's."""
+        (rows, size), (mean_rows, mean_size) = own[-2:], mean[-2:]
+        share: Tensor = mean_rows / rows.clamp(min=1) * size / mean_size
+        return share * self.term.share(own[:-2], mean[:-2])
 
     def settings(self) -> dict[str, float]:
         """Return the term's."""

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import is_label, kl, labelled
-from kd_lightning.losses.term import Reduction, Scheduled, Term, check_mask, check_positive, in_float32, reduce
+from kd_lightning.losses.term import (
+    Averages,
+    Reduction,
+    Scheduled,
+    Term,
+    check_mask,
+    check_positive,
+    in_float32,
+    reduce,
+)
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -73,6 +82,7 @@ class TeacherFreeLoss(Term):
         causal: For language models: position t is scored against the label of token t + 1.
     """
 
+    averages: Averages = "labels"
     uses_teacher = False
 
     def __init__(self, temperature: Scheduled = 1.0, correct_probability: float = 0.99, causal: bool = False) -> None:

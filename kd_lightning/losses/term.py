@@ -14,11 +14,12 @@ from typing import Any, Literal, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.types import IGNORE, Batch, ModelOutput
+from kd_lightning.types import IGNORE, Batch, ModelOutput, is_labelled
 
 Reduction = Literal["mean", "sum", "none"]
 Scheduled = float | Callable[[float], float]
 """A number, or a function of training progress (0 at the first step, 1 at the last)."""
+Averages = Literal["examples", "labels", "logits", "tokens"]
 Depth = Callable[[str], int]
 """How many layers a network has of a kind: `hidden`, `attention`, `qkv` or `feature_maps`."""
 P = ParamSpec("P")
@@ -35,8 +36,13 @@ class Term(nn.Module, ABC):
         needs_student: Names of the student's features it reads; see `kd_lightning.features`.
         needs_teacher: The same of the teacher.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
+        averages: What its mean is over: `examples`; those with `labels`; `logits`, which are one an example or one a
+            position; `tokens` that are no padding. What the mean over several processes is weighted by; see `counts`.
+        causal: Position t answers for token t + 1, so that the first token is not counted.
     """
 
+    averages: Averages = "examples"
+    causal: bool = False
     uses_teacher: bool = True
     needs_student: tuple[str, ...] = ()
     needs_teacher: tuple[str, ...] = ()
@@ -53,6 +59,34 @@ class Term(nn.Module, ABC):
             teacher: What the teacher said of it.
             examples: How many examples the data has: every `index` is below.
         """
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return how many things the mean over a batch is over, `(1,)` float32.
+
+        `logits` are one a position where `labels` are `(B, L)`, or where there are none and an `attention_mask` is.
+        """
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        positions = mask if labels is None else labels
+        counted = None
+        if self.averages == "tokens":
+            counted = mask
+        elif self.averages != "examples" and positions is not None and positions.ndim == 2:
+            counted = counted_positions(positions.unsqueeze(2), batch, self.causal)[1]
+        elif self.averages == "labels" and labels is not None:
+            counted = is_labelled(labels)
+        if counted is None:
+            first = next(iter(batch.values()))
+            return torch.full((1,), float(len(first)), device=first.device)
+        return counted.sum(dtype=torch.float32).view(1)
+
+    def share(self, own: Tensor, mean: Tensor) -> Tensor:
+        """Return what the value is multiplied by so that the average over all batches of a step is a mean over it.
+
+        Args:
+            own: The batch's `counts`.
+            mean: Their average over the batches of the step.
+        """
+        return (own / mean.clamp(min=torch.finfo(torch.float32).tiny))[0]
 
     def now(self, value: Scheduled) -> float:
         """Return a scheduled value at the present progress."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector
-from kd_lightning.losses.term import Reduction, Term, check_same_shape, in_float32, token_mask
+from kd_lightning.losses.term import Averages, Reduction, Term, check_same_shape, in_float32, token_mask
 from kd_lightning.losses.tinybert_hidden import tinybert_hidden
 from kd_lightning.types import Batch, ModelOutput
 
@@ -45,6 +45,7 @@ class TinyBERTEmbeddingLoss(Term):
         projector: Takes the student's embeddings to the teacher's width; see `Projection`, or a module of your own.
     """
 
+    averages: Averages = "tokens"
     needs_student = ("embeddings",)
     needs_teacher = ("embeddings",)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import LogitTerm, at_label, kl, labelled, softened
-from kd_lightning.losses.term import Reduction, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, in_float32, reduce
 from kd_lightning.types import Batch
 
 
@@ -57,6 +57,8 @@ def wsld(
 
 class WSLDLoss(LogitTerm):
     """Weighted soft labels; see `wsld` for the formula, `LogitTerm` for the arguments. Reads `labels`."""
+
+    averages: Averages = "labels"
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return T^2 times the weighted KL divergence, averaged over what has a label."""

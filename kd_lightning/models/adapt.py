@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -49,14 +50,14 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     """
     forward = _forward_of(unwrap(network))
     names = [name for name in batch if _is_input(name)] if forward.takes_everything else forward.names
-    arguments = {name: batch[name] for name in names if name in batch}
+    arguments = {name: _narrowed(batch[name], network) for name in names if name in batch}
     missing = [name for name in forward.required if name not in arguments]
     if arguments and not missing:
         return _as_output(network(**arguments), network)
     main = next((name for name in _MAIN_ENTRIES if name in batch and name not in forward.names), None)
     if main is not None and missing and missing == forward.main_parameter:
         arguments.pop(main, None)  # for forward(x, **kwargs): not once by position and once more by name
-        return _as_output(network(batch[main], **arguments), network)
+        return _as_output(network(_narrowed(batch[main], network), **arguments), network)
     raise ConfigError(_cannot_call(network, forward, missing, batch))
 
 
@@ -107,6 +108,14 @@ def _inspect(function: Callable[..., Any], is_method: bool) -> _Forward:
     by_position = [p.name for p in named[:1] if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return _Forward(names, required, by_position, has_keywords and "attention_mask" not in names)
+
+
+def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
+    """Return images in the 16 bits of a network that has no others (`precision=bf16-true`), anything else as it is."""
+    if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return x
+    weight = next(network.parameters(), None)
+    return x.to(weight.dtype) if weight is not None and weight.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _is_input(name: str) -> bool:

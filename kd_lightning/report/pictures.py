@@ -50,7 +50,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     points = {name: curve for name, curve in points.items() if curve[0]}
     if not points:
         return None
-    figure = _figure(7.5, 4.2)
+    figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     main = main_score(report)
     teacher = report["models"].get("teacher", {}).get("validation", {}).get(main)
@@ -75,7 +75,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     axes.set_ylabel(f"validation {score_title(main)}")
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)  # never over a line
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -96,7 +96,7 @@ def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
         return None
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = _figure(1.0 + 4.2 * len(panels), 4.0)
+    figure = new_figure(1.0 + 4.2 * len(panels), 4.0)
     first = None
     for number, (section, key, label, write) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number, sharey=first)
@@ -106,7 +106,7 @@ def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(_tick_writer(write))
         axes.xaxis.set_minor_locator(NullLocator())
-        _tidy(axes)
+        tidy(axes)
     figure.axes[0].set_ylabel(f"test {score_title(main_score(report))}")
     for axes in figure.axes[1:]:
         axes.tick_params(labelleft=False)
@@ -129,7 +129,7 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
     }
     if not panels:
         return None
-    figure = _figure(1.0 + 4.2 * len(panels), 3.8)
+    figure = new_figure(1.0 + 4.2 * len(panels), 3.8)
     every = list(dict.fromkeys(term for terms in panels.values() for term in terms))
     for number, (label, terms) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), number)
@@ -142,7 +142,7 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.set_ylabel(f"share of the {label}, %")
         axes.set_ylim(-2, 102)
         axes.set_xlim(left=0)
-        _tidy(axes)
+        tidy(axes)
     handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=10)
     return figure
@@ -249,13 +249,14 @@ def _tick_writer(write: Callable[[float], str]) -> Callable[[float, float], str]
     return lambda value, _position: re.sub(r"\.0+(?=\D|$)", "", write(value))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches, that lays itself out."""
     from matplotlib.figure import Figure  # takes most of a second, and only pictures need it
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     """Take away the ink that carries nothing."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)

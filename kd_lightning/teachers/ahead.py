@@ -13,7 +13,7 @@ from kd_lightning.types import Batch, ModelOutput
 _ANSWER = "teacher_answer."  # no network is ever given entries that begin with teacher_
 
 
-class AheadTeacher:
+class AheadTeacher(Teacher):
     """Runs a teacher one batch ahead on a GPU: on a stream of its own, or on another GPU than the student's.
 
     Before `around(loader)` hands out a batch of the loader (on the CPU) it has launched the teacher on the one after;

@@ -16,7 +16,7 @@ from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Answers from a cache of the teacher's outputs.
 
     While the cache lacks answers the teacher itself is asked, a whole batch at a time, and its answers are kept: the

@@ -60,6 +60,11 @@ class EMATeacher(FrozenTeacher):
         for buffer, value in zip(self.network.buffers(), student.buffers(), strict=True):
             buffer.copy_(value)
 
+    def restart(self, student: nn.Module) -> None:
+        """Begin again, from the student's present weights."""
+        self.network.load_state_dict(unwrap(student).state_dict())
+        self.updates = 0
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return the number of updates, for `state_dict`."""
         return {"updates": self.updates}

@@ -18,7 +18,7 @@ Combine = Literal["probabilities", "logits"]
 Weights = Sequence[float] | Literal["confidence"] | None
 
 
-class EnsembleTeacher:
+class EnsembleTeacher(Teacher):
     r"""The weighted mean of several teachers' answers.
 
     With the members' logits :math:`z_m` and weights :math:`w_m`, scaled to sum to 1:

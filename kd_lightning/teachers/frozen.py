@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import nn
@@ -21,26 +22,26 @@ _PREFIX = "teacher_"
 _HALF = {"bf16": torch.bfloat16, "float16": torch.float16}
 
 
-class Teacher(Protocol):
+class Teacher(ABC):
     """What a distillation asks of a teacher: an answer to a batch, without a gradient, and to sit on a device.
 
     `flush` is called before a checkpoint and when a training ends: a cache writes what it has not written yet.
     """
 
+    @abstractmethod
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the teacher's output for the batch."""
-        ...
 
+    @abstractmethod
     def to(self, device: torch.device) -> Teacher:
         """Move to a device."""
-        ...
 
+    @abstractmethod
     def flush(self) -> None:
         """Write what is not written yet."""
-        ...
 
 
-class FrozenTeacher(nn.Module):
+class FrozenTeacher(nn.Module, Teacher):
     """A network that is only ever asked: eval mode for good, no gradients, forward under `inference_mode`.
 
     The module that distils keeps it outside its own module tree, so it is in no optimizer, no DDP wrapper and no
@@ -87,6 +88,7 @@ class FrozenTeacher(nn.Module):
         elif precision in _HALF:
             _cast_once(network, _HALF[precision])
         self.network, self.precision = network.requires_grad_(False), precision
+        self.features = tuple(features)
         self._ask = FeatureTap(network, features)
         if compile:
             network.compile(dynamic=True)

@@ -13,7 +13,7 @@ from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 
 
-class MultiTaskTeacher:
+class MultiTaskTeacher(Teacher):
     """Asks each teacher about the examples of its task, and puts its answers into the columns of that task.
 
     Other columns are 0: nobody was asked. Each teacher may run or answer from its own cache. Features are not returned:
