@@ -6,16 +6,17 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.assets import home
-from kd_lightning.data.augment import Views
+from kd_lightning.data.augment import Changes, Views
 from kd_lightning.data.base import PARTS, ClassificationData, Role, check_least, check_probabilities
 from kd_lightning.data.corpus import Corpus, Sentence
 from kd_lightning.data.dataset import FreshViews, TokenDataset
+from kd_lightning.data.substitutes import ClassWords, Neighbours, nearest_words
 from kd_lightning.data.tokens import (
     TokenStore,
     encode_batch,
@@ -25,12 +26,13 @@ from kd_lightning.data.tokens import (
     sentences_digest,
     tokenizer_fingerprint,
 )
-from kd_lightning.errors import ConfigError
+from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.types import IGNORE, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+ReplaceBy = Literal["neighbours", "class"]
 ROLES: tuple[Role, Role] = ("student", "teacher")
 
 
@@ -48,6 +50,13 @@ class TextData(ClassificationData):
         max_length: Longer sentences are cut to this many tokens.
         mask_probability: How often a view's word is masked.
         ngram_probability: How often a view is cut to at most five words.
+        replace_probability: How often a view's word is replaced.
+        replace_by: Words by which: `neighbours` in the word embeddings of the checkpoint that the teacher's tokenizer
+            belongs to, or words of other training sentences of the same `class`.
+        drop_probability: How often a view's word is left out.
+        swap_probability: How often a view's word changes places with the next one.
+        crop_probability: How often a view is cut to a random run of its words.
+        crop_share: How long that run is, as a share of the words.
         transfer: More sentences for the teacher to label: files, or names that the source knows.
         cache_dir: Where encoded sentences are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `ClassificationData`.
@@ -63,17 +72,34 @@ class TextData(ClassificationData):
         max_length: int = 64,
         mask_probability: float = 0.1,
         ngram_probability: float = 0.25,
+        replace_probability: float = 0.0,
+        replace_by: ReplaceBy = "neighbours",
+        drop_probability: float = 0.0,
+        swap_probability: float = 0.0,
+        crop_probability: float = 0.0,
+        crop_share: float = 0.5,
         transfer: Sequence[str] = (),
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         check_least(4, max_length=max_length)
-        check_probabilities(mask_probability=mask_probability, ngram_probability=ngram_probability)
+        chances: dict[str, Any] = {
+            "replace_probability": replace_probability, "drop_probability": drop_probability,
+            "swap_probability": swap_probability, "crop_probability": crop_probability, "crop_share": crop_share,
+        }  # fmt: skip
+        check_probabilities(mask_probability=mask_probability, ngram_probability=ngram_probability, **chances)
+        if replace_by not in get_args(ReplaceBy):
+            hint = did_you_mean(str(replace_by), get_args(ReplaceBy))
+            raise ConfigError(f"data.replace_by={replace_by!r} is unknown{hint}")
         self.tokenizer_names = {"student": tokenizer, "teacher": teacher_tokenizer or tokenizer}
         self.max_length = max_length
         self.mask_probability = mask_probability
         self.ngram_probability = ngram_probability
+        self.replace_by = replace_by
+        self._chances = chances
+        # A copy for a teacher with another tokenizer (`reading`) has the same views.
+        self._neighbours_in = self.tokenizer_names["teacher"]
         self.transfer = [transfer] if isinstance(transfer, str) else list(transfer)
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "tokens"
         self._readings: dict[str, Self] = {}  # the same data for other teachers, by their tokenizers
@@ -89,7 +115,11 @@ class TextData(ClassificationData):
         if self.fingerprint:
             return
         corpus = self.read()
-        views = Views(corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability)
+        self._changes = self._changes_for(corpus)
+        views = Views(
+            corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability,
+            self._changes,
+        )  # fmt: skip
         parts: dict[str, list[Sentence]] = {
             "train": corpus.train.texts,
             "views": [views.make(number) for number in range(views.per_set * (self.view_sets or 0))],
@@ -110,6 +140,19 @@ class TextData(ClassificationData):
         self.texts_per_example = len(corpus.train.texts[0])
         self.class_names = corpus.class_names
         self._encode([text for name in PARTS for text in parts[name]])
+
+    def _changes_for(self, corpus: Corpus) -> Changes:
+        """Return how views are changed beside masking, with what may stand in a word's place."""
+        if not self.views or not self._chances["replace_probability"]:
+            return Changes(**self._chances)
+        if self.replace_by == "class":
+            if corpus.regression:
+                raise ConfigError("data.replace_by=class: a regression has no classes; use data.replace_by=neighbours")
+            labels = [int(label) for label in corpus.train.labels]
+            return Changes(**self._chances, substitutes=ClassWords(corpus.train.texts, labels))
+        texts = [text for sentence in corpus.train.texts for text in sentence]
+        tokenizer = load_tokenizer(self._neighbours_in, texts)
+        return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in, tokenizer))
 
     def _load_tokenizers(self, training_texts: list[str]) -> None:
         names = self.tokenizer_names
@@ -148,8 +191,16 @@ class TextData(ClassificationData):
             content.append(sides)
         if self.views and self.view_sets != 1:  # whose turns, or whose making, the texts do not show
             content.append([self.view_sets, self.views, self.split_seed, self.mask_probability, self.ngram_probability])
+            content += self._changes_content()
         digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
         self.fingerprint = digest.hexdigest()
+
+    def _changes_content(self) -> list[Any]:
+        """Return what names the changes to views, by which older fingerprints stay what they were: none, no entry."""
+        if not any(chance for name, chance in self._chances.items() if name != "crop_share"):
+            return []
+        found = self._changes.substitutes
+        return [[self._chances, found.digest if isinstance(found, Neighbours) else self.replace_by]]
 
     # -- what models need to know -------------------------------------------------------------------------------------
 
