@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from kd_lightning.data.sampler import BucketBatchSampler, Turn, position, rank_and_world
+from kd_lightning.data.sampler import BucketBatchSampler, Share, Turn, position, rank_and_world
 from kd_lightning.errors import ConfigError
 from kd_lightning.tasks import Classification, Regression, Task
 from kd_lightning.types import Batch
@@ -52,9 +53,11 @@ class BatchDataset(Dataset[Batch], ABC):
 
     Attributes:
         span: Which of all examples these are.
+        share: How many of those behind the labelled ones an epoch takes; None: all.
     """
 
     span: range
+    share: Share | None = None
 
     def __len__(self) -> int:
         return len(self.span)
@@ -64,9 +67,14 @@ class BatchDataset(Dataset[Batch], ABC):
     def lengths(self) -> NDArray[np.int64]:
         """What batches of like examples are formed by, `(len(self),)`."""
 
-    @abstractmethod
     def turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch takes, and their lengths."""
+        turn = self._turn(epoch)
+        return turn if self.share is None else self.share.of(turn, epoch)
+
+    @abstractmethod
+    def _turn(self, epoch: int) -> Turn:
+        """Return the positions from which an epoch takes its share, and their lengths."""
 
 
 class ClassificationData(L.LightningDataModule, ABC):
@@ -84,6 +92,8 @@ class ClassificationData(L.LightningDataModule, ABC):
         view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All have an
             `index`. None: a set of its own for every epoch, made as it is trained on, of index -1, which nothing that
             is looked up by `index` can serve.
+        pool_ratio: How many views and transfer examples an epoch takes for each training example: others in each
+            epoch, until all have been taken. None: all of them in every epoch.
         seed: Of the order of training.
         split_seed: Of the split and the views. It is a seed of its own so that repeats with other seeds share their
             data, and with it the teacher's stored outputs.
@@ -108,6 +118,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         eval_batch_size: int = 128,
         views: int = 0,
         view_sets: int | None = 1,
+        pool_ratio: float | None = None,
         seed: int = 0,
         split_seed: int = 0,
         num_workers: int = 0,
@@ -116,10 +127,13 @@ class ClassificationData(L.LightningDataModule, ABC):
         sets = 1 if view_sets is None else view_sets
         check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, view_sets=sets)
         check_least(0, views=views, seed=seed, split_seed=split_seed, num_workers=num_workers)
+        if pool_ratio is not None and not (pool_ratio > 0 and math.isfinite(pool_ratio)):
+            raise ConfigError(f"data.pool_ratio={pool_ratio:g}: expected a positive number, or null for all")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.views = views
         self.view_sets = view_sets
+        self.pool_ratio = pool_ratio
         self.seed = seed
         self.split_seed = split_seed
         self.num_workers = num_workers
@@ -163,6 +177,14 @@ class ClassificationData(L.LightningDataModule, ABC):
         ends = np.cumsum(sizes).tolist()
         self._spans = {name: range(end - size, end) for name, size, end in zip(PARTS, sizes, ends, strict=True)}
         log.info("%s: %s", type(self).__name__, ", ".join(f"{size} {name}" for name, size in self.sizes.items()))
+        if self.pool_ratio is not None and not (self.views or self.sizes["transfer"]):
+            raise ConfigError(
+                f"data.pool_ratio={self.pool_ratio:g}: there is nothing to take; set data.views or data.transfer"
+            )
+
+    @property
+    def _share_of_pool(self) -> Share | None:
+        return None if self.pool_ratio is None else Share(self.sizes["train"], self.pool_ratio, self.seed)
 
     # -- what models need to know -------------------------------------------------------------------------------------
 

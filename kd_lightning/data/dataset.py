@@ -76,7 +76,7 @@ class TokenDataset(BatchDataset):
         total = sum(store.lengths for store in self.stores.values())
         return np.asarray(total)[self.span.start : self.span.stop]
 
-    def turn(self, epoch: int) -> Turn:
+    def _turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch takes; a fresh view counts as long as its sentence."""
         positions, lengths = np.arange(len(self)), self.lengths
         if self.turns:

@@ -157,7 +157,7 @@ class ImageDataset(BatchDataset):
         """The same for all, `(len(self),)`."""
         return np.ones(len(self), np.int64)
 
-    def turn(self, epoch: int) -> Turn:
+    def _turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch takes: the images, and one set of their views."""
         size = self.views.per_set
         start = self.stored.start + size * (epoch % (len(self.stored) // size) if self.stored else epoch)
@@ -275,7 +275,9 @@ class ImageData(ClassificationData):
             "views": views if self.views else None,
         }
         spans = [[span.start, span.stop] for span in self._spans.values()]
-        content = [self.teacher_key, self._labels.tolist(), self.class_names, spans]
+        content: list[Any] = [self.teacher_key, self._labels.tolist(), self.class_names, spans]
+        if self.pool_ratio is not None:
+            content.append({"pool_ratio": self.pool_ratio})
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     # -- what models need to know -------------------------------------------------------------------------------------
@@ -298,7 +300,9 @@ class ImageData(ClassificationData):
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _training_dataset(self) -> ImageDataset:
-        return self._dataset("train", "views")
+        data = self._dataset("train", "views")
+        data.share = self._share_of_pool
+        return data
 
     def _dataset(self, first: str, last: str) -> ImageDataset:
         self.prepare()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from kd_lightning.data.base import BatchDataset, ClassificationData, Role
-from kd_lightning.data.sampler import Positions, Turn
+from kd_lightning.data.sampler import Positions, Turn, endless
 from kd_lightning.data.tokens import tokenizer_fingerprint
 from kd_lightning.errors import ConfigError
 from kd_lightning.runs import digest
@@ -212,7 +212,7 @@ class MixedDataset(BatchDataset):
         """What batches of like examples are formed by."""
         return np.concatenate([part.lengths for part in self.alike])
 
-    def turn(self, epoch: int) -> Turn:
+    def _turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch takes, `counts` of each task, and their lengths."""
         turns = [_drawn(part, count, epoch, [self.seed, number])
                  for number, (part, count) in enumerate(zip(self.alike, self.counts, strict=True))]  # fmt: skip
@@ -245,13 +245,9 @@ def draws(sizes: Sequence[int], temperature: float) -> list[int]:
 
 def _drawn(part: BatchDataset, count: int, epoch: int, seed: list[int]) -> Turn:
     """Return the positions an epoch takes of one task: `count` of an endless row of passes, each in its own order."""
-    size = len(part.turn(0)[0])
-    start, stop = epoch * count, (epoch + 1) * count
     taken: list[Turn] = []
-    for number in range(start // size, -(-stop // size)):
+    for number, order in endless(len(part.turn(0)[0]), count, epoch, seed):
         positions, lengths = part.turn(number)
-        order = np.random.default_rng([*seed, number]).permutation(size)
-        order = order[max(start - number * size, 0) : stop - number * size]
         taken.append((positions[order], lengths[order]))
     return np.concatenate([positions for positions, _ in taken]), np.concatenate([lengths for _, lengths in taken])
 

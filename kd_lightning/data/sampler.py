@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -26,6 +27,50 @@ def rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def endless(size: int, count: int, epoch: int, seed: Sequence[int]) -> Iterator[tuple[int, Positions]]:
+    """Yield what an epoch takes of an endless row of passes over `size` examples, each pass in an order of its own.
+
+    Args:
+        size: Examples in a pass.
+        count: Examples that an epoch takes; those of the next one follow them.
+        epoch: Which epoch.
+        seed: Of the orders.
+
+    Yields:
+        The number of a pass, and the places in it; `count` over all.
+    """
+    start, stop = epoch * count, (epoch + 1) * count
+    for number in range(start // size, -(-stop // size)):
+        order = np.random.default_rng([*seed, number]).permutation(size)
+        yield number, order[max(start - number * size, 0) : stop - number * size]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the examples behind the labelled ones an epoch takes: so many for each labelled one.
+
+    Attributes:
+        labelled: How many labelled examples there are; they have the first positions.
+        ratio: How many others come with each.
+        seed: Of the order in which they are taken: all of them before any comes again.
+    """
+
+    labelled: int
+    ratio: float
+    seed: int
+
+    def of(self, turn: Turn, epoch: int) -> Turn:
+        """Return what is taken of the positions of an epoch."""
+        positions, lengths = turn
+        first, pool = (np.flatnonzero(chosen) for chosen in (positions < self.labelled, positions >= self.labelled))
+        if not len(pool):
+            return turn
+        count = max(round(self.ratio * len(first)), 1)
+        places = [pool[places] for _, places in endless(len(pool), count, epoch, [self.seed, 1])]
+        taken = np.concatenate([first, *places])
+        return positions[taken], lengths[taken]
 
 
 class BucketBatchSampler(DistributedSampler[Any]):

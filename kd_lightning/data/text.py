@@ -192,6 +192,8 @@ class TextData(ClassificationData):
         if self.views and self.view_sets != 1:  # whose turns, or whose making, the texts do not show
             content.append([self.view_sets, self.views, self.split_seed, self.mask_probability, self.ngram_probability])
             content += self._changes_content()
+        if self.pool_ratio is not None:
+            content.append({"pool_ratio": self.pool_ratio})
         digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
         self.fingerprint = digest.hexdigest()
 
@@ -271,6 +273,7 @@ class TextData(ClassificationData):
 
     def _training_dataset(self) -> TokenDataset:
         data = self._dataset("train", "transfer" if self._pool else "train")
+        data.share = self._share_of_pool
         if self._pool:
             sets = self.view_sets or 1
             views, size = self._spans["views"], self.sizes["views"] // sets
