@@ -59,8 +59,9 @@ def strategies() -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
     lines += [
         "",
-        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds, {content['minutes']:.0f} min "
-        f"for all. `{content['command']}`, {where} (`results/strategies.json`).",
+        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds; all of it is "
+        f"{content['minutes']['cpu'] / machine['cores']:.0f} minutes of work for {machine['cores']} cores. "
+        f"`{content['command']}`, {where} (`results/strategies.json`).",
     ]
     return "\n".join(lines) + "\n"
 
