@@ -114,10 +114,11 @@ class NetworkModule(L.LightningModule):
         Lightning 2.6 then closes that epoch and does not take the next for begun, so that a checkpoint made in it looks
         as if made between two epochs, and cannot be resumed from.
         """
-        loop = self.trainer.fit_loop
-        if loop.restarted_mid_epoch and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-            loop.epoch_progress.increment_ready()
-            loop.epoch_progress.increment_started()
+        loop: Any = self.trainer.fit_loop
+        epochs = loop.epoch_progress
+        if loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning as L
 import torch
@@ -58,7 +58,10 @@ PATIENCE = 600.0
 class Trace(Callback):
     """Writes what each rank does, step by step, and its last weights; runs inside the jobs."""
 
+    _file: TextIO | None = None
+
     def _note(self, trainer: L.Trainer, event: str) -> None:
+        assert self._file is not None
         self._file.write(f"{os.environ.get('SLURM_RESTART_COUNT', 0)} {event} {trainer.global_step} {time.time()}\n")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,8 +74,9 @@ class Trace(Callback):
         self._note(trainer, "step")
 
     def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
-        """Note the step that a training leaves with."""
-        self._note(trainer, "leaves")
+        """Note the step that a training leaves with, if it had begun."""
+        if self._file is not None:
+            self._note(trainer, "leaves")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the last weights of this rank, whichever look at validation was best."""
