@@ -32,6 +32,9 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
         return "every point of this search failed: the report says why"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    for plugin, extra in _PLUGINS.items():
+        if f"'{plugin}'" in str(error):
+            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
     if choice := re.search(r"Could not find '([\w/]+)/(\w+)'", str(error)):
         group, name = choice.groups()
         there = [file.stem for file in (conf_dir() / group).glob("*.yaml")]
@@ -41,9 +44,6 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
         key = override.lstrip("+~").partition("=")[0]
         if known and "=" in override and not override.startswith(("+", "-", "hydra")) and key not in known:
             return f"{key}: there is no such key{did_you_mean(key, known)}"
-    for plugin, extra in _PLUGINS.items():
-        if f"'{plugin}'" in str(error):
-            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
     cause = error.__cause__
     return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
 

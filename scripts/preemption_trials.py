@@ -7,7 +7,8 @@ On the local cluster of scripts/slurm/local_cluster.sh, which is started where i
 `sbatch scripts/slurm/train.sbatch` with two tasks: a tiny LSTM learns from a tiny teacher in steps of milliseconds,
 with dropout, CSV and TensorBoard loggers that write every step, epochs of 11 steps, and checkpoints and looks at
 validation every few dozen. It gets its signals one after the other, each once the job is back from the one before, at
-optimizer steps drawn with a seed. One more comes in each job while it starts, before anything is trained.
+optimizer steps drawn with a seed. One more comes in each job while it starts, before anything is trained, and a second
+or more after SLURM has started the task: before that there is no process of ours that could hear or block it.
 
 A trial counts as good when the job saved, left within the bound, was put back in the queue exactly once, and both ranks
 went on from the step that both had ended with. What proves that nothing was lost is the end of each job: the weights of
@@ -314,7 +315,7 @@ def try_signal(job: Job, trial: Trial, draw: random.Random) -> None:
     """Send one signal at its moment, and note what follows until the job has left."""
     job.wait_for_start(trial.start)
     if trial.aimed_at is None:
-        time.sleep(draw.uniform(0, 5))
+        time.sleep(draw.uniform(1.5, 6))  # in its first instants a task has no `env` yet to block signals, and dies
     else:
         trial.seen_step = job.wait_for_step(trial.start, trial.aimed_at)
     job.new_lines()

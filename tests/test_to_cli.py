@@ -107,7 +107,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     size = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 12}
     BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder / "minilm")
-    write_archive(folder / "reviews")
+    write_archive(folder / "reviews", movies=90, others=30)
     return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm")}
 
 
