@@ -68,7 +68,10 @@ def strategies() -> str:
 
 def exports() -> str:
     """Return the README's table of exported students, with the goals, from results/export.json."""
-    content = _read(ROOT / "results" / "export.json")
+    file = ROOT / "results" / "export.json"
+    if not file.is_file():
+        return "Not measured yet: `python scripts/export_reviews.py RUN_DIR` does, and writes `results/export.json`.\n"
+    content = _read(file)
     lines = [markdown(content), "", "| goal | measured | wanted | met |", "| :-- | --: | --: | :-- |"]
     for goal in content["goals"]:
         met = "yes" if goal["met"] else "**no**"

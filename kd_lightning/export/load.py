@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd_lightning.export.exported import is_export, read_exported
-from kd_lightning.export.formats import check_choice
+from kd_lightning.export.formats import format_named, require_packages
 
 if TYPE_CHECKING:
     from kd_lightning.runs import TrainedModel
@@ -27,7 +27,9 @@ def load_export(folder: Path, threads: int | None = None) -> TrainedModel:
     from kd_lightning.tasks import task_of
 
     exported = read_exported(folder)
-    network = check_choice(exported.format, exported.quantize).load(folder, exported, threads)
+    format = format_named(exported.format)
+    require_packages(exported.format, format.READS)
+    network = format.load(folder, exported, threads)
     tokenizer = None
     if exported.texts is not None:
         from transformers import AutoTokenizer

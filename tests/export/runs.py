@@ -58,6 +58,7 @@ def write_run(
         write_json(folder / stage / "settings.json", record)
         write_json(folder / stage / "stage.json", {**record, "best_step": 7, "validation": {"accuracy": 0.5}})
     config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9}
+    config["distillation"] = {"terms": {"ce": {}, "kd": {}}}
     teacher = {"teacher": {"checkpoint": None, "ema": None, "network": {"name": "minilm"}}}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**config, **teacher})), encoding="utf-8")
     return folder

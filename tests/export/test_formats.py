@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -22,14 +23,14 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.predict import main as kd_predict
 from kd_lightning.runs import load_run
-from tests.export.fresh import answers, example
+from tests.export.fresh import ROOT, answers, example
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, transformer_run
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal team"]
-OURS = ("kd_lightning", "lightning", "lightning_utilities", "hydra", "torchmetrics", "pandas")
+OURS = ("kd_lightning", "lightning", "lightning_utilities", "hydra", "torchmetrics")
 
 
 def export(run: Path, out: Path, format: str, quantize: str = "none") -> Path:
@@ -114,7 +115,8 @@ def test_an_lstm_stays_one_and_takes_any_length_and_padding_on_either_side(bilst
     assert Counter(node.op_type for node in graph.graph.node)["LSTM"] == 4
     axes = [[axis.dim_param for axis in entry.type.tensor_type.shape.dim] for entry in graph.graph.input]
     assert axes == [["batch", "length"]] * 2
-    assert b"/work" not in (out / "model.onnx").read_bytes()
+    for path in (ROOT, Path(sys.prefix)):
+        assert str(path).encode() not in (out / "model.onnx").read_bytes(), "files of this machine are named"
     student, exported = load_run(bilstm).network, load_export(out).network
     for rows, length in ((1, 1), (1, 5), (3, 32), (40, 7)):
         ids = torch.randint(5, 50, (rows, length))
@@ -153,7 +155,8 @@ def test_a_pair_of_texts_keeps_its_segments_where_they_are_read(home: Path, tmp_
     out = export(run, tmp_path / "out", "onnx")
     assert read_exported(out).inputs == ["input_ids", "attention_mask", "token_type_ids"]
     pair = [("soup, bread", "an atom")]
-    torch.testing.assert_close(text_logits(load_export(out), pair), text_logits(load_run(run), pair))
+    said, told = text_logits(load_run(run), pair), text_logits(load_export(out), pair)
+    torch.testing.assert_close(told, said, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])

@@ -2,8 +2,8 @@
 
 A format is a module with
 
-
-* `FILE`, the file with the weights, `QUANTIZE`, what its numbers may become, and `NEEDS`, packages it is written with;
+* `FILE`, the file with the weights, `QUANTIZE`, what its numbers may become, `NEEDS` and `READS`, packages
+  that writing and reading it take;
 * `check(network)`, which refuses a network that the format cannot hold, before anything is written;
 * `write(source, quantize, folder)`, which writes the model and returns what is particular to it;
 * `load(folder, exported, threads)`, which gives it back as a network from a batch's entries to logits.
@@ -48,6 +48,7 @@ class Format(Protocol):
     FILE: str
     QUANTIZE: tuple[str, ...]
     NEEDS: tuple[str, ...]
+    READS: tuple[str, ...]
 
     def check(self, network: nn.Module) -> None:
         """Raise `KDError` where the format cannot hold this network."""
@@ -81,6 +82,11 @@ def check_choice(format: str, quantize: str) -> Format:
         raise KDError(f"--quantize {quantize} is unknown{did_you_mean(quantize, QUANTIZE)}")
     if quantize not in chosen.QUANTIZE:
         raise KDError(f"--format {format} has no {quantize}; it can be: {', '.join(chosen.QUANTIZE)}")
-    if missing := [name for name in chosen.NEEDS if importlib.util.find_spec(name) is None]:
-        raise KDError(f"--format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")
+    require_packages(format, chosen.NEEDS)
     return chosen
+
+
+def require_packages(format: str, names: tuple[str, ...]) -> None:
+    """Raise `KDError` where a package is not installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise KDError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")

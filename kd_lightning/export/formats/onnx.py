@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime computes no bf16 on a CPU
 NEEDS = ("onnx", "onnxruntime", "onnxscript")
+READS: tuple[str, ...] = ("onnxruntime",)
 OPSET = 20
 """Read by onnxruntime from 1.17 (January 2024) on."""
 

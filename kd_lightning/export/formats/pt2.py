@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FILE = "model.pt2"
 QUANTIZE = ("none", "fp16", "bf16")
 NEEDS: tuple[str, ...] = ()
+READS: tuple[str, ...] = ()
 
 
 def check(network: nn.Module) -> None:
