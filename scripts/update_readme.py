@@ -49,19 +49,21 @@ def strategies() -> str:
     content = _read(ROOT / "results" / "strategies.json")
     rows = sorted(content["strategies"], key=lambda row: -row["test"]["mean"])
     base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
-    lines = ["| strategy | test accuracy, % | against labels only | validation, % | training, s |"]
-    lines.append("| :-- | --: | --: | --: | --: |")
+    lines = ["| strategy | test accuracy, % | against labels only | validation, % |"]
+    lines.append("| :-- | --: | --: | --: |")
     for row in rows:
         test, validation = _percent(row["test"]), _percent(row["validation"])
         better = 100 * (row["test"]["mean"] - base)
         name = f"[`{row['name']}`](docs/strategies.md#{row['name']})"
-        lines.append(f"| {name} | {test} | {better:+.1f} | {validation} | {row['seconds']['mean']:.0f} |")
+        lines.append(f"| {name} | {test} | {better:+.1f} | {validation} |")
     machine = content["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
     lines += [
         "",
-        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds, {content['minutes']:.0f} min "
-        f"for all. `{content['command']}`, {where} (`results/strategies.json`).",
+        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds; "
+        f"{content['minutes']['cpu'] / machine['cores']:.0f} minutes of CPU time on each of {machine['cores']} cores "
+        f"({content['minutes']['wall']:.0f} on the clock, beside other work). "
+        f"`{content['command']}`, {where} (`results/strategies.json`).",
     ]
     return "\n".join(lines) + "\n"
 
