@@ -83,12 +83,17 @@ def trace(
     names = [name for name in (*TEXT_INPUTS, "pixel_values") if name in batch]
     sample = {name: _at_least_two(batch[name]) for name in names}
     program = _program(network, sample, max_length)
-    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and any(map(_computes, node.users))}
     used = [name for name in names if name in read]
     if used != names:  # a network that reads no mask does not ask for one
         sample = {name: sample[name] for name in used}
         program = _program(network, sample, max_length)
     return program, free_axes(used, max_length)
+
+
+def _computes(node: Any) -> bool:
+    """Return whether an operation reads more of its inputs than their sizes."""
+    return node.target is not torch.ops.aten.sym_size.int
 
 
 def free_axes(names: list[str], max_length: int | None) -> dict[str, dict[int, Any]]:

@@ -59,6 +59,7 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
         KDError: The format cannot hold the student, or what was written does not answer as it did.
     """
     from kd_lightning.export.card import write_card
+    from kd_lightning.export.graph import following
     from kd_lightning.export.parity import measure_parity, require
 
     chosen = check_choice(plan.format, plan.quantize)
@@ -69,7 +70,10 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
         save_tokenizer(source, folder)
         exported = describe(plan, source, chosen, written, folder)
         loaded = chosen.load(folder, exported)
-        parity = measure_parity(source.model.network, loaded, source.held_out, source.model.task, plan.quantize)
+        parity = following(
+            f"{exported.title} cannot run what {exported.network} does",
+            lambda: measure_parity(source.model.network, loaded, source.held_out, source.model.task, plan.quantize),
+        )
         require(parity, exported.title)
         exported = Exported(**{**asdict(exported), "parity": parity.to_dict()})
         exported.write(folder)

@@ -159,7 +159,14 @@ def test_a_pair_of_texts_keeps_its_segments_where_they_are_read(home: Path, tmp_
     torch.testing.assert_close(told, said, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
+def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    run = own_run(tmp_path / "run", Bag)  # torch's exporter takes an EmbeddingBag, for batches of two or more
+    with pytest.raises(SystemExit, match=r"cannot run what Bag does.*need no graph: safetensors, huggingface"):
+        kd_export([str(run), "--format", "pt2", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["onnx", "safetensors"])
 def test_a_users_own_network_is_asked_for_what_it_reads(home: Path, tmp_path: Path, format: str) -> None:
     run = own_run(tmp_path / "run", Bag)
     out = export(run, tmp_path / "out", format)
