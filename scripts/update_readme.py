@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.export.benchmark import markdown
 from kd_lightning.report import load_report, markdown_table, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,19 @@ def strategies() -> str:
     return "\n".join(lines) + "\n"
 
 
+def exports() -> str:
+    """Return the README's table of exported students, with the goals, from results/export.json."""
+    file = ROOT / "results" / "export.json"
+    if not file.is_file():
+        return "Not measured yet: `python scripts/export_reviews.py RUN_DIR` does, and writes `results/export.json`.\n"
+    content = _read(file)
+    lines = [markdown(content), "", "| goal | measured | wanted | met |", "| :-- | --: | --: | :-- |"]
+    for goal in content["goals"]:
+        met = "yes" if goal["met"] else "**no**"
+        lines.append(f"| {goal['name']} | {goal['value']:.3g} | {goal['goal']} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
 def _percent(spread: dict[str, Any]) -> str:
     return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f}"
 
@@ -101,8 +115,8 @@ def picture() -> None:
 
 def block(name: str) -> str:
     """Return the README's block for one result: the sentence that sums it up, the table, and where it was measured."""
-    if name in ("benchmarks", "strategies"):
-        return {"benchmarks": benchmarks, "strategies": strategies}[name]()
+    if name in ("benchmarks", "strategies", "export"):
+        return {"benchmarks": benchmarks, "strategies": strategies, "export": exports}[name]()
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]
