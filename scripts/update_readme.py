@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,32 @@ def exports() -> str:
     return "\n".join(lines) + "\n"
 
 
+def sweep() -> str:
+    """Return what the README says of the sweep in results/sweeps: what each parameter moves, and against what."""
+    content = _read(ROOT / "results" / "sweeps" / "sweep.json")
+    entries, machine = content["configurations"], content["environment"]
+    said = []
+    for name in ("alpha", "temperature"):
+        values = sorted({entry["values"][name] for entry in entries})
+        means = {
+            value: statistics.mean(entry["validation"]["mean"] for entry in entries if entry["values"][name] == value)
+            for value in values
+        }
+        worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        said.append(
+            f"{name} moves the validation accuracy by {100 * (means[best] - means[worst]):.1f} points "
+            f"({means[worst]:.3f} at {worst:g}, {means[best]:.3f} at {best:g})"
+        )
+    best, base = entries[0], entries[0]["baseline"]["mean"]
+    found = "beats" if best["validation"]["mean"] > base else "does not beat"
+    return (
+        f"On `reviews`, averaged over all else, {said[0]}, and {said[1]}; in this short training even the best setting "
+        f"({best['validation']['mean']:.3f}) {found} the same student from labels ({base:.3f}). "
+        f"`{content['command']}`, {sum(len(entry['points']) for entry in entries)} points, {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['date'][:10]} (`results/sweeps/`, where `report.html` is the page of `kd-report`).\n"
+    )
+
+
 def _percent(spread: dict[str, Any]) -> str:
     return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f}"
 
@@ -115,8 +142,8 @@ def picture() -> None:
 
 def block(name: str) -> str:
     """Return the README's block for one result: the sentence that sums it up, the table, and where it was measured."""
-    if name in ("benchmarks", "strategies", "export"):
-        return {"benchmarks": benchmarks, "strategies": strategies, "export": exports}[name]()
+    if name in (tables := {"benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep}):
+        return tables[name]()
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]
