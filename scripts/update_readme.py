@@ -100,11 +100,12 @@ def sweep() -> str:
         )
     best, base = entries[0], entries[0]["baseline"]["mean"]
     found = "beats" if best["validation"]["mean"] > base else "does not beat"
+    points = sum(len(entry["points"]) for entry in entries)
     return (
         f"On `reviews`, averaged over all else, {said[0]}, and {said[1]}; in this short training even the best setting "
         f"({best['validation']['mean']:.3f}) {found} the same student from labels ({base:.3f}). "
-        f"`{content['command']}`, {sum(len(entry['points']) for entry in entries)} points, {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['date'][:10]} (`results/sweeps/`, where `report.html` is the page of `kd-report`).\n"
+        f"`{content['command']}`, {points} points, {machine['cpu']}, {machine['cores']} cores, {machine['date'][:10]} "
+        f"(`results/sweeps/`, where `report.html` is the page of `kd-report`).\n"
     )
 
 
