@@ -1,14 +1,18 @@
-# make demo: from nothing to a distilled student and its report. make test: the quick tests.
+# make demo: from nothing to a distilled student, its report, and an 8-bit ONNX file of it. make test: the quick tests.
 SHELL := bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SHIPPED := runs/quickstart/onnx-int8
 
 .PHONY: demo test test-all lint type install clean
 
 demo: $(READY)
 	@$(BIN)/kd-train experiment=quickstart
+	@[ -e $(SHIPPED) ] || $(BIN)/kd-export runs/quickstart --format onnx --quantize int8-dynamic --out $(SHIPPED)
+	@[ -e runs/quickstart/benchmark ] || $(BIN)/kd-benchmark runs/quickstart $(SHIPPED)
+	@cat runs/quickstart/benchmark/benchmark.md
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, P
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -23,6 +25,9 @@ from kd_lightning.shard import full, shard
 from kd_lightning.step import StepCounts
 from kd_lightning.tasks import Classification, Task
 from kd_lightning.types import Batch, ModelOutput, is_labelled
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 GRADIENTS_EVERY = 50
 """Optimizer steps from one comparison of the terms' gradients to the next; each is a short backward pass a term."""
@@ -47,11 +52,22 @@ class NetworkModule(L.LightningModule):
         self.objective = objective or Objective(*self.task.terms())
         self.from_labels, self.val_scores = self.task.loss(), self.task.scores()
         self.skipped_steps = 0
+        self._whole: tuple[nn.Module, ...] = ()  # a tuple hides it from nn.Module's registration
 
     @property
     @abstractmethod
     def trained(self) -> nn.Module:
         """The network that the training is for."""
+
+    @property
+    def whole(self) -> nn.Module:
+        """That network; where its weights are sharded the first process's copy, which is to be given saved weights."""
+        return self._whole[0] if self._whole else self.trained
+
+    def weights_of_trained(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a checkpoint's `state_dict` holds of that network, by its own names."""
+        prefix = next(name for name, module in self.named_modules() if module is self.trained) + "."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def setup(self, stage: str) -> None:
         """See to it that means are taken over whole steps (see `StepCounts`), and that terms may sit out steps."""
@@ -70,16 +86,39 @@ class NetworkModule(L.LightningModule):
             kept = [f"objective.{name}" for name, _ in self.objective.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, kept)  # type: ignore[no-untyped-call]
 
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The processes to share all weights; None where the strategy has each process keep its own."""
+        strategy = self.trainer.strategy
+        return strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
+
     def configure_model(self) -> None:
         """Shard the weights where the strategy leaves that to the module (`trainer=fsdp2`)."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            shard(self, mesh, (self.trained,), ("training_step", "validation_step", "test_step", "predict_step"))
+        if self.mesh is not None and not isinstance(self, FSDPModule):
+            if self.global_rank == 0:
+                self._whole = (self.trainer.precision_plugin.convert_module(copy.deepcopy(self.trained)),)
+            shard(self.trained, self.mesh, together=True)
+            shard(self.objective, self.mesh, together=True)  # apart: its weights may be wider than the network's
+            shard(self, self.mesh)
+            for method in ("training_step", "validation_step", "test_step", "predict_step"):
+                register_fsdp_forward_method(self, method)
 
     @property
     def progress(self) -> float:
         """Share of the planned optimizer steps that is done, in [0, 1]."""
         return min(self.trainer.global_step / max(self.trainer.estimated_stepping_batches - 1, 1), 1.0)
+
+    def on_train_start(self) -> None:
+        """Count the epoch that a training begins which was resumed from the last step of the one before.
+
+        Lightning 2.6 then closes that epoch and does not take the next for begun, so that a checkpoint made in it looks
+        as if made between two epochs, and cannot be resumed from.
+        """
+        loop: Any = self.trainer.fit_loop
+        epochs = loop.epoch_progress
+        if loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""

@@ -57,8 +57,8 @@ _TEACHER = {
     "weights": list[float] | Literal["learned", "confidence"] | None, "ema": float | None, "cache": str,
     "cache_dtype": Literal["float32", "float16", "bfloat16"],
     "cache_top_k": int | None, "cache_views": int, "precision": Precision, "features": list[str],
-    "answer_batch_size": int, "device": str | None, "compile": bool, "batch_size": int, "trainer": dict,
-    "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
+    "answer_batch_size": int, "device": str | None, "compile": bool, "sharded": bool, "batch_size": int,
+    "trainer": dict, "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
 }  # fmt: skip
 _MAY_BE_NULL = (
     "shared_dir", "teacher.checkpoint", "teacher.weights", "teacher.ema", "teacher.cache_top_k", "teacher.device",
@@ -110,8 +110,8 @@ def _check_values(cfg: dict[str, Any]) -> None:
     if "finetune" in stages and "distill" not in stages:
         raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
     make_balance(cfg["balance"], [])  # refuses an unknown policy
-    if cfg["balance"] == "gradnorm" and "fsdp" in str(cfg["trainer"].get("strategy")).lower():
-        raise ConfigError("balance=gradnorm compares whole gradients, and trainer.strategy=fsdp shards them: use fixed")
+    if cfg["balance"] == "gradnorm" and _shards(cfg["trainer"]):
+        raise ConfigError("balance=gradnorm compares whole gradients, and trainer=fsdp shards them: use fixed")
     if cfg["resume"] not in ("auto", "never"):
         raise ConfigError(f"resume={cfg['resume']!r} must be auto or never")
     if (device := cfg["teacher"]["device"]) is not None:
@@ -139,6 +139,7 @@ def _check_values(cfg: dict[str, Any]) -> None:
         )
     _check_schemes(cfg)
     _check_tasks(cfg)
+    _check_sharded(cfg)
 
 
 def _check_tasks(cfg: dict[str, Any]) -> None:
@@ -152,10 +153,12 @@ def _check_tasks(cfg: dict[str, Any]) -> None:
             raise ConfigError(f"tasks.{name}.weight={task['weight']:g} must be at least 0")
     if not known:
         return
+    teachers = [cfg["teacher"], *(task.get("teacher", {}) for task in cfg["tasks"].values())]
     excluded = {
         "teacher.checkpoint": cfg["teacher"]["checkpoint"] is not None, "assistants": bool(cfg["assistants"]),
         "teacher.ema": cfg["teacher"]["ema"] is not None, "teacher.features": bool(cfg["teacher"]["features"]),
         "peers": bool(cfg["peers"]),
+        "teacher.sharded": any(teacher.get("sharded") for teacher in teachers),
     }  # fmt: skip
     if wrong := [key for key, given in excluded.items() if given]:
         raise ConfigError(
@@ -185,7 +188,7 @@ def _check_schemes(cfg: dict[str, Any]) -> None:
         "stages": "teacher" in cfg["stages"], "teacher.checkpoint": teacher["checkpoint"] is not None,
         "assistants": bool(cfg["assistants"]), "teacher.features": bool(teacher["features"]),
         "teacher.cache": teacher["cache"] not in ("auto", "off"), "teacher.compile": teacher["compile"],
-        "teacher.device": teacher["device"] is not None,
+        "teacher.device": teacher["device"] is not None, "teacher.sharded": teacher["sharded"],
     }  # fmt: skip
     wrong = [key for key, given in excluded.items() if given]
     if wrong:
@@ -195,6 +198,30 @@ def _check_schemes(cfg: dict[str, Any]) -> None:
         )
     if teacher["precision"] != "float32":
         raise ConfigError("teacher.ema averages in float32 and answers in it: set teacher.precision=float32")
+
+
+def _check_sharded(cfg: dict[str, Any]) -> None:
+    """Check that a teacher whose weights are shared can answer so: to all processes together, in every step."""
+    teacher, trainer = cfg["teacher"], cfg["trainer"]
+    if not teacher["sharded"]:
+        return
+    if not (_shards(trainer) and processes(trainer) > 1):
+        raise ConfigError(
+            "teacher.sharded=true shares the teacher's weights out to the processes that share the student's: use it "
+            "with trainer=fsdp or trainer=fsdp2, on several trainer.devices"
+        )
+    if teacher["cache"] != "off":
+        raise ConfigError(
+            f"teacher.sharded=true with teacher.cache={teacher['cache']}: what is kept the first process asks for "
+            "alone, of a whole teacher; set teacher.cache=off, or teacher.sharded=false"
+        )
+    if isinstance(teacher["checkpoint"], list) or teacher["seeds"] > 1:
+        raise ConfigError("teacher.sharded=true: an ensemble's members are not shared out; set it to false")
+    if teacher["device"] is not None:
+        raise ConfigError(
+            f"teacher.sharded=true: a part of the teacher is on every process's device, and teacher.device="
+            f"{teacher['device']} would be all of it on its own; give one of the two"
+        )
 
 
 def _check_schedules(cfg: dict[str, Any]) -> None:
@@ -280,18 +307,22 @@ def _check_trainers(cfg: dict[str, Any]) -> None:
         for key, value in (("max_steps", steps), ("max_epochs", epochs)):
             if value is not None and value != -1 and value < 1:
                 raise ConfigError(f"{path}.{key}={value} must be at least 1, or -1 for no limit")
+        if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
         _check_processes(path, trainer)
         if cfg["compile"] and processes(trainer) > 1:
             raise ConfigError(f"compile=true: the {processes(trainer)} processes of {path} would not compile; use one")
-        if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
 
 
 def _check_processes(path: str, trainer: dict[str, Any]) -> None:
     """Check that the processes a trainer wants are those that were started, or that it starts without this command."""
     wanted, started = processes(trainer), launched()
-    strategy = trainer.get("strategy", "auto")
-    name = str(strategy.get("_target_") if isinstance(strategy, dict) else strategy)
+    name = _strategy(trainer)
+    if name.startswith("fsdp") or name.endswith("FSDPStrategy"):
+        raise ConfigError(
+            f"{path}.strategy={name} is torch's older sharding, which narrows losses' projectors to 16 bits and does "
+            "not clip by norm: use trainer=fsdp (GPUs) or trainer=fsdp2"
+        )
     spawns = name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
     if started > 1 and wanted != started:
         raise ConfigError(
@@ -311,6 +342,16 @@ def _check_processes(path: str, trainer: dict[str, Any]) -> None:
         )
 
 
+def _strategy(trainer: dict[str, Any]) -> str:
+    strategy = trainer.get("strategy", "auto")
+    return str(strategy.get("_target_") if isinstance(strategy, dict) else strategy)
+
+
+def _shards(trainer: dict[str, Any]) -> bool:
+    """Return whether the weights are shared out to the processes."""
+    return _strategy(trainer).endswith("ModelParallelStrategy")
+
+
 def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
     """Refuse a folder whose finished students were trained with other settings: its report would mix the two.
 
@@ -325,7 +366,7 @@ def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
         return
     for key in ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps"):
         old[key] = new[key] = None
-    elsewhere = dict.fromkeys(("cache", "features", "answer_batch_size", "device", "compile"))
+    elsewhere = dict.fromkeys(("cache", "features", "answer_batch_size", "device", "compile", "sharded"))
     old["teacher"] |= elsewhere  # where answers come from, not what they are
     new["teacher"] = {**new["teacher"], **elsewhere}
     old["seeds"] = max(old["seeds"], new["seeds"])  # more seeds are welcome

@@ -89,8 +89,11 @@ def main() -> None:
         command_line()
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KDError):  # the parser wraps what a constructor raises
-            cause = cause.__cause__
+        missing = isinstance(error, FileNotFoundError) and str(error).startswith(
+            "Checkpoint"
+        )  # Lightning's --ckpt_path
+        while not missing and cause is not None and not isinstance(cause, KDError):
+            cause = cause.__cause__  # the parser wraps what a constructor raises
         if cause is None:
             raise
         sys.exit(f"kd-cli: {cause}")

@@ -209,9 +209,9 @@ def place(cfg: DictConfig) -> None:
 
     if in_sweep():
         hydra = HydraConfig.get()
-        cfg.run_dir = hydra.runtime.output_dir
         if cfg.shared_dir is None:
             cfg.shared_dir = str(Path(hydra.runtime.cwd, hydra.sweep.dir, "shared"))
+        cfg.run_dir = hydra.runtime.output_dir
 
 
 def first_line(error: BaseException) -> str:

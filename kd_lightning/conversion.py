@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch.optim import Optimizer
+
+from kd_lightning.config import lookup, parameters
+from kd_lightning.data.base import ClassificationData, Role
 from kd_lightning.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kd_lightning.data.base import ClassificationData, Role
-    from kd_lightning.pipeline import Pipeline
-    from kd_lightning.tasks import Task
+from kd_lightning.multitask import MultiTaskPipeline
+from kd_lightning.pipeline import Pipeline, cache_of_assistants, finetuning, teacher_name
+from kd_lightning.rehearsal import takes_from_teacher
+from kd_lightning.tasks import Classification, MultiTask, Regression, Task
+from kd_lightning.training import planned_steps
 
 Node = dict[str, Any]
 
@@ -41,10 +45,6 @@ def converted(value: Any) -> Any:
 
 def _is_optimizer(target: str) -> bool:
     """Return whether the parser itself makes a partial function of this: it knows what comes first."""
-    from torch.optim import Optimizer
-
-    from kd_lightning.config import lookup
-
     found = lookup(target)
     return isinstance(found, type) and issubclass(found, Optimizer)
 
@@ -60,14 +60,12 @@ class Converter:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        from kd_lightning.multitask import MultiTaskPipeline
-
         self.pipeline, self.cfg, self.data = pipeline, pipeline.cfg, pipeline.data
         self.parts: dict[str, Converter] = {}
         if isinstance(pipeline, MultiTaskPipeline):
             self.parts = {name: Converter(part) for name, part in pipeline.parts.items()}
-        if self.cfg["compile"]:
-            raise ConfigError("compile=true: kd-cli trains students uncompiled; set compile=false")
+        if self.cfg["teacher"]["sharded"]:
+            raise ConfigError("teacher.sharded=true: kd-cli asks whole teachers; set teacher.sharded=false")
         if self.cfg["trainer"]["_target_"] not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
             raise ConfigError(f"trainer: kd-cli uses lightning.Trainer, not {self.cfg['trainer']['_target_']}")
 
@@ -118,9 +116,7 @@ class Converter:
 
     def assistant(self, number: int) -> Node:
         """Return the file that distils an assistant from the guide before it."""
-        from kd_lightning.pipeline import ASSISTANTS
-
-        seed = self.cfg["seed"] + ASSISTANTS + number - 1
+        seed = self.pipeline.seed_of_assistant(number)
         return self.distill(f"assistant_{number}", self.cfg["assistants"][number - 1], seed, number - 1, [])
 
     def distill(self, name: str, settings: Node, seed: int, number: int | None, peers: list[Node]) -> Node:
@@ -146,10 +142,8 @@ class Converter:
 
     def finetune(self, seed: int) -> Node:
         """Return the file that trains the distilled student on from labels."""
-        settings = self.cfg["finetune"]
-        trainer = {**self.cfg["trainer"], "max_epochs": settings["max_epochs"], "max_steps": -1}
+        optimizer, trainer = finetuning(self.cfg)
         start = class_path("kd_lightning.finished.finished_network", checkpoint=self.folder(f"seed_{seed}/distill"))
-        optimizer = {**self.cfg["optimizer"], "lr": settings["lr"]}
         model = self.supervised(start, optimizer, self.cfg["scheduler"], seed)
         return self.stage(
             f"seed_{seed}/finetune", model, self.batches("student", seed), seed, self.cfg["student"], trainer=trainer,
@@ -164,25 +158,16 @@ class Converter:
 
     def teacher_names(self) -> list[str]:
         """Return the stages of the teacher, or of the members of an ensemble."""
-        return [f"teacher_{number}" if number else "teacher" for number in range(self.cfg["teacher"]["seeds"])]
+        return [teacher_name(number) for number in range(self.cfg["teacher"]["seeds"])]
 
     def student(self, initialise: str) -> Node:
         """Return the student's settings, told what to take from the teacher where it can take anything."""
         more = {"initialise": initialise} if self.pipeline.takes_from_teacher else {}
         return {**self.cfg["student"], **more}
 
-    def filled(self, settings: Node, role: Role) -> Node:
-        """Return a network's settings with what the data decide about it."""
-        from kd_lightning.config import lookup, parameters
-
-        takes, sizes = parameters(lookup(settings["_target_"])), self.data.model_arguments(role)
-        return settings | {key: size for key, size in sizes.items() if key in takes and settings.get(key) is None}
-
     def network(self, settings: Node, role: Role) -> Node:
         """Return a network, and in it the teacher's where it starts from that."""
-        from kd_lightning.rehearsal import takes_from_teacher
-
-        node: Node = converted(self.filled(settings, role))
+        node: Node = converted(self.pipeline.filled(settings, role))
         if role == "student" and takes_from_teacher(settings):
             start = self.checkpoint()
             if isinstance(start, list):
@@ -193,8 +178,6 @@ class Converter:
 
     def learning(self, optimizer: Node, scheduler: Node, seed: int) -> Node:
         """Return the arguments that both kinds of training have."""
-        from kd_lightning.tasks import Classification
-
         task = self.pipeline.task
         more = {} if isinstance(task, Classification) else {"task": _task(task)}
         return {
@@ -218,8 +201,6 @@ class Converter:
 
     def guide(self, number: int) -> Node:
         """Return the teacher (0), or an assistant, as those it teaches ask it."""
-        from kd_lightning.config import processes
-
         if self.parts:
             teachers = {name: part.guide(0) for name, part in self.parts.items()}
             return class_path("kd_lightning.finished.FinishedTaskTeachers", teachers=teachers)
@@ -229,17 +210,14 @@ class Converter:
         own = {key: self.cfg["teacher"][key] for key in keys}
         checkpoint = self.checkpoint()
         if number:
-            checkpoint, own["cache"] = self.folder(f"assistant_{number}"), _again(own["cache"])
+            checkpoint, own["cache"] = self.folder(f"assistant_{number}"), cache_of_assistants(own["cache"])
         if isinstance(checkpoint, list):
             own |= {key: self.cfg["teacher"][key] for key in ("combine", "weights")}
-        several = len(self.pipeline.seeds) > 1 and number == len(self.cfg["assistants"])
-        ahead = several or processes(self.cfg["trainer"]) > 1
+        ahead = len(self.pipeline.seeds) > 1 and number == len(self.cfg["assistants"])
         return class_path("kd_lightning.finished.FinishedTeacher", checkpoint=checkpoint, ahead=ahead, **own)
 
     def objective(self) -> Node:
         """Return the loss."""
-        from kd_lightning.config import lookup, parameters
-
         node, balance = self.cfg["distillation"], self.cfg["balance"]
         if self.parts:
             return self.objective_of_tasks()
@@ -250,22 +228,21 @@ class Converter:
 
     def objective_of_tasks(self) -> Node:
         """Return every task's own loss, on its examples, times its weight."""
-        from kd_lightning.tasks import MultiTask, Regression
-
         task, terms, weights = self.pipeline.task, {}, {}
         assert isinstance(task, MultiTask)
         for number, (name, one) in enumerate(task.tasks.items()):
             own = self.cfg["tasks"].get(name, {}).get("distillation", self.cfg["distillation"])
             span, factor = task.spans[name], task.weights[name]
             for part, term in own["terms"].items():
-                weight = own["weights"][part]
-                if isinstance(weight, dict) and factor != 1:
-                    raise ConfigError(f"tasks.{name}.weight={factor:g}: kd-cli cannot multiply a schedule; set it to 1")
+                weight = converted(own["weights"][part])
                 terms[f"{name}/{part}"] = class_path(
                     "kd_lightning.losses.task.TaskTerm", term=converted(term), name=name, number=number,
                     columns=f"range({span.start}, {span.stop})", scores=isinstance(one, Regression),
                 )  # fmt: skip
-                weights[f"{name}/{part}"] = converted(weight) if isinstance(weight, dict) else factor * weight
+                weights[f"{name}/{part}"] = (
+                    class_path("kd_lightning.schedules.Times", factor=factor, value=weight)
+                    if isinstance(weight, dict) else factor * weight
+                )  # fmt: skip
         path = "kd_lightning.objective.Objective"
         return class_path(path, terms=terms, weights=weights, balance=self.cfg["balance"])
 
@@ -294,6 +271,7 @@ class Converter:
                 monitor=f"val/{self.pipeline.task.main}", mode="max", save_weights_only=True,
                 enable_version_counter=False,
             ),
+            *([class_path("kd_lightning.callbacks.Compilation")] if self.cfg["compile"] and role == "student" else []),
             *callbacks,
             class_path(
                 "kd_lightning.callbacks.ResumeCheckpoint", path=f"{folder}/lightning/resume.ckpt",
@@ -301,7 +279,7 @@ class Converter:
             ),
             class_path(
                 "kd_lightning.callbacks.StageFolder", folder=folder, role=role,
-                network=None if is_ours else self.filled(network, role),
+                network=None if is_ours else self.pipeline.filled(network, role),
             ),
             class_path("kd_lightning.callbacks.PredictionWriter", file=f"{folder}/predictions.jsonl"),
         ]  # fmt: skip
@@ -326,19 +304,10 @@ def _of_cli(value: Any) -> Any:
 
 
 def _steps(trainer: Node, data: ClassificationData) -> int:
-    from kd_lightning.training import planned_steps
-
     return planned_steps(trainer, len(data.train_dataloader()))
 
 
-def _again(cache: str) -> str:
-    """Return how an assistant is asked: its answers cannot be there before it."""
-    return "auto" if cache == "require" else cache
-
-
 def _task(task: Task) -> Node:
-    from kd_lightning.tasks import Classification, MultiTask
-
     path = f"kd_lightning.tasks.{type(task).__name__}"
     if isinstance(task, MultiTask):
         tasks = {name: _task(one) for name, one in task.tasks.items()}

@@ -131,7 +131,7 @@ def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, floa
 def run_parser(name: str, description: str) -> argparse.ArgumentParser:
     """Return a parser for a command about a finished run: which run, which seed, JSON or not."""
     parser = argparse.ArgumentParser(name, description=description)
-    parser.add_argument("run", type=Path, help="run folder, or the folder of one of its stages (RUN/teacher)")
+    parser.add_argument("run", type=Path, help="run folder, folder of one of its stages (RUN/teacher), or an export")
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -148,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
-        from kd_lightning.runs import load_run
+        from kd_lightning.export.load import load_model
 
-        model = load_run(given.run, given.seed)
+        model = load_model(given.run, given.seed)
         if given.file:
             scores = evaluate_file(model, given.file, given.text_column, given.text_pair_column, given.label_column)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,16 +28,22 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
+        return "every point of this search failed: the report says why"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    for plugin, extra in _PLUGINS.items():
+        if f"'{plugin}'" in str(error):
+            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
+    if choice := re.search(r"Could not find '([\w/]+)/(\w+)'", str(error)):
+        group, name = choice.groups()
+        there = [file.stem for file in (conf_dir() / group).glob("*.yaml")]
+        return f"{group}={name}: there is no such choice{did_you_mean(name, there)}"
     known = _known_keys([override for override in overrides if _chooses_group(override)])
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if known and "=" in override and not override.startswith(("+", "-", "hydra")) and key not in known:
             return f"{key}: there is no such key{did_you_mean(key, known)}"
-    for plugin, extra in _PLUGINS.items():
-        if f"'{plugin}'" in str(error):
-            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
     cause = error.__cause__
     return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
 
@@ -55,7 +62,7 @@ def _known_keys(groups: list[str]) -> list[str]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             cfg = compose("config", overrides=groups)
-        except HydraException:  # the choice of a group is itself what is wrong, and Hydra's message lists the choices
+        except HydraException:  # the choice of a group is itself what is wrong
             return []
     choices = [path.name for path in conf_dir().iterdir() if path.is_dir()]
     return [*_flatten(to_dict_unresolved(cfg)), *choices, "model@student", "model@teacher.network",

@@ -37,6 +37,7 @@ from torch._dynamo import OptimizedModule
 from kd_lightning.attention import give_probabilities, register_attention
 from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.adapt import run_network, unwrap
+from kd_lightning.shard import full
 from kd_lightning.types import Batch, ModelOutput
 
 _INDEXED = re.compile(r"(\w+)\[(-?\d+)\]")
@@ -197,7 +198,7 @@ class FeatureTap:
         if len(set(shapes)) > 1:
             raise ConfigError(f"feature {name!r}: query, key and value are {shapes}, not of one width")
         if source.head:
-            weight: Any = unwrap(self.network).get_submodule(source.head).weight
+            weight = full(unwrap(self.network).get_submodule(source.head).weight)
             if tensors[0].ndim != 4 or shapes[0][1] != weight.shape[1]:
                 raise ConfigError(
                     f"feature {name!r}: the classifier reads {weight.shape[1]} channels and the last feature map is "

@@ -128,7 +128,7 @@ class FinishedTeacher(_Late):
         cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
         features: What is stored of an answer besides logits and what the objective reads.
         answer_batch_size: Examples in a batch when it answers before a training.
-        ahead: Answer every example before the training, as where several trainings share the answers.
+        ahead: Answer every example before the training, as where several trainings or processes share the answers.
         combine: What an ensemble averages.
         weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
         device: A GPU of its own for it, when `cache=off`.
@@ -155,6 +155,7 @@ class FinishedTeacher(_Late):
             "checkpoint": checkpoint, "seeds": 1, "precision": precision, "cache": cache, "cache_dtype": cache_dtype,
             "cache_top_k": cache_top_k, "features": list(features), "answer_batch_size": answer_batch_size,
             "combine": combine, "weights": weights, "device": device, "compile": compile,
+            "sharded": False,
         }  # fmt: skip
 
     def load(self, data: ClassificationData) -> nn.Module:
@@ -167,6 +168,7 @@ class FinishedTeacher(_Late):
         device = trainer.strategy.root_device
         self.answering = Answering(self.settings, data.select("teacher"), device, Console(), needs)
         self.answering.check(self.teacher.network, self.teacher)
+        self.ahead |= trainer.world_size > 1  # several processes cannot fill one cache
         if self.ahead:
             if trainer.is_global_zero:
                 self.answering.complete(self.teacher)

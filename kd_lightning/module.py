@@ -21,7 +21,7 @@ from kd_lightning.models.cohort import Cohort
 from kd_lightning.objective import Objective
 from kd_lightning.optim import OptimizerCallable, SchedulerCallable
 from kd_lightning.tasks import Task
-from kd_lightning.teachers import Teacher
+from kd_lightning.teachers import FrozenTeacher, Teacher
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -121,6 +121,10 @@ class DistillationModule(NetworkModule):
             batch = self.trainer.strategy.broadcast(next(iter(data.val_dataloader())))  # the same for all processes
             self.connect(batch, data.num_examples)
         super().setup(stage)
+        if isinstance(self.teacher, FrozenTeacher) and self.teacher.sharded:
+            if self.mesh is None:
+                raise ConfigError("a sharded teacher needs a strategy that shards the student, too: trainer=fsdp2")
+            self.teacher.shard(self.mesh)
         if self.teacher is not None:
             self.teacher.to(self.trainer.strategy.root_device)
 

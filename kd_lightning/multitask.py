@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kd_lightning.objective import Objective
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.rehearsal import try_out
 from kd_lightning.runs import digest
+from kd_lightning.schedules import Times
 from kd_lightning.tasks import MultiTask
 from kd_lightning.teachers import MultiTaskTeacher, SideBySide, Teacher
 from kd_lightning.teaching import TeacherNetwork
@@ -169,9 +170,4 @@ class MultiTaskPipeline(Pipeline):
 
 
 def _times(weight: float, value: Scheduled) -> Scheduled:
-    return partial(_scaled, weight, value) if callable(value) else weight * value
-
-
-def _scaled(weight: float, value: Any, progress: float) -> float:
-    scaled: float = weight * value(progress)
-    return scaled
+    return Times(weight, value) if callable(value) else weight * value

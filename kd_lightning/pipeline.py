@@ -122,7 +122,7 @@ class Pipeline:
 
     def _tuned(self, number: int) -> TeacherNetwork:
         """Fine-tune a teacher; the first one's folder is `teacher`."""
-        settings, name = self.cfg["teacher"], _teacher_name(number)
+        settings, name = self.cfg["teacher"], teacher_name(number)
         seed = settings["seed"] + number
         torch.manual_seed(seed)
         data = self.data.select(tokens="teacher", pool=False)
@@ -136,7 +136,7 @@ class Pipeline:
         return read_teacher(self.folder / name, self.data)
 
     def _is_tuned(self, number: int) -> bool:
-        return (self.folder / _teacher_name(number) / "stage.json").is_file()
+        return (self.folder / teacher_name(number) / "stage.json").is_file()
 
     def baseline(self, seed: int, name: str) -> None:
         """Train the student from labels alone, for as many steps as the distillation takes."""
@@ -155,12 +155,16 @@ class Pipeline:
             return self.teacher
         if number not in self._assistants:
             self.guide(number - 1)  # its training draws random numbers too
-            folder, seed = self.folder / f"assistant_{number}", self.cfg["seed"] + ASSISTANTS + number - 1
+            folder, seed = self.folder / f"assistant_{number}", self.seed_of_assistant(number)
             torch.manual_seed(seed)
             built = self.build_network(self.cfg["assistants"][number - 1], "student")
             self._distil(f"assistant {number}", folder, *built, seed, number - 1)
             self._assistants[number] = read_teacher(folder, self.data_of(number))
         return self._assistants[number]
+
+    def seed_of_assistant(self, number: int) -> int:
+        """Return the seed of assistant 1, 2, ..."""
+        return int(self.cfg["seed"]) + ASSISTANTS + number - 1
 
     def distill(self, seed: int) -> None:
         """Train the student from the teacher, on the labelled split and on whatever only the teacher labels."""
@@ -232,11 +236,9 @@ class Pipeline:
 
     def finetune(self, seed: int) -> None:
         """Train the distilled student on from labels, at its own learning rate."""
-        settings = self.cfg["finetune"]
         start = self._folder(seed, "distill")
         network = load_run(start).network.train()
-        optimizer = {**self.cfg["optimizer"], "lr": settings["lr"]}
-        trainer = {**self.cfg["trainer"], "max_epochs": settings["max_epochs"], "max_steps": -1}
+        optimizer, trainer = finetuning(self.cfg)
         stage = self._stage(
             f"finetune, seed {seed}", self._folder(seed, "finetune"), self._student_data(seed, pool=False), network,
             read_json(start / "model.json"), optimizer, self.cfg["scheduler"], trainer=trainer, seed=seed,
@@ -318,10 +320,9 @@ class Pipeline:
     def answerings(self) -> list[Answering]:
         """How the teacher and each assistant are asked; what the losses need of them is settled by the rehearsal."""
         settings = self.cfg["teacher"]
-        cache = {"require": "auto"}.get(
-            settings["cache"], settings["cache"]
-        )  # an assistant's cannot be there before it
-        own = {**settings, "checkpoint": None, "seeds": 1, "features": [], "cache": cache}
+        own = {
+            **settings, "checkpoint": None, "seeds": 1, "features": [], "cache": cache_of_assistants(settings["cache"]),
+        }  # fmt: skip
         return [
             Answering(
                 own if number else settings, self.data_of(number).select(tokens="teacher", pool=True),
@@ -376,8 +377,12 @@ class Pipeline:
                 f"{role}: {settings['_target_']} makes a {type(network).__name__} from the teacher, which could not be "
                 "rebuilt without it: give it a constructor of plain values, and copy weights in a script of your own"
             )
-        filled = {key: value for key, value in sizes.items() if key in takes and settings.get(key) is None}
-        return network, {**settings, **filled}
+        return network, self.filled(settings, role)
+
+    def filled(self, settings: dict[str, Any], role: Role) -> dict[str, Any]:
+        """Return a network's settings with what the data decide about it."""
+        takes, sizes = parameters(lookup(settings["_target_"])), self.data.model_arguments(role)
+        return settings | {key: size for key, size in sizes.items() if key in takes and settings.get(key) is None}
 
     def _stage(
         self, name: str, folder: Path, data: ClassificationData, network: nn.Module, network_settings: dict[str, Any],
@@ -432,5 +437,18 @@ def _prepared(settings: dict[str, Any]) -> ClassificationData:
     return data
 
 
-def _teacher_name(number: int) -> str:
+def finetuning(cfg: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of optimizer and trainer for training the distilled student on."""
+    own = cfg["finetune"]
+    trainer = {**cfg["trainer"], "max_epochs": own["max_epochs"], "max_steps": -1}
+    return {**cfg["optimizer"], "lr": own["lr"]}, trainer
+
+
+def cache_of_assistants(cache: str) -> str:
+    """Return how assistants are asked: their answers cannot be there before them."""
+    return "auto" if cache == "require" else cache
+
+
+def teacher_name(number: int) -> str:
+    """Return the folder of a fine-tuned teacher, the first or another of an ensemble's."""
     return f"teacher_{number}" if number else "teacher"

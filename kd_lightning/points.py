@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import traceback
@@ -10,11 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import DictConfig
+
+from kd_lightning.config import in_sweep
 from kd_lightning.errors import Interrupted
 from kd_lightning.files import write_file
 from kd_lightning.processes import rank
 
 OVERRIDES, SCORE, FAILURE = "overrides.json", "score.json", "failure.json"
+GRID = "BasicSweeper"
+"""Hydra's sweeper that makes every combination of given values."""
 
 
 @dataclass
@@ -37,19 +43,29 @@ def overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task)
 
 
-def command() -> str:
-    """Return the command that makes this job again, alone."""
-    return shlex.join(["kd-train", *(override for override in overrides() if not override.startswith("sweep="))])
+def command(cfg: DictConfig) -> str:
+    """Return the command that makes this job again: a sweep's point alone, as a run that has a name of its own."""
+    if not in_sweep():
+        return shlex.join(["kd-train", *overrides()])
+    kept = [override for override in overrides() if not override.startswith(("sweep=", "name=", "run_dir="))]
+    number = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:6]
+    return shlex.join(["kd-train", *kept, f"name={cfg.name}_{number}"])
+
+
+def _sweeper() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    return str(HydraConfig.get().sweeper._target_).rpartition(".")[2]
 
 
 @contextmanager
-def recorded(folder: str) -> Iterator[Point]:
+def recorded(cfg: DictConfig) -> Iterator[Point]:
     """Write what the point is before it runs, its score after it, and if it fails the reason; failures are raised on.
 
     What was interrupted is no failure: it goes on when the same sweep is started again.
     """
-    asked = {"overrides": overrides(), "command": command()}
-    place, point = Path(folder), Point()
+    asked = {"overrides": overrides(), "command": command(cfg), "sweeper": _sweeper()}
+    place, point = Path(cfg.run_dir), Point()
     if rank() == 0:
         (place / FAILURE).unlink(missing_ok=True)
         _write(place / OVERRIDES, asked)
@@ -62,6 +78,7 @@ def recorded(folder: str) -> Iterator[Point]:
             lines = str(error).strip().splitlines()
             failure = {"error": lines[0] if lines else type(error).__name__, "type": type(error).__name__}
             _write(place / FAILURE, failure | {"traceback": traceback.format_exc(), **asked})
+            (place / SCORE).unlink(missing_ok=True)  # of an earlier run: what was asked for now has none
         raise
     if rank() == 0:
         _write(place / SCORE, {"score": point.score, "metric": point.metric})

@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
         texts = read_texts(given.texts, given.file)
-        from kd_lightning.runs import load_run
+        from kd_lightning.export.load import load_model
 
-        model = load_run(given.run, given.seed)
+        model = load_model(given.run, given.seed)
         logits = _logits(model, texts)
     except KDError as error:
         sys.exit(f"kd-predict: {error}")

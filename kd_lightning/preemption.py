@@ -94,8 +94,10 @@ def holding() -> Iterator[None]:
         raise
     finally:
         _held = False
-    if _asked and rank() == 0:
-        _leave("the stage is finished")
+    if _asked:
+        if rank() == 0:
+            _leave("the stage is finished")
+        _wait_for_the_first()
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
@@ -109,9 +111,14 @@ def _heard(number: int, frame: FrameType | None) -> None:
             if isinstance(child, SpawnProcess) and child.pid is not None:  # the training's own (ddp_spawn)
                 os.kill(child.pid, number)
     elif rank() > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the first process puts the job back, which ends this one
+        _wait_for_the_first()
     elif number != signal.SIGTERM or job_id() is None:
         _leave("nothing was being trained")
+
+
+def _wait_for_the_first() -> None:
+    """Go on until the first process puts the job back, which ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(where: str) -> NoReturn:
@@ -119,7 +126,7 @@ def _leave(where: str) -> NoReturn:
     assert _asked is not None
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    theirs = next((before for before in _before.values() if callable(before)), None)
+    theirs = _submitit()
     if theirs is not None:
         _hand_over(theirs)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -142,9 +149,15 @@ def _requeue(job: str) -> None:
         SystemExit: SLURM refuses.
     """
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode > 0:  # less than 0: it was ended, with the rest of this job, by what it asked for
         sys.exit(f"kd-train: job {job} was not put back in the queue ({done.stderr.strip()}): submit it again to go on")
     print(f"kd-train: job {job} is back in the queue", flush=True)
+
+
+def _submitit() -> Callable[[int, FrameType | None], None] | None:
+    """Return submitit's handler that puts the job back; that of SIGTERM does not, it only lets the signal pass."""
+    before = (_before.get(number) for number in (signal.SIGUSR2, signal.SIGUSR1))
+    return next((handler for handler in before if callable(handler)), None)
 
 
 def _hand_over(theirs: Callable[[int, FrameType | None], None]) -> NoReturn:

@@ -7,7 +7,7 @@ trainer's step count over its planned steps, so a resumed run goes on where it w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kd_lightning.errors import ConfigError
 
@@ -82,6 +82,21 @@ class OneMinus:
     def __call__(self, progress: float) -> float:
         """Return the value at this progress."""
         return 1.0 - self.value(progress)
+
+
+class Times:
+    """`factor * value(progress)`: the weight of a term, where a schedule has it, in a task that has a weight, too.
+
+    >>> Times(0.5, Linear(start=0.0, end=1.0))(0.5)
+    0.25
+    """
+
+    def __init__(self, factor: float, value: Callable[[float], float]) -> None:
+        self.factor, self.value = factor, value
+
+    def __call__(self, progress: float) -> float:
+        """Return the value at this progress."""
+        return self.factor * self.value(progress)
 
 
 def _fraction(value: float, name: str) -> float:

@@ -193,8 +193,9 @@ class Answering:
                     "the tokens of one; their answers must be kept (teacher.cache=auto)"
                 )
             network = teacher.members[0].network  # rehearses for all: it reads the batch's tokens
-        if self.settings["compile"]:
-            FrozenTeacher(network, precision, features, compile=True)  # refuses what cannot be; compiles when called
+        compile, sharded = self.settings["compile"], self.settings["sharded"]
+        if compile or sharded:  # refuses what cannot be; compiles when called
+            FrozenTeacher(network, precision, features, compile, sharded)
         return self._frozen(network, compile=False)
 
     def teacher(self, teacher: TeacherNetwork) -> Teacher:
@@ -205,6 +206,8 @@ class Answering:
         """
         if teacher.members:
             return self._ensemble(teacher.members)
+        if self.settings["sharded"]:  # each training shares a copy of its own: it cannot be made whole again
+            return FrozenTeacher(teacher.network, self.settings["precision"], self.features, sharded=True)
         if self.settings["cache"] == "off":
             own = self.settings["device"]
             return AheadTeacher(self._running(teacher), torch.device(own) if own else None)

@@ -27,7 +27,7 @@ def _run(cfg: DictConfig) -> float:
         if not config.in_sweep():
             return _train(cfg).score()
         config.place(cfg)
-        with points.recorded(cfg.run_dir) as point:
+        with points.recorded(cfg) as point:
             pipeline = _train(cfg)
             point.score, point.metric = pipeline.score(), pipeline.task.main
         return point.score
@@ -67,7 +67,7 @@ def _train(cfg: DictConfig) -> Pipeline:
     pipeline.run()
     with first():
         if rank() == 0:
-            compare(pipeline, points.command())
+            compare(pipeline, points.command(cfg))
     return pipeline
 
 

@@ -148,8 +148,9 @@ def _keep(
         KDError: The training diverged.
     """
     checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-    module.load_state_dict(checkpoint["state_dict"])
-    validation = network_answers(stage.network, stage.data.val_dataloader(), device)
+    network = module.whole
+    network.load_state_dict(module.weights_of_trained(checkpoint["state_dict"]))
+    validation = network_answers(network, stage.data.val_dataloader(), device)
     scores = stage.data.task.evaluate(validation)
     if bad := [name for name, score in scores.items() if not math.isfinite(score)]:
         raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower optimizer.lr")
@@ -158,7 +159,7 @@ def _keep(
         "role": stage.role,
     }  # fmt: skip
     tokenizer = stage.data.tokenizer_of(stage.role)
-    save_network(stage.folder, stage.network, stage.network_settings, task, tokenizer)
+    save_network(stage.folder, network, stage.network_settings, task, tokenizer)
     record: dict[str, Any] = {
         "fingerprint": fingerprint,
         "settings": stage.settings,

@@ -1,4 +1,4 @@
-"""Fail unless the quickstart's report is whole and its teacher as good as it should be. Used by CI."""
+"""Fail unless the quickstart's report is whole, its teacher good enough, its student exported. Used by CI."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def main(path: str) -> None:
     assert models["distilled"]["latency_ms"]["p50"] < models["teacher"]["latency_ms"]["p50"]
     assert len(report["distillation_ratio"]["values"]) == len(report["seeds"])
     assert report["command"].startswith("kd-train")
-    print(f"demo: teacher {teacher:.3f}, report whole")
+    export = Path(path).parent / "onnx-int8"
+    assert json.loads((export / "export.json").read_text())["quantize"] == "int8-dynamic"
+    assert (export / "model.onnx").is_file()
+    assert "onnx int8-dynamic" in (Path(path).parent / "benchmark" / "benchmark.md").read_text()
+    print(f"demo: teacher {teacher:.3f}, report whole, student shipped")
 
 
 if __name__ == "__main__":

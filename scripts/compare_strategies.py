@@ -219,7 +219,7 @@ def picture(content: dict[str, Any]) -> None:
     """Draw each strategy's test accuracy, with a bar for one standard deviation over the seeds."""
     from matplotlib.figure import Figure
 
-    rows = content["strategies"][::-1]
+    rows = sorted(content["strategies"], key=lambda row: row["test"]["mean"])
     base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
     figure = Figure(figsize=(7.5, 1.2 + 0.22 * len(rows)), layout="constrained")
     axes = figure.add_subplot()

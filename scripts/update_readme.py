@@ -12,10 +12,12 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.export.benchmark import markdown
 from kd_lightning.report import load_report, markdown_table, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,21 +50,63 @@ def strategies() -> str:
     content = _read(ROOT / "results" / "strategies.json")
     rows = sorted(content["strategies"], key=lambda row: -row["test"]["mean"])
     base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
-    lines = ["| strategy | test accuracy, % | against labels only | validation, % | training, s |"]
-    lines.append("| :-- | --: | --: | --: | --: |")
+    lines = ["| strategy | test accuracy, % | against labels only | validation, % |"]
+    lines.append("| :-- | --: | --: | --: |")
     for row in rows:
         test, validation = _percent(row["test"]), _percent(row["validation"])
         better = 100 * (row["test"]["mean"] - base)
         name = f"[`{row['name']}`](docs/strategies.md#{row['name']})"
-        lines.append(f"| {name} | {test} | {better:+.1f} | {validation} | {row['seconds']['mean']:.0f} |")
+        lines.append(f"| {name} | {test} | {better:+.1f} | {validation} |")
     machine = content["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
     lines += [
         "",
-        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds, {content['minutes']:.0f} min "
-        f"for all. `{content['command']}`, {where} (`results/strategies.json`).",
+        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds; "
+        f"{content['minutes']['cpu'] / machine['cores']:.0f} minutes of CPU time on each of {machine['cores']} cores "
+        f"({content['minutes']['wall']:.0f} on the clock, beside other work). "
+        f"`{content['command']}`, {where} (`results/strategies.json`).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def exports() -> str:
+    """Return the README's table of exported students, with the goals, from results/export.json."""
+    file = ROOT / "results" / "export.json"
+    if not file.is_file():
+        return "Not measured yet: `python scripts/export_reviews.py RUN_DIR` does, and writes `results/export.json`.\n"
+    content = _read(file)
+    lines = [markdown(content), "", "| goal | measured | wanted | met |", "| :-- | --: | --: | :-- |"]
+    for goal in content["goals"]:
+        met = "yes" if goal["met"] else "**no**"
+        lines.append(f"| {goal['name']} | {goal['value']:.3g} | {goal['goal']} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def sweep() -> str:
+    """Return what the README says of the sweep in results/sweeps: what each parameter moves, and against what."""
+    content = _read(ROOT / "results" / "sweeps" / "sweep.json")
+    entries, machine = content["configurations"], content["environment"]
+    said = []
+    for name in ("alpha", "temperature"):
+        values = sorted({entry["values"][name] for entry in entries})
+        means = {
+            value: statistics.mean(entry["validation"]["mean"] for entry in entries if entry["values"][name] == value)
+            for value in values
+        }
+        worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        said.append(
+            f"{name} moves the validation accuracy by {100 * (means[best] - means[worst]):.1f} points "
+            f"({means[worst]:.3f} at {worst:g}, {means[best]:.3f} at {best:g})"
+        )
+    best, base = entries[0], entries[0]["baseline"]["mean"]
+    found = "beats" if best["validation"]["mean"] > base else "does not beat"
+    points = sum(len(entry["points"]) for entry in entries)
+    return (
+        f"On `reviews`, averaged over all else, {said[0]}, and {said[1]}; in this short training even the best setting "
+        f"({best['validation']['mean']:.3f}) {found} the same student from labels ({base:.3f}). "
+        f"`{content['command']}`, {points} points, {machine['cpu']}, {machine['cores']} cores, {machine['date'][:10]} "
+        f"(`results/sweeps/`, where `report.html` is the page of `kd-report`).\n"
+    )
 
 
 def _percent(spread: dict[str, Any]) -> str:
@@ -99,8 +143,8 @@ def picture() -> None:
 
 def block(name: str) -> str:
     """Return the README's block for one result: the sentence that sums it up, the table, and where it was measured."""
-    if name in ("benchmarks", "strategies"):
-        return {"benchmarks": benchmarks, "strategies": strategies}[name]()
+    if name in (tables := {"benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep}):
+        return tables[name]()
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]

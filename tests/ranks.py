@@ -1,7 +1,7 @@
 """Small trainings for `tests/test_distributed.py`, each the same in one process and in two.
 
-`python -m tests.ranks FOLDER` is one of the processes that a launcher would start: it runs all of them and, as the
-first one, leaves what they came to in FOLDER/NAME.pt.
+`python -m tests.ranks FOLDER` is one of the processes that a launcher would start: it runs all of them and leaves what
+they came to in FOLDER/NAME.RANK.pt. `python -m tests.ranks FOLDER strategies` trains every strategy for two steps.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from kd_lightning import config
 from kd_lightning.base import NetworkModule
 from kd_lightning.cache.fill import fill
 from kd_lightning.cache.store import TeacherCache
+from kd_lightning.callbacks import MeanTeacher, ResumeCheckpoint
 from kd_lightning.data import MultiTaskData, TextFiles
 from kd_lightning.data.base import ClassificationData
 from kd_lightning.data.sampler import rank_and_world
@@ -33,14 +37,17 @@ from kd_lightning.losses.term import Scheduled, Term
 from kd_lightning.models.transformer import transformer
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
-from kd_lightning.tasks import MultiTask
-from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
+from kd_lightning.tasks import MultiTask, Regression
+from kd_lightning.teachers import CachedTeacher, EMATeacher, FrozenTeacher, Teacher
 from kd_lightning.types import IGNORE, Batch
 from tests.conftest import write_toy_csv
+from tests.test_strategies import PAIRS, made
 
 GLOBAL_BATCH = 16
+STOPPED = 7
+"""Steps from one checkpoint to the next where a training is begun again; an epoch has 16 and more."""
 CLASSES, WORDS = 3, 11
-SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.9)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 Watched = dict[str, Any]
 
 
@@ -70,17 +77,22 @@ def network(data: ClassificationData, seed: int, width: int, layers: int) -> nn.
     return transformer(**data.model_arguments("student"), **shape)
 
 
-def objective(name: str, balance: str, *overrides: str) -> Objective:
+def composed(*overrides: str) -> DictConfig:
     config.register_resolvers()
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        cfg = compose("config", [f"distillation={name}", "data=text_files", "data.train_file=x", *overrides])
+        return compose("config", list(overrides))
+
+
+def objective(name: str, balance: str, *overrides: str) -> Objective:
+    cfg = composed(f"distillation={name}", "data=text_files", "data.train_file=x", *overrides)
     built: Objective = config.build(cfg.distillation, balance=balance)
     return built
 
 
 def distilled(
-    folder: Path, world: int, name: str, *overrides: str, balance: str = "fixed", cached: bool = False
-) -> tuple[NetworkModule, Any]:
+    folder: Path, world: int, name: str, *overrides: str, balance: str = "fixed", cached: bool = False,
+    shared: bool = False,
+) -> tuple[NetworkModule, Any]:  # fmt: skip
     data = text(folder, world)
     student, above = network(data, 0, 8, 2), network(data, 1, 12, 4)
     with torch.no_grad():
@@ -88,7 +100,7 @@ def distilled(
             parameter.mul_(3)  # else it would have no opinion
     loss = objective(name, balance, *overrides)
     loss.plan(student, above)
-    teacher: Teacher = FrozenTeacher(above, features=loss.needs_teacher)
+    teacher: Teacher = FrozenTeacher(above, features=loss.needs_teacher, sharded=shared and world > 1)
     if cached:
         data.prepare()
         cache = TeacherCache.create(folder / f"answers-{world}-{rank_and_world()[0]}", {}, data.num_examples)
@@ -98,6 +110,12 @@ def distilled(
     if name == "crd":  # as the pipeline does: its constants are estimated from one batch, which is the same for all
         module.connect(next(iter(data.val_dataloader())), data.num_examples)
     return module, data
+
+
+def mean_teacher(folder: Path, world: int) -> tuple[NetworkModule, Any]:
+    data = text(folder, world)
+    student, loss = network(data, 0, 8, 2), objective("soft_target", "fixed")
+    return DistillationModule(student, EMATeacher(student, 0.9), loss, SGD, num_classes=CLASSES), data
 
 
 def supervised(folder: Path, world: int) -> tuple[NetworkModule, Any]:
@@ -155,6 +173,17 @@ def sequences(folder: Path, world: int) -> tuple[NetworkModule, Any]:
     return module, DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
+def overflowing(folder: Path, world: int) -> tuple[NetworkModule, Any]:
+    """A score to regress that is so far away that the scaled gradient overflows.
+
+    The weight has one row: where it is sharded, the second process holds none of the gradient.
+    """
+    size = GLOBAL_BATCH // world
+    batch = {"pixel_values": torch.ones(size, 2), "labels": torch.full((size,), 100.0)}
+    module = SupervisedModule(nn.Linear(2, 1), SGD, num_classes=1, task=Regression())
+    return module, DataLoader([batch] * 4, batch_size=None)  # type: ignore[arg-type]
+
+
 Make = Callable[[Path, int], tuple[NetworkModule, Any]]
 SCENARIOS: dict[str, tuple[Make, dict[str, Any]]] = {
     "soft_target": (partial(distilled, name="soft_target"), {}),
@@ -169,20 +198,39 @@ SCENARIOS: dict[str, tuple[Make, dict[str, Any]]] = {
     "several_tasks": (partial(several_tasks, taught=True), {}),
     "several_tasks_supervised": (partial(several_tasks, taught=False), {}),
     "sequences": (sequences, {}),
+    "mean_teacher": (mean_teacher, {}),
+    "overflowing": (overflowing, {"scale": 2.0**10}),
+    "bf16_mixed": (partial(distilled, name="hint_hidden"), {"precision": "bf16-mixed"}),
+    "bf16_true": (partial(distilled, name="hint_hidden"), {"precision": "bf16-true"}),
+    "shared_teacher": (partial(distilled, name="hint_hidden", shared=True), {}),
 }
-SHARDED = ("soft_target", "hint_hidden", "uncertainty", "accumulated")
+SHARDED = (
+    "soft_target", "cached", "hint_hidden", "crd", "uncertainty", "stages", "accumulated", "several_tasks",
+    "mean_teacher", "overflowing", "bf16_mixed", "bf16_true", "shared_teacher",
+)  # fmt: skip
+
+
+def scaled(scale: float) -> MixedPrecision:
+    """What `16-mixed` is on a GPU."""
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 class Watch(L.Callback):
     """Notes what the processes share, and what they saw."""
 
     def __init__(self) -> None:
-        self.found: Watched = {"validated": 0}
+        self.found: Watched = {"validated": 0, "teacher": {}}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         wrapped = trainer.strategy.model
         self.found["shared"] = [name for name, _ in wrapped.named_parameters()] if wrapped is not None else []
         self.found["sharded"] = [name for name, p in pl_module.named_parameters() if hasattr(p, "full_tensor")]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        teacher = getattr(pl_module, "teacher", None)
+        for name, weight in teacher.named_parameters() if isinstance(teacher, FrozenTeacher) else ():
+            here = weight.to_local() if isinstance(weight, DTensor) else weight
+            self.found["teacher"][name] = (here.numel(), weight.numel())
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -190,49 +238,91 @@ class Watch(L.Callback):
         self.found["validated"] += len(batch["labels"])
 
 
-def train(name: str, folder: Path, strategy: Any = "auto") -> Watched:
-    """Run one of them; return weights, scores and what was noted."""
+def train(name: str, folder: Path, strategy: Callable[[], Any] = lambda: "auto", resumes: bool = False) -> Watched:
+    """Run one of them, perhaps with a break within the first epoch; return weights, scores and what was noted."""
     rank, world = rank_and_world()
     make, options = SCENARIOS[name]
-    torch.manual_seed(0)
-    module, data = make(folder, world)
-    watch = Watch()
-    trainer = L.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy, max_epochs=2, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
-        gradient_clip_val=1.0, callbacks=[watch], plugins=[TorchElasticEnvironment()] if world > 1 else [],
-        default_root_dir=folder, **options,
-    )  # fmt: skip
-    trainer.fit(module, **({"train_dataloaders": data} if isinstance(data, DataLoader) else {"datamodule": data}))
-    whole = folder / f"{name}-{world}.ckpt"
+    whole, resume = folder / f"{name}-{world}.ckpt", folder / "resume.ckpt"
+    for epochs in (1, 2) if resumes else (2,):
+        torch.manual_seed(0)
+        module, data = make(folder, world)
+        watch = Watch()
+        callbacks: list[L.Callback] = [watch, ResumeCheckpoint(resume, STOPPED)] if resumes else [watch]
+        if isinstance(getattr(module, "teacher", None), EMATeacher):
+            callbacks.append(MeanTeacher())
+        own = {**options, "plugins": [TorchElasticEnvironment()] if world > 1 else []}
+        if scale := own.pop("scale", None):
+            own["plugins"].append(scaled(scale))
+        trainer = L.Trainer(
+            accelerator="cpu", devices=world, strategy=strategy(), max_epochs=epochs, logger=False,
+            enable_progress_bar=False, enable_checkpointing=resumes, enable_model_summary=False, num_sanity_val_steps=0,
+            use_distributed_sampler=False, gradient_clip_val=1.0, callbacks=callbacks, default_root_dir=folder,
+            **own,
+        )  # fmt: skip
+        given = {"train_dataloaders": data} if isinstance(data, DataLoader) else {"datamodule": data}
+        trainer.fit(module, ckpt_path=resume if resumes and epochs == 2 else None, weights_only=True, **given)
     trainer.save_checkpoint(whole, weights_only=True)
     weights = torch.load(whole, weights_only=True)["state_dict"]
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
     banks = {key: value.clone() for key, value in module.named_buffers() if "bank" in key}
-    return {"weights": weights, "metrics": metrics, "rank": rank, "banks": banks, **watch.found}
+    noted = {"metrics": metrics, "rank": rank, "banks": banks, "skipped": module.skipped_steps}
+    return {"weights": weights, **noted, **watch.found}
 
 
-def trainings() -> Iterator[tuple[str, str, Any]]:
+def sharding() -> ModelParallelStrategy:
+    """What `trainer=fsdp2` asks for."""
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+
+
+def trainings() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Yield file, scenario and strategy of what two processes do."""
     for name in SCENARIOS:
-        yield name, name, "ddp"
+        if name != "shared_teacher":
+            yield name, name, lambda: "ddp"
     for name in SHARDED:
-        yield f"{name}-sharded", name, "fsdp2"
+        yield f"{name}-sharded", name, sharding
 
 
-def main(folder: Path) -> None:
-    """Run everything as one of two processes."""
+def sharded_strategies(folder: Path) -> None:
+    """Train every strategy with student and teacher sharded and with both whole; leave how far apart weights are."""
+    apart = {}
+    for name, kind in PAIRS:
+        found: list[dict[str, Tensor]] = []
+        for strategy in ("ddp", sharding()):
+            module, data = made(name, kind, composed)
+            teacher = module.teacher
+            assert isinstance(teacher, FrozenTeacher)
+            if strategy != "ddp":
+                module._outside = (FrozenTeacher(teacher.network, features=teacher.features, sharded=True),)
+            trainer = L.Trainer(
+                accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, gradient_clip_val=1.0,
+                enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+                num_sanity_val_steps=0, use_distributed_sampler=False, plugins=[TorchElasticEnvironment()],
+                default_root_dir=folder,
+            )  # fmt: skip
+            trainer.fit(module, datamodule=data)
+            trainer.save_checkpoint(folder / "strategy.ckpt", weights_only=True)
+            found.append(torch.load(folder / "strategy.ckpt", weights_only=True)["state_dict"])
+            trainer.strategy.barrier()
+        apart[name, kind] = max(float((found[0][key].float() - x.float()).abs().max()) for key, x in found[1].items())
+    torch.save(apart, folder / f"strategies.{rank_and_world()[0]}.pt")
+
+
+def main(folder: Path, *what: str) -> None:
+    """Run everything, or what is named, as one of two processes."""
     L.pytorch.utilities.rank_zero.rank_zero_only.rank = 0  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo")
+    if what == ("strategies",):
+        sharded_strategies(folder)
+        return
     rank = rank_and_world()[0]
     if rank == 0:
         text(folder, 2).prepare()
     torch.distributed.barrier()
     for file, name, strategy in trainings():
-        if strategy == "fsdp2":
-            strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
         torch.save(train(name, folder, strategy), folder / f"{file}.{rank}.pt")
+    torch.save(train("hint_hidden", folder, sharding, resumes=True), folder / f"resumed-sharded.{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -610,7 +610,7 @@ def test_a_run_with_a_policy(
     [
         (["balance=gradnrm"], "balance='gradnrm': there is no such policy; did you mean 'gradnorm'"),
         (["balance=null"], "balance needs a value"),
-        (["balance=gradnorm", "+trainer.strategy=fsdp"], "balance=gradnorm compares whole gradients"),
+        (["balance=gradnorm", "trainer=fsdp2"], "balance=gradnorm compares whole gradients"),
     ],
 )
 def test_mistakes_are_refused(composed: Callable[..., DictConfig], overrides: list[str], says: str) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -28,6 +29,10 @@ LSTM: dict[str, Any] = {
     "class_path": "kd_lightning.models.bilstm.BiLSTM",
     "init_args": {"num_classes": 3, "vocab_size": 200, "embedding_size": 8, "hidden_size": 8},
 }
+
+
+class Own(L.Trainer):
+    """A trainer that `kd-cli` cannot be told to use."""
 
 
 def by_hand(folder: Path) -> dict[str, Any]:
@@ -176,6 +181,14 @@ def test_a_teacher_that_does_not_exist_is_one_line(
     assert "./nowhere" in str(left.value.code)
 
 
+def test_a_checkpoint_that_does_not_exist_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["test", "--config", str(file), "--ckpt_path", "nowhere.ckpt", *QUIET]
+    monkeypatch.setattr(sys, "argv", ["kd-cli", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == "kd-cli: Checkpoint file not found: nowhere.ckpt"
+
+
 def test_a_teacher_that_does_not_give_what_is_read_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = yaml.safe_load(file.read_text())
     del content["model"]["init_args"]["teacher"]["init_args"]["features"]
@@ -202,8 +215,9 @@ def test_a_function_with_arguments_is_checked() -> None:
     ("overrides", "says"),
     [
         (["temperatur=3"], "temperatur: there is no such key; did you mean 'temperature'"),
+        (["distillation=sft_target"], "distillation=sft_target: there is no such choice; did you mean 'soft_target'?"),
         (["optimizer.lr=fast"], "optimizer.lr='fast' is not a float"),
-        (["compile=true"], "compile=true: kd-cli trains students uncompiled; set compile=false"),
+        (["trainer._target_=tests.test_cli_lightning.Own"], "trainer: kd-cli uses lightning.Trainer, not tests"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(
@@ -221,7 +235,7 @@ def kd(module: str, *arguments: str, home: Path) -> str:
     environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     result = subprocess.run(
         [sys.executable, "-m", f"kd_lightning.{module}", *arguments], env=environment, capture_output=True, text=True,
-        timeout=300,
+        timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -261,7 +275,7 @@ def test_fit_validate_test_and_predict_from_files_that_kd_config_wrote(tmp_path:
 
     again = subprocess.run(
         [sys.executable, "-m", "kd_lightning.cli", "fit", "--config", str(files / "teacher.yaml")],
-        env={**os.environ, "KD_LIGHTNING_HOME": str(home)}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "KD_LIGHTNING_HOME": str(home)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith(f"kd-cli: {tmp_path / 'run/teacher'} holds a finished training")
@@ -274,6 +288,16 @@ def test_two_processes_train_as_those_of_kd_train(tmp_path: Path) -> None:
     small += ["trainer.max_epochs=2", "stages=[teacher,distill]"]
     for command in kd("to_cli", *small, "--to-cli", str(tmp_path / "files"), home=tmp_path / "home").splitlines():
         kd("cli", *command.split()[1:], *QUIET[:2], home=tmp_path / "home")
+    stage = tmp_path / "run" / "seed_0" / "distill"
+    chosen = [
+        "--config",
+        str(tmp_path / "files/seed_0/distill.yaml"),
+        "--ckpt_path",
+        str(stage / "lightning/best.ckpt"),
+    ]
+    kd("cli", "predict", *chosen, *QUIET[:2], home=tmp_path / "home")
+    rows = [json.loads(line)["index"] for line in (stage / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == len(set(rows)) == 48, "what each of the two said"
     kd("train", *small, f"run_dir={tmp_path / 'whole'}", home=tmp_path / "other home")
     for stage in ("teacher", "seed_0/distill"):
         one, other = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("run", "whole"))

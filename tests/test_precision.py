@@ -15,20 +15,25 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from kd_lightning.module import SupervisedModule
 from kd_lightning.tasks import Regression
 from tests.losses.conformance import Case
-from tests.test_strategies import PAIRS, Data, Gradients, made
+from tests.ranks import scaled
+from tests.test_strategies import PAIRS, STRATEGIES, Data, Gradients, made
 
 FILES = sorted(file.stem for file in (Path(__file__).parent / "losses").glob("test_*.py"))
 CASES: list[Case] = [
     case for file in FILES for case in getattr(importlib.import_module(f"tests.losses.{file}"), "CASES", [])
 ]
 LARGEST = 1e4
+PRECISIONS = ("bf16-mixed", "16-mixed", "bf16-true")
+QUICK = {(name, strategy.models[0], PRECISIONS[i % 3]) for i, (name, strategy) in enumerate(STRATEGIES.items())}
+"""Each strategy with its first kind of models, in one of the three."""
+ALL = [(name, kind, precision) for name, kind in PAIRS for precision in PRECISIONS]
+TRAININGS = [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in ALL]
 
 
 def enlarged(x: Tensor) -> Tensor:
@@ -67,8 +72,7 @@ def train(
     return trainer
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.parametrize(("name", "kind", "precision"), TRAININGS)
 def test_every_strategy_trains_in_sixteen_bits(
     name: str, kind: str, precision: str, composed: Callable[..., DictConfig]
 ) -> None:
@@ -76,7 +80,8 @@ def test_every_strategy_trains_in_sixteen_bits(
     gradients = Gradients()
     seen: list[torch.dtype] = []
     module.objective.register_forward_hook(lambda *given: seen.append(given[2][0].dtype))
-    train(module, data, precision=precision, callbacks=[gradients])
+    options = {"plugins": [scaled(2.0**10)]} if precision == "16-mixed" else {"precision": precision}
+    train(module, data, callbacks=[gradients], **options)
     assert len(gradients.losses) == 4
     assert all(map(torch.isfinite, map(torch.tensor, gradients.losses)))
     assert set(seen) == {torch.float32}
@@ -102,11 +107,6 @@ def overflowing(label: float) -> tuple[SupervisedModule, Data]:
     torch.manual_seed(0)
     module = SupervisedModule(nn.Linear(2, 1), partial(torch.optim.SGD, lr=1e-6), num_classes=1, task=Regression())
     return module, Data(examples)
-
-
-def scaled(scale: float) -> MixedPrecision:
-    """What `16-mixed` is on a GPU."""
-    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 class Steps(L.Callback):

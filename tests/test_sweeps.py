@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_without_the_plugin_one_line_names_the_extra(kd_train: Run) -> None:
 def test_strategies_students_and_seeds_have_folders_of_their_own(kd_train: Run, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     choices = ("model@student=bilstm,lstm_student", "distillation=soft_target,dkd", "seed=0,1")
-    result = kd_train("-m", *choices, "alpha=7", f"hydra.sweep.dir={sweep}")
+    result = kd_train("-m", *choices, "alpha=7", f"run_dir={sweep}")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("kd-train: alpha=7 must be between 0")
@@ -104,7 +105,10 @@ def test_a_preset_needs_no_flag_and_a_points_command_is_no_sweep(kd_train: Run, 
     assert result.returncode == 1
     found = points(tmp_path / "sweep", "failure.json")
     assert {point.name for point in found} == {f"alpha=7,temperature={temperature}" for temperature in (1, 2, 4, 8)}
-    assert record(found[0], "overrides.json")["command"] == "kd-train temperature=1 alpha=7"
+    commands = {str(record(point, "overrides.json")["command"]) for point in found}
+    parts = [re.fullmatch(r"kd-train temperature=(\d) alpha=7 name=(run_\w{6})", command) for command in commands]
+    assert {part[1] for part in parts if part} == {"1", "2", "4", "8"}
+    assert len({part[2] for part in parts if part}) == 4, "each would have a folder of its own"
 
 
 def test_processes_that_would_run_the_sweep_again_are_refused_with_the_remedy(kd_train: Run, tmp_path: Path) -> None:
@@ -116,6 +120,23 @@ def test_processes_that_would_run_the_sweep_again_are_refused_with_the_remedy(kd
     assert said.startswith("kd-train: trainer.strategy=ddp with 2 processes would start the whole command (in a sweep")
     assert "use trainer=ddp (ddp_spawn) on one machine, or start one process a device yourself: torchrun" in said
     assert len(points(sweep, "failure.json")) == 2, "no child ran a point of its own"
+
+
+def test_a_search_goes_on_after_points_that_failed(kd_train: Run, tmp_path: Path) -> None:
+    """The study is in memory. No alpha above 1 is a weight."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweep` is not installed")
+    sweep = tmp_path / "sweep"
+    result = kd_train(
+        "sweep=optuna", "alpha=interval(1.5,2)", "hydra.sweeper.n_trials=3", f"run_dir={sweep}", "seed=3"
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "kd-train: every point of this search failed: the report says why"
+    failed = points(sweep, "failure.json")
+    assert len(failed) == 3
+    assert all(str(record(point, "failure.json")["error"]).startswith("alpha=1.") for point in failed)
+    assert {record(point, "overrides.json")["sweeper"] for point in failed} == {"OptunaSweeper"}
+    assert "0 points finished, 3 failed, 0 unfinished." in result.stdout
 
 
 @pytest.mark.slow
@@ -138,12 +159,19 @@ def test_a_failing_point_does_not_stop_the_rest_and_finished_ones_are_kept(kd_tr
         assert (point / "teacher").resolve() in {file.parent for file in shared}
         assert (point / "seed_0/baseline").resolve() in {file.parent for file in shared}
 
+    kept = {folder: sorted((tmp_path / "home" / folder).glob("*/*")) for folder in ("tokens", "teacher_outputs")}
+    assert {folder: len({file.parent for file in files}) for folder, files in kept.items()} == {
+        "tokens": 1, "teacher_outputs": 1,
+    }, "one tokenisation, one pass of the teacher"  # fmt: skip
+    stamps = {file: file.stat().st_mtime_ns for files in kept.values() for file in files}
+
     second = kd_train("-m", *own, "temperature=1", "alpha=0.5,0.9", "seed=0,1")
     assert second.returncode == 0, second.stderr
     assert {point: (point / "seed_0/distill/model.safetensors").stat().st_mtime_ns for point in finished} == students
     assert {file: file.stat().st_mtime_ns for file in shared} == shared, (
         "neither teacher nor baseline was trained again"
     )
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps, "nothing was read or answered again"
     now = [folder.name.split("-")[0] for folder in (sweep / "shared").iterdir() if folder.is_dir()]
     assert sorted(now) == ["baseline", "baseline", "teacher"], "one baseline for each seed"
     document = record(sweep, "sweep.json")
@@ -154,7 +182,7 @@ def test_a_failing_point_does_not_stop_the_rest_and_finished_ones_are_kept(kd_tr
 
     command = shlex.split(str(record(finished[0], "overrides.json")["command"]))
     assert command[0] == "kd-train"
-    alone = kd_train(*command[1:])
+    alone = kd_train(*command[1:], f"run_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
     weights = [load_file(run / "seed_0/distill/model.safetensors") for run in (tmp_path / "alone", finished[0])]
     for name, tensor in weights[0].items():
@@ -170,14 +198,16 @@ def test_optuna_searches_and_a_study_goes_on(kd_train: Run, tmp_path: Path) -> N
     tiny = tiny_overrides(write_toy_csv(tmp_path / "toy.csv"), tmp_path / "alone")
     own = [override for override in tiny if not override.startswith("optimizer.lr")]
     own += ["sweep=optuna", "stages=[teacher,distill]", f"hydra.sweep.dir={sweep}"]
-    own += [f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name=toy"]
+    own += [f"hydra.sweeper.storage={storage}", "hydra.sweeper.study_name=toy", "alpha=interval(0,1.2)"]
     first = kd_train(*own, "hydra.sweeper.n_trials=3")
     assert first.returncode == 0, first.stderr
     study = optuna.load_study(study_name="toy", storage=storage)
-    assert len(study.trials) == len(points(sweep, "score.json")) == 3
-    assert sorted(trial.value for trial in study.trials) == sorted(
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL"]
+    assert study.trials[2].params["alpha"] > 1
+    assert sorted(trial.value for trial in study.trials[:2]) == sorted(
         float(str(record(point, "score.json")["score"])) for point in points(sweep, "score.json")
     )
+    assert "2 points finished, 1 failed, 0 unfinished." in first.stdout
     document = record(sweep, "sweep.json")
     assert [entry["name"] for entry in document["parameters"]] == ["temperature", "alpha", "optimizer.lr"]  # type: ignore[attr-defined]
     assert (sweep / "parallel.png").is_file()
@@ -185,6 +215,7 @@ def test_optuna_searches_and_a_study_goes_on(kd_train: Run, tmp_path: Path) -> N
     again = kd_train(*own, "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=null")
     assert again.returncode == 0, again.stderr
     study = optuna.load_study(study_name="toy", storage=storage)
-    assert len(study.trials) == len(points(sweep, "score.json")) == 5
-    assert study.best_value == max(trial.value for trial in study.trials), "the best is the highest score"
+    assert len(study.trials) == len(points(sweep, "score.json")) + len(points(sweep, "failure.json")) == 5
+    values = [trial.value for trial in study.trials if trial.value is not None]
+    assert study.best_value == max(values), "the best is the highest score"
     assert len(list((sweep / "shared").glob("teacher-*/stage.json"))) == 1

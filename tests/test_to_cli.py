@@ -13,39 +13,24 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from kd_lightning import cli
 from kd_lightning.config import conf_dir
+from kd_lightning.data.tokens import load_tokenizer
 from kd_lightning.module import DistillationModule
 from kd_lightning.multitask import pipeline_of
 from kd_lightning.runs import read_json
 from kd_lightning.to_cli import write
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.data.images import write_fashion
-from tests.test_multitask import NETWORKS as TASK_NETWORKS
 from tests.test_multitask import TASKS
-from tests.test_schemes import SHRUNK, TINY_TRANSFORMER
 from tests.toy_reviews import write_archive, write_tokenizer
 
 Composed = Callable[..., DictConfig]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 CAPTURE = "+callbacks.capture={_target_: tests.test_to_cli.Capture}"
-FROM_TEACHER = [
-    "~teacher.network.frozen_layers", "model@teacher.network=transformer", "teacher.network.num_layers=4",
-    *(f"teacher.network.{size}" for size in TINY_TRANSFORMER),
-]  # fmt: skip
-SHRINK = {
-    **SHRUNK,
-    "quickstart": ["~teacher.network.frozen_layers"],
-    "reviews": [
-        *FROM_TEACHER[1:],
-        "model@student=bilstm_from_teacher",
-        "seeds=2",
-        "student.hidden_size=8",
-        "student.embedding_size=8",
-        "student.dropout=0.2",
-    ],
-}
+FEWER = {"reviews": ["seeds=2"]}
 
 
 class Capture(L.Callback):
@@ -73,6 +58,7 @@ class Capture(L.Callback):
                 trainer.accumulate_grad_batches, trainer.precision, trainer.log_every_n_steps,
             ],
             "seed": module.seed,
+            "compiled": sum(part._compiled_call_impl is not None for part in module.modules()),
         }  # fmt: skip
         if isinstance(module, DistillationModule):
             objective = module.objective
@@ -112,35 +98,39 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         assert one == other, path
 
 
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the experiments fetch, in small: sentences, pictures, and a pretrained encoder with a MiniLM's layers."""
+    folder = tmp_path_factory.mktemp("fetched")
+    write_fashion(folder / "fashion_mnist", train=200, test=40)
+    tokenizer = load_tokenizer(str(write_tokenizer(folder / "minilm")), [])
+    torch.manual_seed(0)
+    size = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 12}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder / "minilm")
+    write_archive(folder / "reviews", movies=90, others=30)
+    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm")}
+
+
 @pytest.fixture
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = write_archive(tmp_path / "archive")
-    monkeypatch.setattr("kd_lightning.data.reviews.fetch", lambda name: folder)
-    return folder
+def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("data.reviews", "data.fashion_mnist", "data.tokens", "models.hf"):
+        monkeypatch.setattr(f"kd_lightning.{module}.fetch", fetched.__getitem__)
 
 
-def tiny(experiment: str, folder: Path, steps: int) -> list[str]:
-    """An experiment's own stages, losses and schedules with tiny networks on toy data."""
-    budget = [f"experiment={experiment}", "data.batch_size=16", f"trainer.max_steps={steps}", CAPTURE]
-    if experiment == "multi_task":
-        tokenizer = folder / "tokenizer" if (folder / "tokenizer").exists() else write_tokenizer(folder / "tokenizer")
-        return [
-            *budget, *TASK_NETWORKS, *(f"++tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS),
-            *(f"data.tasks.{task}.{key}={tokenizer}" for task in TASKS for key in ("tokenizer", "teacher_tokenizer")),
-        ]  # fmt: skip
-    budget.append(f"teacher.trainer.max_steps={steps}")
+def brief(experiment: str, steps: int) -> list[str]:
+    """An experiment as it stands, with all its classes and their sizes, for fewer steps."""
+    more = [f"tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS[1:]] if "multi" in experiment else []
     if experiment == "fashion_mnist":
-        write_fashion(folder / "fashion", train=200, test=40)
-        data = [f"data.folder={folder / 'fashion'}", "data.train_examples=null", "data.views=1"]
-        precise = ["teacher.trainer.precision=32-true", "teacher.precision=float32", "validations=2"]
-        return [*budget, *data, *precise, "teacher.network.width=0.5", "student.widths=[8,16]", "teacher.validations=2"]
-    small = tiny_overrides(write_toy_csv(folder / "toy.csv", rows=120), folder)
-    shrunk = SHRINK[experiment]
-    for role in ("model@student", "model@teacher.network"):
-        if any(override.startswith(f"{role}=") for override in shrunk):
-            small = [one for one in small if not one.startswith((f"{role}=", f"{role.partition('@')[2]}."))]
-    small = [one for one in small if not one.startswith("run_dir")]
-    return [*budget, *small, *shrunk, "data.transfer=[]"]
+        more = ["data.train_examples=null"]  # there are no 10,000 to choose from
+    budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}", "validations=2"]
+    return [f"experiment={experiment}", *budget, CAPTURE, *more, *FEWER.get(experiment, [])]
+
+
+def toy(folder: Path, steps: int) -> list[str]:
+    """The quickstart with tiny networks on toy data."""
+    small = [one for one in tiny_overrides(write_toy_csv(folder / "toy.csv", rows=120), folder) if "run_dir" not in one]
+    budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}"]
+    return ["experiment=quickstart", *budget, CAPTURE, *small, "~teacher.network.frozen_layers", "data.transfer=[]"]
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -174,18 +164,18 @@ def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds_the_same_objects_both_ways(
-    experiment: str, composed: Composed, tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both_ways(tiny(experiment, tmp_path, 2), composed, tmp_path, monkeypatch)
+    both_ways(brief(experiment, 2), composed, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_to_the_same_weights_both_ways(
-    experiment: str, composed: Composed, tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over more than two epochs: the first one fills the cache of the teacher's answers."""
-    both_ways(tiny(experiment, tmp_path, 40), composed, tmp_path, monkeypatch)
+    both_ways(brief(experiment, 40), composed, tmp_path, monkeypatch)
 
 
 RISING = "{_target_: kd_lightning.schedules.Linear, start: 0.2, end: 0.9}"
@@ -215,6 +205,7 @@ class Own(torch.nn.Module):
         ["assistants=['${student}']", "data.teacher_tokenizer=wordpiece:90"],
         ["model@student=custom", "student._target_=tests.test_to_cli.Own", "+student.width=5"],
         ["model@student=simkd", "distillation=simkd", "student.backbone.hidden_size=8"],
+        ["compile=true", "peers=['${student}']", "distillation=deep_mutual", "stages=[distill]"],
         ["~logger.csv", "~logger.tensorboard", "~callbacks.learning_rate"],
     ],
     ids=lambda more: more[0].partition("=")[0],
@@ -222,7 +213,15 @@ class Own(torch.nn.Module):
 def test_other_compositions_train_the_same_both_ways(
     more: list[str], composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = tiny("quickstart", tmp_path, 8)
+    small = toy(tmp_path, 8)
     if any(one.startswith("model@student") for one in more):
         small = [one for one in small if not one.startswith(("model@student", "student."))]
     both_ways([*small, *more], composed, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_weights_of_tasks_multiply_schedules_both_ways(
+    composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"alpha={RISING}", "+tasks.domain.weight=3", "+tasks.rating.weight=0.5"]
+    both_ways([*brief("multi_task", 2), *more], composed, tmp_path, monkeypatch)

@@ -1,5 +1,6 @@
 """Lightning callbacks of the pipeline."""
 
+from kd_lightning.callbacks.compilation import Compilation
 from kd_lightning.callbacks.filling import CacheFilling
 from kd_lightning.callbacks.mean_teacher import MeanTeacher
 from kd_lightning.callbacks.predictions import PredictionWriter
@@ -10,6 +11,7 @@ from kd_lightning.callbacks.stage_folder import StageFolder
 
 __all__ = [
     "CacheFilling",
+    "Compilation",
     "MeanTeacher",
     "PredictionWriter",
     "Preemption",

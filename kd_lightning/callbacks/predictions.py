@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from kd_lightning.files import write_file
@@ -34,7 +35,11 @@ class PredictionWriter(BasePredictionWriter):
         self._rows += [{"index": index, "prediction": row} for index, row in pairs]
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file."""
-        rows = sorted(self._rows, key=lambda row: int(row["index"]))
-        write_file(self.file, "".join(f"{json.dumps(row)}\n" for row in rows))
+        """Write the file, in the first process with what all of them said."""
+        said: list[list[dict[str, Any]]] = [self._rows] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(said, self._rows)
+        rows = {int(row["index"]): row for part in said for row in part}  # in order of the examples, each once
+        if trainer.is_global_zero:
+            write_file(self.file, "".join(f"{json.dumps(rows[index])}\n" for index in sorted(rows)))
         self._rows = []

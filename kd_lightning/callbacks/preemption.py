@@ -59,11 +59,16 @@ class Preemption(ResumeCheckpoint):
         return self._stopping or super().is_due(trainer)
 
     def _agreed(self, trainer: L.Trainer) -> bool:
+        """Return whether a process has been told to stop: what the exchange says, and nothing that came after it."""
         asked = preemption.asked()
-        if trainer.world_size > 1:
-            noted = 0 if asked is None else 1 + preemption.SIGNALS.index(asked)
-            most = torch.tensor([noted], device=trainer.strategy.root_device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            if number := int(most.item()):
-                preemption.ask(preemption.SIGNALS[number - 1])
-        return preemption.asked() is not None
+        if trainer.world_size == 1:
+            return asked is not None
+        noted = 0 if asked is None else 1 + preemption.SIGNALS.index(asked)
+        most = torch.tensor([noted], device=trainer.strategy.root_device)
+        dist.all_reduce(
+            most, dist.ReduceOp.MAX
+        )  # where a signal is likely to come: most of a fast step is waiting here
+        number = int(most.item())
+        if number:
+            preemption.ask(preemption.SIGNALS[number - 1])
+        return number > 0

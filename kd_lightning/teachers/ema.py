@@ -11,6 +11,7 @@ from torch import nn
 
 from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import unwrap
+from kd_lightning.shard import full
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.types import Batch, ModelOutput
 
@@ -56,13 +57,13 @@ class EMATeacher(FrozenTeacher):
         kept = min(1.0 - 1.0 / (self.updates + 1), self.decay)
         student = unwrap(student)
         for mean, weight in zip(self.network.parameters(), student.parameters(), strict=True):
-            mean.lerp_(weight, 1.0 - kept)
+            mean.lerp_(full(weight), 1.0 - kept)
         for buffer, value in zip(self.network.buffers(), student.buffers(), strict=True):
             buffer.copy_(value)
 
     def restart(self, student: nn.Module) -> None:
         """Begin again, from the student's present weights."""
-        self.network.load_state_dict(unwrap(student).state_dict())
+        self.network.load_state_dict({name: full(value) for name, value in unwrap(student).state_dict().items()})
         self.updates = 0
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,11 @@ from torch import nn
 from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import unwrap
+from kd_lightning.shard import shard
 from kd_lightning.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
 
@@ -63,9 +67,12 @@ class FrozenTeacher(nn.Module, Teacher):
         precision: What the network computes in; logits are returned in float32 always.
         features: What to return along with the logits; see `kd_lightning.features`.
         compile: Compile the forward pass, once for all batch sizes and lengths; needs a C++ compiler on a CPU.
+        sharded: Whether the processes of a training are to share the weights (`shard`), each holding a part of every
+            layer; the network is copied.
 
     Raises:
-        ConfigError: An unknown precision, or one that this network or device cannot compute in; an unknown feature.
+        ConfigError: An unknown precision, or one that this network or device cannot compute in; an unknown feature;
+            weights to be shared that are quantised or compiled.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class FrozenTeacher(nn.Module, Teacher):
         precision: Precision = "float32",
         features: Sequence[str] = (),
         compile: bool = False,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         if precision not in get_args(Precision):
@@ -81,14 +89,17 @@ class FrozenTeacher(nn.Module, Teacher):
             raise ConfigError(f"teacher.precision={precision!r} is unknown{hint}")
         if precision == "int8-dynamic" and compile:
             raise ConfigError("teacher.precision=int8-dynamic cannot be compiled: set teacher.compile=false")
-        if precision != "float32" or features or compile:
+        if sharded and (precision == "int8-dynamic" or compile):
+            key = "compile=true" if compile else "precision=int8-dynamic"
+            raise ConfigError(f"teacher.{key}: such weights cannot be shared; set teacher.sharded=false")
+        if precision != "float32" or features or compile or sharded:
             network = copy.deepcopy(unwrap(network))
         if precision == "int8-dynamic":
             network = _quantised(network)
         elif precision in _HALF:
             _cast_once(network, _HALF[precision])
         self.network, self.precision = network.requires_grad_(False), precision
-        self.features = tuple(features)
+        self.features, self.sharded = tuple(features), sharded
         self._ask = FeatureTap(network, features)
         if compile:
             network.compile(dynamic=True)
@@ -106,6 +117,13 @@ class FrozenTeacher(nn.Module, Teacher):
         """
         self._check(device)
         return super().to(device)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Leave to each process its part of the weights; from then on all of them ask for an answer together.
+
+        A layer's weights are put together for as long as it computes. The answers stay the same, bit by bit.
+        """
+        shard(self.network, mesh)
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Return the network's output, free of any graph: float32 logits, features as the network computes them."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from kd_lightning.base import NetworkModule
 from kd_lightning.data import TextFiles
 from kd_lightning.errors import ConfigError
 
@@ -36,8 +37,14 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
 
 
-def fit(data: TextFiles, ckpt_path: Path | None = None, callbacks: list[Any] | None = None, **options: Any) -> Recorder:
-    module = Recorder()
+def fit(
+    data: TextFiles,
+    ckpt_path: Path | None = None,
+    callbacks: list[Any] | None = None,
+    module: Callable[[], Recorder] = Recorder,
+    **options: Any,
+) -> Recorder:
+    made = module()
     options = {"max_epochs": 3} | options
     trainer = L.Trainer(
         accelerator="cpu",
@@ -48,8 +55,8 @@ def fit(data: TextFiles, ckpt_path: Path | None = None, callbacks: list[Any] | N
         callbacks=callbacks,
         **options,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module
+    trainer.fit(made, datamodule=data, ckpt_path=ckpt_path)
+    return made
 
 
 @pytest.fixture
@@ -91,6 +98,26 @@ def test_checkpoint_after_an_epoch(
     whole = fit(make_data(), callbacks=[saved(tmp_path, save_on_train_epoch_end=True)], **options)
     rest = fit(make_data(), tmp_path / f"step={epoch * EPOCH}.ckpt", **options)
     assert rest.seen == whole.seen[epoch * EPOCH :]
+
+
+class Counting(Recorder):
+    """Counts epochs as the modules of the package do."""
+
+    def on_train_start(self) -> None:
+        NetworkModule.on_train_start(self)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=["epochs", "steps"])
+@pytest.mark.parametrize("then", [1, 5, EPOCH, EPOCH + 2])
+def test_a_run_that_went_on_after_an_epochs_last_batch_can_stop_again(
+    make_data: Callable[..., TextFiles], tmp_path: Path, then: int, limit: dict[str, int]
+) -> None:
+    options = {"limit_val_batches": 0, "module": Counting} | limit
+    whole = fit(make_data(), callbacks=[saved(tmp_path / "first", every_n_train_steps=1)], **options)
+    again = [saved(tmp_path / "second", every_n_train_steps=1)]
+    fit(make_data(), tmp_path / "first" / f"step={EPOCH}.ckpt", callbacks=again, **options)
+    rest = fit(make_data(), tmp_path / "second" / f"step={EPOCH + then}.ckpt", **options)
+    assert rest.seen == whole.seen[EPOCH + then :]
 
 
 def test_what_lightning_gets_wrong_is_refused(make_data: Callable[..., TextFiles], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kd_lightning.measure import Latency, Size
 from .examples import model, report_of
 
 
-def begin(sweep: Path, **values: Any) -> Path:
+def begin(sweep: Path, sweeper: str = "BasicSweeper", **values: Any) -> Path:
     """A point that has begun, by its overrides (`__` for a dot)."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
     folder = sweep / folder_name(",".join(overrides))
@@ -26,6 +26,7 @@ def begin(sweep: Path, **values: Any) -> Path:
     record = {
         "overrides": ["data=reviews", *overrides],
         "command": shlex.join(["kd-train", "data=reviews", *overrides]),
+        "sweeper": sweeper,
     }
     (folder / "overrides.json").write_text(json.dumps(record))
     return folder
@@ -79,7 +80,7 @@ def searched(sweep: Path, trials: int = 12) -> Path:
     draw = random.Random(0)
     for _ in range(trials):
         temperature, alpha, rate = 10 ** draw.uniform(0, 1), draw.uniform(0, 1), 10 ** draw.uniform(-4, -2)
-        folder = begin(sweep, temperature=temperature, alpha=alpha, optimizer__lr=rate)
+        folder = begin(sweep, "OptunaSweeper", temperature=temperature, alpha=alpha, optimizer__lr=rate)
         finish(folder, 0.8 - (math.log10(rate) + 3) ** 2 / 30 - abs(temperature - 3) / 100)
     return sweep
 

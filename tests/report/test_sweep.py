@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from kd_lightning.errors import KDError
 from kd_lightning.report.command import main
@@ -64,7 +66,7 @@ def test_points_that_differ_in_their_seed_are_one_configuration(tmp_path: Path) 
     assert means[4, 0.1] == {"mean": 0.74, "std": None, "values": [0.74]}
     assert list(means) == [(4, 0.9), (1, 0.9), (1, 0.1), (4, 0.1)], "the best mean first"
     assert found["noise"] == pytest.approx(statistics.stdev([0.80, 0.81]))
-    assert found["teacher"] == pytest.approx(0.86)
+    assert found["teacher"]["validation"] == pytest.approx(0.86)
     assert found["configurations"][0]["baseline"]["mean"] == pytest.approx(0.75)
 
 
@@ -175,9 +177,10 @@ def test_the_pictures_are_files_and_show_something(tmp_path: Path) -> None:
 
     report_sweep(grid(tmp_path))
     files = sorted(tmp_path.glob("*.png"))
-    assert [file.name for file in files] == ["heatmap.png", "parameter_alpha.png", "parameter_temperature.png"]
+    names = ["heatmap", "latency", "parameter_alpha", "parameter_temperature", "size"]
+    assert [file.stem for file in files] == names
     text = (tmp_path / "report.html").read_text()
-    assert len(re.findall("<img ", text)) == 3
+    assert len(re.findall("<img ", text)) == len(names)
     for file in files:
         pixels = imread(file)[..., :3]
         assert min(pixels.shape[:2]) > 200
@@ -194,7 +197,9 @@ def test_pictures_of_an_earlier_report_go(tmp_path: Path) -> None:
         finish(begin(tmp_path, temperature=temperature, alpha=alpha), 0.7)
     report_sweep(tmp_path)
     names = {file.name for file in tmp_path.glob("*.png")}
-    assert names == {"heatmap.png", "parameter_alpha.png", "parameter_temperature.png", "own.png"}
+    assert names == {
+        "heatmap.png", "parameter_alpha.png", "parameter_temperature.png", "size.png", "latency.png", "own.png",
+    }  # fmt: skip
 
 
 def test_the_heat_map(tmp_path: Path) -> None:
@@ -203,6 +208,8 @@ def test_the_heat_map(tmp_path: Path) -> None:
     image = axes.images[0]
     np.testing.assert_allclose(np.asarray(image.get_array()), [[0.765, 0.805], [0.74, 0.82]])
     assert image.cmap(image.norm(0.75))[:3] == pytest.approx((1, 1, 1), abs=0.01), "the student from labels is white"
+    red, _, blue, _ = image.cmap(image.norm(0.765))
+    assert blue > red, "what is better than that is blue"
     written = {text.get_text() for text in axes.texts}
     assert {"0.805", "±0.007, n=2", "0.820", "n=1"} <= written
     (frame,) = axes.patches
@@ -228,26 +235,91 @@ def test_a_heat_map_for_each_strategy(tmp_path: Path) -> None:
     assert titles == {"distillation=dkd", "distillation=soft_target"}
 
 
+def test_a_shade_is_the_same_step_in_every_heat_map(tmp_path: Path) -> None:
+    """Each is white at its own student from labels."""
+    for student, base, step in (("bilstm", 0.70, 0.05), ("transformer", 0.80, 0.01)):
+        for temperature, alpha in ((1, 0.1), (1, 0.9), (4, 0.1), (4, 0.9)):
+            folder = begin(tmp_path, **{"model@student": student}, temperature=temperature, alpha=alpha)
+            finish(folder, base + (step if alpha > 0.5 else -step), baseline=base)
+    images = [drawn(tmp_path)[f"heatmap_{number}"].axes[0].images[0] for number in (1, 2)]
+    assert [(image.norm.vmin + image.norm.vmax) / 2 for image in images] == pytest.approx([0.80, 0.70])
+    assert [image.norm.vmax - image.norm.vmin for image in images] == pytest.approx([0.1, 0.1])
+
+
+def test_of_many_heat_maps_those_with_the_best_are_drawn(tmp_path: Path) -> None:
+    for number, (temperature, alpha) in itertools.product(range(8), ((1, 0.1), (1, 0.9), (4, 0.1), (4, 0.9))):
+        finish(begin(tmp_path, distillation=f"s{number}", temperature=temperature, alpha=alpha), 0.7 + number / 100)
+    found = {name: (caption, figure) for name, caption, figure in figures(document(tmp_path)) if "heat" in name}
+    titles = [figure.axes[0].get_title() for _, figure in found.values()]
+    assert titles == [f"distillation=s{number}" for number in (7, 6, 5, 4, 3, 2)]
+    assert "2 more; see the table" in found["heatmap_6"][0]
+
+
+def test_values_with_which_every_point_failed_are_in_the_heat_map(tmp_path: Path) -> None:
+    for temperature, alpha in itertools.product((1, 4, 64), (0.1, 0.9)):
+        folder = begin(tmp_path, temperature=temperature, alpha=alpha)
+        fail(folder, "diverged") if temperature == 64 else finish(folder, 0.8)
+    axes = drawn(tmp_path)["heatmap"].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1", "4", "64"]
+    shown = np.ma.getmaskarray(np.ma.masked_invalid(axes.images[0].get_array()))
+    assert shown.tolist() == [[False, False], [False, False], [True, True]]
+
+
+def test_schedules_are_values_too(tmp_path: Path) -> None:
+    schedule = "{_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}"
+    for temperature, alpha in itertools.product((1, 4), (0.9, schedule)):
+        finish(begin(tmp_path, temperature=temperature, alpha=alpha), 0.8)
+    axes = drawn(tmp_path)["heatmap"].axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.9", "Linear(start: 1.0,\nend: 0.5)"]
+    report_sweep(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "Linear(start: 1.0, end: 0.5)</td>" in text
+    assert "alpha={_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}" in text, "as the command has it"
+
+
 def test_curves_of_one_parameter(tmp_path: Path) -> None:
     (axes,) = drawn(grid(tmp_path))["parameter_alpha"].axes
     line = next(line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
     assert list(line.get_ydata()) == pytest.approx([np.mean([0.76, 0.77, 0.74]), np.mean([0.80, 0.81, 0.82])])
     assert axes.get_xscale() == "linear"
-    labels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"}
+    labels = {line.get_label(): line.get_ydata()[-1] for line in axes.lines if line.get_linestyle() == "--"}
     assert labels == {"student from labels": pytest.approx(0.75), "teacher": pytest.approx(0.86)}
+
+
+def test_each_value_stands_beside_its_own_student_from_labels(tmp_path: Path) -> None:
+    for student, base in (("bilstm", 0.70), ("transformer", 0.78)):
+        for alpha in (0.1, 0.9):
+            finish(begin(tmp_path, **{"model@student": student}, alpha=alpha), 0.8, baseline=base)
+    maps = drawn(tmp_path)
+    for name, levels in (("model@student", [0.70, 0.78]), ("alpha", [0.74, 0.74])):
+        (axes,) = maps[f"parameter_{name}"].axes
+        base = next(line for line in axes.lines if line.get_label() == "student from labels")
+        assert list(base.get_ydata()) == pytest.approx(levels)
 
 
 def test_a_search_is_drawn_as_points_and_parallel_lines(tmp_path: Path) -> None:
     maps = drawn(searched(tmp_path))
-    assert set(maps) == {"scatter", "parameter_temperature", "parameter_alpha", "parameter_optimizer.lr", "parallel"}
+    parameters = {f"parameter_{name}" for name in ("temperature", "alpha", "optimizer.lr")}
+    assert set(maps) == {"scatter", *parameters, "parallel", "size", "latency"}
     axes = maps["parallel"].axes[0]
     assert len([line for line in axes.lines if len(line.get_xdata()) == 4]) == 12
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert ticks == ["temperature", "alpha", "optimizer.lr", "validation\naccuracy"]
     best = next(line for line in axes.lines if line.get_linewidth() == 2.6)
     assert best.get_ydata()[-1] == 1.0, "the chosen one is highest on the score's scale"
+    colours = {to_rgb(line.get_color()) for line in axes.lines if len(line.get_xdata()) == 4}
+    assert max(min(colour) for colour in colours) < 0.85, "none is lost on white, the poor ones neither"
     assert maps["parameter_optimizer.lr"].axes[0].get_xscale() == "log"
     assert maps["parameter_alpha"].axes[0].get_xscale() == "linear"
+
+
+def test_a_search_among_few_values_has_parallel_lines_too(tmp_path: Path) -> None:
+    for strategy, temperature in (("dkd", 1), ("dkd", 4), ("soft_target", 1), ("soft_target", 4)):
+        finish(begin(tmp_path / "tpe", "OptunaSweeper", distillation=strategy, temperature=temperature), 0.8)
+        finish(begin(tmp_path / "grid", distillation=strategy, temperature=temperature), 0.8)
+    assert "parallel" not in drawn(tmp_path / "grid")
+    axes = drawn(tmp_path / "tpe")["parallel"].axes[0]
+    assert {"dkd", "soft_target", "1", "4"} <= {text.get_text() for text in axes.texts}
 
 
 def test_students_of_two_sizes_are_held_against_their_price(tmp_path: Path) -> None:
@@ -255,9 +327,22 @@ def test_students_of_two_sizes_are_held_against_their_price(tmp_path: Path) -> N
     for name, prices in (("size", [4e5, 4e6]), ("latency", [0.1, 1.0])):
         (axes,) = maps[name].axes
         handles = {label for _, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        assert {"bilstm", "<i>tiny</i>"} <= handles
+        assert handles == {"bilstm", "<i>tiny</i>", "teacher", "student from labels"}
+        assert [label.get_text() for label in axes.get_xticklabels()][-1] in ("22.7M", "12.3"), "the teacher's"
         drawn_at = {x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()}
         assert sorted(drawn_at) == pytest.approx(prices)
+
+
+def test_students_that_are_alike_are_alike_fast(tmp_path: Path) -> None:
+    for alpha, latency in ((0.1, 1.0), (0.5, 9.0), (0.9, 1.2)):
+        folder = begin(tmp_path, alpha=alpha)
+        finish(folder, 0.8)
+        report = json.loads((folder / "report.json").read_text())
+        report["models"]["distilled"]["latency_ms"]["p50"] = latency
+        (folder / "report.json").write_text(json.dumps(report))
+    (axes,) = drawn(tmp_path)["latency"].axes
+    assert {x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()} == {1.2}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1.20", "12.3"]
 
 
 def test_the_last_lines(tmp_path: Path) -> None:
@@ -286,8 +371,16 @@ def test_folders_that_are_no_sweep(tmp_path: Path) -> None:
     with pytest.raises(KDError, match="holds no points of a sweep"):
         report_sweep(tmp_path)
     (tmp_path / "seed_0").mkdir()
+    with pytest.raises(KDError, match="holds a single run, not a sweep: it is not finished"):
+        report_sweep(tmp_path)
+    (tmp_path / "report.md").write_text("")
     with pytest.raises(KDError, match=r"holds a single run, not a sweep: its report is .*report\.md"):
         report_sweep(tmp_path)
+    with pytest.raises(KDError, match=r"report\.md: a file; expected the folder of a sweep"):
+        report_sweep(tmp_path / "report.md")
+    begin(tmp_path / "runs" / "mine", alpha=1)
+    with pytest.raises(KDError, match=r"but folders of some: kd-report .*runs/mine"):
+        report_sweep(tmp_path / "runs")
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.points import GRID
 from kd_lightning.report.build import describe, to_plain
 from kd_lightning.report.sweep.points import Point, Value, values_of
 
@@ -27,8 +28,9 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
     Returns:
         `score` (what was measured), `parameters` (what the points differ in but for the seed, with the mean over all
         else of each value), `configurations` (the best first), `chosen` (None where no point is finished), `noise` (the
-        standard deviation over seeds, pooled over configurations), `teacher` (its validation score), `failed`,
-        `unfinished`, and `environment`.
+        standard deviation over seeds, pooled over configurations), `teacher` (its validation score and its price; None
+        where there is none), `search` (whether a sweeper chose the points as it went), `failed`, `unfinished`, and
+        `environment`.
     """
     names = _varied(points)
     groups: dict[Key, list[Point]] = {}
@@ -45,6 +47,7 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
         "chosen": _chosen(configurations, groups, names),
         "noise": _noise(configurations),
         "teacher": _teacher(finished),
+        "search": any(point.sweeper != GRID for point in points),
         "failed": [_lost(point, names) | (point.failure or {}) for point in points if point.failure],
         "unfinished": [_lost(point, names) for point in points if point.score is None and not point.failure],
         "environment": finished[0].report["environment"] if finished and finished[0].report else {},
@@ -64,13 +67,11 @@ def _configuration(values: dict[str, Value], points: Sequence[Point]) -> dict[st
     baselines = [
         values_of(entry["baseline"], "validation", points[0].metric) for entry in models if "baseline" in entry
     ]
-    measured = points[0].model
     return {
         "values": values,
         "validation": describe(score for point in points for score in point.scores("validation")),
         "baseline": describe(score for scores in baselines for score in scores),
-        "parameters": (measured["size"] or {}).get("parameters"),
-        "latency_ms": _mean(point.model["latency_ms"]["p50"] for point in points if point.model["latency_ms"]),
+        **_price([point.model for point in points]),
         "points": [
             {"folder": point.folder.name, "seed": point.seed, "score": point.score, "command": point.command}
             for point in points
@@ -93,19 +94,28 @@ def _chosen(
 
 def _parameter(name: str, configurations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe what each value of a parameter scored over all that the configurations vary besides it."""
-    scores: dict[Value, list[float]] = {}
+    groups: dict[Value, list[dict[str, Any]]] = {}
     for entry in configurations:
-        scores.setdefault(entry["values"][name], []).extend(entry["validation"]["values"])
-    ordered = sorted(scores, key=lambda value: (isinstance(value, str), value))
-    means = [statistics.fmean(found) for found in scores.values()]
+        groups.setdefault(entry["values"][name], []).append(entry)
+    values = [
+        _value(value, groups[value]) for value in sorted(groups, key=lambda value: (isinstance(value, str), value))
+    ]
+    means = [found["mean"] for found in values]
     return {
         "name": name,
-        "numeric": bool(ordered) and not isinstance(ordered[-1], str),
+        "numeric": bool(values) and not isinstance(values[-1]["value"], str),
         # where no value comes twice, the mean over all else is no mean
-        "searched": 1 < len(scores) == len(configurations) and len(configurations[0]["values"]) > 1,
-        "values": [{"value": value, **describe(scores[value])} for value in ordered],
+        "searched": 1 < len(groups) == len(configurations) and len(configurations[0]["values"]) > 1,
+        "values": values,
         "moves": max(means) - min(means) if means else math.nan,
     }
+
+
+def _value(value: Value, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describe one value of a parameter, and the students from labels beside it."""
+    described = describe(score for entry in entries for score in entry["validation"]["values"])
+    baselines = [entry["baseline"]["mean"] for entry in entries if entry["baseline"]["mean"] is not None]
+    return {"value": value, **described, "baseline": _mean(baselines)}
 
 
 def _noise(configurations: Sequence[dict[str, Any]]) -> float:
@@ -116,13 +126,21 @@ def _noise(configurations: Sequence[dict[str, Any]]) -> float:
     return math.sqrt(squares / freedom) if freedom else math.nan
 
 
-def _teacher(points: Sequence[Point]) -> float:
-    """Return the mean validation score of the points' teachers, which is that of the one they share."""
-    models = [point.report["models"].get("teacher") for point in points if point.report]
-    return _mean(
-        score for model, point in zip(models, points, strict=True) if model
-        for score in values_of(model, "validation", point.metric)
-    )  # fmt: skip
+def _teacher(points: Sequence[Point]) -> dict[str, Any] | None:
+    """Return mean validation score and price of the points' teachers, which are those of the one they share."""
+    models = [
+        point.report["models"]["teacher"] for point in points if point.report and "teacher" in point.report["models"]
+    ]
+    scores = [score for model in models for score in values_of(model, "validation", points[0].metric)]
+    return {"validation": statistics.fmean(scores), **_price(models)} if scores else None
+
+
+def _price(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how large models are, and how long they take to answer one example: the mean of their medians."""
+    return {
+        "parameters": (models[0]["size"] or {}).get("parameters"),
+        "latency_ms": _mean(model["latency_ms"]["p50"] for model in models if model["latency_ms"]),
+    }
 
 
 def _lost(point: Point, names: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.report.results import score_title
-from kd_lightning.report.sweep.pictures import baseline_of, label
+from kd_lightning.report.sweep.pictures import LETTERS, baseline_of, label
 from kd_lightning.report.table import spread
 
 Picture = tuple[str, bytes]
@@ -72,7 +72,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     if (base := best["baseline"])["mean"] is not None:
         others.append(f"the same student from labels alone has {spread(base)}")
     if document["teacher"] is not None:
-        others.append(f"the teacher {document['teacher']:.3f}")
+        others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
         said.append(f"On validation {', '.join(others)}.")
     return [*said, *_sensitivity(document, best), counts]
@@ -87,10 +87,11 @@ def _sensitivity(document: Mapping[str, Any], best: Mapping[str, Any]) -> list[s
         listed = ", ".join(f"{entry['name']} {entry['moves']:.3f}" for entry in moves)
         said.append(f"From worst to best value, each averaged over all else, a parameter moves the score by: {listed}.")
     if document["noise"] is not None and len(found) > 1:
-        near = sum(entry["validation"]["mean"] >= best["validation"]["mean"] - document["noise"] for entry in found)
+        near = sum(entry["validation"]["mean"] >= best["validation"]["mean"] - document["noise"] for entry in found) - 1
         said.append(
-            f"The seed alone moves the score by {document['noise']:.3f} (standard deviation): {near} of {len(found)} "
-            "configurations are within that of the chosen one or above it."
+            f"The seed alone moves the score by {document['noise']:.3f} (standard deviation): {near or 'none'} of the "
+            f"{len(found) - 1} other configurations {'is' if near == 1 else 'are'} within that of the chosen one, or "
+            "above it."
         )
     return said
 
@@ -99,12 +100,13 @@ def _row(document: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Return one configuration as the table's texts."""
     entry = document["configurations"][rank]
     mean, base = entry["validation"]["mean"], entry["baseline"]["mean"]
+    gain = None if base is None else round(mean - base, 3) + 0.0  # no -0.000
     return {
-        "cells": [label(value) for value in entry["values"].values()],
+        "cells": [{"text": label(value), "long": len(label(value)) > LETTERS} for value in entry["values"].values()],
         "validation": spread(entry["validation"]),
         "seeds": len(entry["validation"]["values"]),
-        "gain": "" if base is None else f"{mean - base:+.3f}",
-        "below": base is not None and mean < base,
+        "gain": "" if gain is None else f"{gain:+.3f}",
+        "below": gain is not None and gain < 0,
         "test": spread(document["chosen"]["test"]) if rank == document["chosen"]["rank"] else "",
         "setting": setting(entry["values"]),
         "points": [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,20 @@ if TYPE_CHECKING:
 WIDTH = 5.0
 """Inches: at a phone's width letters of 9 points are still as large as those of the page."""
 PANELS = 6
-"""More heat maps than this side by side compare nothing."""
+"""More heat maps than this compare nothing: those with the best configurations are drawn."""
+LETTERS = 18
+"""More letters of a value than this in one line run into the next value's."""
 CHOSEN = "#D55E00"
 """The colour of the chosen configuration."""
+PRICES = (
+    ("size", "parameters", "Validation score against the number of parameters."),
+    (
+        "latency",
+        "latency_ms",
+        "Validation score against the time to answer one example: the median of a student's points.",
+    ),
+)
+"""What accuracy costs: a file name, the key of a configuration, a caption."""
 STUDENTS = [colour for colour in TERM_COLOURS if colour not in (COLOURS["baseline"], COLOURS["teacher"])]
 
 Configurations = Sequence[Mapping[str, Any]]
@@ -47,24 +60,35 @@ def figures(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
                 _parameter_caption(parameter),
                 _parameter_figure(document, parameter),
             )
-    numeric = [parameter for parameter in document["parameters"] if parameter["numeric"]]
-    if len(numeric) >= 3 or (len(numeric) == 2 and any(parameter["searched"] for parameter in numeric)):
+    varied = [parameter for parameter in document["parameters"] if len(parameter["values"]) > 1]
+    if len(varied) > 1 and (document["search"] or sum(parameter["numeric"] for parameter in varied) > 2):
         caption = "Every configuration, from parameter to score; the chosen one is orange."
         yield "parallel", caption, _parallel_figure(document)
-    if len({entry["parameters"] for entry in document["configurations"]} - {None}) > 1:
-        yield "size", "Validation score against the student's parameters.", _price_figure(document, "parameters")
-        if all(entry["latency_ms"] for entry in document["configurations"]):
-            caption = "Validation score against the time to answer one example. Each point measured its own."
-            yield "latency", caption, _price_figure(document, "latency_ms")
+    for name, price, caption in PRICES:
+        if len(_prices(document, price)) > 1:
+            yield name, caption, _price_figure(document, price)
 
 
 def label(value: Value) -> str:
-    """Write a parameter's value.
+    """Write a parameter's value; a schedule by its name.
 
     >>> label(0.1), label(8.0), label(0.00123456), label("dkd")
     ('0.1', '8', '0.001235', 'dkd')
+    >>> label("{_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}")
+    'Linear(start: 1.0, end: 0.5)'
     """
-    return value if isinstance(value, str) else f"{value:.4g}"
+    if isinstance(value, str):
+        return re.sub(r"^\{_target_: *[\w.]*?(\w+), *(.*)\}$", r"\1(\2)", value)
+    return f"{value:.4g}"
+
+
+def _tick(value: Value) -> str:
+    r"""Write a parameter's value in lines that fit below an axis.
+
+    >>> _tick("Linear(start: 1.0, end: 0.5)")
+    'Linear(start: 1.0,\nend: 0.5)'
+    """
+    return "\n".join(textwrap.wrap(label(value), LETTERS, max_lines=3, placeholder="…"))
 
 
 def baseline_of(configurations: Configurations) -> float | None:
@@ -78,84 +102,132 @@ def baseline_of(configurations: Configurations) -> float | None:
 
 def _maps(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
     """Draw a heat map for each setting of the other parameters, or where the pairs are no grid, all as points."""
-    numeric = [entry["name"] for entry in document["parameters"] if entry["numeric"] and len(entry["values"]) > 1]
-    pair = sorted(numeric, key=lambda name: (name != "alpha", name != "temperature"))[:2]
+    varied = {entry["name"]: entry["numeric"] for entry in document["parameters"] if len(entry["values"]) > 1}
+    first = ("alpha", "temperature")  # which may be schedules
+    pair = sorted((name for name in varied if varied[name] or name in first), key=lambda name: _place(name, first))[:2]
     if len(pair) < 2:
         return
-    panels: dict[tuple[Value, ...], list[Mapping[str, Any]]] = {}
-    for entry in document["configurations"]:
-        others = tuple(value for name, value in entry["values"].items() if name not in pair)
-        panels.setdefault(others, []).append(entry)
-    x, y = ({entry["values"][name] for entry in document["configurations"]} for name in pair)
-    cells = {tuple(entry["values"][name] for name in pair) for entry in document["configurations"]}
-    if len(x) * len(y) > 2 * len(cells):
+    x, y = (_asked(document, name) for name in pair)
+    entries = [*document["configurations"], *document["failed"], *document["unfinished"]]
+    cells = {tuple(entry["values"][name] for name in pair) for entry in entries}
+    if len(x) * len(y) > 2 * len(cells) and all(map(varied.get, pair)):
         caption = f"{pair[1]} against {pair[0]}; the ring is the chosen configuration."
         yield "scatter", caption, _scatter_figure(document, pair)
         return
-    if len(panels) > PANELS:
-        return
-    for number, (others, entries) in enumerate(panels.items(), start=1):
-        names = [name for name in document["configurations"][0]["values"] if name not in pair]
+    panels: dict[tuple[Value, ...], list[Mapping[str, Any]]] = {}
+    for entry in document["configurations"]:  # the best first
+        others = tuple(value for name, value in entry["values"].items() if name not in pair)
+        panels.setdefault(others, []).append(entry)
+    names = [name for name in document["configurations"][0]["values"] if name not in pair]
+    for number, (others, found) in enumerate(list(panels.items())[:PANELS], start=1):
         setting = ", ".join(f"{name}={label(value)}" for name, value in zip(names, others, strict=True))
+        caption = _map_caption(document, found, setting)
+        if number == PANELS < len(panels):
+            caption += f" Not drawn, since none of the best: {len(panels) - PANELS} more; see the table."
         name = "heatmap" if len(panels) == 1 else f"heatmap_{number}"
-        yield name, _map_caption(entries, setting), _map_figure(document, entries, pair, setting)
+        yield name, caption, _map_figure(document, found, pair, (x, y), setting)
 
 
-def _map_caption(entries: Configurations, setting: str) -> str:
-    base = baseline_of(entries)
+def _place(name: str, first: Sequence[str]) -> int:
+    return first.index(name) if name in first else len(first)
+
+
+def _asked(document: Mapping[str, Any], name: str) -> list[Value]:
+    """Return the values of a parameter in order, also those with which every point failed."""
+    numeric = next(entry["numeric"] for entry in document["parameters"] if entry["name"] == name)
+    entries = (*document["configurations"], *document["failed"], *document["unfinished"])
+    values = {entry["values"][name] for entry in entries}
+    return sorted((v for v in values if not (numeric and isinstance(v, str))), key=lambda v: (isinstance(v, str), v))
+
+
+def _seeds(document: Mapping[str, Any]) -> int | None:
+    """Return how many seeds every configuration has; None where they differ."""
+    numbers = {len(entry["validation"]["values"]) for entry in document["configurations"]}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _map_caption(document: Mapping[str, Any], entries: Configurations, setting: str) -> str:
+    seeds, base = _seeds(document), baseline_of(entries)
+    what = {None: "Mean over n seeds and standard deviation", 1: "One seed each"}.get(
+        seeds, f"Mean over {seeds} seeds and standard deviation"
+    )
     plane = "" if base is None else (
         f" White is the student from labels alone ({base:.3f}); orange is worse than it, blue is better."
     )  # fmt: skip
     where = f" ({setting})" if setting else ""
-    return f"Mean over seeds, deviation and number of seeds{where}. The chosen one is framed, grey has none.{plane}"
+    return f"{what}{where}. The chosen one is framed; grey failed or is not finished.{plane}"
 
 
-def _map_figure(document: Mapping[str, Any], entries: Configurations, pair: Sequence[str], setting: str) -> Figure:
+def _map_figure(
+    document: Mapping[str, Any], entries: Configurations, pair: Sequence[str], axis: Sequence[Sequence[Value]],
+    setting: str,
+) -> Figure:  # fmt: skip
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    columns, rows = (sorted({entry["values"][name] for entry in document["configurations"]}) for name in pair)
+    columns, rows = axis
     means = np.full((len(rows), len(columns)), np.nan)
-    figure = new_figure(max(WIDTH, 1.4 + 0.75 * len(columns)), 1.3 + 0.55 * max(len(rows), 2))
+    figure = new_figure(max(WIDTH, 1.4 + 0.9 * len(columns)), 1.3 + 0.6 * max(len(rows), 2))
     axes = figure.add_subplot()
-    colours, norm = _scale(entries)
+    colours, norm = _scale(document, entries)
     for entry in entries:
         column, row = columns.index(entry["values"][pair[0]]), rows.index(entry["values"][pair[1]])
-        found = entry["validation"]
-        means[row, column] = found["mean"]
-        spread = "" if found["std"] is None else f"±{found['std']:.3f}, "
-        red, green, blue, _ = colours(norm(found["mean"]))
-        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.6 else "black"
-        axes.text(column, row + 0.16, f"{found['mean']:.3f}", ha="center", va="center", color=ink, fontsize=9)
-        n = f"{spread}n={len(found['values'])}"
-        axes.text(column, row - 0.22, n, ha="center", va="center", color=ink, fontsize=6.5)
+        mean, below = entry["validation"]["mean"], _below(entry["validation"], _seeds(document) is None)
+        means[row, column] = mean
+        red, green, blue, _ = colours(norm(mean))
+        text: dict[str, Any] = {
+            "color": "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.6 else "black",
+            "ha": "center", "va": "center",
+        }  # fmt: skip
+        axes.text(column, row + (0.17 if below else 0), f"{mean:.3f}", fontsize=10, **text)
+        axes.text(column, row - 0.22, below, fontsize=8, **text)
         if entry["values"] == document["chosen"]["values"]:
             axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor="black", lw=2))
-    axes.set_facecolor("#eeeeee")  # of points that failed or are not finished
+    axes.set_facecolor("#dddddd")
     image = axes.imshow(means, cmap=colours, norm=norm, aspect="auto", origin="lower")
-    axes.set_xticks(range(len(columns)), [label(value) for value in columns])
-    axes.set_yticks(range(len(rows)), [label(value) for value in rows])
+    axes.set_xticks(range(len(columns)), [_tick(value) for value in columns])
+    axes.set_yticks(range(len(rows)), [_tick(value) for value in rows])
     axes.set_xlabel(pair[0])
     axes.set_ylabel(pair[1])
-    axes.set_title(setting, fontsize=10)
+    axes.set_title(setting, fontsize=10, wrap=True)
     _colour_bar(figure, axes, image, document, baseline_of(entries))
     return figure
 
 
-def _scale(entries: Configurations) -> tuple[Colormap, Normalize]:
-    """Return colours for validation scores: white where the student from labels stands, orange below, blue above."""
+def _below(found: Mapping[str, Any], numbered: bool) -> str:
+    """Write what stands below a mean: its deviation, and the number of seeds where that differs."""
+    deviation = [] if found["std"] is None else [f"±{found['std']:.3f}"]
+    return ", ".join([*deviation, *([f"n={len(found['values'])}"] if numbered else [])])
+
+
+def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colormap, Normalize]:
+    """Return colours for validation scores: white where the student from labels stands, orange below, blue above.
+
+    A shade more is the same step in each of several maps.
+    """
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    means = [entry["validation"]["mean"] for entry in entries]
     base = baseline_of(entries)
     if base is None:
-        room = max(max(means) - min(means), 1e-6)
-        return LinearSegmentedColormap.from_list("kd", ["#d6e6f2", COLOURS["distilled"]]), Normalize(
-            max(means) - room, max(means)
-        )
-    reach = max(*(abs(mean - base) for mean in means), 1e-6)
+        means = [entry["validation"]["mean"] for entry in document["configurations"]]
+        return _ramp("#d6e6f2"), Normalize(min(max(means) - 1e-6, *means), max(means))
+    reach = max(
+        1e-6,
+        *(
+            abs(
+                entry["validation"]["mean"] - (base if entry["baseline"]["mean"] is None else entry["baseline"]["mean"])
+            )
+            for entry in document["configurations"]
+        ),
+    )
     colours = [COLOURS["baseline"], "#ffffff", COLOURS["distilled"]]
     return LinearSegmentedColormap.from_list("kd", colours), Normalize(base - reach, base + reach)
+
+
+def _ramp(low: str) -> Colormap:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("kd", [low, COLOURS["distilled"]])
 
 
 def _colour_bar(figure: Figure, axes: Axes, image: Any, document: Mapping[str, Any], base: float | None) -> None:
@@ -173,7 +245,7 @@ def _scatter_figure(document: Mapping[str, Any], pair: Sequence[str]) -> Figure:
     axes = figure.add_subplot()
     configurations = document["configurations"][::-1]  # the best on top
     x, y = ([entry["values"][name] for entry in configurations] for name in pair)
-    colours, norm = _scale(configurations)
+    colours, norm = _scale(document, configurations)
     means = [entry["validation"]["mean"] for entry in configurations]
     image = axes.scatter(x, y, c=means, cmap=colours, norm=norm, s=70, edgecolor="#444444", linewidth=0.6)
     best = document["chosen"]["values"]
@@ -202,34 +274,43 @@ def _parameter_figure(document: Mapping[str, Any], parameter: Mapping[str, Any])
     means = [found["mean"] for found in parameter["values"]]
     spreads = [found["std"] or 0.0 for found in parameter["values"]]
     values, colour = [found["value"] for found in parameter["values"]], COLOURS["distilled"]
+    places: Sequence[Any] = values if parameter["numeric"] else range(len(values))
     if not parameter["numeric"]:
-        places = range(len(values))
         axes.errorbar(places, means, yerr=spreads, color=colour, marker="s", capsize=4, linestyle="none")
-        axes.set_xticks(places, [label(value) for value in values], rotation=30 if len(values) > 4 else 0)
+        long = sum(max(map(len, _tick(value).split("\n"))) for value in values) > 40
+        turned: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if long else {}
+        axes.set_xticks(places, [_tick(value) for value in values], **turned)
         axes.set_xlim(-0.5, len(values) - 0.5)
     elif parameter["searched"]:
-        axes.plot(values, means, color=colour, marker="o", linestyle="none", alpha=0.8)
+        axes.plot(places, means, color=colour, marker="o", linestyle="none", alpha=0.8)
         axes.set_xscale("log" if _ratios(values) else "linear")
     else:
-        axes.plot(values, means, color=colour, marker="s", markersize=4, linewidth=1.8)
+        axes.plot(places, means, color=colour, marker="s", markersize=4, linewidth=1.8)
         low, high = ([mean + sign * s for mean, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(values, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set_xscale("log" if _ratios(values) else "linear")
         axes.set_xticks(values, [label(value) for value in values])
         axes.minorticks_off()
-    _references(document, axes)
+    base = [(place, found["baseline"]) for place, found in zip(places, parameter["values"], strict=True)]
+    base = [(place, level) for place, level in base if level is not None]
+    if base:
+        lined = parameter["numeric"] and not parameter["searched"] and len(base) > 1
+        style: dict[str, Any] = (
+            {"linestyle": "--", "linewidth": 1.2} if lined else {"linestyle": "none", "marker": "_", "ms": 14}
+        )
+        x, levels = zip(*base, strict=True)
+        axes.plot(x, levels, color=COLOURS["baseline"], label="student from labels", zorder=1, **style)
+    if document["teacher"] is not None:
+        level = document["teacher"]["validation"]
+        axes.axhline(level, color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label="teacher", zorder=1)
     axes.set_xlabel(parameter["name"])
     axes.set_ylabel(f"validation {score_title(document['score'])}")
+    _legend(axes)
     tidy(axes)
     return figure
 
 
-def _references(document: Mapping[str, Any], axes: Axes) -> None:
-    """Draw what a student has from labels alone, and what the teacher has."""
-    base = baseline_of(document["configurations"])
-    for level, name, text in ((base, "baseline", "student from labels"), (document["teacher"], "teacher", "teacher")):
-        if level is not None:
-            axes.axhline(level, color=COLOURS[name], linestyle="--", linewidth=1.2, label=text, zorder=1)
+def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0] and axes.figure:
         axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
@@ -257,10 +338,10 @@ def _parallel_figure(document: Mapping[str, Any]) -> Figure:
     heights = {name: _heights(values) for name, values in columns.items()}
     figure = new_figure(max(WIDTH, 1.3 * len(columns)), 3.6)
     axes = figure.add_subplot()
-    colours, norm = _scale(configurations)
+    colours, last = _ramp("#c8c8c8"), heights[title]
     for number in reversed(range(len(configurations))):
         chosen = number == document["chosen"]["rank"]
-        colour = CHOSEN if chosen else colours(norm(columns[title][number]))
+        colour = CHOSEN if chosen else colours(last[number])
         line = [heights[name][number] for name in columns]
         axes.plot(range(len(columns)), line, color=colour, linewidth=2.6 if chosen else 1.1, zorder=3 if chosen else 2)
     for place, (name, values) in enumerate(columns.items()):
@@ -268,11 +349,20 @@ def _parallel_figure(document: Mapping[str, Any]) -> Figure:
         for height, text in _marks(values, heights[name]):
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8}
             axes.text(place + 0.03, height, text, fontsize=8, va="center", bbox=box, zorder=4)
-    axes.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
+    axes.set_xticks(range(len(columns)), [_broken(name) for name in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(columns) - 0.6)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def _broken(name: str) -> str:
+    r"""Break a name into lines that fit between two scales.
+
+    >>> _broken("teacher.optimizer.lr"), _broken("alpha")
+    ('teacher.\noptimizer.lr', 'alpha')
+    """
+    return re.sub(r"[ .]|(?<=@)", lambda found: f"{found[0].strip()}\n", name, count=1) if len(name) > 14 else name
 
 
 def _heights(values: Sequence[Value]) -> list[float]:
@@ -289,43 +379,74 @@ def _heights(values: Sequence[Value]) -> list[float]:
 
 def _marks(values: Sequence[Value], heights: Sequence[float]) -> list[tuple[float, str]]:
     """Return the heights to write a value at: all of a few, else the ends."""
-    marks = dict(sorted(zip(heights, map(label, values), strict=True)))
+    marks = dict(sorted(zip(heights, map(_tick, values), strict=True)))
     if len(marks) > 6:
         marks = {height: marks[height] for height in (min(marks), max(marks))}
     return list(marks.items())
 
 
+def _priced(document: Mapping[str, Any], price: str) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
+    """Return the configurations whose price is known, with it, by the kind of their student.
+
+    Students that are alike answer alike fast: each gets the median of what all their points measured.
+    """
+    kinds: dict[str, dict[int | None, list[Mapping[str, Any]]]] = {}
+    for entry in document["configurations"]:
+        chosen = [
+            label(value) for name, value in entry["values"].items() if name.startswith(("student", "model@student"))
+        ]
+        if entry[price]:
+            alike = kinds.setdefault(", ".join(chosen) or "distilled student", {})
+            alike.setdefault(entry["parameters"], []).append(entry)
+    return {
+        kind: [
+            (statistics.median(each[price] for each in entries), entry)
+            for entries in alike.values() for entry in entries
+        ]
+        for kind, alike in kinds.items()
+    }  # fmt: skip
+
+
+def _prices(document: Mapping[str, Any], price: str) -> list[float]:
+    """Return every price there is, the teacher's among them, in order."""
+    found = {cost for priced in _priced(document, price).values() for cost, _ in priced}
+    teacher = (document["teacher"] or {}).get(price)
+    return sorted({*found, teacher} if teacher else found)
+
+
 def _price_figure(document: Mapping[str, Any], price: str) -> Figure:
-    """Draw validation scores against what a student costs: `parameters` or `latency_ms`."""
+    """Draw validation scores against what a model costs: `parameters` or `latency_ms`."""
     figure = new_figure(WIDTH, 3.4)
     axes = figure.add_subplot()
-    students: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in document["configurations"]:
-        kind = ", ".join(
-            label(v) for name, v in entry["values"].items() if name.startswith(("student", "model@student"))
-        )
-        students.setdefault(kind or "student", []).append(entry)
-    for number, (kind, entries) in enumerate(students.items()):
+    bases: list[tuple[float, float]] = []
+    for number, (kind, priced) in enumerate(_priced(document, price).items()):
         axes.errorbar(
-            [entry[price] for entry in entries], [entry["validation"]["mean"] for entry in entries],
-            yerr=[entry["validation"]["std"] or 0.0 for entry in entries], label=kind, marker="o", capsize=3,
+            [cost for cost, _ in priced], [entry["validation"]["mean"] for _, entry in priced],
+            yerr=[entry["validation"]["std"] or 0.0 for _, entry in priced], label=kind, marker="o", capsize=3,
             linestyle="none", color=STUDENTS[number % len(STUDENTS)],
         )  # fmt: skip
+        bases += [(cost, e["baseline"]["mean"]) for cost, e in priced if e["baseline"]["mean"] is not None]
+    if bases:
+        x, y = zip(*bases, strict=True)
+        axes.plot(x, y, "_", ms=14, color=COLOURS["baseline"], label="student from labels")
+    if (teacher := document["teacher"]) and teacher[price]:
+        axes.plot(teacher[price], teacher["validation"], "*", ms=11, color=COLOURS["teacher"], label="teacher")
     axes.set_xscale("log")
-    axes.set_xticks(_few(sorted(entry[price] for entry in document["configurations"])))
+    axes.set_xticks(_few(_prices(document, price)))
+    axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(lambda value, _: (count if price == "parameters" else short)(value))
     axes.minorticks_off()
     axes.set_xlabel("parameters" if price == "parameters" else "latency of one example, ms")
     axes.set_ylabel(f"validation {score_title(document['score'])}")
-    _references(document, axes)
+    _legend(axes)
     tidy(axes)
     return figure
 
 
-def _few(values: Sequence[float]) -> list[float]:
-    """Return those of ascending values that are no nearer than a fifth to the last one before them."""
-    kept = [values[0]]
+def _few(values: list[float]) -> list[float]:
+    """Return those of ascending values that have room on a logarithmic scale beside the last one before them."""
+    kept, step = values[:1], (values[-1] / values[0]) ** 0.15
     for value in values:
-        if value > 1.2 * kept[-1]:
+        if value > step * kept[-1]:
             kept.append(value)
     return kept

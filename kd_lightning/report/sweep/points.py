@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kd_lightning.errors import DataError, KDError
-from kd_lightning.points import FAILURE, OVERRIDES, SCORE
+from kd_lightning.points import FAILURE, GRID, OVERRIDES, SCORE
 from kd_lightning.report.files import load_report
 
 Value = float | str
@@ -31,6 +31,7 @@ class Point:
         folder: Where it is.
         overrides: What it was started with, the text of each value by its key.
         command: The command line that reproduces it.
+        sweeper: The class that chose it.
         score: Best validation score; None unless it is finished.
         metric: What the score is, such as `accuracy`; None unless it is finished.
         report: Its `report.json`; None unless it is finished.
@@ -41,6 +42,7 @@ class Point:
     folder: Path
     overrides: dict[str, str]
     command: str
+    sweeper: str = GRID
     score: float | None = None
     metric: str | None = None
     report: dict[str, Any] | None = None
@@ -92,12 +94,16 @@ def read_points(folder: Path) -> list[Point]:
         DataError: A file of a point is damaged.
     """
     if not folder.is_dir():
-        raise KDError(f"{folder}: no such folder; expected that of a sweep (kd-train -m ...)")
+        wrong = "a file" if folder.exists() else "no such folder"
+        raise KDError(f"{folder}: {wrong}; expected the folder of a sweep (kd-train -m ...)")
     points = [_read(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES}"))]
     if points:
         return points
     if any((folder / name).exists() for name in ("report.json", "config.yaml", "teacher", "seed_0")):
-        raise KDError(f"{folder} holds a single run, not a sweep: its report is {folder / 'report.md'}")
+        where = f"its report is {folder / 'report.md'}" if (folder / "report.md").exists() else "it is not finished"
+        raise KDError(f"{folder} holds a single run, not a sweep: {where}")
+    if sweeps := sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{OVERRIDES}")}):
+        raise KDError(f"{folder} holds no points of a sweep, but folders of some: kd-report {' or '.join(sweeps[:3])}")
     raise KDError(f"{folder} holds no points of a sweep: kd-train -m ... gives each a folder with {OVERRIDES} in it")
 
 
@@ -118,8 +124,9 @@ def _read(folder: Path) -> Point:
     given = _json(folder / OVERRIDES)
     pairs = (override.lstrip("+").partition("=") for override in given["overrides"])
     begun = Point(folder, {key: value for key, _, value in pairs}, given["command"])
+    begun = replace(begun, sweeper=given.get("sweeper", begun.sweeper))  # earlier versions did not write it
     if (folder / FAILURE).is_file():
-        return Point(folder, begun.overrides, begun.command, failure=_json(folder / FAILURE))
+        return replace(begun, failure=_json(folder / FAILURE))
     if not (folder / SCORE).is_file():
         return begun
     from omegaconf import OmegaConf
@@ -127,9 +134,9 @@ def _read(folder: Path) -> Point:
     score, config = _json(folder / SCORE), OmegaConf.load(folder / "config.yaml")
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
-    return Point(
-        folder, begun.overrides, begun.command, score["score"], score["metric"], load_report(folder),
-        {str(key): value for key, value in plain.items()},
+    return replace(
+        begun, score=score["score"], metric=score["metric"], report=load_report(folder),
+        config={str(key): value for key, value in plain.items()},
     )  # fmt: skip
 
 

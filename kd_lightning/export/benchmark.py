@@ -1,0 +1,311 @@
+"""`kd-benchmark`: how fast, how large and how good a run's teacher, its student and their exports are, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_lightning.errors import KDError
+from kd_lightning.export.exported import is_export, read_exported
+from kd_lightning.export.source import find_student, run_data
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kd_lightning.data import ClassificationData
+    from kd_lightning.types import Batch
+
+SIZES = (1, 8, 32, 128)
+"""Examples in a batch, of which throughput is measured."""
+
+LATENCY_EXAMPLES = 200
+THROUGHPUT_EXAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that answers.
+
+    Attributes:
+        name: In the table.
+        kind: `teacher`, `student` or the export's format.
+        folder: Where it was read from.
+        file: Its weights.
+        network: It.
+        role: Whose tokens it reads.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    file: Path
+    network: nn.Module
+    role: Any
+
+
+def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) -> tuple[list[Subject], Path]:
+    """Load what the folders hold.
+
+    Args:
+        folders: Run folders (teacher and student) and export folders.
+        threads: CPU threads of each.
+        seed: Which seed's student.
+
+    Returns:
+        The subjects, and the stage folder of the first run's student, by whose data they are asked.
+
+    Raises:
+        KDError: There is no run among the folders, or one of them is neither run nor export.
+    """
+    runs = [folder for folder in folders if not is_export(folder)]
+    if not runs:
+        raise KDError("give a run folder too: its validation split is what the exports are asked about")
+    students = [find_student(run, seed) for run in runs]
+    found: list[Subject] = []
+    for run, stage in zip(runs, students, strict=True):
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        if (run / "teacher" / "stage.json").is_file():
+            found.append(_trained(f"{prefix}teacher", "teacher", run / "teacher"))
+        found.append(_trained(f"{prefix}student", "student", stage))
+    found += [_exported(folder, threads, found) for folder in folders if is_export(folder)]
+    return found, students[0]
+
+
+def _trained(name: str, kind: str, stage: Path) -> Subject:
+    from kd_lightning.runs import load_run, read_json
+
+    role = read_json(stage / "task.json")["role"]
+    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage).network, role)
+
+
+def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
+    from kd_lightning.export.load import load_export
+
+    exported = read_exported(folder)
+    network = load_export(folder, threads).network
+    name = exported.title if folder.name == exported.title else f"{exported.title} ({folder.name})"
+    role = next(subject.role for subject in before if subject.kind == "student")
+    return Subject(name, exported.format, folder, folder / exported.model, network, role)
+
+
+def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict[str, Any]]:
+    """Measure every subject, one after the other on each example, so that a slow moment slows all of them.
+
+    Args:
+        subjects: What answers, by unlike names.
+        stage: The student's folder, of the run whose data are asked about.
+        threads: CPU threads.
+
+    Returns:
+        A row for each, as JSON can hold it.
+    """
+    import torch
+
+    from kd_lightning.measure import measure_latency, measure_throughput
+    from kd_lightning.models.answers import network_answers
+
+    torch.set_num_threads(threads)
+    data = {role: run_data(stage, role) for role in {subject.role for subject in subjects}}
+    task = next(iter(data.values())).task
+    networks = {subject.name: subject.network for subject in subjects}
+    if len(networks) < len(subjects):
+        raise KDError("two of the folders have one name: rename one, so that the table can tell them apart")
+    alone = {role: _singles(own) for role, own in data.items()}
+    latency = measure_latency(networks, {subject.name: alone[subject.role] for subject in subjects}, threads=threads)
+    throughput: dict[str, dict[int, float]] = {name: {} for name in networks}
+    for size in SIZES:
+        batches = {role: _batches(own, size) for role, own in data.items()}
+        measured = measure_throughput(networks, {subject.name: batches[subject.role] for subject in subjects})
+        for name, one in measured.items():
+            throughput[name][size] = one.examples_per_second
+    said = {s.name: network_answers(s.network, data[s.role].val_dataloader()) for s in subjects}
+    student = next(said[subject.name] for subject in subjects if subject.kind == "student")
+    rows = []
+    for subject in subjects:
+        scores = task.evaluate(said[subject.name], student.logits)
+        rows.append({
+            "name": subject.name,
+            "kind": subject.kind,
+            "latency_ms": {"p50": latency[subject.name].p50, "p95": latency[subject.name].p95},
+            "throughput": {str(size): value for size, value in throughput[subject.name].items()},
+            "peak_memory_bytes": peak_memory(subject, _batches(data[subject.role], SIZES[-1])[:2], threads),
+            "file_bytes": subject.file.stat().st_size,
+            task.main: scores[task.main],
+            "agreement_with_student": scores.get("agreement"),
+        })  # fmt: skip
+    return rows
+
+
+def _singles(data: ClassificationData) -> list[Batch]:
+    """Return validation examples one by one, the same ones for every tokenizer, spread over short and long ones."""
+    from kd_lightning.measure import single_examples
+
+    singles = sorted(single_examples(data.val_dataloader()), key=lambda batch: int(batch["index"]))
+    return singles[:: max(1, len(singles) // LATENCY_EXAMPLES)][:LATENCY_EXAMPLES]
+
+
+def _batches(data: ClassificationData, size: int) -> list[Batch]:
+    """Return validation batches of this size, spread over short and long ones."""
+    batches = list(data.with_batches(eval_batch_size=size).val_dataloader())
+    whole = [batch for batch in batches if len(batch["index"]) == size] or batches
+    wanted = max(1, THROUGHPUT_EXAMPLES // size)
+    return whole[:: max(1, len(whole) // wanted)][:wanted]
+
+
+def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int:
+    """Return the largest resident size, in bytes, of a process that loads this subject and answers some batches."""
+    import numpy as np
+
+    kind = subject.kind if subject.kind in ("onnx", "pt2") else "folder"
+    path = subject.file if kind != "folder" else subject.folder
+    entries = {f"{i}/{name}": value.numpy() for i, batch in enumerate(batches) for name, value in batch.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "batches.npz", **entries)  # type: ignore[arg-type]
+        command = [sys.executable, "-m", "kd_lightning.export.peak", kind, str(path), f"{folder}/batches.npz"]
+        own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([*command, str(threads)], capture_output=True, text=True, env=own, check=False)
+    if done.returncode != 0:
+        raise KDError(f"{subject.name} could not be loaded in a process of its own: {done.stderr.strip()[-300:]}")
+    return int(done.stdout)
+
+
+def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run: str) -> dict[str, Any]:
+    """Return the whole result: the rows, and by what of the teacher (or else the student) each is better."""
+    from kd_lightning.measure import environment
+    from kd_lightning.report.build import to_plain
+
+    base = rows[0]
+    compared = []
+    for row in rows:
+        faster = base["latency_ms"]["p50"] / row["latency_ms"]["p50"]
+        smaller = base["file_bytes"] / row["file_bytes"]
+        compared.append({**row, "times_faster": faster, "times_smaller": smaller})
+    plain: dict[str, Any] = to_plain({
+        "run": run, "command": command, "threads": threads, "against": base["name"], "rows": compared,
+        "environment": environment(),
+    })  # fmt: skip
+    return plain
+
+
+def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the table as text: a heading and a row for each that answers."""
+    from kd_lightning.report.table import MISSING, file_size, short
+
+    against = result["against"]
+    main = next(name for name in ("accuracy", "pearson", "average") if name in result["rows"][0])
+    heading = ["", main, "p50 / p95, ms", f"times faster than {against}"]
+    heading += [f"examples/s ({size})" for size in result["rows"][0]["throughput"]]
+    heading += ["peak memory", "file", f"times smaller than {against}"]
+    rows = [heading]
+    for row in result["rows"]:
+        latency = f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"
+        score = MISSING if row[main] is None else f"{row[main]:.4f}"
+        cells = [row["name"], score, latency, f"{row['times_faster']:.1f}"]
+        cells += [short(value) for value in row["throughput"].values()]
+        cells += [file_size(row["peak_memory_bytes"]), file_size(row["file_bytes"]), f"{row['times_smaller']:.1f}"]
+        rows.append(cells)
+    return rows
+
+
+def picture(result: Mapping[str, Any], file: Path) -> None:
+    """Draw latency and file size of each, as bars."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"][::-1]
+    names = [row["name"] for row in rows]
+    figure = Figure(figsize=(11, 1.2 + 0.4 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    panels = (
+        (left, [row["latency_ms"]["p50"] for row in rows], "ms for one example (median)", "{:.3g}"),
+        (right, [row["file_bytes"] / 1e6 for row in rows], "MB on disk", "{:.3g}"),
+    )
+    for axes, values, title, label in panels:
+        bars = axes.barh(names, values, color=["#b0b0b0" if row["kind"] == "teacher" else "#1b6ca8" for row in rows])
+        axes.bar_label(bars, [f" {label.format(value)}" for value in values], fontsize=9)
+        axes.set_xlabel(title)
+        axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return the table in Markdown, with a line about where it was measured."""
+    from kd_lightning.report.table import as_markdown
+
+    machine = result["environment"]
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    where = f"{machine['cpu']}, {threads}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
+    return f"{as_markdown(table_rows(result))}\n\n`{result['command']}`, {where}."
+
+
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """Write `benchmark.json`, `benchmark.md` and `benchmark.png` into a folder that was not there."""
+    from kd_lightning.export.write import filled
+    from kd_lightning.runs import write_json
+
+    with filled(out) as folder:
+        write_json(folder / "benchmark.json", result)
+        (folder / "benchmark.md").write_text(markdown(result) + "\n", encoding="utf-8")
+        picture(result, folder / "benchmark.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Latency, throughput, memory and size of a run's teacher, its student and exports, on its validation split."
+    parser = argparse.ArgumentParser("kd-benchmark", description=about)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR|EXPORT_DIR")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each; default: 1")
+    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
+    parser.add_argument("--out", type=Path, help="folder for benchmark.json, .md and .png; default: RUN_DIR/benchmark")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `kd-benchmark`."""
+    given = _parser().parse_args(arguments)
+    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
+    typed = shlex.join(["kd-benchmark", *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        from kd_lightning.export.write import check_vacant
+
+        if given.threads < 1:
+            raise KDError(f"--threads {given.threads}: expected 1 or more")
+        run = next((folder for folder in given.folders if not is_export(folder)), given.folders[0])
+        out = given.out or run / "benchmark"
+        check_vacant(out)
+        subjects, stage = subjects_of(given.folders, given.threads, given.seed)
+        result = document(measure(subjects, stage, given.threads), typed, given.threads, str(run))
+        write(result, out)
+    except KDError as error:
+        sys.exit(f"kd-benchmark: {error}")
+    show(result, out)
+
+
+def show(result: Mapping[str, Any], out: Path) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    heading, *body = table_rows(result)
+    title = f"{result['threads']} thread(s), validation split"
+    table = Table(title=title, title_justify="left", box=None)
+    for number, name in enumerate(heading):
+        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number == 0)
+    for row in body:
+        table.add_row(*map(Text, row))
+    console = Console()
+    console.print(table, width=max(console.width, 120))
+    print(f"benchmark: {out / 'benchmark.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The formats, one file each.
+
+A format is a module with
+
+* `FILE`, the file with the weights, `QUANTIZE`, what its numbers may become, `NEEDS` and `READS`, packages
+  that writing and reading it take;
+* `check(network)`, which refuses a network that the format cannot hold, before anything is written;
+* `write(source, quantize, folder)`, which writes the model and returns what is particular to it;
+* `load(folder, exported, threads)`, which gives it back as a network from a batch's entries to logits.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from kd_lightning.errors import KDError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kd_lightning.export.exported import Exported
+    from kd_lightning.export.source import Source
+
+FORMATS = ("safetensors", "huggingface", "pt2", "onnx")
+QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is particular to what a format wrote.
+
+    Attributes:
+        inputs: Names of what the model reads, in order.
+        opset: ONNX's.
+    """
+
+    inputs: list[str]
+    opset: int | None = None
+
+
+class Format(Protocol):
+    """What a format's module offers."""
+
+    FILE: str
+    QUANTIZE: tuple[str, ...]
+    NEEDS: tuple[str, ...]
+    READS: tuple[str, ...]
+
+    def check(self, network: nn.Module) -> None:
+        """Raise `KDError` where the format cannot hold this network."""
+
+    def write(self, source: Source, quantize: str, folder: Path) -> Written:
+        """Write the model."""
+
+    def load(self, folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
+        """Read the model."""
+
+
+def format_named(name: str) -> Format:
+    """Return a format.
+
+    Raises:
+        KDError: There is none of this name.
+    """
+    if name not in FORMATS:
+        raise KDError(f"--format {name} is unknown{did_you_mean(name, FORMATS)}")
+    return cast(Format, importlib.import_module(f"{__name__}.{name}"))
+
+
+def check_choice(format: str, quantize: str) -> Format:
+    """Return a format that can be quantised so, with its packages installed.
+
+    Raises:
+        KDError: It cannot, or a package is missing; says what can, or what to install.
+    """
+    chosen = format_named(format)
+    if quantize not in QUANTIZE:
+        raise KDError(f"--quantize {quantize} is unknown{did_you_mean(quantize, QUANTIZE)}")
+    if quantize not in chosen.QUANTIZE:
+        raise KDError(f"--format {format} has no {quantize}; it can be: {', '.join(chosen.QUANTIZE)}")
+    require_packages(format, chosen.NEEDS)
+    return chosen
+
+
+def require_packages(format: str, names: tuple[str, ...]) -> None:
+    """Raise `KDError` where a package is not installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise KDError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")

@@ -1,0 +1,68 @@
+"""A folder for `from_pretrained` and `pipeline` of `transformers`, which then need nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
+
+from kd_lightning.errors import KDError
+from kd_lightning.export.formats import Written
+from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
+from kd_lightning.models.embedding import FactorizedEmbedding
+
+if TYPE_CHECKING:
+    from kd_lightning.export.exported import Exported
+    from kd_lightning.export.source import Source
+
+FILE = "model.safetensors"
+QUANTIZE = ("none", "fp16", "bf16")
+NEEDS: tuple[str, ...] = ()
+READS: tuple[str, ...] = ()
+
+
+def check(network: nn.Module) -> None:
+    """Refuse what is no classifier of `transformers`."""
+    if not isinstance(network, PreTrainedModel) or not _is_classifier(network):
+        raise KDError(
+            f"--format huggingface: {type(network).__name__} is no classifier of transformers, so from_pretrained "
+            "could not load it; it can be: safetensors, pt2, onnx"
+        )
+
+
+def _is_classifier(network: nn.Module) -> bool:
+    return type(network).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+
+
+def write(source: Source, quantize: str, folder: Path) -> Written:
+    """Write what `save_pretrained` does, with the names of the classes in its config."""
+    network: Any = copy.deepcopy(source.model.network).to(DTYPES[quantize])
+    embedding = network.get_input_embeddings()
+    if isinstance(embedding, FactorizedEmbedding):
+        network.set_input_embeddings(_multiplied(embedding))
+    names = source.model.class_names
+    network.config.id2label = dict(enumerate(names))
+    network.config.label2id = {name: number for number, name in enumerate(names)}
+    network.config.dtype = DTYPES[quantize]
+    network.save_pretrained(folder)
+    return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])
+
+
+def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
+    """Return a factorised table as the full one that it stands for: no class of `transformers` has the former."""
+    with torch.no_grad():
+        full = embedding.table.weight @ embedding.projection.weight.T
+    rows, width = full.shape
+    return nn.Embedding(rows, width, padding_idx=embedding.table.padding_idx, _weight=full)
+
+
+def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
+    """Load it as anybody does."""
+    images = exported.images is not None
+    kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    network: nn.Module = kind.from_pretrained(str(folder), local_files_only=True)
+    return network.eval()

@@ -1,0 +1,158 @@
+"""ONNX, for onnxruntime and whatever else reads it: servers, phones, browsers."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.errors import KDError
+from kd_lightning.export.formats import Written
+from kd_lightning.export.graph import DTYPES, following, trace, whole_lstms
+from kd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from kd_lightning.export.exported import Exported
+    from kd_lightning.export.source import Source
+
+FILE = "model.onnx"
+QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime computes no bf16 on a CPU
+NEEDS = ("onnx", "onnxruntime", "onnxscript")
+READS: tuple[str, ...] = ("onnxruntime",)
+OPSET = 20
+"""Read by onnxruntime from 1.17 (January 2024) on."""
+
+MOST_BYTES = 2 * 1024**3
+"""A single ONNX file is a protobuf, and those end here."""
+
+
+def check(network: nn.Module) -> None:
+    """Refuse a network that is too large for one file."""
+    if (size := sum(tensor.nbytes for tensor in network.state_dict().values())) >= MOST_BYTES:
+        raise KDError(
+            f"--format onnx: {size / 1e9:.1f} GB of weights do not fit a single ONNX file (2 GB); it can be: "
+            "safetensors, huggingface, pt2"
+        )
+
+
+def write(source: Source, quantize: str, folder: Path) -> Written:
+    """Trace the student, translate the graph, quantise it, and have ONNX's own checker read what is left."""
+    import onnx
+
+    model = source.model
+    dtype = DTYPES.get(quantize, torch.float32)
+    program, axes = trace(model.network, source.held_out[0], model.max_length, dtype)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as work:
+        plain = Path(work) / "plain.onnx"
+        with _quiet(), whole_lstms():
+            following(
+                f"ONNX has no operation for something in {type(model.network).__name__}",
+                lambda: torch.onnx.export(
+                    program, dynamo=True, opset_version=OPSET, dynamic_shapes=axes, input_names=list(axes),
+                    output_names=["logits"], verbose=False,
+                ).save(str(plain)),  # type: ignore[union-attr]
+            )  # fmt: skip
+            if quantize.startswith("int8"):
+                plain = _quantised(plain, quantize, source, list(axes))
+        _without_notes(plain, folder / FILE)
+    onnx.checker.check_model(str(folder / FILE))
+    return Written(list(axes), OPSET)
+
+
+def _without_notes(model: Path, to: Path) -> None:
+    """Write a model without what the exporter noted at each node: of no use to who runs it, and larger than it."""
+    import onnx
+
+    graph = onnx.load(str(model))
+    for entry in (*graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output, graph.graph):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    onnx.save(graph, str(to))
+
+
+def _quantised(plain: Path, quantize: str, source: Source, inputs: list[str]) -> Path:
+    """Return the model with its weights in 8 bits.
+
+    Dynamic: activations are measured as they come. Static: the ranges of those that convolutions and matrix products
+    read are learned from training examples beforehand. Tables (`Gather`) and LSTMs are quantised alike in both: a
+    table's rows are only looked up, and onnxruntime has an 8-bit LSTM of the dynamic kind alone.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    ready, done = plain.with_name("ready.onnx"), plain.with_name("done.onnx")
+    quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
+    options: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
+    if quantize == "int8-dynamic":
+        quantize_dynamic(str(ready), str(done), **options)
+        return done
+    tables = plain.with_name("tables.onnx")
+    quantize_dynamic(str(ready), str(tables), op_types_to_quantize=["Gather", "LSTM"], **options)
+    quantize_static(
+        str(tables), str(done), _reader(source.calibration, inputs), quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"], activation_type=QuantType.QUInt8, **options,
+    )  # fmt: skip
+    return done
+
+
+def _reader(batches: Iterable[Batch], inputs: list[str]) -> Any:
+    """Return what the static quantiser draws its examples from."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rows = iter([{name: batch[name].numpy() for name in inputs} for batch in batches])
+
+        def get_next(self) -> Any:
+            return next(self.rows, None)
+
+    return Reader()
+
+
+def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
+    """Open the model in onnxruntime, on the CPU."""
+    return OnnxNetwork(folder / FILE, exported.inputs, threads)
+
+
+class OnnxNetwork(nn.Module):
+    """A model in onnxruntime as a network.
+
+    Args:
+        file: The model.
+        inputs: Names of what it reads.
+        threads: CPU threads; None: as many as torch uses.
+    """
+
+    def __init__(self, file: Path, inputs: list[str], threads: int | None = None) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.inputs = inputs
+
+    def forward(self, **entries: Tensor) -> Tensor:
+        """Return the logits of a batch."""
+        return torch.from_numpy(self.session.run(["logits"], {name: entries[name].numpy() for name in self.inputs})[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what the exporters say of their own insides: that torchvision is missing, deprecations, advice."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

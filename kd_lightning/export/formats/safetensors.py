@@ -1,0 +1,52 @@
+"""Weights alone, for whoever builds the network themselves: with this package, or with code of their own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kd_lightning.export.formats import Written
+from kd_lightning.export.graph import DTYPES
+
+if TYPE_CHECKING:
+    from kd_lightning.export.exported import Exported
+    from kd_lightning.export.source import Source
+
+FILE = "model.safetensors"
+QUANTIZE = ("none", "fp16", "bf16")
+NEEDS: tuple[str, ...] = ()
+READS: tuple[str, ...] = ()
+
+
+def check(network: nn.Module) -> None:
+    """Refuse nothing: every network has weights."""
+
+
+def write(source: Source, quantize: str, folder: Path) -> Written:
+    """Write the weights, each tensor once, and `model.json`, which says what network they are of."""
+    from safetensors.torch import save_file
+
+    state = {}
+    for name, tensor in source.model.network.state_dict().items():
+        kept = tensor.detach().cpu().clone().contiguous()
+        state[name] = kept.to(DTYPES[quantize]) if kept.is_floating_point() else kept
+    save_file(state, folder / FILE)
+    shutil.copyfile(source.stage / "model.json", folder / "model.json")
+    return Written([name for name in source.held_out[0] if name not in ("labels", "index", "task")])
+
+
+def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
+    """Build the network in float32 and fill it: 16 bits are how the weights are kept, not how they are used."""
+    from safetensors.torch import load_file
+
+    from kd_lightning.config import build
+    from kd_lightning.models.rebuild import from_description, is_description
+    from kd_lightning.runs import read_json
+
+    settings = read_json(folder / "model.json")
+    network = from_description(settings) if is_description(settings) else build(settings)
+    network.load_state_dict(load_file(folder / FILE))
+    return network.eval()

@@ -1,0 +1,84 @@
+"""How much memory it takes to answer: run as a process of its own, with no other runtime loaded than the model's.
+
+python -m kd_lightning.export.peak KIND FILE BATCHES.npz THREADS
+
+KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package reads.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Batch = dict[str, Any]
+
+
+def read_batches(file: str) -> Iterator[Batch]:
+    """Return batches that were written under the names `NUMBER/ENTRY`."""
+    with np.load(file) as stored:
+        grouped: dict[int, Batch] = {}
+        for name in stored.files:
+            number, _, entry = name.partition("/")
+            grouped.setdefault(int(number), {})[entry] = stored[name]
+    yield from (grouped[number] for number in sorted(grouped))
+
+
+def answerer(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
+    """Return what answers a batch, having loaded what that takes and no more."""
+    if kind == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        reads = [entry.name for entry in session.get_inputs()]
+        return lambda batch: session.run(None, {name: batch[name] for name in reads})
+    import torch
+
+    torch.set_num_threads(threads)
+    if kind == "pt2":
+        graph = torch.export.load(path).module()
+        reads = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        return lambda batch: graph(**{name: torch.from_numpy(batch[name]) for name in reads})
+    from kd_lightning.export.load import load_model
+    from kd_lightning.models.adapt import run_network
+
+    network = load_model(Path(path)).network
+    return lambda batch: run_network(network, {name: torch.from_numpy(entry) for name, entry in batch.items()})
+
+
+def main() -> None:
+    """Answer every batch and print the process's largest resident size in bytes."""
+    kind, path, batches, threads = sys.argv[1:]
+    answer = answerer(kind, path, int(threads))
+    for batch in read_batches(batches):
+        if kind == "onnx":
+            answer(batch)
+        else:
+            import torch
+
+            with torch.inference_mode():
+                answer(batch)
+    print(peak_bytes())
+
+
+def peak_bytes() -> int:
+    """Return this process's largest resident size.
+
+    Linux counts towards `ru_maxrss` the process that this one was forked from; what it says in `/proc` begins anew.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""From a run folder to an export folder: plan, write beside it, hold it against the student, move it into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd_lightning.errors import KDError
+from kd_lightning.export.exported import Exported
+from kd_lightning.export.formats import Format, Written, check_choice
+from kd_lightning.export.source import Source, find_student, open_source
+
+if TYPE_CHECKING:
+    from kd_lightning.export.parity import Parity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be exported, and where to.
+
+    Attributes:
+        run: As the user named it.
+        stage: The student's folder.
+        format: One of `formats.FORMATS`.
+        quantize: One of the format's.
+        out: The export folder.
+        command: What the user typed.
+    """
+
+    run: Path
+    stage: Path
+    format: str
+    quantize: str
+    out: Path
+    command: str
+
+
+def plan(run: Path, format: str, quantize: str, out: Path, command: str, seed: int | None = None) -> Plan:
+    """Check what is asked for; nothing is loaded or written.
+
+    Raises:
+        KDError: No such format, no finished student, or a folder that is not empty.
+    """
+    check_choice(format, quantize)
+    check_vacant(out)
+    return Plan(run, find_student(run, seed), format, quantize, out, command)
+
+
+def export(plan: Plan) -> tuple[Exported, Parity]:
+    """Carry a plan out: afterwards the whole export folder is there, or nothing.
+
+    Raises:
+        KDError: The format cannot hold the student, or what was written does not answer as it did.
+    """
+    from kd_lightning.export.card import write_card
+    from kd_lightning.export.graph import following
+    from kd_lightning.export.parity import measure_parity, require
+
+    chosen = check_choice(plan.format, plan.quantize)
+    source = open_source(plan.stage)
+    chosen.check(source.model.network)
+    with filled(plan.out) as folder:
+        written = chosen.write(source, plan.quantize, folder)
+        save_tokenizer(source, folder)
+        exported = describe(plan, source, chosen, written, folder)
+        loaded = chosen.load(folder, exported)
+        parity = following(
+            f"{exported.title} cannot run what {exported.network} does",
+            lambda: measure_parity(source.model.network, loaded, source.held_out, source.model.task, plan.quantize),
+        )
+        require(parity, exported.title)
+        exported = Exported(**{**asdict(exported), "parity": parity.to_dict()})
+        exported.write(folder)
+        write_card(exported, source, folder)
+    return exported, parity
+
+
+def describe(plan: Plan, source: Source, chosen: Format, written: Written, folder: Path) -> Exported:
+    """Return the description of what was written, without its parity yet."""
+    from kd_lightning.measure import environment
+    from kd_lightning.models.size import count_parameters
+
+    model = source.model
+    return Exported(
+        format=plan.format,
+        quantize=plan.quantize,
+        model=chosen.FILE,
+        inputs=written.inputs,
+        class_names=model.class_names,
+        predicts=model.task.description,
+        max_length=model.max_length,
+        texts=model.texts,
+        pad_token_id=None if model.tokenizer is None else int(model.tokenizer.pad_token_id),
+        images=None if model.images is None else asdict(model.images),
+        network=type(model.network).__name__,
+        parameters=count_parameters(model.network).total,
+        bytes=(folder / chosen.FILE).stat().st_size,
+        opset=written.opset,
+        run=str(plan.run),
+        stage=str(plan.stage.relative_to(plan.run)) if plan.stage.is_relative_to(plan.run) else plan.stage.name,
+        command=plan.command,
+        parity={},
+        environment=versions(chosen, environment()["versions"]),
+    )
+
+
+def versions(chosen: Format, known: dict[str, str | None]) -> dict[str, str | None]:
+    """Return the versions of what wrote the model."""
+    from importlib.metadata import version
+
+    return known | {name: version(name) for name in chosen.NEEDS}
+
+
+def save_tokenizer(source: Source, folder: Path) -> None:
+    """Put the tokenizer beside the model, with the student's longest input as its own."""
+    tokenizer = source.model.tokenizer
+    if tokenizer is not None:
+        if source.model.max_length is not None:
+            tokenizer.model_max_length = source.model.max_length
+        tokenizer.save_pretrained(str(folder))
+
+
+def check_vacant(out: Path) -> None:
+    """Refuse a folder that holds anything."""
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise KDError(f"--out {out} is not empty: choose another folder, or remove it")
+    elif out.exists() or out.is_symlink():
+        raise KDError(f"--out {out} is a file: choose another folder")
+
+
+@contextmanager
+def filled(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside `out` that becomes `out` in one step; whatever goes wrong, nothing of it is left.
+
+    Raises:
+        KDError: It cannot be written there.
+    """
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    except OSError as error:
+        raise KDError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        try:
+            temporary.rename(out)
+        except OSError as error:
+            raise KDError(f"--out {out} has been filled or removed meanwhile ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # it holds something now
+                folder.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,117 @@
+"""Finished run folders without a training: networks of random weights whose logits lie far apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from kd_lightning.data import ClassificationData, ImageFolder, TextFiles
+from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.cnn import CNN
+from kd_lightning.models.transformer import transformer
+from kd_lightning.runs import save_network, write_json
+from tests.conftest import write_toy_csv
+from tests.data.images import write_folder
+
+TEXT = {"tokenizer": "wordpiece:400", "batch_size": 16, "eval_batch_size": 32, "max_length": 32}
+
+
+class Bag(nn.Module):
+    """A user's network: reads no mask."""
+
+    def __init__(self, vocab_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(vocab_size, num_classes, padding_idx=0)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.bag(input_ids)
+
+
+class Undecided(Bag):
+    """What it does depends on what it reads: no graph can say that."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = self.bag(input_ids)
+        return logits if float(logits.detach().sum()) > 0 else 2 * logits
+
+
+class Exotic(Bag):
+    """A graph, with an operation that ONNX does not have."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(self.bag(input_ids))
+
+
+def write_run(
+    folder: Path, data: ClassificationData, settings: dict[str, Any], network: nn.Module, **more: Any
+) -> Path:
+    """Write a run folder as kd-train leaves it, with a student and a teacher, the same network."""
+    spread_out(network)
+    for stage, role in (("seed_0/distill", "student"), ("teacher", "teacher")):
+        task = {"class_names": data.class_names, "predicts": data.num_classes, **data.input_format, "role": role}
+        save_network(folder / stage, network, more, task, data.tokenizer_of(role))
+        record = {"fingerprint": "f", "settings": {"batch_size": 16, "optimizer": {"lr": 0.1}}, "steps": 7}
+        write_json(folder / stage / "settings.json", record)
+        write_json(folder / stage / "stage.json", {**record, "best_step": 7, "validation": {"accuracy": 0.5}})
+    config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9}
+    config["distillation"] = {"terms": {"ce": {}, "kd": {}}}
+    teacher = {"teacher": {"checkpoint": None, "ema": None, "network": {"name": "minilm"}}}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**config, **teacher})), encoding="utf-8")
+    return folder
+
+
+def spread_out(network: nn.Module) -> None:
+    """Draw weights anew, so large that no two logits are near each other."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.weight.normal_()
+        last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+        for module in last:
+            module.weight.normal_()
+
+
+def text_data(folder: Path, pairs: bool = False) -> tuple[TextFiles, dict[str, Any]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"train_file": str(write_toy_csv(folder / "toy.csv")), **TEXT}
+    if pairs:
+        lines = (folder / "toy.csv").read_text(encoding="utf-8").splitlines()
+        table = [lines[0] + ",other", *(f"{line},and what else" for line in lines[1:])]
+        (folder / "toy.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        options["text_pair_column"] = "other"
+    data = TextFiles(**options)
+    data.prepare()
+    return data, {"_target_": "kd_lightning.data.TextFiles", **options}
+
+
+def bilstm_run(folder: Path, **shape: Any) -> Path:
+    data, settings = text_data(folder.parent)
+    sizes = {"embedding_size": 16, "hidden_size": 16, **shape}
+    return write_run(folder, data, settings, BiLSTM(**data.model_arguments("student"), **sizes))
+
+
+def transformer_run(folder: Path, pairs: bool = False) -> Path:
+    data, settings = text_data(folder.parent, pairs)
+    sizes = {"hidden_size": 16, "num_layers": 2, "intermediate_size": 32, "max_length": 64}
+    return write_run(folder, data, settings, transformer(**data.model_arguments("student"), **sizes))
+
+
+def own_run(folder: Path, kind: type[Bag]) -> Path:
+    data, settings = text_data(folder.parent)
+    sizes = {name: value for name, value in data.model_arguments("student").items() if name != "pad_token_id"}
+    target = {"_target_": f"tests.export.runs.{kind.__name__}"}
+    return write_run(folder, data, settings, kind(**sizes), **target, **sizes)
+
+
+def cnn_run(folder: Path) -> Path:
+    images = write_folder(folder.parent / "images", {"train": 40})
+    options: dict[str, Any] = {"folder": str(images), "image_size": 16, "eval_batch_size": 3}
+    data = ImageFolder(**options)
+    data.prepare()
+    settings = {"_target_": "kd_lightning.data.ImageFolder", **options}
+    return write_run(folder, data, settings, CNN(**data.model_arguments("student"), widths=[8, 16]))

@@ -1,0 +1,207 @@
+"""Each format answers as the student did, in this process and in one that has nothing but the format's runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd_lightning.errors import KDError
+from kd_lightning.evaluate import text_logits
+from kd_lightning.export.command import main as kd_export
+from kd_lightning.export.exported import read_exported
+from kd_lightning.export.formats import FORMATS, format_named
+from kd_lightning.export.graph import whole_lstms
+from kd_lightning.export.load import load_export
+from kd_lightning.models.adapt import run_network
+from kd_lightning.models.embedding import FactorizedEmbedding
+from kd_lightning.predict import main as kd_predict
+from kd_lightning.runs import load_run
+from tests.export.fresh import ROOT, answers, example
+from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, transformer_run
+
+onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+
+SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal team"]
+OURS = ("kd_lightning", "lightning", "lightning_utilities", "hydra", "torchmetrics")
+
+
+def export(run: Path, out: Path, format: str, quantize: str = "none") -> Path:
+    kd_export([str(run), "--format", format, "--quantize", quantize, "--out", str(out)])
+    return out
+
+
+def expected(run: Path) -> list[tuple[str, float]]:
+    model = load_run(run)
+    probabilities = text_logits(model, [(text,) for text in SENTENCES]).softmax(1)
+    return [(model.class_names[int(row.argmax())], float(row.max())) for row in probabilities]
+
+
+@pytest.mark.parametrize(
+    ("format", "quantize"),
+    [(format, quantize) for format in FORMATS for quantize in format_named(format).QUANTIZE if format != "huggingface"],
+)
+def test_a_bilstm_answers_alike(
+    bilstm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, quantize: str
+) -> None:
+    out = export(bilstm, tmp_path / "deep" / "out", format, quantize)
+    assert "label agreement" in capsys.readouterr().out
+    exported = read_exported(out)
+    parity = exported.parity
+    assert parity["examples"] == 24
+    assert parity["largest_difference"] <= parity["tolerance"]["largest"] * parity["scale"]
+    if quantize == "none":
+        assert parity["agreement"] == 1.0
+    else:
+        assert parity["largest_difference"] > 0, "nothing was quantised"
+    assert exported.bytes == (out / exported.model).stat().st_size
+    own = {"model.json"} if format == "safetensors" else set()
+    files = {exported.model, "export.json", "README.md", "tokenizer.json", "tokenizer_config.json"} | own
+    assert {path.name for path in out.iterdir()} == files
+    assert [path.name for path in out.parent.iterdir()] == ["out"], "something was left beside it"
+    kd_predict([str(out), *SENTENCES, "--json"])
+    said = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    assert said == [label for label, _ in expected(bilstm)]
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8-dynamic", "int8-static", "fp16"])
+@pytest.mark.parametrize("student", ["bilstm", "bert"])
+def test_onnx_needs_onnxruntime_and_tokenizers_alone(
+    request: pytest.FixtureRequest, tmp_path: Path, student: str, quantize: str
+) -> None:
+    run = request.getfixturevalue(student)
+    out = export(run, tmp_path / "out", "onnx", quantize)
+    found = answers(example("onnxruntime"), out, SENTENCES, (*OURS, "torch", "transformers", "onnx"), tmp_path)
+    assert [one["label"] for one in found] == [label for label, _ in expected(run)]
+    if quantize == "none":
+        np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(run)], atol=2e-4)
+
+
+@pytest.mark.parametrize("student", ["bilstm", "bert"])
+def test_pt2_needs_torch_and_tokenizers_alone(request: pytest.FixtureRequest, tmp_path: Path, student: str) -> None:
+    run = request.getfixturevalue(student)
+    out = export(run, tmp_path / "out", "pt2")
+    found = answers(example("torch"), out, SENTENCES, (*OURS, "transformers", "onnxruntime"), tmp_path)
+    assert [one["label"] for one in found] == [label for label, _ in expected(run)]
+    np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(run)], atol=2e-4)
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp16", "bf16"])
+def test_a_hugging_face_folder_needs_transformers_alone(bert: Path, tmp_path: Path, quantize: str) -> None:
+    out = export(bert, tmp_path / "out", "huggingface", quantize)
+    found = answers(example("transformers"), out, SENTENCES, OURS, tmp_path)
+    assert [one["label"] for one in found] == [label for label, _ in expected(bert)]
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert list(config["id2label"].values()) == load_run(bert).class_names
+    if quantize == "none":
+        np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(bert)], atol=2e-4)
+
+
+def test_the_onnx_example_is_short() -> None:
+    assert len(example("onnxruntime").strip().splitlines()) <= 30
+
+
+def test_an_lstm_stays_one_and_takes_any_length_and_padding_on_either_side(bilstm: Path, tmp_path: Path) -> None:
+    out = export(bilstm, tmp_path / "out", "onnx")
+    graph = onnx.load(str(out / "model.onnx"))
+    assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", 20)]
+    assert Counter(node.op_type for node in graph.graph.node)["LSTM"] == 4
+    axes = [[axis.dim_param for axis in entry.type.tensor_type.shape.dim] for entry in graph.graph.input]
+    assert axes == [["batch", "length"]] * 2
+    for path in (ROOT, Path(sys.prefix)):
+        assert str(path).encode() not in (out / "model.onnx").read_bytes(), "files of this machine are named"
+    student, exported = load_run(bilstm).network, load_export(out).network
+    for rows, length in ((1, 1), (1, 5), (3, 32), (40, 7)):
+        ids = torch.randint(5, 50, (rows, length))
+        mask = torch.ones_like(ids)
+        mask[::2, : length // 3] = 0
+        mask[1::2, length - length // 3 :] = 0
+        batch = {"input_ids": ids, "attention_mask": mask}
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                run_network(exported, batch).logits, run_network(student, batch).logits, atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
+def test_every_pooling(home: Path, tmp_path: Path, pooling: str) -> None:
+    run = bilstm_run(tmp_path / "run", pooling=pooling)
+    parity = read_exported(export(run, tmp_path / "out", "onnx")).parity
+    assert parity["largest_difference"] < 1e-4
+
+
+def test_eight_bits_hold_the_table_and_the_lstm_too(home: Path, tmp_path: Path) -> None:
+    run = bilstm_run(tmp_path / "run", embedding_size=64, hidden_size=64)
+    plain = export(run, tmp_path / "plain", "onnx")
+    for quantize in ("int8-dynamic", "int8-static"):
+        small = export(run, tmp_path / quantize, "onnx", quantize)
+        graph = onnx.load(str(small / "model.onnx")).graph
+        assert Counter(node.op_type for node in graph.node)["DynamicQuantizeLSTM"] == 2
+        floats = [entry for entry in graph.initializer if entry.data_type == onnx.TensorProto.FLOAT]
+        assert max(np.prod(entry.dims) for entry in floats) <= 8 * 64, "a weight is left in 32 bits"
+        ratio = os.path.getsize(plain / "model.onnx") / os.path.getsize(small / "model.onnx")
+        assert ratio > 3, quantize
+
+
+def test_a_pair_of_texts_keeps_its_segments_where_they_are_read(home: Path, tmp_path: Path) -> None:
+    run = transformer_run(tmp_path / "run", pairs=True)
+    out = export(run, tmp_path / "out", "onnx")
+    assert read_exported(out).inputs == ["input_ids", "attention_mask", "token_type_ids"]
+    pair = [("soup, bread", "an atom")]
+    said, told = text_logits(load_run(run), pair), text_logits(load_export(out), pair)
+    torch.testing.assert_close(told, said, atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    run = own_run(tmp_path / "run", Bag)  # torch's exporter takes an EmbeddingBag, for batches of two or more
+    with pytest.raises(SystemExit, match=r"cannot run what Bag does.*need no graph: safetensors, huggingface"):
+        kd_export([str(run), "--format", "pt2", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["onnx", "safetensors"])
+def test_a_users_own_network_is_asked_for_what_it_reads(home: Path, tmp_path: Path, format: str) -> None:
+    run = own_run(tmp_path / "run", Bag)
+    out = export(run, tmp_path / "out", format)
+    if format != "safetensors":
+        assert read_exported(out).inputs == ["input_ids"]
+
+
+@pytest.mark.parametrize(("format", "quantize"), [("onnx", "none"), ("onnx", "int8-static"), ("pt2", "bf16")])
+def test_images(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, quantize: str) -> None:
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    run = cnn_run(tmp_path / "run")
+    out = export(run, tmp_path / "out", format, quantize)
+    image = str(tmp_path / "images" / "train" / "red" / "00.png")
+    capsys.readouterr()
+    kd_predict([str(run), image, "--json"])
+    kd_predict([str(out), image, "--json"])
+    before, after = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert before["label"] == after["label"]
+
+
+def test_a_factorised_table_becomes_the_full_one_that_it_stands_for() -> None:
+    from kd_lightning.export.formats.huggingface import _multiplied
+
+    factorised = FactorizedEmbedding(11, 3, 8, padding_idx=1)
+    full = _multiplied(factorised)
+    tokens = torch.arange(11)
+    torch.testing.assert_close(full(tokens), factorised(tokens))
+    assert full.padding_idx == 1
+
+
+def test_whole_lstms_gives_back_what_it_changed() -> None:
+    from torch._decomp import global_decomposition_table
+
+    op = torch.ops.aten.lstm.input
+    before = dict(op.py_kernels), global_decomposition_table["post_autograd"][op]
+    with pytest.raises(KDError), whole_lstms():
+        raise KDError("inside")
+    assert (dict(op.py_kernels), global_decomposition_table["post_autograd"][op]) == before

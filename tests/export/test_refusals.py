@@ -1,0 +1,116 @@
+"""What cannot be exported is refused in one line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kd_lightning.export import parity
+from kd_lightning.export.command import main as kd_export
+from kd_lightning.export.exported import read_exported
+from kd_lightning.export.load import load_export
+from tests.export.runs import Exotic, Undecided, own_run
+
+pytest.importorskip("onnx", reason="the extra `export` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+
+
+def refusal(folder: Path, run: Path, *options: str, out: str = "out/deep") -> str:
+    """Return the one line that kd-export ends with, having left no file."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        kd_export([str(run), "--out", str(folder / out), *options])
+    assert sorted(folder.rglob("*")) == before
+    message = str(ended.value)
+    assert message.startswith("kd-export: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--format", "onxx"], "--format onxx is unknown; did you mean 'onnx'?"),
+        (["--format", "onnx", "--quantize", "int4"], "--quantize int4 is unknown"),
+        (
+            ["--format", "onnx", "--quantize", "bf16"],
+            "onnx has no bf16; it can be: none, int8-dynamic, int8-static, fp16",
+        ),
+        (["--format", "pt2", "--quantize", "int8-dynamic"], "pt2 has no int8-dynamic; it can be: none, fp16, bf16"),
+        (["--format", "huggingface"], "BiLSTM is no classifier of transformers"),
+        (["--format", "onnx", "--seed", "7"], "no finished student of seed 7"),
+    ],
+)
+def test_what_a_format_is_not(bilstm: Path, tmp_path: Path, options: list[str], says: str) -> None:
+    assert says in refusal(tmp_path, bilstm, *options)
+
+
+def test_runs_without_a_finished_student(bilstm: Path, tmp_path: Path) -> None:
+    onnx = ("--format", "onnx")
+    assert "no such folder" in refusal(tmp_path, tmp_path / "nowhere", *onnx)
+    assert "is a teacher, and only students are exported" in refusal(tmp_path, bilstm / "teacher", *onnx)
+    run = tmp_path / "run"
+    shutil.copytree(bilstm, run)
+    (run / "seed_0" / "distill" / "stage.json").unlink()
+    assert "is unfinished (seed_0/distill has begun)" in refusal(tmp_path, run, *onnx)
+    assert "is unfinished" in refusal(tmp_path, run / "seed_0" / "distill", *onnx)
+    shutil.rmtree(run / "seed_0")
+    assert "holds a teacher and no student" in refusal(tmp_path, run, *onnx)
+    shutil.rmtree(run / "teacher")
+    assert "holds no finished student" in refusal(tmp_path, run, *onnx)
+
+
+def test_a_student_without_its_runs_configuration(bilstm: Path, tmp_path: Path) -> None:
+    shutil.copytree(bilstm / "seed_0", tmp_path / "seed_0")
+    says = refusal(tmp_path, tmp_path / "seed_0" / "distill", "--format", "onnx")
+    assert "config.yaml" in says
+
+
+def test_folders_that_cannot_be_had(bilstm: Path, tmp_path: Path) -> None:
+    onnx = ("--format", "onnx")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert "is not empty" in refusal(tmp_path, bilstm, *onnx, out="full")
+    assert "is a file" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt")
+    assert "cannot be written" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt/out")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_operations_that_a_format_does_not_have(home: Path, tmp_path: Path) -> None:
+    run = own_run(tmp_path / "run", Undecided)
+    assert "torch.export cannot follow Undecided" in refusal(tmp_path, run, "--format", "pt2")
+    run = own_run(tmp_path / "exotic", Exotic)
+    says = refusal(tmp_path, run, "--format", "onnx")
+    assert "ONNX has no operation for something in Exotic" in says
+    assert "bessel_j0" in says
+
+
+@pytest.mark.parametrize("limit", ["largest", "mean", "agreement"])
+def test_beyond_the_tolerance_there_is_no_export(
+    bilstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    value = 1.1 if limit == "agreement" else 1e-9
+    tighter = dataclasses.replace(parity.TOLERANCES["fp16"], **{limit: value})
+    monkeypatch.setitem(parity.TOLERANCES, "fp16", tighter)
+    says = refusal(tmp_path, bilstm, "--format", "safetensors", "--quantize", "fp16")
+    assert "does not answer as the student did" in says
+    assert {"largest": "largest difference", "mean": "mean difference", "agreement": "agreement"}[limit] in says
+
+
+def test_an_empty_folder_is_filled_and_a_damaged_export_named(bilstm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    kd_export([str(bilstm), "--format", "safetensors", "--out", str(out)])
+    assert read_exported(out).stage == "seed_0/distill"
+    content = json.loads((out / "export.json").read_text(encoding="utf-8"))
+    (out / "export.json").write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(Exception, match="has version 99, and this kd_lightning reads 1"):
+        load_export(out)
+    del content["inputs"]
+    (out / "export.json").write_text(json.dumps(content))
+    with pytest.raises(Exception, match="lacks inputs"):
+        load_export(out)
