@@ -6,6 +6,7 @@ files) the first one does while the others wait.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def join() -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = here.main_address, str(here.main_port)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, rank=here.global_rank(), world_size=here.world_size())
+    atexit.register(dist.destroy_process_group)  # else gloo's threads may end the process with an abort
     _waiting.append(dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 

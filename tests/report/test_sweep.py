@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from kd_lightning.errors import KDError
 from kd_lightning.report.command import main
 from kd_lightning.report.sweep import build_sweep, headline, read_points, report_sweep
+from kd_lightning.report.sweep.page import sentences
 from kd_lightning.report.sweep.pictures import figures
 
 from .sweeps import begin, fail, finish, grid, searched, students
@@ -354,6 +355,15 @@ def test_the_last_lines(tmp_path: Path) -> None:
         "1 failed: the loss is nan & <b>bold</b>",
         f"report: {tmp_path / 'report.html'}",
     ]
+
+
+def test_a_sweep_that_did_not_help_says_so(tmp_path: Path) -> None:
+    finish(begin(tmp_path, alpha=0.1), 0.76)
+    finish(begin(tmp_path, alpha=0.9), 0.77, baseline=0.76)
+    said = "distillation did not help here"
+    assert said not in " ".join(sentences(document(tmp_path)))
+    finish(begin(tmp_path, alpha=0.5), 0.78, baseline=0.78)
+    assert said in " ".join(sentences(document(tmp_path)))
 
 
 def test_a_sweep_of_which_nothing_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,8 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
         said.append(f"On validation {', '.join(others)}.")
+    if base["mean"] is not None and best["validation"]["mean"] <= base["mean"]:
+        said.append("The chosen configuration is no better than that student: distillation did not help here.")
     return [*said, *_sensitivity(document, best), counts]
 
 
