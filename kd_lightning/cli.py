@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -80,11 +81,13 @@ def main() -> None:
         print(__doc__.strip().replace("`", ""))
         sys.exit(0 if sys.argv[1:] else 2)
     sys.path.insert(0, os.getcwd())  # a user's own networks and losses are named by the module they start us beside
+    from kd_lightning.processes import leave
     from kd_lightning.quiet import quiet
     from kd_lightning.threads import settle_threads
 
     quiet()
     settle_threads()
+    atexit.register(leave)
     try:
         command_line()
     except Exception as error:

@@ -73,8 +73,16 @@ def join() -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = here.main_address, str(here.main_port)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, rank=here.global_rank(), world_size=here.world_size())
-    atexit.register(dist.destroy_process_group)  # else gloo's threads may end the process with an abort
+    atexit.register(leave)
     _waiting.append(dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+def leave() -> None:
+    """Leave the other processes, if they have met: else gloo's threads may end this one with an abort at its exit."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
