@@ -196,7 +196,10 @@ def kill_node_2(job: str) -> None:
     assert len(dead) > 5, "two step daemons, srun and two trainings"
     daemon = {pid for pid, (_, name, mark) in processes.items() if name.startswith("slurmd ") and mark}
     assert len(daemon) == 1
-    for pid in [*daemon, *dead]:
+    watching = [*daemon, *(pid for pid in dead if processes[pid][1].startswith("slurmstepd"))]
+    for pid in [*watching, *(dead - set(watching))]:  # those first that would report how the others have died
+        os.kill(pid, signal.SIGSTOP)
+    for pid in [*watching, *(dead - set(watching))]:
         os.kill(pid, signal.SIGKILL)
 
 
