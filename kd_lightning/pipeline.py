@@ -198,8 +198,6 @@ class Pipeline:
             stage.more_callbacks = [CacheFilling(keeping.flush, partial(self._complete, number))]
         if self.cfg["teacher"]["ema"] is not None:
             stage.more_callbacks = [MeanTeacher()]
-        for peer in peers if self.cfg["compile"] else ():
-            peer.compile(dynamic=True)
         above = None if number is None else self.guide(number).network
         stage.module = lambda network: self._distillation(joined(network, peers), above, teacher, data, seed)
         train(stage, self.console)

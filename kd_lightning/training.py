@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from kd_lightning import preemption
-from kd_lightning.callbacks import Preemption, StageProgress
+from kd_lightning.callbacks import Compilation, Preemption, StageProgress
 from kd_lightning.config import build, processes
 from kd_lightning.errors import Interrupted, KDError
 from kd_lightning.files import alone
@@ -52,7 +52,7 @@ class Stage:
         callbacks: Settings of further callbacks by name.
         loggers: Settings of loggers by name.
         steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
-        compile: Whether to `torch.compile` the network, for batches of any shape.
+        compile: Whether to `torch.compile` the network and its peers, for batches of any shape.
         more_callbacks: Callbacks that the stage itself needs.
     """
 
@@ -121,11 +121,11 @@ def _fit(stage: Stage, fingerprint: str, console: Console) -> None:
     steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
     resume = stage.folder / "checkpoints" / "resume.ckpt"
     best, timer, started = _best(stage), Timer(), time.monotonic()
+    callbacks = [StageProgress(stage.name, console), timer, best, *stage.more_callbacks]
     if stage.compile:
-        torch._functorch.config.donated_buffer = False  # else no backward pass a term, to compare their gradients
-        stage.network.compile(dynamic=True)  # in place: the names of its weights stay
+        callbacks.append(Compilation())
     module = stage.module(stage.network)
-    trainer = _trainer(stage, steps, [StageProgress(stage.name, console), timer, best, *stage.more_callbacks], resume)
+    trainer = _trainer(stage, steps, callbacks, resume)
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise Interrupted(f"{stage.name} was interrupted; the same command goes on from {resume}")

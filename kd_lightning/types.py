@@ -19,6 +19,9 @@ Batch = dict[str, Tensor]
 IGNORE = -100
 """The label that counts nowhere: neither in a loss nor in a metric (torch's `ignore_index` default)."""
 
+MOST_PADDING_ROWS = 127
+"""Embedding tables are padded to a multiple of up to 128 rows; a larger difference means another tokenizer."""
+
 
 def is_labelled(labels: Tensor) -> Tensor:
     """Return which labels are labels: neither `IGNORE` nor NaN."""

@@ -65,9 +65,8 @@ class Preemption(ResumeCheckpoint):
             return asked is not None
         noted = 0 if asked is None else 1 + preemption.SIGNALS.index(asked)
         most = torch.tensor([noted], device=trainer.strategy.root_device)
-        dist.all_reduce(
-            most, dist.ReduceOp.MAX
-        )  # where a signal is likely to come: most of a fast step is waiting here
+        # Here a signal is likely to come: most of a fast step is waiting for the others.
+        dist.all_reduce(most, dist.ReduceOp.MAX)
         number = int(most.item())
         if number:
             preemption.ask(preemption.SIGNALS[number - 1])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kd_lightning.assets import fetch
 from kd_lightning.data.augment import words
 from kd_lightning.errors import ConfigError
+from kd_lightning.types import MOST_PADDING_ROWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +28,6 @@ NEAREST = 10
 
 _TRIES = 10
 _CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
-_MOST_PADDING_ROWS = 127
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
             if "emb" not in name and "wte" not in name:
                 continue
             shape = file.get_slice(name).get_shape()
-            if len(shape) == 2 and 0 <= shape[0] - vocabulary <= _MOST_PADDING_ROWS:
+            if len(shape) == 2 and 0 <= shape[0] - vocabulary <= MOST_PADDING_ROWS:
                 table: NDArray[np.float32] = file.get_tensor(name).float().numpy()
                 return table
     raise ConfigError(f"{key} has no word embeddings of its {vocabulary} tokens in {path}; use data.replace_by=class")

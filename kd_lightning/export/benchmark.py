@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_lightning.errors import KDError
 from kd_lightning.export.exported import is_export, read_exported
-from kd_lightning.export.source import find_student, run_data
+from kd_lightning.export.source import find_student, role_of, run_data
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,10 +80,9 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
 
 
 def _trained(name: str, kind: str, stage: Path) -> Subject:
-    from kd_lightning.runs import load_run, read_json
+    from kd_lightning.runs import load_run
 
-    role = read_json(stage / "task.json")["role"]
-    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage).network, role)
+    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage).network, role_of(stage))
 
 
 def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
@@ -113,7 +112,8 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     from kd_lightning.models.answers import network_answers
 
     torch.set_num_threads(threads)
-    data = {role: run_data(stage, role) for role in {subject.role for subject in subjects}}
+    whole = run_data(stage)
+    data = {role: whole.select(tokens=role) for role in {subject.role for subject in subjects}}
     task = next(iter(data.values())).task
     networks = {subject.name: subject.network for subject in subjects}
     if len(networks) < len(subjects):
@@ -128,6 +128,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
             throughput[name][size] = one.examples_per_second
     said = {s.name: network_answers(s.network, data[s.role].val_dataloader()) for s in subjects}
     student = next(said[subject.name] for subject in subjects if subject.kind == "student")
+    largest = {role: _batches(own, SIZES[-1])[:2] for role, own in data.items()}
     rows = []
     for subject in subjects:
         scores = task.evaluate(said[subject.name], student.logits)
@@ -136,7 +137,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
             "kind": subject.kind,
             "latency_ms": {"p50": latency[subject.name].p50, "p95": latency[subject.name].p95},
             "throughput": {str(size): value for size, value in throughput[subject.name].items()},
-            "peak_memory_bytes": peak_memory(subject, _batches(data[subject.role], SIZES[-1])[:2], threads),
+            "peak_memory_bytes": peak_memory(subject, largest[subject.role], threads),
             "file_bytes": subject.file.stat().st_size,
             task.main: scores[task.main],
             "agreement_with_student": scores.get("agreement"),

@@ -7,13 +7,14 @@ KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or expor
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kd_lightning.memory import peak_bytes
 
 Batch = dict[str, Any]
 
@@ -65,19 +66,6 @@ def main() -> None:
             with torch.inference_mode():
                 answer(batch)
     print(peak_bytes())
-
-
-def peak_bytes() -> int:
-    """Return this process's largest resident size.
-
-    Linux counts towards `ru_maxrss` the process that this one was forked from; what it says in `/proc` begins anew.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

@@ -77,16 +77,11 @@ class Source:
     def calibration(self) -> list[Batch]:
         """Training examples, as many as `CALIBRATION`."""
         found: list[Batch] = []
-        for batch in self.data.select(tokens=self.role, pool=False).train_dataloader():
+        for batch in self.data.select(tokens=role_of(self.stage), pool=False).train_dataloader():
             if sum(len(one["index"]) for one in found) >= CALIBRATION:
                 break
             found.append(batch)
         return found
-
-    @property
-    def role(self) -> Any:
-        """Whose tokens the student reads."""
-        return read_json(self.stage / "task.json")["role"]
 
 
 def open_source(stage: Path) -> Source:
@@ -98,11 +93,16 @@ def open_source(stage: Path) -> Source:
     Raises:
         KDError: The run's configuration is gone, or the data cannot be read.
     """
-    return Source(stage, load_run(stage), run_data(stage, read_json(stage / "task.json")["role"]))
+    return Source(stage, load_run(stage), run_data(stage).select(tokens=role_of(stage)))
 
 
-def run_data(stage: Path, role: Any) -> ClassificationData:
-    """Return the data of the run that a stage is of, in a role's tokens.
+def role_of(stage: Path) -> Any:
+    """Return whose tokens a stage's network reads."""
+    return read_json(stage / "task.json")["role"]
+
+
+def run_data(stage: Path) -> ClassificationData:
+    """Return the data of the run that a stage is of.
 
     Raises:
         KDError: The run's configuration is gone, or the data cannot be read.
@@ -121,4 +121,4 @@ def run_data(stage: Path, role: Any) -> ClassificationData:
     assert isinstance(cfg, DictConfig)
     data: ClassificationData = build(cfg["data"])
     data.prepare()
-    return data.select(tokens=role)
+    return data

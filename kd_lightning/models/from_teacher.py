@@ -24,13 +24,11 @@ from kd_lightning.models.bilstm import EMBEDDING_RMS, BiLSTM, Pooling
 from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
 from kd_lightning.models.hf import PooledClassifier, layer_stack
 from kd_lightning.models.rebuild import factorise_embedding, fresh_network
+from kd_lightning.types import MOST_PADDING_ROWS
 
 Initialise = Literal["teacher", "random"]
 
 log = logging.getLogger(__name__)
-
-_MOST_PADDING_ROWS = 127
-"""Embedding tables are padded to a multiple of up to 128 rows; a larger difference means another tokenizer."""
 
 
 def from_teacher(
@@ -120,7 +118,7 @@ def bilstm_from_teacher(
     """
     _check_initialise(initialise)
     table = _word_embeddings(teacher)
-    if not 0 <= table.shape[0] - vocab_size <= _MOST_PADDING_ROWS:
+    if not 0 <= table.shape[0] - vocab_size <= MOST_PADDING_ROWS:
         raise ConfigError(
             f"the teacher has embeddings of {table.shape[0]} tokens and the student's vocabulary has {vocab_size}: "
             "let both read with the teacher's tokenizer (data.tokenizer), or use model=bilstm"

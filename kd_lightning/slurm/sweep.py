@@ -11,6 +11,7 @@ from typing import Any
 from kd_lightning import config
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.explain import explain
+from kd_lightning.points import GRID
 
 Parser = Callable[[list[str]], list[Any]]
 """Turns overrides into Hydra's objects of them."""
@@ -77,7 +78,7 @@ def recorded(multirun: Path) -> list[list[str]]:
 
 
 def _is_grid(sweeper: Any) -> bool:
-    return str(sweeper._target_).endswith(".BasicSweeper")
+    return str(sweeper._target_).rpartition(".")[2] == GRID
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from kd_lightning.memory import peak_bytes
 
 
 @dataclass
@@ -75,8 +75,7 @@ def ratios(top: list[float], bottom: list[float]) -> list[float]:
 
 def peak_rss_mb() -> float:
     """Return the most memory this process has held so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+    return peak_bytes() / 1e6
 
 
 def fresh_process(function: str, **arguments: Any) -> dict[str, Any]:
