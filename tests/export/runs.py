@@ -65,10 +65,12 @@ def write_run(
 
 
 def spread_out(network: nn.Module) -> None:
-    """Draw weights anew, so large that no two logits are near each other."""
+    """Draw all weights anew, the same ones each time, so large that no two logits are near each other."""
     torch.manual_seed(0)
     with torch.no_grad():
         for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.weight.normal_()
         last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
