@@ -258,7 +258,7 @@ def test_mistakes_are_refused_with_the_key(composed: Composed, chosen: list[str]
         (["data.tasks.rating.labels=ratings"], "labels='ratings' is not one of sentiment, domain, rating"),
         (["~tasks.rating.distillation"], "task rating: labels are scores, and this loss reads classes"),
         (["distillation=pkt"], "distillation.terms.sentiment/pkt: reads pooled: of several tasks only the logits"),
-        (["model@student=bilstm_from_teacher"], "there is no one teacher of several tasks to initialise it from"),
+        (["model@student=embeddings_from_teacher"], "there is no one teacher of several tasks to initialise it from"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_training(

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.adapt import unwrap
-from kd_lightning.models.bilstm import EMBEDDING_RMS, BiLSTM, Pooling
 from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
 from kd_lightning.models.hf import PooledClassifier, layer_stack
 from kd_lightning.models.rebuild import factorise_embedding, fresh_network
 from kd_lightning.types import MOST_PADDING_ROWS
 
 Initialise = Literal["teacher", "random"]
+Source = Literal["states", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -84,55 +85,84 @@ def from_teacher(
     return student
 
 
-def bilstm_from_teacher(
+def embeddings_from_teacher(
     teacher: nn.Module,
     num_classes: int,
     vocab_size: int,
+    network: Callable[..., nn.Module],
     pad_token_id: int = 0,
-    embedding_size: int = 128,
-    hidden_size: int = 128,
-    num_layers: int = 1,
-    pooling: Pooling = "max",
-    dropout: float = 0.3,
+    source: Source = "states",
     initialise: Initialise = "teacher",
-) -> BiLSTM:
-    """Make a `BiLSTM` whose word embeddings are the principal components of the teacher's.
+) -> nn.Module:
+    """Make a student whose word embeddings are principal components of what its teacher makes of each word.
 
-    The teacher's table is centred, reduced to `embedding_size` principal components and scaled to the root mean
-    square of a fresh embedding; the padding row stays zero. The two must read the same token ids.
+    The teacher's rows `(V, H)` are centred, reduced to as many principal components as the student's embeddings are
+    wide, and scaled to the root mean square of its fresh ones; the padding row stays zero. The two must read the same
+    token ids.
+
+    `source="states"` asks the teacher about each token alone and takes its last hidden state: after fine-tuning a
+    word's row says what it means for the task, and many words that the training data lack stand beside those they have
+    (static embeddings of a contextual model: Bommasani, Davis & Cardie 2020, ACL). `source="table"` takes the table of
+    its word embeddings, which fine-tuning has hardly moved.
 
     Args:
-        teacher: Any network with `get_input_embeddings()` (text models of `transformers`), or a `PooledClassifier`.
-        num_classes: See `BiLSTM`, as the following ones.
+        teacher: A text encoder of `transformers` with a classifier, or a `PooledClassifier`; for `table` any network
+            with `get_input_embeddings()`.
+        num_classes: Number of classes.
         vocab_size: The teacher's, but for padding rows at the end of its table.
+        network: Makes the student, which needs `get_input_embeddings()`; given `num_classes`, `vocab_size` and
+            `pad_token_id`.
         pad_token_id: The id that means no word.
-        embedding_size: At most the teacher's embedding width.
-        hidden_size: Width of each direction.
-        num_layers: Number of bidirectional layers.
-        pooling: `max`, `mean`, `last` or `attention`.
-        dropout: Probability of dropping an entry.
+        source: `states` or `table`.
         initialise: `teacher`: as described; `random`: the same network with fresh embeddings.
 
     Raises:
-        ConfigError: The teacher has no word embeddings, other ones (another tokenizer) or narrower ones.
+        ConfigError: The teacher has no word embeddings, other ones (another tokenizer) or narrower ones; the student
+            has none.
     """
     _check_initialise(initialise)
+    if source not in get_args(Source):
+        raise ConfigError(f"source={source!r} is unknown{did_you_mean(str(source), get_args(Source))}")
     table = _word_embeddings(teacher)
     if not 0 <= table.shape[0] - vocab_size <= MOST_PADDING_ROWS:
         raise ConfigError(
             f"the teacher has embeddings of {table.shape[0]} tokens and the student's vocabulary has {vocab_size}: "
-            "let both read with the teacher's tokenizer (data.tokenizer), or use model=bilstm"
+            "let both read with the teacher's tokenizer (data.tokenizer), or use a student that takes nothing from it"
         )
-    if embedding_size > table.shape[1]:
+    student = network(num_classes=num_classes, vocab_size=vocab_size, pad_token_id=pad_token_id)
+    fresh = _word_embeddings(student)
+    if fresh.shape[1] > table.shape[1]:
         raise ConfigError(
-            f"embedding_size={embedding_size} is wider than the teacher's embeddings: give at most {table.shape[1]}"
+            f"the student's word embeddings, {fresh.shape[1]} wide, are wider than the teacher's: give at most "
+            f"{table.shape[1]}"
         )
-    student = BiLSTM(num_classes, vocab_size, pad_token_id, embedding_size, hidden_size, num_layers, pooling, dropout)
     if initialise == "teacher":
+        rows = table if source == "table" else _states_of_tokens(_hugging_face_part(unwrap(teacher)))
         with torch.no_grad():
-            student.embedding.weight.copy_(principal_components(table[:vocab_size], embedding_size, EMBEDDING_RMS))
-            student.embedding.weight[pad_token_id].zero_()
+            rms = float(fresh.square().mean().sqrt())
+            fresh.copy_(principal_components(rows[:vocab_size], fresh.shape[1], rms))
+            fresh[pad_token_id].zero_()
     return student
+
+
+@torch.no_grad()
+def _states_of_tokens(network: PreTrainedModel) -> Tensor:
+    """Return the last hidden state `(V, H)` of each token as the only one of its text; kept as long as the network."""
+    if network not in _STATES:
+        encoder, device = network.base_model, network.device
+        was_training = encoder.training
+        encoder.eval()
+        tokens = torch.arange(len(_word_embeddings(network)), device=device)
+        states = [
+            encoder(input_ids=some.unsqueeze(1), attention_mask=torch.ones_like(some).unsqueeze(1)).last_hidden_state
+            for some in tokens.split(1024)
+        ]
+        encoder.train(was_training)
+        _STATES[network] = torch.cat(states).squeeze(1)
+    return _STATES[network]
+
+
+_STATES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def _check_initialise(initialise: str) -> None:

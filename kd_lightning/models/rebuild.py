@@ -24,6 +24,7 @@ from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier, Pooling
 from kd_lightning.models.simkd import SimKDStudent
+from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.timm import timm_model
 
 
@@ -35,7 +36,7 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         A dict with `_target_` and its arguments (also what `hydra.utils.instantiate` takes), or None when the network
-        is not a `BiLSTM`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one, a model
+        is not a `BiLSTM`, `TextCNN`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one, a model
         class of the `transformers` library or a `PooledClassifier` around one.
     """
     network = unwrap(network)
@@ -50,7 +51,7 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
         return (
             None if backbone is None else {"_target_": _name(SimKDStudent), "backbone": backbone, **network.arguments}
         )
-    if isinstance(network, BiLSTM | CNN | ResNet):
+    if isinstance(network, BiLSTM | TextCNN | CNN | ResNet):
         return {"_target_": _name(type(network)), **network.arguments}
     if type(network).__module__.startswith("timm.") and isinstance(
         arguments := getattr(network, "arguments", None), dict
@@ -166,5 +167,5 @@ def _name(builder: Callable[..., nn.Module]) -> str:
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     _name(builder): builder
-    for builder in (hugging_face, pooled_classifier, BiLSTM, CNN, ResNet, SimKDStudent, timm_model)
+    for builder in (hugging_face, pooled_classifier, BiLSTM, TextCNN, CNN, ResNet, SimKDStudent, timm_model)
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def test_the_promised_models_are_there() -> None:
         "hf",
         "transformer",
         "bilstm",
-        "bilstm_from_teacher",
+        "embeddings_from_teacher",
+        "text_cnn",
         "from_teacher",
         "lstm_teacher",
         "lstm_student",
@@ -39,13 +41,24 @@ def test_the_promised_models_are_there() -> None:
     assert names <= {path.stem for path in FILES}
 
 
+def composed(path: Path) -> Any:
+    """A file, with those in it that its defaults list names."""
+    node: Any = OmegaConf.load(path)
+    for entry in node.pop("defaults", []):
+        if entry != "_self_":
+            ((place, name),) = entry.items()
+            key = place.rpartition("@")[2]
+            node[key] = OmegaConf.merge(OmegaConf.load(FOLDER / f"{name}.yaml"), node[key])
+    return node
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_keys_are_the_signature_each_with_a_comment(path: Path) -> None:
-    node = OmegaConf.load(path)
+    node = composed(path)
     parameters = inspect.signature(get_object(node["_target_"])).parameters
     assert set(parameters) - FILLED_IN <= set(node) - {"_target_"} <= set(parameters)
     lines = path.read_text().splitlines()
-    assert all(lines[i - 1].startswith("# ") for i, line in enumerate(lines) if not line.startswith("#"))
+    assert all(lines[i - 1].startswith("# ") for i, line in enumerate(lines) if not line.startswith(("#", " ")))
     for name in FILLED_IN & set(parameters):
         assert any(line.startswith("#") and name in line for line in lines), f"{name} is not mentioned"
 
@@ -53,7 +66,7 @@ def test_keys_are_the_signature_each_with_a_comment(path: Path) -> None:
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
-    node = OmegaConf.load(path)
+    node = composed(path)
     teacher = tiny("bert", 3)
     parameters = inspect.signature(get_object(node["_target_"])).parameters
     data = {"num_classes": 3, "channels": 1} if path.stem in VISION else {"num_classes": 3, "vocab_size": VOCABULARY}
@@ -62,8 +75,8 @@ def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
     if "name" in node.keys():  # noqa: SIM118 (a missing value is not "in" the node)
         teacher.bert.save_pretrained(tmp_path)
         node["name"] = "resnet18" if path.stem in VISION else str(tmp_path)
-    if "embedding_size" in node and "teacher" in parameters:
-        given["embedding_size"] = 8  # the tiny teacher is not wider
+    if "network" in node:
+        node.network.embedding_size = 8  # the tiny teacher is not wider
     network = instantiate(node, **given, _convert_="all")
     assert isinstance(network, nn.Module)
     assert run_network(network, IMAGES if path.stem in VISION else batch()).logits.shape == (2, 3)

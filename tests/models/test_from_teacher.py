@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from transformers import AlbertConfig, AlbertForSequenceClassification, BartConf
 
 from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.from_teacher import bilstm_from_teacher, from_teacher
+from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.models.text_cnn import TextCNN
+from kd_lightning.models.transformer import transformer
 
 from .tiny import KINDS, SHAPE, VOCABULARY, batch, tiny
 
@@ -201,45 +206,82 @@ def test_wrong_teachers_are_refused() -> None:
         from_teacher(albert, 2)
 
 
+SMALL: Any = partial(BiLSTM, embedding_size=4, hidden_size=4)
+STUDENTS: list[Any] = [SMALL, partial(TextCNN, embedding_size=4), partial(transformer, hidden_size=4, num_heads=2)]
+
+
+def expected_components(rows: np.ndarray, rms: float) -> np.ndarray:
+    """Four principal components of a table, by another algorithm, up to signs."""
+    u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    expected: np.ndarray = u[:, :4] * s[:4]
+    expected *= rms / np.sqrt((expected**2).mean())
+    expected[1] = 0
+    return expected
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "pooled"])
-def test_bilstm_takes_principal_components(kind: str) -> None:
+def test_embeddings_are_principal_components_of_the_teachers_table(kind: str) -> None:
     source = teacher(kind)
     before = copy.deepcopy(source.state_dict())
-    student = bilstm_from_teacher(source, 3, VOCABULARY, pad_token_id=1, embedding_size=4, hidden_size=4)
-    part = source.encoder if kind == "pooled" else source
+    torch.manual_seed(0)
+    fresh = SMALL(3, VOCABULARY, 1).embedding.weight.detach()
+    torch.manual_seed(0)
+    student: Any = embeddings_from_teacher(source, 3, VOCABULARY, SMALL, pad_token_id=1, source="table")
+    part: Any = source.encoder if kind == "pooled" else source
     rows = part.get_input_embeddings().weight.double().numpy()
-    u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    expected = u[:, :4] * s[:4]
-    expected *= 0.1 / np.sqrt((expected**2).mean())
-    expected[1] = 0
+    expected = expected_components(rows, float(fresh.square().mean().sqrt()))
     np.testing.assert_allclose(student.embedding.weight.detach().abs(), np.abs(expected), atol=1e-6)
     run_network(student, batch()).logits.sum().backward()
     torch.optim.SGD(student.parameters(), lr=1.0).step()
     assert same(source, before)
 
 
-def test_bilstm_at_random_takes_nothing_and_draws_the_same_numbers() -> None:
+@pytest.mark.parametrize("kind", STACKS)
+def test_embeddings_are_principal_components_of_what_the_teacher_makes_of_each_token(kind: str) -> None:
+    source = teacher(kind).train()  # dropout must not show, and the mode stays
+    student: Any = embeddings_from_teacher(source, 3, VOCABULARY, SMALL, pad_token_id=1)
+    assert source.training
+    source.eval()
+    encoder: Any = source.encoder if kind == "pooled" else source.base_model  # type: ignore[union-attr]
+    rows = [encoder(torch.tensor([[token]])).last_hidden_state[0, 0] for token in range(VOCABULARY)]
+    fresh = float(student.embedding.weight.detach().square().mean().sqrt())  # the scale is the other test's
+    expected = expected_components(torch.stack(rows).detach().double().numpy(), 1.0)
+    expected *= fresh / np.sqrt((expected**2).mean())
+    np.testing.assert_allclose(student.embedding.weight.detach().abs(), np.abs(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("network", STUDENTS)
+def test_at_random_a_student_takes_nothing_and_draws_the_same_numbers(network: Any) -> None:
     source, states = teacher("bert"), {}
     for initialise in ("teacher", "random"):
         torch.manual_seed(0)
-        student = bilstm_from_teacher(source, 3, VOCABULARY, embedding_size=4, hidden_size=4, initialise=initialise)  # type: ignore[arg-type]
-        states[initialise] = student.state_dict()
+        states[initialise] = embeddings_from_teacher(
+            source, 3, VOCABULARY, network, initialise=initialise,  # type: ignore[arg-type]
+        ).state_dict()  # fmt: skip
     differ = [name for name in states["random"] if not torch.equal(states["random"][name], states["teacher"][name])]
-    assert differ == ["embedding.weight"]
+    assert len(differ) == 1
+    assert differ[0].endswith(("embedding.weight", "word_embeddings.weight"))
 
 
-def test_bilstm_accepts_padded_tables_and_factorised_teachers() -> None:
-    assert bilstm_from_teacher(teacher("bert"), 2, VOCABULARY - 7, embedding_size=4).embedding.num_embeddings == 23
+def test_padded_tables_and_factorised_teachers_are_read() -> None:
+    student: Any = embeddings_from_teacher(teacher("bert"), 2, VOCABULARY - 7, SMALL)
+    assert student.embedding.num_embeddings == 23
     factorised = from_teacher(teacher("bert"), 2, embedding_rank=4)
-    assert bilstm_from_teacher(factorised, 2, VOCABULARY, embedding_size=4).embedding.weight.abs().sum() > 0
+    for source in ("table", "states"):
+        student = embeddings_from_teacher(factorised, 2, VOCABULARY, SMALL, source=source)  # type: ignore[arg-type]
+        assert student.embedding.weight.abs().sum() > 0
 
 
-def test_bilstm_mistakes() -> None:
+def test_mistakes_with_embeddings() -> None:
     with pytest.raises(ConfigError, match=r"30 tokens and the student's vocabulary has 31: .*data.tokenizer"):
-        bilstm_from_teacher(teacher("bert"), 2, 31)
-    with pytest.raises(ConfigError, match=r"embedding_size=9 is wider .* at most 8"):
-        bilstm_from_teacher(teacher("bert"), 2, VOCABULARY, embedding_size=9)
+        embeddings_from_teacher(teacher("bert"), 2, 31, SMALL)
+    with pytest.raises(ConfigError, match=r"9 wide, are wider than the teacher's: give at most 8"):
+        embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, partial(BiLSTM, embedding_size=9))
     with pytest.raises(ConfigError, match=r"Linear has no word embeddings.*model=bilstm"):
-        bilstm_from_teacher(nn.Linear(2, 2), 2, VOCABULARY)
+        embeddings_from_teacher(nn.Linear(2, 2), 2, VOCABULARY, SMALL)
+    with pytest.raises(ConfigError, match=r"needs an encoder of transformers as teacher, not BiLSTM"):
+        embeddings_from_teacher(BiLSTM(2, VOCABULARY), 2, VOCABULARY, SMALL)
     with pytest.raises(ConfigError, match="did you mean 'random'"):
-        bilstm_from_teacher(teacher("bert"), 2, VOCABULARY, initialise="randon")  # type: ignore[arg-type]
+        embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, initialise="randon")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="did you mean 'states'"):
+        embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, source="state")  # type: ignore[arg-type]

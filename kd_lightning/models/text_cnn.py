@@ -1,0 +1,106 @@
+"""A convolutional text classifier: n-gram detectors over word embeddings; the fastest student there is for texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.errors import ConfigError
+from kd_lightning.models.bilstm import EMBEDDING_RMS
+from kd_lightning.types import ModelOutput
+
+
+class TextCNN(nn.Module):
+    """Embedding, convolutions of several widths, maximum over the words, linear classifier.
+
+    Kim 2014, arXiv 1408.5882. A convolution of width k looks at k neighbouring words; beyond the text it sees zeros,
+    and padding never touches a word. `kernel_sizes=[1]` is a bag of embeddings: the order of the words is not seen.
+
+    Initialisation: embeddings N(0, 0.1^2) with a zero padding row, the rest is torch's.
+
+    Features (see `kd_lightning.features`): `embeddings`, also called `hidden[0]`, the word embeddings; `pooled`, before
+    dropout.
+
+    Args:
+        num_classes: Number of classes C.
+        vocab_size: Number of token ids V.
+        pad_token_id: The id that means no word.
+        embedding_size: Width of the word embeddings.
+        num_filters: Filters of each width.
+        kernel_sizes: Widths in words.
+        dropout: Probability of dropping an entry of the embeddings and of what the classifier reads.
+
+    Raises:
+        ConfigError: A size below 1, no width, a dropout outside [0, 1), a padding id beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        vocab_size: int,
+        pad_token_id: int = 0,
+        embedding_size: int = 128,
+        num_filters: int = 128,
+        kernel_sizes: Sequence[int] = (1, 2, 3),
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        kernel_sizes = list(kernel_sizes)
+        self.arguments: dict[str, Any] = {
+            "num_classes": num_classes,
+            "vocab_size": vocab_size,
+            "pad_token_id": pad_token_id,
+            "embedding_size": embedding_size,
+            "num_filters": num_filters,
+            "kernel_sizes": kernel_sizes,
+            "dropout": dropout,
+        }
+        _check(**self.arguments)
+        self.pad_token_id = pad_token_id
+        self.embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=pad_token_id)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_RMS)
+        with torch.no_grad():
+            self.embedding.weight[pad_token_id].zero_()
+        self.shown = nn.Identity()  # what the convolutions read passes through it for whoever hooks it
+        self.feature_names = {"hidden[0]": "shown", "embeddings": "shown"}
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(embedding_size, num_filters, size, padding=size // 2) for size in kernel_sizes
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(num_filters * len(kernel_sizes), num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ModelOutput:
+        """Classify a batch.
+
+        Args:
+            input_ids: `(B, L)` token ids.
+            attention_mask: `(B, L)`, nonzero where there is a word; padding may stand on either side. By default
+                everything but `pad_token_id`.
+
+        Returns:
+            Logits `(B, C)`.
+        """
+        mask = input_ids.ne(self.pad_token_id) if attention_mask is None else attention_mask.ne(0)
+        words = self.shown(self.embedding(input_ids).masked_fill(~mask.unsqueeze(2), 0.0))
+        words = self.dropout(words).transpose(1, 2)  # (B, E, L)
+        # At padding nothing is detected, as after a ReLU where nothing fits: also in a text without a word.
+        detected = [layer(words)[:, :, : mask.shape[1]].relu() * mask.unsqueeze(1) for layer in self.convolutions]
+        found = [one.amax(2) for one in detected]
+        return ModelOutput(self.classifier(self.dropout(torch.cat(found, dim=1))))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings, under the name `transformers` gives this method."""
+        return self.embedding
+
+
+def _check(vocab_size: int, pad_token_id: int, kernel_sizes: list[int], dropout: float, **sizes: int) -> None:
+    for name, size in {"vocab_size": vocab_size, "kernel_sizes": min(kernel_sizes or [0]), **sizes}.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size} is too small: give a whole number of at least 1")
+    if not 0 <= pad_token_id < vocab_size:
+        raise ConfigError(f"pad_token_id={pad_token_id} is not a token: give a number from 0 to {vocab_size - 1}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")
