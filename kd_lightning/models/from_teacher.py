@@ -92,13 +92,14 @@ def embeddings_from_teacher(
     network: Callable[..., nn.Module],
     pad_token_id: int = 0,
     source: Source = "states",
+    scale: float = 1.0,
     initialise: Initialise = "teacher",
 ) -> nn.Module:
     """Make a student whose word embeddings are principal components of what its teacher makes of each word.
 
     The teacher's rows `(V, H)` are centred, reduced to as many principal components as the student's embeddings are
-    wide, and scaled to the root mean square of its fresh ones; the padding row stays zero. The two must read the same
-    token ids.
+    wide, and scaled to `scale` times the root mean square of its fresh ones; the padding row stays zero. The two must
+    read the same token ids.
 
     `source="states"` asks the teacher about each token alone and takes its last hidden state: after fine-tuning a
     word's row says what it means for the task, and many words that the training data lack stand beside those they have
@@ -114,6 +115,8 @@ def embeddings_from_teacher(
             `pad_token_id`.
         pad_token_id: The id that means no word.
         source: `states` or `table`.
+        scale: A step of Adam is as long as the learning rate whatever it changes: the larger the embeddings, the longer
+            they stay what the teacher said.
         initialise: `teacher`: as described; `random`: the same network with fresh embeddings.
 
     Raises:
@@ -123,6 +126,8 @@ def embeddings_from_teacher(
     _check_initialise(initialise)
     if source not in get_args(Source):
         raise ConfigError(f"source={source!r} is unknown{did_you_mean(str(source), get_args(Source))}")
+    if not scale > 0:
+        raise ConfigError(f"scale={scale} is not above 0")
     table = _word_embeddings(teacher)
     if not 0 <= table.shape[0] - vocab_size <= MOST_PADDING_ROWS:
         raise ConfigError(
@@ -139,7 +144,7 @@ def embeddings_from_teacher(
     if initialise == "teacher":
         rows = table if source == "table" else _states_of_tokens(_hugging_face_part(unwrap(teacher)))
         with torch.no_grad():
-            rms = float(fresh.square().mean().sqrt())
+            rms = scale * float(fresh.square().mean().sqrt())
             fresh.copy_(principal_components(rows[:vocab_size], fresh.shape[1], rms))
             fresh[pad_token_id].zero_()
     return student

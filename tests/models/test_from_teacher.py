@@ -226,10 +226,10 @@ def test_embeddings_are_principal_components_of_the_teachers_table(kind: str) ->
     torch.manual_seed(0)
     fresh = SMALL(3, VOCABULARY, 1).embedding.weight.detach()
     torch.manual_seed(0)
-    student: Any = embeddings_from_teacher(source, 3, VOCABULARY, SMALL, pad_token_id=1, source="table")
+    student: Any = embeddings_from_teacher(source, 3, VOCABULARY, SMALL, pad_token_id=1, source="table", scale=5)
     part: Any = source.encoder if kind == "pooled" else source
     rows = part.get_input_embeddings().weight.double().numpy()
-    expected = expected_components(rows, float(fresh.square().mean().sqrt()))
+    expected = expected_components(rows, 5 * float(fresh.square().mean().sqrt()))
     np.testing.assert_allclose(student.embedding.weight.detach().abs(), np.abs(expected), atol=1e-6)
     run_network(student, batch()).logits.sum().backward()
     torch.optim.SGD(student.parameters(), lr=1.0).step()
@@ -283,5 +283,7 @@ def test_mistakes_with_embeddings() -> None:
         embeddings_from_teacher(BiLSTM(2, VOCABULARY), 2, VOCABULARY, SMALL)
     with pytest.raises(ConfigError, match="did you mean 'random'"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, initialise="randon")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="scale=0 is not above 0"):
+        embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, scale=0)
     with pytest.raises(ConfigError, match="did you mean 'states'"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, source="state")  # type: ignore[arg-type]
