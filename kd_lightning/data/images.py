@@ -16,7 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.assets import home
-from kd_lightning.data.base import BatchDataset, ClassificationData, Role, check_least, check_probabilities
+from kd_lightning.data.base import (
+    BatchDataset,
+    ClassificationData,
+    Role,
+    check_least,
+    check_probabilities,
+    stratified_order,
+)
 from kd_lightning.data.image_store import ImageFormat, ImageStore
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.errors import ConfigError
@@ -43,21 +50,6 @@ class ImageCorpus:
     labels: NDArray[np.int64]
     rows: Mapping[str, range]
     held_out: Mapping[str, float] = field(default_factory=dict)
-
-
-def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return positions in a random order of which every run has the classes in their proportion.
-
-    >>> labels = np.array([0] * 6 + [1] * 3)
-    >>> labels[stratified_order(labels, seed=0)]
-    array([0, 1, 0, 0, 1, 0, 0, 1, 0])
-    """
-    generator = np.random.default_rng(seed)
-    share = np.empty(len(labels))
-    for label in np.unique(labels):
-        positions = generator.permutation(np.flatnonzero(labels == label))
-        share[positions] = (np.arange(len(positions)) + 0.5) / len(positions)
-    return np.argsort(share, kind="stable")
 
 
 def make_image_view(
@@ -300,9 +292,7 @@ class ImageData(ClassificationData):
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _training_dataset(self) -> ImageDataset:
-        data = self._dataset("train", "views")
-        data.share = self._share_of_pool
-        return data
+        return self._trained_on(self._dataset("train", "views"))
 
     def _dataset(self, first: str, last: str) -> ImageDataset:
         self.prepare()
