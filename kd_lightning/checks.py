@@ -53,9 +53,9 @@ _ROOT = {
 CACHE_MODES = ("auto", "off", "require", "refresh")
 _GROUPS = ("data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 _TEACHER = {
-    "checkpoint": str | list[str], "seed": int, "seeds": int, "combine": Combine,
-    "weights": list[float] | Literal["learned", "confidence"] | None, "ema": float | None, "cache": str,
-    "cache_dtype": Literal["float32", "float16", "bfloat16"],
+    "checkpoint": str | list[str], "seed": int, "seeds": int, "folds": int, "calibrate": bool,
+    "combine": Combine, "weights": list[float] | Literal["learned", "confidence"] | None, "ema": float | None,
+    "cache": str, "cache_dtype": Literal["float32", "float16", "bfloat16"],
     "cache_top_k": int | None, "cache_views": int, "precision": Precision, "features": list[str],
     "answer_batch_size": int, "device": str | None, "compile": bool, "sharded": bool, "batch_size": int,
     "trainer": dict, "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
@@ -93,8 +93,8 @@ def _check_values(cfg: dict[str, Any]) -> None:
     """Check the values of those keys, and what they say together."""
     at_least = {
         "seed": 0, "seeds": 1, "validations": 1, "checkpoint_every_n_steps": 1, "teacher.batch_size": 1,
-        "teacher.seed": 0, "teacher.seeds": 1, "teacher.validations": 1, "teacher.answer_batch_size": 1,
-        "teacher.cache_views": 1, "finetune.max_epochs": 1,
+        "teacher.seed": 0, "teacher.seeds": 1, "teacher.folds": 1, "teacher.validations": 1,
+        "teacher.answer_batch_size": 1, "teacher.cache_views": 1, "finetune.max_epochs": 1,
     }  # fmt: skip
     for path, least in at_least.items():
         group, _, key = path.rpartition(".")
@@ -120,7 +120,8 @@ def _check_values(cfg: dict[str, Any]) -> None:
         except RuntimeError as error:
             raise ConfigError(f"teacher.device={device!r} is no device, such as cuda:1") from error
     checkpoint, weights = cfg["teacher"]["checkpoint"], cfg["teacher"]["weights"]
-    members = len(checkpoint) if isinstance(checkpoint, list) else cfg["teacher"]["seeds"]
+    _check_folds(cfg["teacher"])
+    members = number_of_teachers(cfg["teacher"])
     if checkpoint is not None and cfg["teacher"]["seeds"] > 1:
         raise ConfigError(
             f"teacher.seeds={cfg['teacher']['seeds']} are to be trained, and teacher.checkpoint to be loaded"
@@ -140,6 +141,29 @@ def _check_values(cfg: dict[str, Any]) -> None:
     _check_schemes(cfg)
     _check_tasks(cfg)
     _check_sharded(cfg)
+
+
+def number_of_teachers(teacher: dict[str, Any]) -> int:
+    """Return how many answer together, by the keys below `teacher`."""
+    given = teacher["checkpoint"]
+    return len(given) if isinstance(given, list) else int(teacher["folds"]) * int(teacher["seeds"])
+
+
+def _check_folds(teacher: dict[str, Any]) -> None:
+    """Check what a cross-fitted teacher excludes."""
+    folds = teacher["folds"]
+    if folds == 1:
+        return
+    excluded = {
+        "teacher.checkpoint": teacher["checkpoint"] is not None, "teacher.seeds": teacher["seeds"] > 1,
+        "teacher.ema": teacher["ema"] is not None, "teacher.weights": teacher["weights"] is not None,
+        "teacher.features": bool(teacher["features"]),
+    }  # fmt: skip
+    if wrong := [key for key, given in excluded.items() if given]:
+        raise ConfigError(
+            f"teacher.folds={folds} trains that many teachers, each without a fold, whose logits alone are read: "
+            f"leave out {', '.join(wrong)}"
+        )
 
 
 def _check_tasks(cfg: dict[str, Any]) -> None:
@@ -188,6 +212,7 @@ def _check_schemes(cfg: dict[str, Any]) -> None:
         "stages": "teacher" in cfg["stages"], "teacher.checkpoint": teacher["checkpoint"] is not None,
         "assistants": bool(cfg["assistants"]), "teacher.features": bool(teacher["features"]),
         "teacher.cache": teacher["cache"] not in ("auto", "off"), "teacher.compile": teacher["compile"],
+        "teacher.calibrate": teacher["calibrate"],
         "teacher.device": teacher["device"] is not None, "teacher.sharded": teacher["sharded"],
     }  # fmt: skip
     wrong = [key for key, given in excluded.items() if given]
@@ -215,7 +240,11 @@ def _check_sharded(cfg: dict[str, Any]) -> None:
             f"teacher.sharded=true with teacher.cache={teacher['cache']}: what is kept the first process asks for "
             "alone, of a whole teacher; set teacher.cache=off, or teacher.sharded=false"
         )
-    if isinstance(teacher["checkpoint"], list) or teacher["seeds"] > 1:
+    if teacher["calibrate"]:
+        raise ConfigError(
+            "teacher.sharded=true: a temperature is fitted to a whole teacher's answers; set teacher.calibrate=false"
+        )
+    if isinstance(teacher["checkpoint"], list) or number_of_teachers(teacher) > 1:
         raise ConfigError("teacher.sharded=true: an ensemble's members are not shared out; set it to false")
     if teacher["device"] is not None:
         raise ConfigError(

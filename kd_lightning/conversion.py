@@ -66,6 +66,8 @@ class Converter:
             self.parts = {name: Converter(part) for name, part in pipeline.parts.items()}
         if self.cfg["teacher"]["sharded"]:
             raise ConfigError("teacher.sharded=true: kd-cli asks whole teachers; set teacher.sharded=false")
+        if (folds := self.cfg["teacher"]["folds"]) > 1:
+            raise ConfigError(f"teacher.folds={folds}: kd-cli trains no teachers on folds; use kd-train")
         if self.cfg["trainer"]["_target_"] not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
             raise ConfigError(f"trainer: kd-cli uses lightning.Trainer, not {self.cfg['trainer']['_target_']}")
 
@@ -204,7 +206,7 @@ class Converter:
         if self.parts:
             teachers = {name: part.guide(0) for name, part in self.parts.items()}
             return class_path("kd_lightning.finished.FinishedTaskTeachers", teachers=teachers)
-        keys = ["precision", "cache", "cache_dtype", "cache_top_k", "answer_batch_size", "compile"]
+        keys = ["precision", "cache", "cache_dtype", "cache_top_k", "answer_batch_size", "compile", "calibrate"]
         if number == 0:
             keys += ["features", "device"]
         own = {key: self.cfg["teacher"][key] for key in keys}

@@ -16,7 +16,7 @@ from kd_lightning.data import ClassificationData, MultiTaskData
 from kd_lightning.errors import ConfigError
 from kd_lightning.module import DistillationModule
 from kd_lightning.runs import load_run
-from kd_lightning.teachers import AheadTeacher, MultiTaskTeacher, SideBySide, Teacher
+from kd_lightning.teachers import AheadTeacher, CalibratedTeacher, MultiTaskTeacher, SideBySide, Teacher
 from kd_lightning.teachers.ensemble import Combine
 from kd_lightning.teachers.frozen import Precision
 from kd_lightning.teaching import Answering, load_teacher
@@ -133,6 +133,7 @@ class FinishedTeacher(_Late):
         weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
         device: A GPU of its own for it, when `cache=off`.
         compile: Whether to compile it.
+        calibrate: Divide its logits by the temperature that fits them to the validation split.
     """
 
     def __init__(
@@ -149,13 +150,14 @@ class FinishedTeacher(_Late):
         weights: list[float] | Literal["learned", "confidence"] | None = None,
         device: str | None = None,
         compile: bool = False,
+        calibrate: bool = False,
     ) -> None:
         self.ahead = ahead
         self.settings: dict[str, Any] = {
-            "checkpoint": checkpoint, "seeds": 1, "precision": precision, "cache": cache, "cache_dtype": cache_dtype,
-            "cache_top_k": cache_top_k, "features": list(features), "answer_batch_size": answer_batch_size,
-            "combine": combine, "weights": weights, "device": device, "compile": compile,
-            "sharded": False,
+            "checkpoint": checkpoint, "seeds": 1, "folds": 1, "precision": precision, "cache": cache,
+            "cache_dtype": cache_dtype, "cache_top_k": cache_top_k, "features": list(features),
+            "answer_batch_size": answer_batch_size, "combine": combine, "weights": weights, "device": device,
+            "compile": compile, "calibrate": calibrate, "sharded": False,
         }  # fmt: skip
 
     def load(self, data: ClassificationData) -> nn.Module:
@@ -174,8 +176,9 @@ class FinishedTeacher(_Late):
                 self.answering.complete(self.teacher)
             trainer.strategy.barrier()
         asked = self.answering.teacher(self.teacher)
-        if isinstance(asked, AheadTeacher):
-            data.around = asked.around
+        running = asked.inner if isinstance(asked, CalibratedTeacher) else asked
+        if isinstance(running, AheadTeacher):
+            data.around = running.around
         return asked
 
     def complete(self) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from kd_lightning.callbacks import CacheFilling, MeanTeacher
-from kd_lightning.checks import check_folder, validate
+from kd_lightning.checks import check_folder, number_of_teachers, validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
@@ -31,6 +31,7 @@ from kd_lightning.shared import shared, stamps
 from kd_lightning.teachers import (
     AheadTeacher,
     CachedTeacher,
+    CalibratedTeacher,
     EMATeacher,
     EnsembleTeacher,
     FrozenTeacher,
@@ -117,7 +118,7 @@ class Pipeline:
         settings = self.cfg["teacher"]
         if settings["checkpoint"] is not None:
             return load_teacher(settings["checkpoint"], self.data, self.console)
-        members = [self._tuned(number) for number in range(settings["seeds"])]
+        members = [self._tuned(number) for number in range(number_of_teachers(settings))]
         return members[0] if len(members) == 1 else ensemble(members)
 
     def _tuned(self, number: int) -> TeacherNetwork:
@@ -127,6 +128,8 @@ class Pipeline:
         torch.manual_seed(seed)
         data = self.data.select(tokens="teacher", pool=False)
         data = data.with_batches(batch_size=settings["batch_size"], seed=seed)
+        if settings["folds"] > 1:
+            data = data.without_fold(number, settings["folds"])
         network, network_settings = self.build_network(settings["network"], "teacher")
         stage = self._stage(
             name, self.folder / name, data, network, network_settings, settings["optimizer"], settings["scheduler"],
@@ -182,18 +185,23 @@ class Pipeline:
         """Train a network from guide `number`; without one, from the average of its own weights, or from no teacher."""
         teacher = None if number is None else self._asked(number)
         data = self._student_data(seed, pool=True, number=number or 0)
-        if isinstance(teacher, AheadTeacher):
-            data.around = teacher.around
+        asked = teacher.inner if isinstance(teacher, CalibratedTeacher) else teacher
+        if isinstance(asked, AheadTeacher):
+            data.around = asked.around
         stage = self._stage(
             name, folder, data, network, network_settings, self.cfg["optimizer"], self.cfg["scheduler"],
             steps=self.steps, seed=seed,
             more={
                 "distillation": self.cfg["distillation"], "balance": self.cfg["balance"], "peers": self.cfg["peers"],
                 "teacher": {"ema": self.cfg["teacher"]["ema"]} if number is None else self.guide(number).fingerprint,
-                "answers": {key: self.cfg["teacher"][key] for key in (*DECIDING, "combine", "weights")},
+                "answers": {
+                    key: self.cfg["teacher"][key] for key in (*DECIDING, "combine", "weights", "folds", "calibrate")
+                },
             },
         )  # fmt: skip
-        keeping = teacher if isinstance(teacher, CachedTeacher | EnsembleTeacher | MultiTaskTeacher) else None
+        if isinstance(teacher, CalibratedTeacher):
+            stage.notes = {"teacher_temperature": teacher.temperature}
+        keeping = asked if isinstance(asked, CachedTeacher | EnsembleTeacher | MultiTaskTeacher) else None
         if number is not None and keeping is not None and not self._shares(number):
             stage.more_callbacks = [CacheFilling(keeping.flush, partial(self._complete, number))]
         if self.cfg["teacher"]["ema"] is not None:
@@ -268,7 +276,10 @@ class Pipeline:
         return (
             "teacher" in self.stages
             or self.cfg["teacher"]["checkpoint"] is not None
-            or (self.cfg["teacher"]["ema"] is None and all(map(self._is_tuned, range(self.cfg["teacher"]["seeds"]))))
+            or (
+                self.cfg["teacher"]["ema"] is None
+                and all(map(self._is_tuned, range(number_of_teachers(self.cfg["teacher"]))))
+            )
         )
 
     @property
@@ -285,7 +296,8 @@ class Pipeline:
     def answering_teacher(self) -> Teacher:
         """The teacher as those it teaches meet it: running, or answering from one pass over all examples."""
         if "distill" not in self.stages and not self.teacher.members:
-            return FrozenTeacher(self.teacher.network, self.cfg["teacher"]["precision"])
+            alone = FrozenTeacher(self.teacher.network, self.cfg["teacher"]["precision"])
+            return self.answerings[0].calibrated(alone)
         return self._asked(0)
 
     def _asked(self, number: int) -> Teacher:
@@ -312,14 +324,15 @@ class Pipeline:
         self._rehearse()
         answering = self.answerings[0]
         answering.complete(self.teacher)
-        return [answering.cache(teacher).folder for teacher in self.teacher.members or [self.teacher]]
+        return [answering.cache(teacher).folder for teacher in answering.asked_apart(self.teacher)]
 
     @cached_property
     def answerings(self) -> list[Answering]:
         """How the teacher and each assistant are asked; what the losses need of them is settled by the rehearsal."""
         settings = self.cfg["teacher"]
         own = {
-            **settings, "checkpoint": None, "seeds": 1, "features": [], "cache": cache_of_assistants(settings["cache"]),
+            **settings, "checkpoint": None, "seeds": 1, "folds": 1, "features": [],
+            "cache": cache_of_assistants(settings["cache"]),
         }  # fmt: skip
         return [
             Answering(

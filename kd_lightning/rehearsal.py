@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kd_lightning.checks import number_of_teachers
 from kd_lightning.config import build, lookup, parameters
 from kd_lightning.errors import ConfigError
 from kd_lightning.features import FeatureTap
@@ -27,6 +28,8 @@ def rehearse(pipeline: Pipeline) -> None:
         ConfigError: What does not fit, before any training.
     """
     cfg, given = pipeline.cfg, {}
+    if cfg["teacher"]["folds"] > 1:
+        pipeline.data.folds(cfg["teacher"]["folds"])  # refuses what cannot be
     trained = cfg["teacher"]["checkpoint"] is not None
     if pipeline.has_teacher:
         given["teacher"] = pipeline.teacher.network if trained else _untrained(pipeline)
@@ -57,7 +60,8 @@ def _untrained(pipeline: Pipeline) -> nn.Module:
     """Return a network as the teacher's will be; one member stands for all of an ensemble."""
     settings = pipeline.cfg["teacher"]
     network, _ = pipeline.build_network(settings["network"], "teacher")
-    return network if settings["seeds"] == 1 else EnsembleNetwork([network] * settings["seeds"])
+    members = number_of_teachers(settings)
+    return network if members == 1 else EnsembleNetwork([network] * members)
 
 
 def needs_teacher(cfg: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from kd_lightning.cache.fill import fill
 from kd_lightning.cache.manifest import MANIFEST, Manifest
 from kd_lightning.cache.outputs import Storage
 from kd_lightning.cache.store import TeacherCache
-from kd_lightning.checks import CACHE_MODES
+from kd_lightning.checks import CACHE_MODES, number_of_teachers
 from kd_lightning.config import tokenizer_beside
 from kd_lightning.errors import CacheError, ConfigError, KDError
 from kd_lightning.models.answers import answers
@@ -28,7 +29,17 @@ from kd_lightning.models.rebuild import describe
 from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
 from kd_lightning.shared import shared, stamps
 from kd_lightning.tasks import Regression
-from kd_lightning.teachers import AheadTeacher, CachedTeacher, EnsembleTeacher, FrozenTeacher, Teacher, fit_weights
+from kd_lightning.teachers import (
+    AheadTeacher,
+    CachedTeacher,
+    CalibratedTeacher,
+    CrossFittedTeacher,
+    EnsembleTeacher,
+    FrozenTeacher,
+    Teacher,
+    fit_temperature,
+    fit_weights,
+)
 from kd_lightning.teachers.ensemble import EnsembleNetwork, check_scores
 from kd_lightning.training import say
 from kd_lightning.types import Batch
@@ -147,8 +158,16 @@ class Answering:
     @property
     def members(self) -> int:
         """How many teachers answer together."""
-        given = self.settings["checkpoint"]
-        return len(given) if isinstance(given, list) else int(self.settings["seeds"])
+        return number_of_teachers(self.settings)
+
+    @property
+    def folds(self) -> int:
+        """How many of them were each trained without a fold; 1: none."""
+        return int(self.settings["folds"])
+
+    def asked_apart(self, teacher: TeacherNetwork) -> list[TeacherNetwork]:
+        """Return those that have a cache each: cross-fitted teachers answer as one."""
+        return teacher.members if teacher.members and self.folds == 1 else [teacher]
 
     def data_of(self, teacher: TeacherNetwork) -> ClassificationData:
         """Return the data as a teacher reads it: an ensemble's members may have tokenizers of their own."""
@@ -176,10 +195,12 @@ class Answering:
             if top_k is not None and top_k >= classes:
                 raise ConfigError(f"teacher.cache_top_k={top_k} must be below the number of classes, {classes}")
             if teacher is not None and self.settings["cache"] == "require":
-                for member in teacher.members or [teacher]:
+                for member in self.asked_apart(teacher):
                     self.cache(member)
         if self.members > 1 and isinstance(self.data.task, Regression):
             check_scores(self.settings["weights"], self.settings["combine"])
+        if self.settings["calibrate"] and isinstance(self.data.task, Regression):
+            raise ConfigError("teacher.calibrate: a teacher that gives scores has no probabilities to calibrate")
         precision, features = self.settings["precision"], self.features
         if self.members > 1 and features:
             raise ConfigError(
@@ -198,13 +219,32 @@ class Answering:
             FrozenTeacher(network, precision, features, compile, sharded)
         return self._frozen(network, compile=False)
 
+    def calibrated(self, asked: Teacher) -> Teacher:
+        """Return a teacher with the temperature that fits its answers, if that is asked for.
+
+        It is fitted to the validation split; of cross-fitted teachers, whose students read what one of them says, and
+        not what all say of the validation split, to the training examples.
+        """
+        if not self.settings["calibrate"]:
+            return asked
+        unseen = self.data.val_dataloader() if self.folds == 1 else self.data.labelled_dataloader()
+        found = answers(asked.to(self.device), unseen, self.device)
+        temperature = fit_temperature(found.logits, found.labels)
+        before, after = (float(F.cross_entropy(found.logits / t, found.labels)) for t in (1.0, temperature))
+        effect = f"its cross-entropy goes from {before:.3f} to {after:.3f}"
+        say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {effect}")
+        return CalibratedTeacher(asked, temperature)
+
     def teacher(self, teacher: TeacherNetwork) -> Teacher:
         """Return the teacher that a training calls: of an ensemble's members, each has its own cache.
 
         Raises:
             CacheError: `cache=require` and answers are missing, or what is stored is damaged or of something else.
         """
-        if teacher.members:
+        return self.calibrated(self._asked(teacher))
+
+    def _asked(self, teacher: TeacherNetwork) -> Teacher:
+        if teacher.members and self.folds == 1:
             return self._ensemble(teacher.members)
         if self.settings["sharded"]:  # each training shares a copy of its own: it cannot be made whole again
             return FrozenTeacher(teacher.network, self.settings["precision"], self.features, sharded=True)
@@ -223,7 +263,7 @@ class Answering:
         for member in members:
             if self.data_of(member) is not self.data:
                 self._complete(member)  # a batch does not hold its tokens
-            asked.append(self.teacher(member))
+            asked.append(self._asked(member))
         weights = self.settings["weights"]
         if weights == "learned":
             found = [answers(one.to(self.device), self.data.val_dataloader(), self.device) for one in asked]
@@ -234,7 +274,7 @@ class Answering:
 
     def complete(self, teacher: TeacherNetwork) -> None:
         """Have the teacher, or each member, answer whatever its cache has no answer to."""
-        for member in teacher.members or [teacher]:
+        for member in self.asked_apart(teacher):
             if self.settings["cache"] != "off":
                 self._complete(member)
 
@@ -249,7 +289,7 @@ class Answering:
         folder = _home() / digest(key)
         if mode not in CACHE_MODES:
             folder = Path(mode).expanduser()
-            if self.members > 1:
+            if self.members > 1 and self.folds == 1:
                 folder /= digest(key)  # each member's own
         return shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, teacher))
 
@@ -296,7 +336,10 @@ class Answering:
                 "teacher.cache_views=K, to go through K sets of views, or teacher.cache=off"
             )
 
-    def _running(self, teacher: TeacherNetwork) -> FrozenTeacher:
+    def _running(self, teacher: TeacherNetwork) -> FrozenTeacher | CrossFittedTeacher:
+        if teacher.members:
+            members = [self._frozen(member.network, self.settings["compile"]) for member in teacher.members]
+            return CrossFittedTeacher(members, torch.from_numpy(self.data.folds(self.folds)), self.settings["combine"])
         return self._frozen(teacher.network, self.settings["compile"])
 
     def _frozen(self, network: nn.Module, compile: bool) -> FrozenTeacher:
@@ -311,6 +354,11 @@ class Answering:
 
     def _key(self, teacher: TeacherNetwork) -> dict[str, Any]:
         """Return everything that decides the teacher's answers."""
+        if teacher.members:
+            members = [self._key(member)["teacher"] for member in teacher.members]
+            folds = digest(self.data.folds(self.folds).tolist())
+            together = {"members": members, "folds": folds, "combine": self.settings["combine"]}
+            return {"teacher": together, "data": self.data.teacher_key}
         network, source = describe(teacher.network), None
         if network is None:  # a user's own: what it computes is what its file says
             network = read_json(teacher.folder / "model.json") if teacher.folder is not None else None

@@ -54,6 +54,7 @@ class Stage:
         steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
         compile: Whether to `torch.compile` the network and its peers, for batches of any shape.
         more_callbacks: Callbacks that the stage itself needs.
+        notes: What else its record says.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Stage:
     steps: int | None = None
     compile: bool = False
     more_callbacks: list[L.Callback] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def planned_steps(trainer: dict[str, Any], batches: int) -> int:
@@ -168,6 +170,7 @@ def _keep(
         "seconds": seconds,
         "validation": scores,
         "selected_by": stage.data.task.main,
+        **stage.notes,
     }
     write_json(stage.folder / "stage.json", record)
     for file in (stage.folder / "checkpoints").glob("*.ckpt"):

@@ -106,6 +106,15 @@ def test_every_stage_and_the_commands_on_a_finished_run(
         evaluate([str(folder), "--file", str(tmp_path / "labelled.csv")])
 
 
+def test_mixed_views_are_trained_on_by_students_of_a_teacher_alone(composed: Composed, overrides: list[str]) -> None:
+    brief = ["data.mixup_probability=0.5", "trainer.max_epochs=1", "teacher.trainer.max_epochs=1"]
+    pipeline, report, _ = run(composed(*overrides, *brief, "stages=[teacher,baseline,distill]"))
+    assert report["data"]["splits"]["views"] == 270
+    for folder, views in (("teacher", False), ("seed_0/baseline", False), ("seed_0/distill", True)):
+        steps = read_json(pipeline.folder / folder / "stage.json")["steps"]
+        assert steps == (17 if views or "baseline" in folder else 9), "the baseline trains as long on the images alone"
+
+
 def test_online_and_cached_teacher_train_the_same_student(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:

@@ -199,6 +199,7 @@ class Own(torch.nn.Module):
     [
         ["distillation=hint"],
         ["distillation=crd", "balance=gradnorm"],
+        ["distillation=label_trust", "teacher.calibrate=true"],
         ["teacher.cache=off", "trainer.accumulate_grad_batches=2"],
         ["teacher.cache_dtype=float16", "teacher.cache_top_k=2", f"alpha={RISING}"],
         ["stages=[teacher,baseline,distill,finetune]", "scheduler=warmup_cosine"],

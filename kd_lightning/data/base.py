@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import lightning as L
 import numpy as np
@@ -48,16 +49,33 @@ def check_probabilities(**options: float) -> None:
             raise ConfigError(f"data.{name}={value}: expected a probability, 0 to 1")
 
 
+def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Return positions in a random order of which every run has the classes in their proportion.
+
+    >>> labels = np.array([0] * 6 + [1] * 3)
+    >>> labels[stratified_order(labels, seed=0)]
+    array([0, 1, 0, 0, 1, 0, 0, 1, 0])
+    """
+    generator = np.random.default_rng(seed)
+    share = np.empty(len(labels))
+    for label in np.unique(labels):
+        positions = generator.permutation(np.flatnonzero(labels == label))
+        share[positions] = (np.arange(len(positions)) + 0.5) / len(positions)
+    return np.argsort(share, kind="stable")
+
+
 class BatchDataset(Dataset[Batch], ABC):
     """A run of examples, fetched a whole batch at a time.
 
     Attributes:
         span: Which of all examples these are.
         share: How many of those behind the labelled ones an epoch takes; None: all.
+        left_out: Which positions no epoch takes, `(len(self),)` bool; None: there are none.
     """
 
     span: range
     share: Share | None = None
+    left_out: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.span)
@@ -70,11 +88,17 @@ class BatchDataset(Dataset[Batch], ABC):
     def turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch takes, and their lengths."""
         turn = self._turn(epoch)
+        if self.left_out is not None:
+            kept = ~self.left_out[turn[0]]
+            turn = turn[0][kept], turn[1][kept]
         return turn if self.share is None else self.share.of(turn, epoch)
 
     @abstractmethod
     def _turn(self, epoch: int) -> Turn:
         """Return the positions from which an epoch takes its share, and their lengths."""
+
+
+Dataset_ = TypeVar("Dataset_", bound=BatchDataset)
 
 
 class ClassificationData(L.LightningDataModule, ABC):
@@ -145,6 +169,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         self._pool = True
         self._resume: tuple[int, int] | None = None
         self._share = (0, 1)
+        self._left_out: NDArray[np.bool_] | None = None  # by `index`: a fold that is not trained on
         self._spans: dict[str, range]
         self._labels: NDArray[Any]  # int64; float32 for a regression
 
@@ -181,10 +206,6 @@ class ClassificationData(L.LightningDataModule, ABC):
             raise ConfigError(
                 f"data.pool_ratio={self.pool_ratio:g}: there is nothing to take; set data.views or data.transfer"
             )
-
-    @property
-    def _share_of_pool(self) -> Share | None:
-        return None if self.pool_ratio is None else Share(self.sizes["train"], self.pool_ratio, self.seed)
 
     # -- what models need to know -------------------------------------------------------------------------------------
 
@@ -262,6 +283,47 @@ class ClassificationData(L.LightningDataModule, ABC):
         chosen.seed = self.seed if seed is None else seed
         return chosen
 
+    def folds(self, count: int) -> NDArray[np.int64]:
+        """Return which of `count` folds each example is in, by `index`, `(num_examples,)`.
+
+        The training examples are dealt out at random, the classes in their proportion; views go with their examples,
+        and what no teacher is trained on is in the fold -1.
+
+        Raises:
+            ConfigError: More folds than training examples, or fresh views, of which it is not known where they belong.
+        """
+        self.prepare()
+        train, views = self._spans["train"], self._spans["views"]
+        if count > len(train):
+            raise ConfigError(f"teacher.folds={count}, but there are {len(train)} training examples")
+        if not self.repeatable:
+            raise ConfigError(
+                f"teacher.folds={count}: data.view_sets=null makes views without an index, of which it is not known "
+                "who has seen their example: set teacher.cache_views=K"
+            )
+        classes = np.zeros(len(train), np.int64) if isinstance(self.task, Regression) else self._labels[: len(train)]
+        found = np.full(self.num_examples, -1, np.int64)
+        found[stratified_order(classes, self.split_seed)] = np.arange(len(train)) * count // len(train)
+        if len(views):
+            found[views.start : views.stop] = found[np.arange(len(views)) % (len(train) * self.views) // self.views]
+        return found
+
+    def without_fold(self, fold: int, count: int) -> Self:
+        """Return the same data of which one of `count` folds, with its views, is not trained on."""
+        chosen = self._copy()
+        chosen._left_out = self.folds(count) == fold
+        without = self.fingerprint.encode() + np.packbits(chosen._left_out).tobytes()
+        chosen.fingerprint = hashlib.sha256(without).hexdigest()
+        return chosen
+
+    def _trained_on(self, data: Dataset_) -> Dataset_:
+        """Return a run of examples that begins with the training examples, of which some are not taken."""
+        if self.pool_ratio is not None:
+            data.share = Share(self.sizes["train"], self.pool_ratio, self.seed)
+        if self._left_out is not None:
+            data.left_out = self._left_out[: len(data)]
+        return data
+
     def reading(self, tokenizer: str) -> Self:
         """Return the same data for a teacher with another tokenizer; this very object where there is none to change."""
         return self
@@ -299,6 +361,10 @@ class ClassificationData(L.LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the validation examples, sorted by length."""
         return self._evaluation_loader("validation", "validation")
+
+    def labelled_dataloader(self) -> DataLoader[Batch]:
+        """Return the training examples, without views, sorted by length."""
+        return self._evaluation_loader("train", "train")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the test examples, sorted by length."""

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kd_lightning.assets import home
-from kd_lightning.data.base import BatchDataset, ClassificationData, Role, check_least, check_probabilities
+from kd_lightning.data.base import (
+    BatchDataset,
+    ClassificationData,
+    Role,
+    check_least,
+    check_probabilities,
+    stratified_order,
+)
 from kd_lightning.data.image_store import ImageFormat, ImageStore
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.errors import ConfigError
-from kd_lightning.types import Batch
+from kd_lightning.types import IGNORE, Batch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What networks pretrained on ImageNet expect."""
@@ -43,21 +51,6 @@ class ImageCorpus:
     labels: NDArray[np.int64]
     rows: Mapping[str, range]
     held_out: Mapping[str, float] = field(default_factory=dict)
-
-
-def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return positions in a random order of which every run has the classes in their proportion.
-
-    >>> labels = np.array([0] * 6 + [1] * 3)
-    >>> labels[stratified_order(labels, seed=0)]
-    array([0, 1, 0, 0, 1, 0, 0, 1, 0])
-    """
-    generator = np.random.default_rng(seed)
-    share = np.empty(len(labels))
-    for label in np.unique(labels):
-        positions = generator.permutation(np.flatnonzero(labels == label))
-        share[positions] = (np.arange(len(positions)) + 0.5) / len(positions)
-    return np.argsort(share, kind="stable")
 
 
 def make_image_view(
@@ -85,6 +78,54 @@ def make_image_view(
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """How often a view is mixed with a view of another image, and how.
+
+    Attributes:
+        mixup_probability: By mixup (Zhang et al. 2018, arXiv 1710.09412): `share x + (1 - share) x'`.
+        cutmix_probability: By CutMix (Yun et al. 2019, arXiv 1905.04899): a rectangle of about `1 - share` of the area,
+            anywhere, shows the other image.
+        alpha: The share is drawn from Beta(alpha, alpha).
+    """
+
+    mixup_probability: float = 0.0
+    cutmix_probability: float = 0.0
+    alpha: float = 1.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any view is mixed."""
+        return self.mixup_probability + self.cutmix_probability > 0
+
+    def mixes(self, rng: random.Random) -> Literal["mixup", "cutmix"] | None:
+        """Draw how a view is mixed, if it is."""
+        drawn = rng.random()
+        if drawn < self.mixup_probability:
+            return "mixup"
+        return "cutmix" if drawn < self.mixup_probability + self.cutmix_probability else None
+
+
+def mixup(image: NDArray[np.uint8], other: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
+    """Return the mean of two images `(C, H, W)`, of which the first has the weight `share`."""
+    mean: NDArray[np.uint8] = np.rint(share * image.astype(float) + (1 - share) * other).astype(np.uint8)
+    return mean
+
+
+def cutmix(image: NDArray[np.uint8], other: NDArray[np.uint8], share: float, rng: random.Random) -> NDArray[np.uint8]:
+    """Return an image `(C, H, W)` with a rectangle of another: `1 - share` of its area, less where it leaves the image.
+
+    The rectangle has the image's proportions and its centre anywhere.
+    """
+    mixed = image.copy()
+    spans = []
+    for size in image.shape[1:]:
+        half, centre = size * (1 - share) ** 0.5 / 2, rng.uniform(0, size)
+        spans.append(slice(max(round(centre - half), 0), min(round(centre + half), size)))
+    mixed[:, spans[0], spans[1]] = other[:, spans[0], spans[1]]
+    return mixed
+
+
+@dataclass(frozen=True)
 class ImageViews:
     """The views of all training images, numbered: set by set, in a set image by image; there is no last set.
 
@@ -94,6 +135,7 @@ class ImageViews:
         seed: Of all of them.
         crop_padding: As in `make_image_view`.
         flip_probability: As in `make_image_view`.
+        mixing: With other images' views.
     """
 
     images: int
@@ -101,6 +143,7 @@ class ImageViews:
     seed: int
     crop_padding: int
     flip_probability: float
+    mixing: Mixing = Mixing()
 
     @property
     def per_set(self) -> int:
@@ -111,12 +154,27 @@ class ImageViews:
         """Return which image a view is of; numbers or arrays of numbers."""
         return number % self.per_set // self.count
 
-    def make(self, image: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
-        """Return one view of its image."""
+    def make(self, number: int, image_of: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return one view; `image_of` returns an image's pixels by its position in the data set."""
         one_set, place = divmod(number, self.per_set)
         index, view = divmod(place, self.count)
+        view += one_set * self.count
+        image = self._moved(image_of(index), index, view)
+        if not self.mixing.is_on or self.images == 1:
+            return image
+        rng = random.Random(f"{self.seed}/{index}/{view}/mix")
+        kind = self.mixing.mixes(rng)
+        if kind is None:
+            return image
+        partner = rng.randrange(self.images - 1)
+        partner += partner >= index
+        other = self._moved(image_of(partner), partner, view)
+        share = rng.betavariate(self.mixing.alpha, self.mixing.alpha)
+        return mixup(image, other, share) if kind == "mixup" else cutmix(image, other, share, rng)
+
+    def _moved(self, image: NDArray[np.uint8], index: int, view: int) -> NDArray[np.uint8]:
         return make_image_view(
-            image, index, one_set * self.count + view, self.seed, crop_padding=self.crop_padding,
+            image, index, view, self.seed, crop_padding=self.crop_padding,
             flip_probability=self.flip_probability,
         )  # fmt: skip
 
@@ -157,6 +215,11 @@ class ImageDataset(BatchDataset):
         """The same for all, `(len(self),)`."""
         return np.ones(len(self), np.int64)
 
+    def _image(self, index: int) -> NDArray[np.uint8]:
+        """Return the pixels of a training image."""
+        image: NDArray[np.uint8] = self.images.pixels[self.rows[index]]
+        return image
+
     def _turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch takes: the images, and one set of their views."""
         size = self.views.per_set
@@ -174,10 +237,13 @@ class ImageDataset(BatchDataset):
             source[altered] = self.views.index(numbers)
         pixels = self.images.pixels[self.rows[source]]
         for place, number in zip(np.flatnonzero(altered), numbers.tolist(), strict=True):
-            pixels[place] = self.views.make(pixels[place], number)
+            pixels[place] = self.views.make(number, self._image)
+        labels = self.labels[source]
+        if self.views.mixing.is_on:
+            labels[altered] = IGNORE
         return {
             "pixel_values": self.format.normalise(pixels),
-            "labels": torch.from_numpy(self.labels[source]),
+            "labels": torch.from_numpy(labels),
             "index": torch.from_numpy(np.where(fresh, -1, example)),
         }
 
@@ -186,8 +252,9 @@ class ImageData(ClassificationData):
     """Images with one class each. A subclass says where they come from, in `read`, and sets `image_format`.
 
     A shift or a mirror image keeps the class, so that views have labels and every training, also the teacher's and the
-    baseline's, goes through them beside the images themselves. Student and teacher read the same images: what `select`
-    chooses between is one thing here.
+    baseline's, goes through them beside the images themselves. Where views are mixed of two images, no view has a
+    label: they are for the teacher to label, as for texts. Student and teacher read the same images: which tokens
+    `select` chooses is one thing here.
 
     Batches have `pixel_values` `(B, C, H, W)` float32, `labels` and `index`. Images are kept on disk as bytes, read,
     scaled and cut once.
@@ -197,6 +264,9 @@ class ImageData(ClassificationData):
             choice is part of a larger one. None: all.
         crop_padding: A view is moved by at most so many pixels.
         flip_probability: How often a view is mirrored.
+        mixup_probability: How often a view is the mean of two images; see `Mixing`.
+        cutmix_probability: How often a view has a rectangle of another image.
+        mix_alpha: Two images' shares are drawn from Beta(mix_alpha, mix_alpha): 1 is evenly, less is mostly one.
         cache_dir: Where the bytes are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `ClassificationData`.
 
@@ -211,16 +281,30 @@ class ImageData(ClassificationData):
         train_examples: int | None = None,
         crop_padding: int = 4,
         flip_probability: float = 0.5,
+        mixup_probability: float = 0.0,
+        cutmix_probability: float = 0.0,
+        mix_alpha: float = 1.0,
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         check_least(0, crop_padding=crop_padding)
         check_least(1, train_examples=1 if train_examples is None else train_examples)
-        check_probabilities(flip_probability=flip_probability)
+        check_probabilities(
+            flip_probability=flip_probability, mixup_probability=mixup_probability,
+            cutmix_probability=cutmix_probability,
+        )  # fmt: skip
+        if mixup_probability + cutmix_probability > 1:
+            raise ConfigError(
+                f"data.mixup_probability={mixup_probability:g} and data.cutmix_probability={cutmix_probability:g}: a "
+                "view is mixed in one way only; expected a sum of at most 1"
+            )
+        if not (mix_alpha > 0 and math.isfinite(mix_alpha)):
+            raise ConfigError(f"data.mix_alpha={mix_alpha:g}: expected a positive number")
         self.train_examples = train_examples
         self.crop_padding = crop_padding
         self.flip_probability = flip_probability
+        self.mixing = Mixing(mixup_probability, cutmix_probability, mix_alpha)
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "images"
 
     @abstractmethod
@@ -236,13 +320,17 @@ class ImageData(ClassificationData):
         corpus = self.read()
         rows = self._split(corpus)
         count = len(rows["train"])
-        self._views = ImageViews(count, self.views, self.split_seed, self.crop_padding, self.flip_probability)
+        self._views = ImageViews(
+            count, self.views, self.split_seed, self.crop_padding, self.flip_probability, self.mixing
+        )
         stored = self._views.per_set * (self.view_sets or 0)
         viewed = rows["train"][self._views.index(np.arange(stored))] if stored else rows["train"][:0]
         self._rows = np.concatenate([rows["train"], viewed, rows["validation"], rows["test"]])
         self._lay_out([count, stored, 0, len(rows["validation"]), len(rows["test"])])
         self._images = corpus.images
         self._labels = corpus.labels[self._rows]
+        if self.mixing.is_on:
+            self._labels[self._spans["views"].start : self._spans["views"].stop] = IGNORE
         self.class_names = corpus.class_names
         self._name_content()
 
@@ -267,6 +355,8 @@ class ImageData(ClassificationData):
     def _name_content(self) -> None:
         """Name everything: as far as a teacher's answers depend on it, and whole."""
         views = {"sets": self.view_sets, **asdict(self._views)}
+        if not self.mixing.is_on:
+            del views["mixing"]
         rows = hashlib.sha256(self._rows.astype("<i8").tobytes()).hexdigest()
         self.teacher_key = {
             "images": hashlib.sha256(f"{self._images.digest}{rows}".encode()).hexdigest(),
@@ -279,6 +369,19 @@ class ImageData(ClassificationData):
         if self.pool_ratio is not None:
             content.append({"pool_ratio": self.pool_ratio})
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def folds(self, count: int) -> NDArray[np.int64]:
+        """Return which of `count` folds each example is in; see `ClassificationData`.
+
+        Raises:
+            ConfigError: As there, or views that show two images: no teacher may be without both.
+        """
+        if self.mixing.is_on and self.views:
+            raise ConfigError(
+                f"teacher.folds={count}: a mixed view shows images of two folds, and who has not seen the one has seen "
+                "the other: set data.mixup_probability=0 and data.cutmix_probability=0, or teacher.folds=1"
+            )
+        return super().folds(count)
 
     # -- what models need to know -------------------------------------------------------------------------------------
 
@@ -300,9 +403,11 @@ class ImageData(ClassificationData):
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _training_dataset(self) -> ImageDataset:
-        data = self._dataset("train", "views")
-        data.share = self._share_of_pool
-        return data
+        if self.mixing.is_on and not self._pool:
+            data = self._dataset("train", "train")
+            data.views, data.stored = replace(self._views, count=0), range(0)
+            return self._trained_on(data)
+        return self._trained_on(self._dataset("train", "views"))
 
     def _dataset(self, first: str, last: str) -> ImageDataset:
         self.prepare()

@@ -272,8 +272,7 @@ class TextData(ClassificationData):
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _training_dataset(self) -> TokenDataset:
-        data = self._dataset("train", "transfer" if self._pool else "train")
-        data.share = self._share_of_pool
+        data = self._trained_on(self._dataset("train", "transfer" if self._pool else "train"))
         if self._pool:
             sets = self.view_sets or 1
             views, size = self._spans["views"], self.sizes["views"] // sets

@@ -23,6 +23,7 @@ from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
 from kd_lightning.models.hf import PooledClassifier, layer_stack
+from kd_lightning.models.narrow import Cut, important, narrow_config
 from kd_lightning.models.rebuild import factorise_embedding, fresh_network
 from kd_lightning.types import MOST_PADDING_ROWS
 
@@ -39,11 +40,13 @@ def from_teacher(
     embedding_rank: int | None = None,
     copy_head: bool = True,
     initialise: Initialise = "teacher",
+    width: int | None = None,
 ) -> nn.Module:
     """Make a student of some layers of a BERT-like Hugging Face teacher (BERT, RoBERTa, DistilBERT, ELECTRA, ...).
 
-    Everything but the encoder layers is copied as it is: embeddings, pooler, and, when the number of classes agrees
-    and `copy_head` is true, the classifier head (Sanh et al. 2019, DistilBERT, arXiv 1910.01108).
+    Everything but the encoder layers is copied as it is, unless `width` cuts it: embeddings, pooler, and, when the
+    number of classes agrees and `copy_head` is true, the classifier head (Sanh et al. 2019, DistilBERT, arXiv
+    1910.01108).
 
     Args:
         teacher: A sequence classifier of `transformers`, or a `PooledClassifier`.
@@ -55,12 +58,14 @@ def from_teacher(
             of the squared norm it keeps. None: the full table.
         copy_head: Copy the teacher's classifier head when the number of classes agrees; otherwise it is fresh.
         initialise: `teacher`: copy as described; `random`: the same architecture with fresh weights.
+        width: Make a BERT so much narrower: of its hidden dimensions, heads and feed-forward units the most important
+            are taken (`kd_lightning.models.narrow`); a multiple of the size of its heads. None: as wide as it is.
 
     Returns:
         A network of the teacher's class, in training mode, all its parameters trainable.
 
     Raises:
-        ConfigError: Not such a teacher, a layer it does not have, or a rank that does not make the table smaller.
+        ConfigError: Not such a teacher, a layer it does not have, or a width or rank that does not make it smaller.
     """
     _check_initialise(initialise)
     teacher = unwrap(teacher)
@@ -68,6 +73,10 @@ def from_teacher(
     stack = layer_stack(source)
     chosen = _chosen_layers(layers, source.config.num_hidden_layers)
     config = _student_config(source.config, chosen, num_classes)
+    cut = None
+    if width is not None:
+        narrow_config(config, width)
+        cut = important(source.state_dict(), _word_embeddings(teacher), source.config, config, chosen)
     student = _build(teacher, config, num_classes)
     target = _hugging_face_part(student)
     embedding = _factorised(target, source, embedding_rank)
@@ -78,9 +87,10 @@ def from_teacher(
     renamed = {prefix + new: prefix + old for new, old in renamed.items()}
     fresh = () if copy_head and _num_classes(teacher) == num_classes else _head_names(teacher)
     fresh += tuple(f"{name}." for name, module in student.named_modules() if module is embedding)
-    _copy_weights(student, teacher, renamed, fresh)
+    _copy_weights(student, teacher, renamed, fresh, cut)
     if embedding is not None:
-        kept = embedding.approximate(_word_embeddings(teacher))
+        table = _word_embeddings(teacher)
+        kept = embedding.approximate(table if cut is None else table[:, cut.hidden])
         log.info("word embeddings factorised to rank %d: %.1f%% of their squared norm kept", embedding.rank, 100 * kept)
     return student
 
@@ -266,11 +276,13 @@ def _head_names(network: nn.Module) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _copy_weights(student: nn.Module, teacher: nn.Module, renamed: dict[str, str], fresh: tuple[str, ...]) -> None:
-    """Copy the teacher's weights to the student's names; factorised embeddings and `fresh` ones are left alone."""
+def _copy_weights(
+    student: nn.Module, teacher: nn.Module, renamed: dict[str, str], fresh: tuple[str, ...], cut: Cut | None
+) -> None:
+    """Copy the teacher's weights, cut, to the student's names; factorised embeddings and `fresh` ones stay."""
     source = teacher.state_dict()
     for name, value in student.state_dict().items():
         prefix = next((new for new in renamed if name.startswith(new)), "")
         old = renamed.get(prefix, "") + name.removeprefix(prefix)
         if not name.startswith(fresh):
-            value.copy_(source[old])
+            value.copy_(source[old] if cut is None else cut(old, source[old]))

@@ -2,12 +2,15 @@
 
 from kd_lightning.teachers.ahead import AheadTeacher
 from kd_lightning.teachers.cached import CachedTeacher
+from kd_lightning.teachers.calibrated import CalibratedTeacher, fit_temperature
+from kd_lightning.teachers.cross_fitted import CrossFittedTeacher
 from kd_lightning.teachers.ema import EMATeacher
 from kd_lightning.teachers.ensemble import Combine, EnsembleNetwork, EnsembleTeacher, fit_weights
 from kd_lightning.teachers.frozen import FrozenTeacher, Precision, Teacher
 from kd_lightning.teachers.multi_task import MultiTaskTeacher, SideBySide
 
 __all__ = [
-    "AheadTeacher", "CachedTeacher", "Combine", "EMATeacher", "EnsembleNetwork", "EnsembleTeacher", "FrozenTeacher",
-    "MultiTaskTeacher", "Precision", "SideBySide", "Teacher", "fit_weights",
+    "AheadTeacher", "CachedTeacher", "CalibratedTeacher", "Combine", "CrossFittedTeacher", "EMATeacher",
+    "EnsembleNetwork", "EnsembleTeacher", "FrozenTeacher", "MultiTaskTeacher", "Precision", "SideBySide", "Teacher",
+    "fit_temperature", "fit_weights",
 ]  # fmt: skip

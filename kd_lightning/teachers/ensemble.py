@@ -53,7 +53,7 @@ class EnsembleTeacher(Teacher):
             ConfigError: Members that answer for different numbers of classes.
         """
         answers = [member(batch).logits for member in self.members]
-        return ModelOutput(_combined(answers, self.weights, self.combine))
+        return ModelOutput(combined(answers, self.weights, self.combine))
 
     def to(self, device: torch.device) -> Self:
         """Move every member to a device."""
@@ -88,7 +88,7 @@ class EnsembleNetwork(nn.Module):
     def forward(self, **batch: Tensor) -> ModelOutput:
         """Run every member on the entries that it names and return the combined logits in float32."""
         answers = [run_network(member, batch).logits for member in self.members]
-        return ModelOutput(_combined(answers, self.weights, self.combine))
+        return ModelOutput(combined(answers, self.weights, self.combine))
 
 
 def fit_weights(logits: Tensor, labels: Tensor, combine: Combine = "probabilities") -> list[float]:
@@ -139,7 +139,12 @@ def shares_of(weights: Weights, count: int, combine: str) -> list[float] | None:
     return [weight / sum(weights) for weight in weights]
 
 
-def _combined(answers: list[Tensor], shares: list[float] | None, combine: Combine) -> Tensor:
+def combined(answers: list[Tensor], shares: list[float] | None, combine: Combine) -> Tensor:
+    """Return one answer `(..., C)` of several, in float32; `shares` None: by each example's confidence.
+
+    Raises:
+        ConfigError: Answers for different numbers of classes.
+    """
     first = answers[0]
     for number, other in enumerate(answers):
         if other.shape != first.shape:

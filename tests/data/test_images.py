@@ -142,7 +142,7 @@ def test_sets_take_turns_and_views_keep_their_labels(make: Callable[..., Fashion
     original = data._images.pixels[data._rows[11]]
     expected = make_image_view(original, 11, 5, 0, crop_padding=4, flip_probability=0.5)  # the third set's second
     number = 2 * views.per_set + 2 * 11 + 1
-    assert np.array_equal(views.make(original, number), expected)
+    assert np.array_equal(views.make(number, lambda index: data._images.pixels[data._rows[index]]), expected)
     got = whole["pixel_values"][TRAIN + number]
     assert torch.equal(got, data.image_format.normalise(expected[None].copy())[0])
 

@@ -1,0 +1,68 @@
+"""A label counts as far as the teacher believes in it, and the teacher stands in for the rest: for noisy labels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.logit_term import LogitTerm, at_label, kl, labelled, softened
+from kd_lightning.losses.term import Reduction, in_float32, reduce
+from kd_lightning.types import Batch
+
+
+@in_float32
+def label_trust(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Cross-entropy with the label and soft targets, mixed example by example by the teacher's belief, in nats.
+
+    .. math:: p \, \mathrm{CE}(z_s, y) + (1 - p) \, T^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\,
+              \mathrm{softmax}(z_s / T)), \quad p = \mathrm{softmax}(z_t)_y
+
+    In place of the cross-entropy of the reference method it makes the weight of the teacher each example's own:
+    `alpha + (1 - alpha) (1 - p)`, from alpha where the teacher is certain of the label to 1 where it is certain of
+    another class, as of a wrong label. An example *without a label* (-100) has p = 0. The belief p is always at
+    temperature 1, and the teacher's logits get no gradient.
+
+    The form is ours. A label weighted by the teacher's belief is the first part of Yang et al. 2023 (arXiv 2303.13005),
+    a target between a doubtful label and a network's opinion the bootstrapping of Reed et al. 2014 (arXiv 1412.6596),
+    with one share for all examples. The belief must not be a memorised one: `teacher.folds`.
+
+    Args:
+        student_logits: `(B, C)` or `(B, L, V)`, finite, C >= 2.
+        teacher_logits: The same shape, finite.
+        labels: `(B,)` or `(B, L)` int64; -100 is no label.
+        temperature: T > 0 of the soft targets; larger is softer.
+        mask: `(B,)` or `(B, L)` bool, True = counts.
+        reduction: `mean` over what counts, `sum`, or `none` for one value an example (position).
+
+    Raises:
+        ValueError: Shapes that differ, fewer than two classes, or a temperature that is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
+        >>> round(label_trust(student, teacher, torch.tensor([0])).item(), 6)  # log(4) / 2 + 0.143841 / 2
+        0.765068
+    """
+    log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
+    labels, known = labelled(labels, student_logits, None)
+    belief = at_label(F.softmax(teacher_logits.detach(), dim=-1), labels) * known
+    cross_entropy = -at_label(F.log_softmax(student_logits, dim=-1), labels)
+    return reduce(belief * cross_entropy + (1 - belief) * temperature**2 * kl(log_t, log_s), mask, reduction)
+
+
+class LabelTrustLoss(LogitTerm):
+    """Labels as far as the teacher believes in them; see `label_trust` for the formula, `LogitTerm` for the arguments.
+
+    Reads `labels`.
+    """
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
+        """Return the mixture, averaged over the examples or valid positions."""
+        return label_trust(student, teacher, self.labels(batch), self.now(self.temperature), mask)

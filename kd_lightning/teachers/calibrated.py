@@ -1,0 +1,76 @@
+"""A teacher whose probabilities are as sure as it is right."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.errors import ConfigError
+from kd_lightning.teachers.frozen import Teacher
+from kd_lightning.types import IGNORE, Batch, ModelOutput
+
+LARGEST = 20.0
+"""The temperature is sought between this and its inverse: a teacher that is never wrong on validation has none."""
+
+
+class CalibratedTeacher(Teacher):
+    """Another teacher's answers with logits divided by a temperature; see `fit_temperature`.
+
+    What is most likely stays so. Features pass as they are.
+
+    Args:
+        inner: The other teacher.
+        temperature: By what its logits are divided.
+    """
+
+    def __init__(self, inner: Teacher, temperature: float) -> None:
+        self.inner, self.temperature = inner, temperature
+
+    def __call__(self, batch: Batch) -> ModelOutput:
+        """Return the other teacher's answer with its logits divided by the temperature."""
+        said = self.inner(batch)
+        return ModelOutput(said.logits / self.temperature, said.features)
+
+    def to(self, device: torch.device) -> Self:
+        """Move the other teacher to a device."""
+        self.inner = self.inner.to(device)
+        return self
+
+    def flush(self) -> None:
+        """Have the other teacher write what it has not written yet."""
+        self.inner.flush()
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    r"""Return the temperature at which logits explain labels best (Guo et al. 2017, arXiv 1706.04599).
+
+    .. math:: \arg\min_T \; - \sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
+
+    In the inverse temperature :math:`\beta = 1 / T` the loss is convex: its slope, the sum of
+    :math:`\mathbb{E}_{\mathrm{softmax}(\beta z)}[z] - z_y`, never falls, and where it is 0 is found by bisection.
+
+    Args:
+        logits: `(N, C)`, of examples that the model was not trained on.
+        labels: `(N,)` int64; -100 does not count.
+
+    Returns:
+        T, between 1 / `LARGEST` and `LARGEST`: above 1 for a model that is surer than it is right.
+
+    Raises:
+        ConfigError: No example has a label.
+    """
+    known = labels != IGNORE
+    z, y = logits[known].double(), labels[known]
+    if not len(y):
+        raise ConfigError("teacher.calibrate: the validation split has no labels to fit a temperature on")
+    at_label = z.gather(1, y.unsqueeze(1)).squeeze(1)
+    low, high = 1 / LARGEST, LARGEST
+    for _ in range(100):
+        beta = math.sqrt(low * high)
+        slope = float(((F.softmax(beta * z, dim=1) * z).sum(1) - at_label).sum())
+        low, high = (low, beta) if slope > 0 else (beta, high)
+    return 1 / math.sqrt(low * high)
