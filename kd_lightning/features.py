@@ -13,7 +13,8 @@
 
 1. A network that names them: any module with an attribute `feature_names: dict[str, str]`, from names of this table (or
    of its own) to the names of the modules that put them out; `hidden[i]` for every i from 0 to the number of layers,
-   the other kinds from 0 on. Ours have one (`BiLSTM`, `TextCNN`, `CNN`, `ResNet`); a wrapper around such a module needs none.
+   the other kinds from 0 on. Ours have one (`BiLSTM`, `TextCNN`, `CNN`, `ResNet`); a wrapper around such a module
+   needs none.
 2. A Hugging Face network with one stack of layers, or the one inside another module. `qkv[i]` where each layer has a
    query, key and value projection of its own (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, ViT, DeiT, ...).
 3. A timm network, by its `feature_info` (`hidden[i]` for its vision transformers); one with a list of modules called

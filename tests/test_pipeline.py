@@ -155,7 +155,11 @@ def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothin
     composed: Composed, overrides: list[str]
 ) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    student = ["model@student=embeddings_from_teacher", "student.network.embedding_size=8", "student.network.hidden_size=8"]
+    student = [
+        "model@student=embeddings_from_teacher",
+        "student.network.embedding_size=8",
+        "student.network.hidden_size=8",
+    ]
     pipeline = Pipeline(composed(*chosen, *student))
     random, _ = pipeline._student(0, "random")
     initialised, _ = pipeline._student(0, "teacher")
@@ -167,7 +171,11 @@ def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothin
 
 def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    student = ["model@student=embeddings_from_teacher", "student.network.embedding_size=8", "student.network.hidden_size=8"]
+    student = [
+        "model@student=embeddings_from_teacher",
+        "student.network.embedding_size=8",
+        "student.network.hidden_size=8",
+    ]
     _, report, _ = run(composed(*chosen, *student))
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
 

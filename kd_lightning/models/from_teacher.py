@@ -13,7 +13,6 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from kd_lightning.models.rebuild import factorise_embedding, fresh_network
 from kd_lightning.types import MOST_PADDING_ROWS
 
 Initialise = Literal["teacher", "random"]
-Source = Literal["states", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -101,30 +99,22 @@ def embeddings_from_teacher(
     vocab_size: int,
     network: Callable[..., nn.Module],
     pad_token_id: int = 0,
-    source: Source = "states",
     scale: float = 1.0,
     initialise: Initialise = "teacher",
 ) -> nn.Module:
-    """Make a student whose word embeddings are principal components of what its teacher makes of each word.
+    """Make a student whose word embeddings are the principal components of the teacher's.
 
-    The teacher's rows `(V, H)` are centred, reduced to as many principal components as the student's embeddings are
+    The teacher's table `(V, H)` is centred, reduced to as many principal components as the student's embeddings are
     wide, and scaled to `scale` times the root mean square of its fresh ones; the padding row stays zero. The two must
     read the same token ids.
 
-    `source="states"` asks the teacher about each token alone and takes its last hidden state: after fine-tuning a
-    word's row says what it means for the task, and many words that the training data lack stand beside those they have
-    (static embeddings of a contextual model: Bommasani, Davis & Cardie 2020, ACL). `source="table"` takes the table of
-    its word embeddings, which fine-tuning has hardly moved.
-
     Args:
-        teacher: A text encoder of `transformers` with a classifier, or a `PooledClassifier`; for `table` any network
-            with `get_input_embeddings()`.
+        teacher: Any network with `get_input_embeddings()` (text models of `transformers`), or a `PooledClassifier`.
         num_classes: Number of classes.
         vocab_size: The teacher's, but for padding rows at the end of its table.
         network: Makes the student, which needs `get_input_embeddings()`; given `num_classes`, `vocab_size` and
             `pad_token_id`.
         pad_token_id: The id that means no word.
-        source: `states` or `table`.
         scale: A step of Adam is as long as the learning rate whatever it changes: the larger the embeddings, the longer
             they stay what the teacher said.
         initialise: `teacher`: as described; `random`: the same network with fresh embeddings.
@@ -134,8 +124,6 @@ def embeddings_from_teacher(
             has none.
     """
     _check_initialise(initialise)
-    if source not in get_args(Source):
-        raise ConfigError(f"source={source!r} is unknown{did_you_mean(str(source), get_args(Source))}")
     if not scale > 0:
         raise ConfigError(f"scale={scale} is not above 0")
     table = _word_embeddings(teacher)
@@ -152,32 +140,11 @@ def embeddings_from_teacher(
             f"{table.shape[1]}"
         )
     if initialise == "teacher":
-        rows = table if source == "table" else _states_of_tokens(_hugging_face_part(unwrap(teacher)))
         with torch.no_grad():
             rms = scale * float(fresh.square().mean().sqrt())
-            fresh.copy_(principal_components(rows[:vocab_size], fresh.shape[1], rms))
+            fresh.copy_(principal_components(table[:vocab_size], fresh.shape[1], rms))
             fresh[pad_token_id].zero_()
     return student
-
-
-@torch.no_grad()
-def _states_of_tokens(network: PreTrainedModel) -> Tensor:
-    """Return the last hidden state `(V, H)` of each token as the only one of its text; kept as long as the network."""
-    if network not in _STATES:
-        encoder, device = network.base_model, network.device
-        was_training = encoder.training
-        encoder.eval()
-        tokens = torch.arange(len(_word_embeddings(network)), device=device)
-        states = [
-            encoder(input_ids=some.unsqueeze(1), attention_mask=torch.ones_like(some).unsqueeze(1)).last_hidden_state
-            for some in tokens.split(1024)
-        ]
-        encoder.train(was_training)
-        _STATES[network] = torch.cat(states).squeeze(1)
-    return _STATES[network]
-
-
-_STATES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def _check_initialise(initialise: str) -> None:

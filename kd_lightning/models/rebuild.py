@@ -36,8 +36,8 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         A dict with `_target_` and its arguments (also what `hydra.utils.instantiate` takes), or None when the network
-        is not a `BiLSTM`, `TextCNN`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one, a model
-        class of the `transformers` library or a `PooledClassifier` around one.
+        is not a `BiLSTM`, `TextCNN`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one,
+        a model class of the `transformers` library or a `PooledClassifier` around one.
     """
     network = unwrap(network)
     if isinstance(network, PooledClassifier):

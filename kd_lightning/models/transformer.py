@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.activations import ACT2FN
 
 from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.models.hf import PooledClassifier
 
 
 def transformer(
@@ -21,8 +22,9 @@ def transformer(
     max_length: int = 512,
     dropout: float = 0.1,
     hidden_act: str = "gelu",
-) -> BertForSequenceClassification:
-    """Build a `BertForSequenceClassification` with fresh weights; the defaults are BERT-tiny's shape.
+    pooling: Literal["bert", "mean", "max", "first"] = "bert",
+) -> BertForSequenceClassification | PooledClassifier:
+    """Build a BERT-style classifier with fresh weights; the defaults are BERT-tiny's shape.
 
     Args:
         num_classes: Number of classes.
@@ -35,12 +37,15 @@ def transformer(
         max_length: Longest sequence it can read, in tokens: the number of position embeddings.
         dropout: Probability of dropping a hidden entry or an attention weight.
         hidden_act: Activation of the feed-forward layers, by its `transformers` name.
+        pooling: `bert`: a `BertForSequenceClassification`, which classifies by the first token's state after another
+            layer. `mean` or `max` over the words, `first`: a `PooledClassifier`; with fresh weights the first token
+            has yet to learn to look at the others.
 
     Returns:
         A network in training mode with scaled-dot-product attention.
 
     Raises:
-        ConfigError: Heads that do not divide the width, or an unknown activation.
+        ConfigError: Heads that do not divide the width, an unknown activation or pooling.
     """
     if num_heads < 1 or hidden_size % num_heads:
         raise ConfigError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}: choose a divisor")
@@ -60,4 +65,6 @@ def transformer(
         hidden_act=hidden_act,
         **options,
     )
-    return BertForSequenceClassification(config)
+    if pooling == "bert":
+        return BertForSequenceClassification(config)
+    return PooledClassifier(BertModel(config, add_pooling_layer=False), num_classes, pooling, dropout)
