@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import io
 import json
-import os
 import resource
-import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from trainings import ROOT, Job, pipeline, spread, test_answers, train_all
+
 RUNS = ROOT / "runs" / "strategies"
 SEEDS = (0, 1, 2)
 SIZES = {"hidden_size": 144, "num_layers": 2, "num_heads": 12, "intermediate_size": 576}
@@ -54,68 +50,31 @@ def overrides(strategy: str, teacher: str, features: list[str]) -> list[str]:
     return [
         "experiment=quickstart", "data.views=0", "data.transfer=[]", *SPECIAL.get(strategy, STUDENT), *BUDGET,
         f"distillation={strategy}", f"teacher.checkpoint={teacher}", f"teacher.features=[{kept}]",
-        "teacher.cache_dtype=float16", "logger={}", "stages=[distill]",
+        "teacher.cache_dtype=float16", "stages=[distill]",
     ]  # fmt: skip
 
 
-def seeded(strategy: str, seed: int) -> list[str]:
-    """Return what one seed's run adds: a folder of its own, since seeds train side by side."""
-    return [f"seed={seed}", f"run_dir={RUNS / strategy / str(seed)}"]
-
-
-def folder(strategy: str, seed: int) -> Path:
-    """Return where a run leaves its student."""
-    return RUNS / strategy / str(seed) / f"seed_{seed}" / "distill"
-
-
-def pipeline(settings: list[str], quiet: bool = True) -> Any:
-    """Return the pipeline of a configuration."""
-    from hydra import compose, initialize_config_dir
-    from rich.console import Console
-
-    from kd_lightning import config
-    from kd_lightning.pipeline import Pipeline
-    from kd_lightning.quiet import quiet as hush
-
-    hush()
-    config.register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        cfg = compose("config", settings)
-    return Pipeline(cfg, Console(file=io.StringIO()) if quiet else None)
-
-
-def train(strategy: str, seed: int, settings: list[str]) -> dict[str, Any]:
-    """Train one strategy with one seed; return what its stage recorded."""
-    import torch
-
-    torch.set_num_threads(1)  # two of these run side by side
-    pipeline([*settings, *seeded(strategy, seed)]).run()
-    record: dict[str, Any] = json.loads((folder(strategy, seed) / "stage.json").read_text())
-    return record
+def job(strategy: str, seed: int, settings: list[str]) -> Job:
+    """Return the training of one strategy with one seed, in a folder of its own, since seeds train side by side."""
+    return Job(f"{strategy}, seed {seed}", tuple(settings), RUNS / strategy / str(seed), seed)
 
 
 def needed(names: list[str], teacher: str) -> list[str]:
     """Return every feature of the teacher that any of the strategies reads."""
     found: set[str] = set()
     for name in names:
-        run = pipeline([*overrides(name, teacher, []), *seeded(name, SEEDS[0])])
+        run = pipeline(job(name, SEEDS[0], overrides(name, teacher, [])).overrides)
         student, _ = run._student(0, "random")
         found |= set(run.objective(student, run.teacher.network).needs_teacher)
     return sorted(found)
 
 
-def test_scores(strategy: str, settings: list[str]) -> list[float]:
+def test_scores(jobs: list[Job]) -> list[float]:
     """Read the test split: the accuracy of each seed's selected student."""
     from kd_lightning.metrics import evaluate_logits
-    from kd_lightning.models.answers import network_answers
-    from kd_lightning.runs import load_run
 
-    data = pipeline([*settings, *seeded(strategy, 0)]).data.select(tokens="student")
-    scores = []
-    for seed in SEEDS:
-        said = network_answers(load_run(folder(strategy, seed)).network, data.test_dataloader())
-        scores.append(evaluate_logits(said.logits, said.labels)["accuracy"])
-    return scores
+    said = [test_answers(job, "distill") for job in jobs]
+    return [evaluate_logits(one.logits, one.labels)["accuracy"] for one in said]
 
 
 def main() -> None:
@@ -142,27 +101,15 @@ def main() -> None:
         pipeline(["experiment=quickstart", "stages=[teacher]", f"run_dir={teacher}"], quiet=False).run()
     features = needed(known, teacher)
     print(f"the teacher answers {len(features)} features besides logits: {', '.join(features)}", flush=True)
-    pipeline([*overrides(names[0], teacher, features), *seeded(names[0], 0)], quiet=False).build_caches()
+    jobs = {name: [job(name, seed, overrides(name, teacher, features)) for seed in SEEDS] for name in names}
+    pipeline(jobs[names[0]][0].overrides, quiet=False).build_caches()
 
-    records: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        settings = {name: overrides(name, teacher, features) for name in names}
-        waiting = {pool.submit(train, name, seed, settings[name]): (name, seed) for seed in SEEDS for name in names}
-        for done, future in enumerate(as_completed(waiting), 1):
-            name, seed = waiting[future]
-            records[name][seed] = future.result()
-            accuracy = records[name][seed]["validation"]["accuracy"]
-            minutes = (time.monotonic() - started) / 60
-            print(
-                f"{done}/{len(waiting)}  {name}, seed {seed}: validation {accuracy:.3f}  ({minutes:.0f} min)",
-                flush=True,
-            )
-    found = [_row(name, records[name], test_scores(name, settings[name])) for name in names]
+    train_all([jobs[name][number] for number in range(len(SEEDS)) for name in names])
+    found = [_row(name, jobs[name]) for name in names]
     found.sort(key=lambda row: -row["validation"]["mean"])
-    any_run = [*settings[names[0]], *seeded(names[0], SEEDS[0])]
     content = {
-        "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS), "teacher": _teacher_scores(any_run),
+        "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS),
+        "teacher": _teacher_scores(jobs[names[0]][0].overrides),
         "command": " ".join(["python", *sys.argv]), "minutes": _minutes(started),
         "environment": environment(), "strategies": found,
     }  # fmt: skip
@@ -174,13 +121,12 @@ def main() -> None:
     print("wrote results/strategies.json and results/strategies.png; now run scripts/update_readme.py")
 
 
-def _row(name: str, records: dict[int, dict[str, Any]], test: list[float]) -> dict[str, Any]:
-    ordered = [records[seed] for seed in SEEDS]
+def _row(name: str, jobs: list[Job]) -> dict[str, Any]:
     return {
         "name": name,
-        "validation": _spread([record["validation"]["accuracy"] for record in ordered]),
-        "test": _spread(test),
-        "seconds": _spread([record["seconds"] for record in ordered]),
+        "validation": spread([job.validation("distill") for job in jobs]),
+        "test": spread(test_scores(jobs)),
+        "seconds": spread([job.record("distill")["seconds"] for job in jobs]),
     }
 
 
@@ -199,10 +145,6 @@ def _minutes(started: float) -> dict[str, float]:
 def _add_minutes(started: float) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     (RUNS / "minutes.json").write_text(json.dumps(_minutes(started)))
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
 
 
 def _teacher_scores(settings: list[str]) -> dict[str, float]:

@@ -4,8 +4,8 @@ python scripts/export_reviews.py runs/reviews                                   
 python scripts/export_reviews.py runs/reviews --layers runs/reviews_3_layers     and a student of three layers
 
 Writes the export folders and `benchmark/` into RUN/export, results/export.json and results/export.png; then run
-scripts/update_readme.py. A run of three layers: kd-train experiment=reviews model@student=from_teacher student.layers=3
-teacher.checkpoint=runs/reviews stages=[distill] name=reviews_3_layers
+scripts/update_readme.py. A run of three layers: kd-train experiment=reviews_3layer
+(python scripts/recipes.py trains both)
 """
 
 from __future__ import annotations

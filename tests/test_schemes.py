@@ -359,7 +359,8 @@ SHRUNK: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-NO_SCHEMES = {"quickstart", "reviews", "fashion_mnist", "multi_task"}  # tasks: tests/test_multitask.py
+RECIPES = {"reviews_bilstm", "reviews_tiny", "reviews_3layer", "reviews_bow", "fashion_resnet"}
+NO_SCHEMES = {"quickstart", *RECIPES, "multi_task"}  # tasks: tests/test_multitask.py
 
 
 def test_no_scheme_is_left_out() -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kd_lightning.slurm.chain import Job
 
 _EXAMPLES = """
-  kd-slurm pipeline experiment=reviews name=grid --sweep 'temperature=1,2,4 alpha=0.5,0.9' --dry-run
-  kd-slurm pipeline experiment=reviews name=grid --sweep 'temperature=1,2,4' hydra.launcher.partition=gpu
+  kd-slurm pipeline experiment=reviews_bilstm name=grid --sweep 'temperature=1,2,4 alpha=0.5,0.9' --dry-run
+  kd-slurm pipeline experiment=reviews_bilstm name=grid --sweep 'temperature=1,2,4' hydra.launcher.partition=gpu
   kd-slurm status runs/grid
 
 conf/hydra/launcher/slurm.yaml has the jobs' partition, time, CPUs, memory and GPUs (hydra.launcher.KEY=VALUE).
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "submit teacher, its answers, the sweep's points (an array) and the report, each waiting for the one before"
     pipeline = commands.add_parser("pipeline", help=about, description=about[0].upper() + about[1:] + ".")
     pipeline.set_defaults(command=_pipeline)
-    pipeline.add_argument("overrides", nargs="*", help="as for kd-train: experiment=reviews name=grid ...")
+    pipeline.add_argument("overrides", nargs="*", help="as for kd-train: experiment=reviews_bilstm name=grid ...")
     pipeline.add_argument(
         "--sweep", default="", help="what varies, as for kd-train -m: 'temperature=1,2 alpha=0.5,0.9'"
     )

@@ -1,0 +1,233 @@
+"""Measure the recipes, the experiments whose students are held against a goal: five seeds, each beside its baselines.
+
+python scripts/recipes.py                    train all of them (what is trained already is kept); validation scores only
+python scripts/recipes.py reviews_bilstm     train this one
+python scripts/recipes.py --final [NAME...]  read the test split, once; write results/quality.json and its pictures
+
+A recipe is a file of conf/experiment, trained with `kd-train experiment=NAME`. Its seeds train here side by side, one
+thread each, with one teacher. Weights are selected on validation, and so was everything in the recipe's file: no test
+figure is computed before --final, which refuses a recipe that is not trained to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
+
+RUNS = ROOT / "runs" / "recipes"
+RESULT = ROOT / "results" / "quality.json"
+SEEDS = range(5)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is asked of an experiment.
+
+    Attributes:
+        student: In words.
+        goal: In words.
+        met: Whether what was measured meets it.
+        variants: Further distillations by name: what each sets otherwise.
+    """
+
+    student: str
+    goal: str
+    met: Callable[[Row], bool]
+    variants: dict[str, list[str]] = field(default_factory=dict)
+
+
+def closes(share: float) -> Callable[[Row], bool]:
+    """Return whether so much of the gap between baseline and teacher is closed."""
+    return lambda row: row["ratio"]["mean"] >= share
+
+
+def _bilstm(row: Row) -> bool:
+    return closes(0.9)(row) and row["distilled"]["mean"] - row["baseline_initialised"]["mean"] >= 0.01
+
+
+def _layers(row: Row) -> bool:
+    kept = row["distilled"]["mean"] / row["teacher"]["mean"]
+    return kept >= 0.99 and row["latency_share"] <= 0.55
+
+
+def _fashion(row: Row) -> bool:
+    gains = [a - b for a, b in zip(row["distilled"]["values"], row["baseline"]["values"], strict=True)]
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    best = row["variants"][row["best_variant"]]["test"]["mean"]
+    return statistics.mean(gains) >= 3 * error and best > row["distilled"]["mean"]
+
+
+def _multi_task(row: Row) -> bool:
+    return row["teacher"]["mean"] - row["distilled"]["mean"] <= 0.01 and row["size_share"] <= 1 / 3
+
+
+RECIPES = {
+    "reviews_bilstm": Recipe(
+        "BiLSTM of 128, 4.2M parameters (0.3M without embeddings)",
+        "ratio >= 0.90, and 1 point above labels with the same initialisation",
+        _bilstm,
+        {
+            "no views": ["data.views=0"],
+            "no transfer data": ["data.transfer=[]"],
+            "fresh embeddings": ["model@student=bilstm", "~student.network", "~student.scale", "~student.initialise"],
+            "embeddings of usual size": ["student.scale=1"],
+            "half the steps": ["trainer.max_steps=1000"],
+        },
+    ),
+    "reviews_tiny": Recipe("transformer 2 x 128, 4.4M parameters", "ratio >= 0.85", closes(0.85)),
+    "reviews_3layer": Recipe(
+        "3 layers x 384 of the teacher's", "99% of the teacher's accuracy at 55% of its latency", _layers
+    ),
+    "reviews_bow": Recipe("convolutions over words, 4.1M parameters", "ratio >= 0.60", closes(0.6)),
+    "fashion_resnet": Recipe(
+        "CNN of at most 60k parameters",
+        "beats labels by 3 standard errors; the best feature strategy beats plain KD",
+        _fashion,
+    ),
+    "multi_task": Recipe(
+        "one encoder for three tasks",
+        "within 1 point of its three teachers on average, at a third of their size",
+        _multi_task,
+    ),
+}
+"""In the order of results/quality.json."""
+
+
+def jobs(name: str, more: Sequence[str] = (), variant: str | None = None) -> list[Job]:
+    """Return a recipe's runs, or those of a variant, which has no baselines of its own."""
+    settings = [f"experiment={name}", f"shared_dir={RUNS / 'shared'}", *more]
+    title, folder = name, RUNS / name
+    if variant is not None:
+        title, folder = f"{name}, {variant}", RUNS / f"{name}-{variant.replace(' ', '_')}"
+        settings.append("stages=[teacher,distill]")
+    return [Job(f"{title}, seed {seed}", tuple(settings), folder / str(seed), seed) for seed in SEEDS]
+
+
+def all_jobs(name: str) -> dict[str | None, list[Job]]:
+    """Return a recipe's own runs (None) and those of its variants."""
+    return {None: jobs(name)} | {one: jobs(name, more, one) for one, more in RECIPES[name].variants.items()}
+
+
+def measure(name: str) -> Row:
+    """Read the test split for a recipe and say how it did."""
+    recipe, found = RECIPES[name], all_jobs(name)
+    unfinished = [job.name for some in found.values() for job in some if not job.stage("distill").is_dir()]
+    if unfinished:
+        sys.exit(f"recipes: {', '.join(unfinished)}: not trained yet; run python scripts/recipes.py {name} first")
+    own = found[None]
+    run = pipeline(own[0].overrides)
+    task, teacher = run.task, run.teacher
+
+    def scores(some: list[Job], stage: str) -> list[dict[str, float]]:
+        return [task.evaluate(test_answers(job, stage)) for job in some]
+
+    def main_of(scored: list[dict[str, float]]) -> dict[str, Any]:
+        return spread([one[task.main] for one in scored])
+
+    above = task.evaluate(teacher_answers(own[0]))
+    stages = ["baseline", *(["baseline_initialised"] if run.takes_from_teacher else [])]
+    by_stage = {stage: scores(own, stage) for stage in [*stages, "distill"]}
+    row: Row = {
+        "student": recipe.student, "metric": task.main, "teacher": spread([above[task.main]]),
+        **{stage: main_of(by_stage[stage]) for stage in stages}, "distilled": main_of(by_stage["distill"]),
+        "validation": {stage: spread([job.validation(stage) for job in own]) for stage in by_stage},
+        "seconds": {stage: spread([job.record(stage)["seconds"] for job in own]) for stage in by_stage},
+    }  # fmt: skip
+    pairs = zip(row["baseline"]["values"], row["distilled"]["values"], strict=True)
+    row["ratio"] = spread([(after - before) / (row["teacher"]["mean"] - before) for before, after in pairs])
+    if parts := [key for key in above if "/" in key]:
+        row["tasks"] = {
+            key: {"teacher": above[key]} | {stage: spread([one[key] for one in by_stage[stage]]) for stage in by_stage}
+            for key in parts
+        }
+    row["variants"] = {
+        variant: {
+            "settings": recipe.variants[variant],
+            "validation": spread([job.validation("distill") for job in some]),
+            "test": main_of(scores(some, "distill")),
+        }
+        for variant, some in found.items()
+        if variant is not None
+    }
+    if row["variants"]:
+        row["best_variant"] = max(row["variants"], key=lambda one: row["variants"][one]["validation"]["mean"])
+    row |= _cost(own[0], teacher)
+    return row | {"goal": recipe.goal, "met": recipe.met(row), "command": f"kd-train experiment={name}"}
+
+
+def _cost(job: Job, teacher: Any) -> Row:
+    """Return how large and how slow the student is, and as shares of its teacher."""
+    from kd_lightning.measure import measure_latency, single_examples, size
+    from kd_lightning.runs import load_run
+
+    student = load_run(job.stage("distill")).network
+    networks = [member.network for member in teacher.members] or [teacher.network]
+    data = pipeline(job.overrides).data
+    ours, theirs = (single_examples(data.select(tokens=role).val_dataloader(), 200) for role in ("student", "teacher"))
+    latency = measure_latency(
+        {"teacher": networks[0], "student": student}, {"teacher": theirs, "student": ours}, threads=1
+    )
+    sizes = [size(network) for network in networks]
+    mine = size(student)
+    return {
+        "parameters": mine.parameters,
+        "parameters_without_embeddings": mine.parameters_without_embeddings,
+        "teacher_parameters": sum(one.parameters for one in sizes),
+        "size_share": mine.parameters / sum(one.parameters for one in sizes),
+        "latency_ms": {name: one.p50 for name, one in latency.items()},
+        "latency_share": latency["student"].p50 / latency["teacher"].p50,
+    }
+
+
+def record(names: list[str]) -> None:
+    """Write what was measured; recipes that were not asked for keep their rows."""
+    from kd_lightning.files import write_file
+    from kd_lightning.measure import environment
+
+    before = json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] if RESULT.is_file() else {}
+    rows = before | {name: measure(name) | {"environment": environment()} for name in names}
+    content = {
+        "command": "python scripts/recipes.py --final", "seeds": len(SEEDS),
+        "recipes": {name: rows[name] for name in RECIPES if name in rows},
+    }  # fmt: skip
+    write_file(RESULT, json.dumps(content, indent=1) + "\n")
+    for name in names:
+        row = rows[name]
+        print(
+            f"{name}: teacher {row['teacher']['mean']:.4f}, labels {row['baseline']['mean']:.4f}, distilled "
+            f"{row['distilled']['mean']:.4f} ± {row['distilled']['std']:.4f}, ratio {row['ratio']['mean']:.2f}; "
+            f"goal ({row['goal']}) {'met' if row['met'] else 'missed'}"
+        )
+    print(f"wrote {RESULT.relative_to(ROOT)}; now run scripts/update_readme.py")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--final", action="store_true", help="read the test split, once, when all is trained")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(RECIPES):
+        sys.exit(f"recipes: there is no {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    names = given.names or list(RECIPES)
+    if given.final:
+        record(names)
+        return
+    found = {name: all_jobs(name) for name in names}
+    for name in names:
+        for some in found[name].values():
+            pipeline(some[0].overrides, quiet=False).build_caches()
+    train_all([job for name in names for some in found[name].values() for job in some])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Many trainings side by side, one thread each, for the scripts that measure what learning from a teacher is worth."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of some stages with one seed.
+
+    Attributes:
+        name: What it is called on the screen.
+        settings: Its configuration, as for `kd-train`.
+        folder: Where its files go.
+        seed: Of its student.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    folder: Path
+    seed: int
+
+    @property
+    def overrides(self) -> list[str]:
+        """The whole configuration."""
+        return [*self.settings, f"seed={self.seed}", "seeds=1", "logger={}", f"run_dir={self.folder}"]
+
+    def stage(self, name: str) -> Path:
+        """Return the folder of a stage."""
+        return self.folder / f"seed_{self.seed}" / name
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """Return what a finished stage recorded."""
+        record: dict[str, Any] = json.loads((self.stage(stage) / "stage.json").read_text(encoding="utf-8"))
+        return record
+
+    def validation(self, stage: str) -> float:
+        """Return a finished stage's score on the validation split."""
+        from kd_lightning.runs import validation_score
+
+        return validation_score(self.record(stage))
+
+
+def pipeline(settings: Sequence[str], quiet: bool = True) -> Any:
+    """Return the pipeline of a configuration."""
+    from hydra import compose, initialize_config_dir
+    from rich.console import Console
+
+    from kd_lightning import config
+    from kd_lightning.pipeline import Pipeline
+    from kd_lightning.quiet import quiet as hush
+
+    hush()
+    config.register_resolvers()
+    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        cfg = compose("config", list(settings))
+    return Pipeline(cfg, Console(file=io.StringIO()) if quiet else None)
+
+
+def train(job: Job) -> None:
+    """Run a job on one core; what is finished is not trained again."""
+    import torch
+
+    torch.set_num_threads(1)
+    pipeline(job.overrides).run()
+
+
+def train_all(jobs: Sequence[Job]) -> None:
+    """Run jobs side by side and say how each ended."""
+    started = time.monotonic()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(train, job): job for job in jobs}
+        for done, future in enumerate(as_completed(waiting), 1):
+            job = waiting[future]
+            future.result()
+            stages = sorted(file.parent.name for file in (job.folder / f"seed_{job.seed}").glob("*/stage.json"))
+            scores = ", ".join(f"{stage} {job.validation(stage):.4f}" for stage in stages)
+            minutes = (time.monotonic() - started) / 60
+            print(f"{done}/{len(jobs)}  {job.name}: validation {scores}  ({minutes:.0f} min)", flush=True)
+
+
+def test_answers(job: Job, stage: str) -> Any:
+    """Read the test split: what the selected student of a stage says of it."""
+    from kd_lightning.models.answers import network_answers
+    from kd_lightning.runs import load_run
+
+    data = pipeline(job.overrides).data.select(tokens="student")
+    return network_answers(load_run(job.stage(stage)).network, data.test_dataloader())
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, standard deviation and the values themselves."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "values": list(values)}
+
+
+def teacher_answers(job: Job) -> Any:
+    """Read the test split: what the teacher of a job says of it."""
+    from kd_lightning.models.answers import answers
+
+    run = pipeline(job.overrides)
+    return answers(run.answering_teacher, run.data.select(tokens="both").test_dataloader())
