@@ -78,7 +78,7 @@ RECIPES = {
         {
             "no views": ["data.views=0"],
             "no transfer data": ["data.transfer=[]"],
-            "fresh embeddings": ["model@student=bilstm", "~student.network", "~student.scale", "~student.initialise"],
+            "fresh embeddings": ["model@student=bilstm"],
             "embeddings of usual size": ["student.scale=1"],
             "half the steps": ["trainer.max_steps=1000"],
         },

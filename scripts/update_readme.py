@@ -82,6 +82,47 @@ def exports() -> str:
     return "\n".join(lines) + "\n"
 
 
+def recipes() -> str:
+    """Return the README's main table, what each recipe's student learned, from results/quality.json."""
+    content = _read(ROOT / "results" / "quality.json")
+    lines = ["| recipe | student | teacher | from labels | from labels, same start | distilled | gap closed | goal |"]
+    lines.append("| :-- | :-- | --: | --: | --: | --: | --: | :-- |")
+    for name, row in content["recipes"].items():
+        started = _percent(row["baseline_initialised"]) if "baseline_initialised" in row else ""
+        ratio = f"{row['ratio']['mean']:.2f} ± {row['ratio']['std']:.2f}"
+        lines.append(
+            f"| `{name}` | {row['student']} | {100 * row['teacher']['mean']:.1f} | {_percent(row['baseline'])} | "
+            f"{started} | {_percent(row['distilled'])} | {ratio} | {row['goal']}: "
+            f"{'met' if row['met'] else '**missed**'} |"
+        )
+    machines = {row["environment"]["cpu"]: row["environment"] for row in content["recipes"].values()}
+    where = "; ".join(f"{name}, {m['cores']} cores, torch {m['versions']['torch']}" for name, m in machines.items())
+    lines += [
+        "",
+        f"Test accuracy in %, mean and standard deviation of {content['seeds']} seeds; *gap closed* is the "
+        "distillation ratio (S_kd - S) / (T - S) against labels. One seed: `kd-train experiment=NAME`; all: "
+        f"`python scripts/recipes.py`, on {where} (`results/quality.json`).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ablation() -> str:
+    """Return what the best recipe loses without each of its levers, from results/quality.json."""
+    row = _read(ROOT / "results" / "quality.json")["recipes"]["reviews_bilstm"]
+    lines = [
+        "| `reviews_bilstm` | test accuracy, % | against the recipe | validation, % |",
+        "| :-- | --: | --: | --: |",
+    ]
+    lines.append(f"| as it stands | {_percent(row['distilled'])} | | {_percent(row['validation']['distill'])} |")
+    rows = [(name, one["test"], one["validation"]) for name, one in row["variants"].items()]
+    rows.append(("no teacher, the same start", row["baseline_initialised"], row["validation"]["baseline_initialised"]))
+    rows.append(("no teacher, nothing of it", row["baseline"], row["validation"]["baseline"]))
+    for name, test, validation in sorted(rows, key=lambda one: -one[1]["mean"]):
+        change = 100 * (test["mean"] - row["distilled"]["mean"])
+        lines.append(f"| {name} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
+    return "\n".join(lines) + "\n"
+
+
 def sweep() -> str:
     """Return what the README says of the sweep in results/sweeps: what each parameter moves, and against what."""
     content = _read(ROOT / "results" / "sweeps" / "sweep.json")
@@ -141,10 +182,16 @@ def picture() -> None:
     figure.savefig(ROOT / "results" / "peers.png", dpi=150)
 
 
+TABLES = {
+    "benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep, "recipes": recipes,
+    "ablation": ablation,
+}  # fmt: skip
+
+
 def block(name: str) -> str:
     """Return the README's block for one result: the sentence that sums it up, the table, and where it was measured."""
-    if name in (tables := {"benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep}):
-        return tables[name]()
+    if name in TABLES:
+        return TABLES[name]()
     report = load_report(ROOT / "results" / f"{name}.json")
     machine = report["environment"]
     ratio = report["distillation_ratio"]

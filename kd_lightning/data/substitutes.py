@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,6 +145,8 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
 
     key = f"data.replace_by=neighbours: {checkpoint!r}, the teacher's tokenizer,"
     place = str(fetch("minilm")) if checkpoint == "minilm" else checkpoint
+    if Path(place).name == "tokenizer" and Path(place).parent.joinpath("model.safetensors").is_file():
+        place = str(Path(place).parent)  # a network of ours: its tokenizer has a folder of its own
     try:
         path = cached_file(place, "model.safetensors")
     except (OSError, ValueError) as error:

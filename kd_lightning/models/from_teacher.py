@@ -99,7 +99,7 @@ def embeddings_from_teacher(
     vocab_size: int,
     network: Callable[..., nn.Module],
     pad_token_id: int = 0,
-    scale: float = 1.0,
+    scale: float = 5.0,
     initialise: Initialise = "teacher",
 ) -> nn.Module:
     """Make a student whose word embeddings are the principal components of the teacher's.

@@ -167,6 +167,17 @@ def test_neighbours_are_the_nearest_words(checkpoint: Checkpoint) -> None:
     assert found.digest != nearest_words(["eword"], checkpoint.folder, tokenizer).digest
 
 
+def test_the_tokenizer_of_a_finished_run_has_its_networks_embeddings_above_it(checkpoint: Checkpoint) -> None:
+    folder = Path(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    before = nearest_words(["cword eword"], checkpoint.folder, tokenizer)
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    assert nearest_words(["cword eword"], str(folder / "tokenizer"), tokenizer).table == before.table
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no model.safetensors beside it"):
+        nearest_words(["cword eword"], str(folder / "tokenizer"), tokenizer)
+
+
 @pytest.fixture
 def data(write_csv: Callable[..., Path], checkpoint: Checkpoint) -> Callable[..., TextFiles]:
     rng = random.Random(0)

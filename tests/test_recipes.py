@@ -1,0 +1,100 @@
+"""scripts/recipes.py holds recipes against their goals, and reads no test split before it is told to."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_lightning.config import conf_dir
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def recipes() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        return importlib.import_module("recipes")
+
+
+def spread(*values: float) -> dict[str, Any]:
+    return {"mean": sum(values) / len(values), "std": 0.0, "values": list(values)}
+
+
+def started(value: float) -> dict[str, Any]:
+    return {"baseline_initialised": spread(value)}
+
+
+def test_every_recipe_is_an_experiment(recipes: Any) -> None:
+    assert {f"{name}.yaml" for name in recipes.RECIPES} <= {path.name for path in (conf_dir() / "experiment").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["reviews_bilstm", "reviews_tiny", "reviews_3layer", "reviews_bow", "fashion_resnet"])
+def test_every_run_of_a_recipe_composes_and_has_a_folder_of_its_own(recipes: Any, name: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from kd_lightning.checks import validate
+    from kd_lightning.config import register_resolvers
+
+    register_resolvers()
+    found = [job for some in recipes.all_jobs(name).values() for job in some]
+    assert len({job.folder for job in found}) == len(found) == 5 * (1 + len(recipes.RECIPES[name].variants))
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for job in found[::5]:
+            cfg = compose("config", job.overrides)
+            validate(cfg)
+            assert cfg.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "met"),
+    [
+        ("reviews_bilstm", {"ratio": spread(0.9), "distilled": spread(0.85), **started(0.84)}, True),
+        ("reviews_bilstm", {"ratio": spread(0.89), "distilled": spread(0.85), **started(0.8)}, False),
+        ("reviews_bilstm", {"ratio": spread(0.95), "distilled": spread(0.85), **started(0.845)}, False),
+        ("reviews_tiny", {"ratio": spread(0.84, 0.86)}, True),
+        ("reviews_bow", {"ratio": spread(0.59)}, False),
+        ("reviews_3layer", {"distilled": spread(0.842), "teacher": spread(0.85), "latency_share": 0.55}, True),
+        ("reviews_3layer", {"distilled": spread(0.84), "teacher": spread(0.85), "latency_share": 0.5}, False),
+        ("reviews_3layer", {"distilled": spread(0.85), "teacher": spread(0.85), "latency_share": 0.56}, False),
+        ("multi_task", {"distilled": spread(0.75), "teacher": spread(0.755), "size_share": 0.3}, True),
+        ("multi_task", {"distilled": spread(0.74), "teacher": spread(0.755), "size_share": 0.3}, False),
+    ],
+)  # fmt: skip
+def test_goals(recipes: Any, name: str, row: dict[str, Any], met: bool) -> None:
+    assert recipes.RECIPES[name].met(row) is met
+
+
+@pytest.mark.parametrize(
+    ("distilled", "hint", "met"),
+    [((0.9, 0.91, 0.905), 0.92, True), ((0.9, 0.91, 0.905), 0.9, False), ((0.88, 0.95, 0.879), 0.99, False)],
+)
+def test_the_goal_of_pictures_counts_standard_errors_of_the_gain(
+    recipes: Any, distilled: tuple[float, ...], hint: float, met: bool
+) -> None:
+    row = {
+        "distilled": spread(*distilled), "baseline": spread(0.88, 0.88, 0.88), "best_variant": "hint",
+        "variants": {"hint": {"test": spread(hint)}},
+    }  # fmt: skip
+    assert recipes.RECIPES["fashion_resnet"].met(row) is met
+
+
+def test_no_test_figure_of_a_recipe_that_is_not_trained(
+    recipes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recipes, "RUNS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "--final", "reviews_bow"])
+    with pytest.raises(
+        SystemExit, match=r"reviews_bow, seed 0.*not trained yet; run python scripts/recipes.py reviews_bow"
+    ):
+        recipes.main()
+
+
+def test_an_unknown_recipe_is_one_line(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "reviews"])
+    with pytest.raises(SystemExit, match="there is no reviews; there are reviews_bilstm"):
+        recipes.main()
