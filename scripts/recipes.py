@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
@@ -37,12 +38,14 @@ class Recipe:
         goal: In words.
         met: Whether what was measured meets it.
         variants: Further distillations by name: what each sets otherwise.
+        taught_by: The recipe whose teacher teaches this one; None: its own.
     """
 
     student: str
     goal: str
     met: Callable[[Row], bool]
     variants: dict[str, list[str]] = field(default_factory=dict)
+    taught_by: str | None = "reviews_bilstm"
 
 
 def closes(share: float) -> Callable[[Row], bool]:
@@ -70,6 +73,10 @@ def _multi_task(row: Row) -> bool:
     return row["teacher"]["mean"] - row["distilled"]["mean"] <= 0.01 and row["size_share"] <= 1 / 3
 
 
+FEATURES = {
+    name: [f"distillation={name}", "teacher.cache=off"]
+    for name in ("hint_maps", "attention_transfer", "similarity_preserving")
+}
 RECIPES = {
     "reviews_bilstm": Recipe(
         "BiLSTM of 128, 4.2M parameters (0.3M without embeddings)",
@@ -92,19 +99,30 @@ RECIPES = {
         "CNN of at most 60k parameters",
         "beats labels by 3 standard errors; the best feature strategy beats plain KD",
         _fashion,
+        FEATURES,
+        taught_by=None,
     ),
     "multi_task": Recipe(
         "one encoder for three tasks",
         "within 1 point of its three teachers on average, at a third of their size",
         _multi_task,
+        taught_by=None,
     ),
 }
 """In the order of results/quality.json."""
 
 
+def teacher_of(name: str) -> Path:
+    """Return the run that holds the teacher of a recipe which others share."""
+    return RUNS / f"teacher_of_{name}"
+
+
 def jobs(name: str, more: Sequence[str] = (), variant: str | None = None) -> list[Job]:
     """Return a recipe's runs, or those of a variant, which has no baselines of its own."""
+    above = RECIPES[name].taught_by
     settings = [f"experiment={name}", f"shared_dir={RUNS / 'shared'}", *more]
+    if above is not None:
+        settings.append(f"teacher.checkpoint={teacher_of(above)}")
     title, folder = name, RUNS / name
     if variant is not None:
         title, folder = f"{name}, {variant}", RUNS / f"{name}-{variant.replace(' ', '_')}"
@@ -222,10 +240,15 @@ def main() -> None:
     if given.final:
         record(names)
         return
+    for above in {one for name in names if (one := RECIPES[name].taught_by)}:
+        settings = [f"experiment={above}", "stages=[teacher]", f"run_dir={teacher_of(above)}"]
+        pipeline(settings, quiet=False).run()
     found = {name: all_jobs(name) for name in names}
     for name in names:
         for some in found[name].values():
-            pipeline(some[0].overrides, quiet=False).build_caches()
+            run = pipeline(some[0].overrides, quiet=False)
+            if run.cfg["teacher"]["cache"] != "off":
+                run.build_caches()
     train_all([job for name in names for some in found[name].values() for job in some])
 
 

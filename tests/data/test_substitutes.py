@@ -174,7 +174,7 @@ def test_the_tokenizer_of_a_finished_run_has_its_networks_embeddings_above_it(ch
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     assert nearest_words(["cword eword"], str(folder / "tokenizer"), tokenizer).table == before.table
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="has no model.safetensors beside it"):
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors beside it"):
         nearest_words(["cword eword"], str(folder / "tokenizer"), tokenizer)
 
 
