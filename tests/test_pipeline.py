@@ -180,6 +180,21 @@ def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Com
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
 
 
+def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    run(composed(*overrides, "stages=[teacher,distill]", "distillation=rkd"))
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student", "run_dir"))]
+    chosen += ["model@student=from_run", f"student.checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}"]
+    pipeline = Pipeline(composed(*chosen))
+    before = load_file(tmp_path / "run" / "seed_0" / "distill" / "model.safetensors")
+    start, fresh = (pipeline._student(0, initialise)[0].state_dict() for initialise in ("teacher", "random"))
+    assert all(torch.equal(start[name], value) for name, value in before.items())
+    assert not all(torch.equal(fresh[name], value) for name, value in before.items())
+    _, report, _ = run(composed(*chosen))
+    assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
+
+
 def test_online_and_cached_teacher_train_the_same_student(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:

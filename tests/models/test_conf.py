@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from kd_lightning.models.adapt import run_network
+from kd_lightning.models.bilstm import BiLSTM
 
+from .test_from_run import write_student
 from .test_timm import stand_in
 from .tiny import VOCABULARY, batch, tiny
 
@@ -31,6 +33,7 @@ def test_the_promised_models_are_there() -> None:
         "bilstm",
         "embeddings_from_teacher",
         "text_cnn",
+        "from_run",
         "from_teacher",
         "lstm_teacher",
         "lstm_student",
@@ -75,6 +78,8 @@ def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
     if "name" in node.keys():  # noqa: SIM118 (a missing value is not "in" the node)
         teacher.bert.save_pretrained(tmp_path)
         node["name"] = "resnet18" if path.stem in VISION else str(tmp_path)
+    if path.stem == "from_run":
+        node["checkpoint"] = str(write_student(tmp_path / "run", BiLSTM(3, VOCABULARY, embedding_size=4)))
     if "network" in node:
         node.network.embedding_size = 8  # the tiny teacher is not wider
     network = instantiate(node, **given, _convert_="all")
