@@ -87,7 +87,7 @@ RECIPES = {
             "no transfer data": ["data.transfer=[]"],
             "fresh embeddings": ["model@student=bilstm"],
             "embeddings of usual size": ["student.scale=1"],
-            "half the steps": ["trainer.max_steps=1000"],
+            "one set of views": ["teacher.cache_views=1"],
         },
     ),
     "reviews_tiny": Recipe("transformer 2 x 128, 4.4M parameters", "ratio >= 0.85", closes(0.85)),
