@@ -65,8 +65,9 @@ def _layers(row: Row) -> bool:
 def _fashion(row: Row) -> bool:
     gains = [a - b for a, b in zip(row["distilled"]["values"], row["baseline"]["values"], strict=True)]
     error = statistics.stdev(gains) / math.sqrt(len(gains))
-    best = row["variants"][row["best_variant"]]["test"]["mean"]
-    return statistics.mean(gains) >= 3 * error and best > row["distilled"]["mean"]
+    features = row["variants"].get(row.get("best_variant"))
+    best = features is not None and features["test"]["mean"] > row["distilled"]["mean"]
+    return statistics.mean(gains) >= 3 * error and best
 
 
 def _multi_task(row: Row) -> bool:
@@ -138,10 +139,12 @@ def all_jobs(name: str) -> dict[str | None, list[Job]]:
 def measure(name: str) -> Row:
     """Read the test split for a recipe and say how it did."""
     recipe, found = RECIPES[name], all_jobs(name)
-    unfinished = [job.name for some in found.values() for job in some if not job.stage("distill").is_dir()]
-    if unfinished:
-        sys.exit(f"recipes: {', '.join(unfinished)}: not trained yet; run python scripts/recipes.py {name} first")
-    own = found[None]
+    unfinished = {one: [job.name for job in some if not job.is_finished] for one, some in found.items()}
+    if missing := unfinished[None]:
+        sys.exit(f"recipes: {', '.join(missing)}: not trained yet; run python scripts/recipes.py {name} first")
+    own, variants = found[None], {one: some for one, some in found.items() if one and not unfinished[one]}
+    for one in recipe.variants.keys() - variants.keys():
+        print(f"{name}, {one}: left out, since it is not trained yet")
     run = pipeline(own[0].overrides)
     task, teacher = run.task, run.teacher
 
@@ -173,8 +176,7 @@ def measure(name: str) -> Row:
             "validation": spread([job.validation("distill") for job in some]),
             "test": main_of(scores(some, "distill")),
         }
-        for variant, some in found.items()
-        if variant is not None
+        for variant, some in variants.items()
     }
     if row["variants"]:
         row["best_variant"] = max(row["variants"], key=lambda one: row["variants"][one]["validation"]["mean"])

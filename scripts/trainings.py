@@ -42,6 +42,11 @@ class Job:
         """Return the folder of a stage."""
         return self.folder / f"seed_{self.seed}" / name
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its student is distilled."""
+        return (self.stage("distill") / "stage.json").is_file()
+
     def record(self, stage: str) -> dict[str, Any]:
         """Return what a finished stage recorded."""
         record: dict[str, Any] = json.loads((self.stage(stage) / "stage.json").read_text(encoding="utf-8"))

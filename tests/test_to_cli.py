@@ -112,7 +112,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("data.reviews", "data.fashion_mnist", "data.tokens", "models.hf"):
+    for module in ("data.reviews", "data.fashion_mnist", "data.substitutes", "data.tokens", "models.hf"):
         monkeypatch.setattr(f"kd_lightning.{module}.fetch", fetched.__getitem__)
 
 
