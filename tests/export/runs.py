@@ -12,6 +12,7 @@ from torch import nn
 from kd_lightning.data import ClassificationData, ImageFolder, TextFiles
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN
+from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
 from kd_lightning.runs import save_network, write_json
 from tests.conftest import write_toy_csv
@@ -95,6 +96,18 @@ def bilstm_run(folder: Path, **shape: Any) -> Path:
     data, settings = text_data(folder.parent)
     sizes = {"embedding_size": 16, "hidden_size": 16, **shape}
     return write_run(folder, data, settings, BiLSTM(**data.model_arguments("student"), **sizes))
+
+
+def text_cnn_run(folder: Path) -> Path:
+    data, settings = text_data(folder.parent)
+    return write_run(folder, data, settings, TextCNN(**data.model_arguments("student"), embedding_size=16))
+
+
+def pooled_run(folder: Path) -> Path:
+    """A transformer that classifies by the mean of its states: no class of Hugging Face's."""
+    data, settings = text_data(folder.parent)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 1, "intermediate_size": 32, "max_length": 64}
+    return write_run(folder, data, settings, transformer(**data.model_arguments("student"), **sizes, pooling="mean"))
 
 
 def transformer_run(folder: Path, pairs: bool = False) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.predict import main as kd_predict
 from kd_lightning.runs import load_run
 from tests.export.fresh import ROOT, answers, example
-from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, transformer_run
+from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -69,6 +70,20 @@ def test_a_bilstm_answers_alike(
     kd_predict([str(out), *SENTENCES, "--json"])
     said = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert said == [label for label, _ in expected(bilstm)]
+
+
+@pytest.mark.parametrize(("format", "quantize"), [("onnx", "none"), ("onnx", "int8-dynamic"), ("pt2", "none")])
+@pytest.mark.parametrize("write", [text_cnn_run, pooled_run])
+def test_our_other_networks_answer_alike(
+    home: Path, tmp_path: Path, write: Callable[[Path], Path], format: str, quantize: str
+) -> None:
+    run = write(tmp_path / "run" / "own")
+    out = export(run, tmp_path / "out", format, quantize)
+    example_of = {"onnx": "onnxruntime", "pt2": "torch"}[format]
+    found = answers(example(example_of), out, SENTENCES, OURS, tmp_path)
+    assert [one["label"] for one in found] == [label for label, _ in expected(run)]
+    if quantize == "none":
+        np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(run)], atol=2e-4)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8-dynamic", "int8-static", "fp16"])
