@@ -158,7 +158,8 @@ def measure(name: str) -> Row:
     stages = ["baseline", *(["baseline_initialised"] if run.takes_from_teacher else [])]
     by_stage = {stage: scores(own, stage) for stage in [*stages, "distill"]}
     row: Row = {
-        "student": recipe.student, "metric": task.main, "teacher": spread([above[task.main]]),
+        "student": recipe.student, "taught_by": recipe.taught_by, "metric": task.main,
+        "teacher": spread([above[task.main]]),
         **{stage: main_of(by_stage[stage]) for stage in stages}, "distilled": main_of(by_stage["distill"]),
         "validation": {stage: spread([job.validation(stage) for job in own]) for stage in by_stage},
         "seconds": {stage: spread([job.record(stage)["seconds"] for job in own]) for stage in by_stage},
