@@ -15,7 +15,7 @@ from kd_lightning.multitask import MultiTaskPipeline
 from kd_lightning.pipeline import Pipeline, cache_of_assistants, finetuning, teacher_name
 from kd_lightning.rehearsal import takes_from_teacher
 from kd_lightning.tasks import Classification, MultiTask, Regression, Task
-from kd_lightning.training import planned_steps
+from kd_lightning.training import averages, planned_steps
 
 Node = dict[str, Any]
 
@@ -270,8 +270,8 @@ class Converter:
         ours = [
             class_path(
                 "lightning.pytorch.callbacks.ModelCheckpoint", dirpath=f"{folder}/lightning", filename="best",
-                monitor=f"val/{self.pipeline.task.main}", mode="max", save_weights_only=True,
-                enable_version_counter=False,
+                monitor=f"val/{self.pipeline.task.main}", mode="max", enable_version_counter=False,
+                save_weights_only=not averages(self.cfg["callbacks"]),
             ),
             *([class_path("kd_lightning.callbacks.Compilation")] if self.cfg["compile"] and role == "student" else []),
             *callbacks,

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from torch import nn
 
 from kd_lightning import preemption
 from kd_lightning.callbacks import Compilation, Preemption, StageProgress
-from kd_lightning.config import build, processes
+from kd_lightning.config import build, lookup, processes
 from kd_lightning.errors import Interrupted, KDError
 from kd_lightning.files import alone
 from kd_lightning.models.answers import network_answers
@@ -185,8 +185,14 @@ def say(console: Console, line: str) -> None:
 def _best(stage: Stage) -> ModelCheckpoint:
     return ModelCheckpoint(
         stage.folder / "checkpoints", "best", monitor=f"val/{stage.data.task.main}", mode="max",
-        save_weights_only=True, enable_version_counter=False,
+        save_weights_only=not averages(stage.callbacks), enable_version_counter=False,
     )  # fmt: skip
+
+
+def averages(callbacks: dict[str, Any]) -> bool:
+    """Return whether callbacks average weights, which Lightning validates and puts into whole checkpoints only."""
+    kinds = [lookup(node["_target_"]) for node in callbacks.values()]
+    return any(isinstance(kind, type) and issubclass(kind, WeightAveraging) for kind in kinds)
 
 
 def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:

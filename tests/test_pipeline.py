@@ -195,6 +195,22 @@ def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
 
 
+def test_averaged_weights_are_kept_where_averaged_weights_are_validated(
+    composed: Composed, overrides: list[str]
+) -> None:
+    average = "+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}"
+    logged = "logger={csv: {_target_: lightning.pytorch.loggers.CSVLogger, name: csv}}"
+    pipeline, _, _ = run(composed(*overrides, "stages=[teacher,distill]", average, logged, "validations=3"))
+    for stage in ("teacher", "seed_0/distill"):
+        kept = json.loads((pipeline.folder / stage / "stage.json").read_text())["validation"]
+        (log,) = (pipeline.folder / stage).rglob("metrics.csv")
+        with log.open() as file:
+            seen = [row for row in csv.DictReader(file) if row["val/accuracy"]]
+        best = max(seen, key=lambda row: float(row["val/accuracy"]))
+        assert kept["accuracy"] == pytest.approx(float(best["val/accuracy"]))
+        assert kept["cross_entropy"] == pytest.approx(float(best["val/loss"]), rel=1e-4)
+
+
 def test_online_and_cached_teacher_train_the_same_student(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:
