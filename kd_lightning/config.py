@@ -12,6 +12,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,20 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
         teacher = OmegaConf.select(_root_, "teacher.network.name")
     if role == "teacher":
         return teacher
-    return OmegaConf.select(_root_, "student.name") or teacher or "minilm"
+    own = OmegaConf.select(_root_, "student.name") or _tokenizer_of_run(OmegaConf.select(_root_, "student.checkpoint"))
+    return own or teacher or "minilm"
+
+
+def _tokenizer_of_run(folder: str | None) -> str | None:
+    """Return where a finished run's student has its tokenizer, if it has one."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    from kd_lightning.runs import find_stage
+
+    with suppress(KDError):  # said where the student is built
+        place = find_stage(Path(folder)) / "tokenizer"
+        return str(place) if place.is_dir() else None
+    return None
 
 
 def tokenizer_beside(checkpoint: str) -> str:

@@ -82,7 +82,7 @@ class Converter:
         for seed in self.pipeline.seeds:
             if "baseline" in stages:
                 yield f"seed_{seed}/baseline", self.baseline(seed, "baseline")
-                if self.pipeline.takes_from_teacher:
+                if self.pipeline.has_start:
                     yield f"seed_{seed}/baseline_initialised", self.baseline(seed, "baseline_initialised")
             if "distill" in stages:
                 last = assistants if self.pipeline.has_teacher else None
@@ -164,7 +164,7 @@ class Converter:
 
     def student(self, initialise: str) -> Node:
         """Return the student's settings, told what to take from the teacher where it can take anything."""
-        more = {"initialise": initialise} if self.pipeline.takes_from_teacher else {}
+        more = {"initialise": initialise} if self.pipeline.has_start else {}
         return {**self.cfg["student"], **more}
 
     def network(self, settings: Node, role: Role) -> Node:

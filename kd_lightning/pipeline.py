@@ -21,12 +21,13 @@ from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
+from kd_lightning.models.from_run import from_run
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
 from kd_lightning.processes import first, rank
-from kd_lightning.rehearsal import rehearse, takes_from_teacher
-from kd_lightning.runs import digest, file_digest, load_run, read_json, validation_score
+from kd_lightning.rehearsal import has_start, rehearse, takes_from_teacher
+from kd_lightning.runs import digest, file_digest, find_stage, load_run, read_json, validation_score
 from kd_lightning.shared import shared, stamps
 from kd_lightning.teachers import (
     AheadTeacher,
@@ -85,7 +86,7 @@ class Pipeline:
         for seed in self.seeds:
             if "baseline" in self.stages:
                 self.baseline(seed, "baseline")
-                if self.takes_from_teacher:
+                if self.has_start:
                     self.baseline(seed, "baseline_initialised")
             if "distill" in self.stages:
                 self.distill(seed)
@@ -145,10 +146,11 @@ class Pipeline:
         """Train the student from labels alone, for as many steps as the distillation takes."""
         initialise = "teacher" if name == "baseline_initialised" else "random"
         network, network_settings = self._student(seed, initialise)
+        above = {"teacher": self.teacher.fingerprint} if self.takes_from_teacher else {}
         stage = self._stage(
             f"{name}, seed {seed}", self._folder(seed, name), self._student_data(seed, pool=False), network,
             network_settings, self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
-            more={"teacher": self.teacher.fingerprint} if initialise == "teacher" else None,
+            more={**above, **self._start()} if initialise == "teacher" else None,
         )  # fmt: skip
         train(stage, self.console)
 
@@ -197,6 +199,7 @@ class Pipeline:
                 "answers": {
                     key: self.cfg["teacher"][key] for key in (*DECIDING, "combine", "weights", "folds", "calibrate")
                 },
+                **self._start(),
             },
         )  # fmt: skip
         if isinstance(teacher, CalibratedTeacher):
@@ -289,8 +292,20 @@ class Pipeline:
 
     @cached_property
     def takes_from_teacher(self) -> bool:
-        """True when the student is initialised from the teacher."""
+        """True when the student is made from the teacher."""
         return takes_from_teacher(self.cfg["student"])
+
+    @cached_property
+    def has_start(self) -> bool:
+        """True when the student starts from trained weights: its teacher's, or those of another run."""
+        return has_start(self.cfg["student"])
+
+    def _start(self) -> dict[str, str]:
+        """Return what names the weights of another run that the student starts from."""
+        settings = self.cfg["student"]
+        if lookup(settings["_target_"]) is not from_run:
+            return {}
+        return {"start": file_digest(find_stage(Path(settings["checkpoint"])) / "model.safetensors")}
 
     @cached_property
     def answering_teacher(self) -> Teacher:
@@ -364,8 +379,9 @@ class Pipeline:
     def _student(self, seed: int, initialise: str) -> tuple[nn.Module, dict[str, Any]]:
         """Build the student, alike for every stage of a seed but for what `initialise` has it take from the teacher."""
         settings = self.cfg["student"]
-        if self.takes_from_teacher:
+        if self.has_start:
             settings = {**settings, "initialise": initialise}
+        if self.takes_from_teacher:
             _ = self.teacher  # its training or loading draws random numbers too
         torch.manual_seed(seed)
         return self.build_network(settings, "student")

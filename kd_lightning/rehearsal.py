@@ -73,7 +73,12 @@ def needs_teacher(cfg: dict[str, Any]) -> bool:
 
 
 def takes_from_teacher(settings: dict[str, Any]) -> bool:
-    """Return whether a network of these settings can be initialised from the teacher."""
+    """Return whether a network of these settings is made from the teacher."""
+    return "teacher" in parameters(lookup(settings["_target_"]))
+
+
+def has_start(settings: dict[str, Any]) -> bool:
+    """Return whether a network of these settings can start from trained weights or, told to, from fresh ones."""
     return "initialise" in parameters(lookup(settings["_target_"]))
 
 

@@ -65,14 +65,14 @@ def pipeline(settings: Sequence[str], quiet: bool = True) -> Any:
     from rich.console import Console
 
     from kd_lightning import config
-    from kd_lightning.pipeline import Pipeline
+    from kd_lightning.multitask import pipeline_of
     from kd_lightning.quiet import quiet as hush
 
     hush()
     config.register_resolvers()
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         cfg = compose("config", list(settings))
-    return Pipeline(cfg, Console(file=io.StringIO()) if quiet else None)
+    return pipeline_of(cfg, Console(file=io.StringIO()) if quiet else None)
 
 
 def train(job: Job) -> None:

@@ -191,8 +191,17 @@ def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
     start, fresh = (pipeline._student(0, initialise)[0].state_dict() for initialise in ("teacher", "random"))
     assert all(torch.equal(start[name], value) for name, value in before.items())
     assert not all(torch.equal(fresh[name], value) for name, value in before.items())
+    own = [o for o in chosen if not o.startswith("data.tokenizer=")]
+    assert composed(*own).data.tokenizer == str(tmp_path / "run/seed_0/distill/tokenizer")
+    run(composed(*chosen, "stages=[baseline]", f"run_dir={tmp_path / 'labels'}"))  # needs no teacher
+    assert (tmp_path / "labels/seed_0/baseline_initialised/stage.json").is_file()
     _, report, _ = run(composed(*chosen))
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
+    (tmp_path / "run/seed_0/distill/model.safetensors").write_bytes(
+        (tmp_path / "second/seed_0/distill/model.safetensors").read_bytes()
+    )
+    with pytest.raises(ConfigError, match=r"baseline_initialised holds a finished training .*start was"):
+        run(composed(*chosen))
 
 
 def test_averaged_weights_are_kept_where_averaged_weights_are_validated(

@@ -15,7 +15,9 @@ from kd_lightning.runs import find_stage, load_run
 Initialise = Literal["teacher", "random"]
 
 
-def from_run(checkpoint: str, num_classes: int, initialise: Initialise = "teacher") -> nn.Module:
+def from_run(
+    checkpoint: str, num_classes: int, vocab_size: int | None = None, initialise: Initialise = "teacher"
+) -> nn.Module:
     """Make a student of a finished run's student.
 
     Pre-distillation (general distillation in Jiao et al. 2019, arXiv 1909.10351) is two runs: the first teaches what
@@ -24,6 +26,7 @@ def from_run(checkpoint: str, num_classes: int, initialise: Initialise = "teache
     Args:
         checkpoint: A run folder, whose best student is taken, or one of its stage folders.
         num_classes: Number of classes C, those of the run.
+        vocab_size: Number of token ids, for texts: the run's.
         initialise: `teacher`: with the weights it has; `random`: the same network with fresh ones, for the honest
             baseline from nothing.
 
@@ -31,7 +34,8 @@ def from_run(checkpoint: str, num_classes: int, initialise: Initialise = "teache
         The network, all of it trainable.
 
     Raises:
-        ConfigError: No finished run, one of another number of classes, or a network that only its own code can build.
+        ConfigError: No finished run, one of another number of classes or of other tokens, or a network that only its
+            own code can build.
     """
     if initialise not in get_args(Initialise):
         raise ConfigError(f"initialise={initialise!r} is unknown{did_you_mean(str(initialise), get_args(Initialise))}")
@@ -44,6 +48,12 @@ def from_run(checkpoint: str, num_classes: int, initialise: Initialise = "teache
         raise ConfigError(
             f"student.checkpoint={checkpoint} tells {len(trained.class_names)} classes apart and the data have "
             f"{num_classes}: give a run of the same classes"
+        )
+    tokens = len(trained.tokenizer) if trained.tokenizer is not None else None
+    if vocab_size is not None and tokens is not None and tokens != vocab_size:
+        raise ConfigError(
+            f"student.checkpoint={checkpoint} reads {tokens} tokens and data.tokenizer makes {vocab_size}: read with "
+            f"the run's own, data.tokenizer={trained.folder / 'tokenizer'}"
         )
     description = describe(trained.network)
     if description is None:

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from kd_lightning.data.tokens import load_tokenizer
 from kd_lightning.errors import ConfigError
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.from_run import from_run
 from kd_lightning.runs import save_network, write_json
 
 
-def write_student(folder: Path, network: nn.Module, accuracy: float = 0.5, **more: Any) -> Path:
+def write_student(folder: Path, network: nn.Module, accuracy: float = 0.5, tokenizer: Any = None, **more: Any) -> Path:
     """A finished student, as a run leaves it."""
     task = {"class_names": ["a", "b", "c"], "predicts": 3, "max_length": 16, "texts": 1, "role": "student"}
-    save_network(folder, network, more, task, None)
+    save_network(folder, network, more, task, tokenizer)
     write_json(folder / "stage.json", {"validation": {"accuracy": accuracy}})
     return folder
 
@@ -48,7 +49,7 @@ def test_at_random_it_is_the_same_network_and_draws_the_same_numbers(tmp_path: P
     after = []
     for initialise in ("teacher", "random"):
         torch.manual_seed(0)
-        network = from_run(str(tmp_path), 3, initialise)  # type: ignore[arg-type]
+        network = from_run(str(tmp_path), 3, initialise=initialise)  # type: ignore[arg-type]
         after.append(torch.rand(3))
         assert same(network, trained) is (initialise == "teacher")
     assert torch.equal(*after)
@@ -69,8 +70,13 @@ def test_mistakes(tmp_path: Path) -> None:
     write_student(tmp_path / "run", student())
     with pytest.raises(ConfigError, match=r"tells 3 classes apart and the data have 2"):
         from_run(str(tmp_path / "run"), 2)
+    tokenizer = load_tokenizer("wordpiece:300", ["some words to learn from", "and some more"])
+    write_student(tmp_path / "words", student(), tokenizer=tokenizer)
+    assert from_run(str(tmp_path / "words"), 3, len(tokenizer))
+    with pytest.raises(ConfigError, match=r"tokens and data\.tokenizer makes 99: .*data\.tokenizer=.*words/tokenizer"):
+        from_run(str(tmp_path / "words"), 3, 99)
     with pytest.raises(ConfigError, match="did you mean 'random'"):
-        from_run(str(tmp_path / "run"), 3, "randon")  # type: ignore[arg-type]
+        from_run(str(tmp_path / "run"), 3, initialise="randon")  # type: ignore[arg-type]
     write_student(tmp_path / "own", Own(), _target_="tests.models.test_from_run.Own")
     with pytest.raises(ConfigError, match="holds a Own, which has no description"):
         from_run(str(tmp_path / "own"), 3)
