@@ -2,7 +2,7 @@
 
 python scripts/compare_strategies.py                    all of them: results/strategies.json and results/strategies.png
 python scripts/compare_strategies.py soft_target dkd    only these, into the same folders (nothing is trained twice)
-python scripts/compare_strategies.py --teacher runs/reviews    with a teacher that is there already
+python scripts/compare_strategies.py --teacher runs/reviews_bilstm    with a teacher that is there already
 
 One student (a transformer of 2 layers, with as many heads as the teacher, since some strategies need that), one teacher
 (MiniLM fine-tuned on the reviews, as in experiment=quickstart, asked once for everything that any strategy reads), the

@@ -1,11 +1,11 @@
 """Export finished runs' students in every format that has a goal, and measure them against the teacher.
 
-python scripts/export_reviews.py runs/reviews                                    a BiLSTM
-python scripts/export_reviews.py runs/reviews --layers runs/reviews_3_layers     and a student of three layers
+python scripts/export_reviews.py runs/reviews_bilstm                                a BiLSTM
+python scripts/export_reviews.py runs/reviews_bilstm --layers runs/reviews_3layer   and a student of three layers
 
 Writes the export folders and `benchmark/` into RUN/export, results/export.json and results/export.png; then run
-scripts/update_readme.py. A run of three layers: kd-train experiment=reviews_3layer
-(python scripts/recipes.py trains both)
+scripts/update_readme.py. The runs are those of kd-train experiment=reviews_bilstm and experiment=reviews_3layer, which
+take one teacher: teacher.checkpoint=runs/reviews_bilstm.
 """
 
 from __future__ import annotations

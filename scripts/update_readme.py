@@ -84,7 +84,10 @@ def exports() -> str:
 
 def recipes() -> str:
     """Return the README's main table, what each recipe's student learned, from results/quality.json."""
-    content = _read(ROOT / "results" / "quality.json")
+    file = ROOT / "results" / "quality.json"
+    if not file.is_file():
+        return "Not measured yet: `python scripts/recipes.py`, then `--final`, which writes `results/quality.json`.\n"
+    content = _read(file)
     lines = ["| recipe | student | teacher | from labels | from labels, same start | distilled | gap closed | goal |"]
     lines.append("| :-- | :-- | --: | --: | --: | --: | --: | :-- |")
     for name, row in content["recipes"].items():
@@ -108,7 +111,10 @@ def recipes() -> str:
 
 def ablation() -> str:
     """Return what the best recipe loses without each of its levers, from results/quality.json."""
-    row = _read(ROOT / "results" / "quality.json")["recipes"]["reviews_bilstm"]
+    file = ROOT / "results" / "quality.json"
+    row = _read(file)["recipes"].get("reviews_bilstm") if file.is_file() else None
+    if row is None:
+        return "Not measured yet: `python scripts/recipes.py reviews_bilstm`, then `--final`.\n"
     lines = [
         "| `reviews_bilstm` | test accuracy, % | against the recipe | validation, % |",
         "| :-- | --: | --: | --: |",

@@ -33,7 +33,9 @@ def test_every_recipe_is_an_experiment(recipes: Any) -> None:
     assert {f"{name}.yaml" for name in recipes.RECIPES} <= {path.name for path in (conf_dir() / "experiment").iterdir()}
 
 
-@pytest.mark.parametrize("name", ["reviews_bilstm", "reviews_tiny", "reviews_3layer", "reviews_bow", "fashion_resnet"])
+@pytest.mark.parametrize(
+    "name", ["reviews_bilstm", "reviews_tiny", "reviews_3layer", "reviews_bow", "fashion_resnet", "multi_task"]
+)
 def test_every_run_of_a_recipe_composes_and_has_a_folder_of_its_own(recipes: Any, name: str) -> None:
     from hydra import compose, initialize_config_dir
 
@@ -77,8 +79,8 @@ def test_the_goal_of_pictures_counts_standard_errors_of_the_gain(
     recipes: Any, distilled: tuple[float, ...], hint: float, met: bool
 ) -> None:
     row = {
-        "distilled": spread(*distilled), "baseline": spread(0.88, 0.88, 0.88), "best_variant": "hint",
-        "variants": {"hint": {"test": spread(hint)}},
+        "parameters": 60_000, "distilled": spread(*distilled), "baseline": spread(0.88, 0.88, 0.88),
+        "best_variant": "hint", "variants": {"hint": {"test": spread(hint)}},
     }  # fmt: skip
     assert recipes.RECIPES["fashion_resnet"].met(row) is met
 

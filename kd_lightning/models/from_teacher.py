@@ -10,6 +10,7 @@ The teacher is only read: the student shares no memory with it.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -125,18 +126,26 @@ def embeddings_from_teacher(
     """
     _check_initialise(initialise)
     if not scale > 0:
-        raise ConfigError(f"scale={scale} is not above 0")
+        raise ConfigError(f"student.scale={scale} is not above 0")
     table = _word_embeddings(teacher)
     if not 0 <= table.shape[0] - vocab_size <= MOST_PADDING_ROWS:
         raise ConfigError(
             f"the teacher has embeddings of {table.shape[0]} tokens and the student's vocabulary has {vocab_size}: "
             "let both read with the teacher's tokenizer (data.tokenizer), or use a student that takes nothing from it"
         )
-    student = network(num_classes=num_classes, vocab_size=vocab_size, pad_token_id=pad_token_id)
+    sizes = {"num_classes": num_classes, "vocab_size": vocab_size, "pad_token_id": pad_token_id}
+    if lacking := sizes.keys() - inspect.signature(network).parameters.keys():
+        raise ConfigError(
+            f"student.network takes no {', '.join(sorted(lacking))}: give one that is built for the data's words, such "
+            "as bilstm, text_cnn or transformer (model@student.network=NAME)"
+        )
+    student = network(**sizes)
+    if not hasattr(student, "get_input_embeddings"):
+        raise ConfigError(f"student.network: {type(student).__name__} has no word embeddings (get_input_embeddings())")
     fresh = _word_embeddings(student)
     if fresh.shape[1] > table.shape[1]:
         raise ConfigError(
-            f"the student's word embeddings, {fresh.shape[1]} wide, are wider than the teacher's: give at most "
+            f"student.network: its word embeddings, {fresh.shape[1]} wide, are wider than the teacher's: give at most "
             f"{table.shape[1]}"
         )
     if initialise == "teacher":

@@ -85,8 +85,9 @@ def important(
     r"""Choose by the size of weights, which needs no data (magnitude pruning; Han et al. 2015, arXiv 1506.02626).
 
     A hidden dimension is worth its share of the squared norm of each matrix that reads or writes it, summed over the
-    word embeddings and the chosen layers; a head the product of the norms of its values and of its part of the
-    attention's output; a unit of the feed-forward part the product of the norms of what it reads and of what it writes.
+    word embeddings (less their mean row) and the chosen layers; positions and the gains of LayerNorms do not count. A
+    head is worth the product of the norms of its values and of its part of the attention's output; a unit of the
+    feed-forward part the product of the norms of what it reads and of what it writes.
 
     Args:
         state: The teacher's weights by name.

@@ -1,4 +1,4 @@
-"""A convolutional text classifier: n-gram detectors over word embeddings; the fastest student there is for texts."""
+"""A convolutional text classifier: detectors of short runs of words, over word embeddings."""
 
 from __future__ import annotations
 

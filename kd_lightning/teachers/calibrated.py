@@ -66,7 +66,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     known = labels != IGNORE
     z, y = logits[known].double(), labels[known]
     if not len(y):
-        raise ConfigError("teacher.calibrate: the validation split has no labels to fit a temperature on")
+        raise ConfigError("teacher.calibrate: there is no labelled example to fit a temperature to")
     at_label = z.gather(1, y.unsqueeze(1)).squeeze(1)
     low, high = 1 / LARGEST, LARGEST
     for _ in range(100):

@@ -45,7 +45,7 @@ class CrossFittedTeacher(EnsembleTeacher):
             said = member({name: value[rows] for name, value in batch.items()}).logits.float()
             if not logits.numel():
                 logits = said.new_zeros(len(index), *said.shape[1:])
-            logits[rows] = said
+            logits[rows] = combined([said], [1.0], self.combine)  # on the scale of what all say together
             of_all.append(said[unseen[rows]])
         if unseen.any():
             logits[unseen] = combined(of_all, self.weights, self.combine)

@@ -257,14 +257,25 @@ def test_padded_tables_and_factorised_teachers_are_read() -> None:
     assert student.embedding.weight.abs().sum() > 0
 
 
+class Mute(nn.Module):
+    """It says not where its embeddings are."""
+
+    def __init__(self, num_classes: int, vocab_size: int, pad_token_id: int) -> None:
+        super().__init__()
+
+
 def test_mistakes_with_embeddings() -> None:
     with pytest.raises(ConfigError, match=r"30 tokens and the student's vocabulary has 31: .*data.tokenizer"):
         embeddings_from_teacher(teacher("bert"), 2, 31, SMALL)
-    with pytest.raises(ConfigError, match=r"9 wide, are wider than the teacher's: give at most 8"):
+    with pytest.raises(ConfigError, match=r"student\.network: .* 9 wide, are wider than the teacher's: give at most 8"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, partial(BiLSTM, embedding_size=9))
+    with pytest.raises(ConfigError, match=r"student\.network takes no num_classes, pad_token_id, vocab_size"):
+        embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, nn.Linear)
+    with pytest.raises(ConfigError, match=r"student\.network: Mute has no word embeddings"):
+        embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, Mute)
     with pytest.raises(ConfigError, match=r"Linear has no word embeddings.*model=bilstm"):
         embeddings_from_teacher(nn.Linear(2, 2), 2, VOCABULARY, SMALL)
     with pytest.raises(ConfigError, match="did you mean 'random'"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, initialise="randon")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="scale=0 is not above 0"):
+    with pytest.raises(ConfigError, match=r"student\.scale=0 is not above 0"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, scale=0)
