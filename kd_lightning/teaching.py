@@ -75,6 +75,11 @@ def load_teacher(checkpoint: str | list[str], data: ClassificationData, console:
         return ensemble([_load_member(one, data, console) for one in checkpoint])
     folder = Path(checkpoint)
     if (folder / "teacher" / "stage.json").is_file():
+        if (folder / "teacher_1" / "stage.json").is_file():
+            say(
+                console,
+                f"teacher  {folder} holds several; this is the first (all: teacher.checkpoint=[.../teacher,...])",
+            )
         folder = folder / "teacher"
     if (folder / "stage.json").is_file():
         return read_teacher(folder, data)

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, Job, pipeline, spread, test_answers, train_all
+from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
 
 RUNS = ROOT / "runs" / "strategies"
 SEEDS = (0, 1, 2)
@@ -109,7 +109,7 @@ def main() -> None:
     found.sort(key=lambda row: -row["validation"]["mean"])
     content = {
         "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS),
-        "teacher": _teacher_scores(jobs[names[0]][0].overrides),
+        "teacher": _teacher_scores(jobs[names[0]][0]),
         "command": " ".join(["python", *sys.argv]), "minutes": _minutes(started),
         "environment": environment(), "strategies": found,
     }  # fmt: skip
@@ -147,13 +147,10 @@ def _add_minutes(started: float) -> None:
     (RUNS / "minutes.json").write_text(json.dumps(_minutes(started)))
 
 
-def _teacher_scores(settings: list[str]) -> dict[str, float]:
+def _teacher_scores(job: Job) -> dict[str, float]:
     from kd_lightning.metrics import evaluate_logits
-    from kd_lightning.models.answers import answers
 
-    run = pipeline(settings)
-    data, teacher = run.data.select(tokens="both"), run.answering_teacher
-    said = {"validation": answers(teacher, data.val_dataloader()), "test": answers(teacher, data.test_dataloader())}
+    said = {split: teacher_answers(job, split) for split in ("validation", "test")}
     return {split: evaluate_logits(found.logits, found.labels)["accuracy"] for split, found in said.items()}
 
 

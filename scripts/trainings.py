@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,9 +113,10 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "std": deviation, "values": list(values)}
 
 
-def teacher_answers(job: Job) -> Any:
-    """Read the test split: what the teacher of a job says of it."""
+def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> Any:
+    """Return what the teacher of a job says of a split."""
     from kd_lightning.models.answers import answers
 
     run = pipeline(job.overrides)
-    return answers(run.answering_teacher, run.data.select(tokens="both").test_dataloader())
+    data = run.data.select(tokens="both")
+    return answers(run.answering_teacher, data.test_dataloader() if split == "test" else data.val_dataloader())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from kd_lightning.errors import ConfigError, KDError, did_you_mean
+from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.models.initialise import Initialise, check_initialise
 from kd_lightning.models.rebuild import describe, from_description
 from kd_lightning.runs import find_stage, load_run
-
-Initialise = Literal["teacher", "random"]
 
 
 def from_run(
@@ -37,8 +35,7 @@ def from_run(
         ConfigError: No finished run, one of another number of classes or of other tokens, or a network that only its
             own code can build.
     """
-    if initialise not in get_args(Initialise):
-        raise ConfigError(f"initialise={initialise!r} is unknown{did_you_mean(str(initialise), get_args(Initialise))}")
+    check_initialise(initialise)
     with torch.random.fork_rng():
         try:
             trained = load_run(find_stage(Path(checkpoint)))

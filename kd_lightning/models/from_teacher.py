@@ -13,21 +13,19 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
 from kd_lightning.models.hf import PooledClassifier, layer_stack
+from kd_lightning.models.initialise import Initialise, check_initialise
 from kd_lightning.models.narrow import Cut, important, narrow_config
 from kd_lightning.models.rebuild import factorise_embedding, fresh_network
 from kd_lightning.types import MOST_PADDING_ROWS
-
-Initialise = Literal["teacher", "random"]
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def from_teacher(
     Raises:
         ConfigError: Not such a teacher, a layer it does not have, or a width or rank that does not make it smaller.
     """
-    _check_initialise(initialise)
+    check_initialise(initialise)
     teacher = unwrap(teacher)
     source = _hugging_face_part(teacher)
     stack = layer_stack(source)
@@ -124,7 +122,7 @@ def embeddings_from_teacher(
         ConfigError: The teacher has no word embeddings, other ones (another tokenizer) or narrower ones; the student
             has none.
     """
-    _check_initialise(initialise)
+    check_initialise(initialise)
     if not scale > 0:
         raise ConfigError(f"student.scale={scale} is not above 0")
     table = _word_embeddings(teacher)
@@ -154,11 +152,6 @@ def embeddings_from_teacher(
             fresh.copy_(principal_components(table[:vocab_size], fresh.shape[1], rms))
             fresh[pad_token_id].zero_()
     return student
-
-
-def _check_initialise(initialise: str) -> None:
-    if initialise not in get_args(Initialise):
-        raise ConfigError(f"initialise={initialise!r} is unknown{did_you_mean(str(initialise), get_args(Initialise))}")
 
 
 def _word_embeddings(network: nn.Module) -> Tensor:

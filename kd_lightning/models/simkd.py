@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network, unwrap
+from kd_lightning.models.initialise import Initialise, check_initialise
 from kd_lightning.types import ModelOutput
-
-Initialise = Literal["teacher", "random"]
 
 
 class SimKDStudent(nn.Module):
@@ -93,8 +92,7 @@ def simkd(
     Raises:
         ConfigError: A teacher without such a classifier, or one for another number of classes.
     """
-    if initialise not in get_args(Initialise):
-        raise ConfigError(f"initialise={initialise!r} is unknown{did_you_mean(str(initialise), get_args(Initialise))}")
+    check_initialise(initialise)
     name, head = last_linear(teacher)
     if head.out_features != num_classes:
         raise ConfigError(
