@@ -18,9 +18,8 @@ from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from kd_lightning.data import ClassificationData
+    from kd_lightning.runs import TrainedModel
     from kd_lightning.types import Batch
 
 SIZES = (1, 8, 32, 128)
@@ -39,7 +38,7 @@ class Subject:
         kind: `teacher`, `student` or the export's format.
         folder: Where it was read from.
         file: Its weights.
-        network: It.
+        model: It.
         role: Whose tokens it reads.
     """
 
@@ -47,7 +46,7 @@ class Subject:
     kind: str
     folder: Path
     file: Path
-    network: nn.Module
+    model: TrainedModel
     role: Any
 
 
@@ -72,27 +71,41 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
     found: list[Subject] = []
     for run, stage in zip(runs, students, strict=True):
         prefix = f"{run.name}: " if len(runs) > 1 else ""
-        if (run / "teacher" / "stage.json").is_file():
-            found.append(_trained(f"{prefix}teacher", "teacher", run / "teacher"))
+        teacher = teacher_stage(run)
+        if teacher is None:
+            print(f"{run}: its teacher is in no run folder here and is left out")
+        elif teacher.resolve() not in [subject.folder.resolve() for subject in found]:  # runs may share one
+            found.append(_trained(f"{prefix}teacher", "teacher", teacher))
         found.append(_trained(f"{prefix}student", "student", stage))
     found += [_exported(folder, threads, found) for folder in folders if is_export(folder)]
     return found, students[0]
 
 
+def teacher_stage(run: Path) -> Path | None:
+    """Return the stage folder of a run's teacher: its own, or the one that `teacher.checkpoint` names."""
+    from omegaconf import OmegaConf
+
+    places = [run / "teacher"]
+    if (run / "config.yaml").is_file():
+        given = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "teacher.checkpoint")
+        places += [Path(given) / "teacher", Path(given)] if isinstance(given, str) else []
+    return next((place for place in places if (place / "stage.json").is_file()), None)
+
+
 def _trained(name: str, kind: str, stage: Path) -> Subject:
     from kd_lightning.runs import load_run
 
-    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage).network, role_of(stage))
+    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage), role_of(stage))
 
 
 def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
     from kd_lightning.export.load import load_export
 
     exported = read_exported(folder)
-    network = load_export(folder, threads).network
+    model = load_export(folder, threads)
     name = exported.title if folder.name == exported.title else f"{exported.title} ({folder.name})"
     role = next(subject.role for subject in before if subject.kind == "student")
-    return Subject(name, exported.format, folder, folder / exported.model, network, role)
+    return Subject(name, exported.format, folder, folder / exported.model, model, role)
 
 
 def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict[str, Any]]:
@@ -105,6 +118,9 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
 
     Returns:
         A row for each, as JSON can hold it.
+
+    Raises:
+        KDError: One of them is of other classes or reads other tokens than that run.
     """
     import torch
 
@@ -115,18 +131,21 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     whole = run_data(stage)
     data = {role: whole.select(tokens=role) for role in {subject.role for subject in subjects}}
     task = next(iter(data.values())).task
-    networks = {subject.name: subject.network for subject in subjects}
+    for subject in subjects:
+        _check_fits(subject, whole, stage)
+    networks = {subject.name: subject.model.network for subject in subjects}
     if len(networks) < len(subjects):
         raise KDError("two of the folders have one name: rename one, so that the table can tell them apart")
     alone = {role: _singles(own) for role, own in data.items()}
     latency = measure_latency(networks, {subject.name: alone[subject.role] for subject in subjects}, threads=threads)
-    throughput: dict[str, dict[int, float]] = {name: {} for name in networks}
-    for size in SIZES:
+    throughput: dict[str, dict[int, float | None]] = {name: dict.fromkeys(SIZES) for name in networks}
+    held_out = whole.sizes["validation"]
+    for size in [size for size in SIZES if size <= held_out]:
         batches = {role: _batches(own, size) for role, own in data.items()}
         measured = measure_throughput(networks, {subject.name: batches[subject.role] for subject in subjects})
         for name, one in measured.items():
             throughput[name][size] = one.examples_per_second
-    said = {s.name: network_answers(s.network, data[s.role].val_dataloader()) for s in subjects}
+    said = {s.name: network_answers(s.model.network, data[s.role].val_dataloader()) for s in subjects}
     student = next(said[subject.name] for subject in subjects if subject.kind == "student")
     largest = {role: _batches(own, SIZES[-1])[:2] for role, own in data.items()}
     rows = []
@@ -143,6 +162,15 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
             "agreement_with_student": scores.get("agreement"),
         })  # fmt: skip
     return rows
+
+
+def _check_fits(subject: Subject, data: ClassificationData, stage: Path) -> None:
+    """Refuse what the run's examples say nothing about."""
+    theirs, ours = subject.model.tokenizer, data.tokenizer_of(subject.role)
+    if subject.model.class_names != data.class_names:
+        raise KDError(f"{subject.folder} knows the classes {subject.model.class_names}, {stage} {data.class_names}")
+    if theirs is not None and (ours is None or theirs.get_vocab() != ours.get_vocab()):
+        raise KDError(f"{subject.folder} reads other tokens than {stage}: measure it with the run that it is of")
 
 
 def _singles(data: ClassificationData) -> list[Batch]:
@@ -183,7 +211,7 @@ def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run:
     from kd_lightning.measure import environment
     from kd_lightning.report.build import to_plain
 
-    base = rows[0]
+    base = next((row for row in rows if row["kind"] == "teacher"), rows[0])
     compared = []
     for row in rows:
         faster = base["latency_ms"]["p50"] / row["latency_ms"]["p50"]
@@ -210,7 +238,7 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
         latency = f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"
         score = MISSING if row[main] is None else f"{row[main]:.4f}"
         cells = [row["name"], score, latency, f"{row['times_faster']:.1f}"]
-        cells += [short(value) for value in row["throughput"].values()]
+        cells += [MISSING if value is None else short(value) for value in row["throughput"].values()]
         cells += [file_size(row["peak_memory_bytes"]), file_size(row["file_bytes"]), f"{row['times_smaller']:.1f}"]
         rows.append(cells)
     return rows
@@ -245,7 +273,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     machine = result["environment"]
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     where = f"{machine['cpu']}, {threads}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-    return f"{as_markdown(table_rows(result))}\n\n`{result['command']}`, {where}."
+    memory = (
+        "Peak memory is a process's own: of onnx with onnxruntime alone, of pt2 with torch, of others with Lightning"
+    )
+    return f"{as_markdown(table_rows(result))}\n\n`{result['command']}`, {where}. {memory}."
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:

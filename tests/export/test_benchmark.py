@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from kd_lightning.data.tokens import load_tokenizer
 from kd_lightning.export.benchmark import main as kd_benchmark
 from kd_lightning.export.command import main as kd_export
 
@@ -26,7 +30,7 @@ def test_everything_is_measured_and_written(bilstm: Path, tmp_path: Path, capsys
     by_kind = {row["kind"]: row for row in result["rows"]}
     for row in result["rows"]:
         assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p95"]
-        assert all(value > 0 for value in row["throughput"].values())
+        assert all(row["throughput"][size] > 0 for size in ("1", "8"))
         assert set(row["throughput"]) == {"1", "8", "32", "128"}
         assert row["agreement_with_student"] >= 0.95
         assert row["times_smaller"] == by_kind["teacher"]["file_bytes"] / row["file_bytes"]
@@ -51,3 +55,48 @@ def test_exports_alone_have_nobody_to_ask_about(bilstm: Path, tmp_path: Path) ->
     kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="give a run folder too"):
         kd_benchmark([str(tmp_path / "out"), "--out", str(tmp_path / "measured")])
+
+
+def measured(folders: list[Path], out: Path) -> list[dict[str, Any]]:
+    kd_benchmark([*map(str, folders), "--out", str(out)])
+    rows: list[dict[str, Any]] = json.loads((out / "benchmark.json").read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def without_teacher(run: Path, folder: Path, checkpoint: str) -> Path:
+    """A run as it is left where `teacher.checkpoint` was given."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("teacher"))
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(config, "teacher.checkpoint", checkpoint)
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_run_is_measured_too_and_once(
+    bilstm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lent = without_teacher(bilstm, tmp_path / "lent", str(bilstm))
+    assert [row["name"] for row in measured([lent], tmp_path / "one")] == ["teacher", "student"]
+    both = measured([lent, bilstm], tmp_path / "two")
+    assert [row["name"] for row in both] == ["lent: teacher", "lent: student", f"{bilstm.name}: student"]
+    far = without_teacher(bilstm, tmp_path / "far", "some/name")
+    capsys.readouterr()
+    rows = measured([far, bilstm], tmp_path / "three")
+    assert "far: its teacher is in no run folder here and is left out" in capsys.readouterr().out
+    assert next(row for row in rows if row["kind"] == "teacher")["times_faster"] == 1.0, "all are compared with it"
+
+
+def test_batches_that_the_split_cannot_fill_are_no_figures(bilstm: Path, tmp_path: Path) -> None:
+    (_, row) = measured([bilstm], tmp_path / "out")  # 24 examples
+    assert [size for size, value in row["throughput"].items() if value is None] == ["32", "128"]
+    assert "| – |" in (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
+
+
+def test_runs_that_read_other_tokens_are_not_compared(bilstm: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(bilstm, tmp_path / "other")
+    load_tokenizer("wordpiece:300", ["nothing of the kind"] * 3).save_pretrained(
+        str(other / "seed_0/distill/tokenizer")
+    )
+    with pytest.raises(SystemExit, match=r"other.*reads other tokens than .*: measure it with the run that it is of"):
+        kd_benchmark([str(bilstm), str(other), "--out", str(tmp_path / "out")])
