@@ -228,11 +228,10 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Return the table as text: a heading and a row for each that answers."""
     from kd_lightning.report.table import MISSING, file_size, short
 
-    against = result["against"]
     main = next(name for name in ("accuracy", "pearson", "average") if name in result["rows"][0])
-    heading = ["", main, "p50 / p95, ms", f"times faster than {against}"]
+    heading = ["", main, "p50 / p95, ms", "times faster"]
     heading += [f"examples/s ({size})" for size in result["rows"][0]["throughput"]]
-    heading += ["peak memory", "file", f"times smaller than {against}"]
+    heading += ["peak memory", "file", "times smaller"]
     rows = [heading]
     for row in result["rows"]:
         latency = f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"
@@ -276,7 +275,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     memory = (
         "Peak memory is a process's own: of onnx with onnxruntime alone, of pt2 with torch, of others with Lightning"
     )
-    return f"{as_markdown(table_rows(result))}\n\n`{result['command']}`, {where}. {memory}."
+    against = f"Times faster and smaller: than {result['against']}"
+    return f"{as_markdown(table_rows(result))}\n\n{against}. {memory}. `{result['command']}`, {where}."
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:
@@ -324,18 +324,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def show(result: Mapping[str, Any], out: Path) -> None:
     """Print the table."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     heading, *body = table_rows(result)
-    title = f"{result['threads']} thread(s), validation split"
+    title = f"{result['threads']} thread(s), validation split; times faster and smaller than {result['against']}"
     table = Table(title=title, title_justify="left", box=None)
     for number, name in enumerate(heading):
         table.add_column(Text(name), justify="right" if number else "left", no_wrap=number == 0)
     for row in body:
         table.add_row(*map(Text, row))
     console = Console()
-    console.print(table, width=max(console.width, 120))
+    wanted = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, wanted)).print(table)  # a narrow terminal wraps lines, and cuts no figure off
     print(f"benchmark: {out / 'benchmark.md'}")
 
 
