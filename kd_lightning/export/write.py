@@ -64,7 +64,7 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
 
     chosen = check_choice(plan.format, plan.quantize)
     source = open_source(plan.stage)
-    chosen.check(source.model.network)
+    chosen.check(source.model)
     with filled(plan.out) as folder:
         written = chosen.write(source, plan.quantize, folder)
         save_tokenizer(source, folder)

@@ -24,14 +24,13 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.predict import main as kd_predict
 from kd_lightning.runs import load_run
-from tests.export.fresh import ROOT, answers, example
+from tests.export.fresh import OURS, ROOT, answers, example
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal team"]
-OURS = ("kd_lightning", "lightning", "lightning_utilities", "hydra", "torchmetrics")
 
 
 def export(run: Path, out: Path, format: str, quantize: str = "none") -> Path:
