@@ -18,6 +18,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands are for those who read the intervals."""
+    monkeypatch.setattr("kd_lightning.export.parity.RESAMPLES", 50)
+
+
 @pytest.fixture(scope="package")
 def bilstm(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose student is a BiLSTM. Read only."""

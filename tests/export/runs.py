@@ -20,6 +20,7 @@ from tests.data.images import write_folder
 from tests.toy_reviews import write_tokenizer
 
 TEXT = {"tokenizer": "wordpiece:400", "batch_size": 16, "eval_batch_size": 32, "max_length": 32}
+MINILM = {"_target_": "kd_lightning.models.hf.pretrained", "name": "minilm"}
 
 
 class Bag(nn.Module):
@@ -56,13 +57,14 @@ def write_run(
     for stage, role in (("seed_0/distill", "student"), ("teacher", "teacher")):
         task = {"class_names": data.class_names, "predicts": data.task.description, **data.input_format, "role": role}
         save_network(folder / stage, network, more, task, data.tokenizer_of(role))
-        record = {"fingerprint": "f", "settings": {"batch_size": 16, "optimizer": {"lr": 0.1}}, "steps": 7}
+        how = {"batch_size": 16, "optimizer": {"lr": 0.1}, "network": MINILM if role == "teacher" else more}
+        record = {"fingerprint": "f", "steps": 7, "settings": how}
         write_json(folder / stage / "settings.json", record)
         scores = {"validation": {data.task.main: 0.5}, "selected_by": data.task.main}
         write_json(folder / stage / "stage.json", {**record, "best_step": 7, **scores})
-    config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9}
+    config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9, "stages": ["teacher", "distill"]}
     config["distillation"] = {"terms": {"ce": {}, "kd": {}}}
-    teacher = {"teacher": {"checkpoint": None, "ema": None, "network": {"name": "minilm"}}}
+    teacher = {"teacher": {"checkpoint": None, "ema": None, "network": MINILM}}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**config, **teacher})), encoding="utf-8")
     return folder
 
