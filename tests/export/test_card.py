@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from omegaconf import OmegaConf
 
@@ -31,8 +31,8 @@ class LocalHub:
         self.folder = folder
 
     def create_repo(self, name: str, private: bool, exist_ok: bool, repo_type: str) -> str:
-        if "/" not in name:
-            raise HFValidationError(f"{name} is no repository\nread the manual")
+        if name.startswith("their/"):
+            raise HFValidationError(f"{name} is not yours\nread the manual")
         assert exist_ok
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         return f"file://{self.folder / name}"
@@ -201,8 +201,14 @@ def test_the_hub_gets_the_whole_folder(exported: Path, tmp_path: Path) -> None:
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        KDError, match=r"is written, but the hub did not take it as student: student is no repository"
+        KDError, match=r"is written, but the hub did not take it as their/student: their/student is not yours"
     ) as e:
-        push_to_hub(exported, "student", api=LocalHub(tmp_path / "hub"))
+        push_to_hub(exported, "their/student", api=LocalHub(tmp_path / "hub"))
     assert "\n" not in str(e.value)
     assert (exported / "README.md").is_file()
+
+
+def test_a_hub_that_is_not_there_is_one_line_too(exported: Path) -> None:
+    with pytest.raises(KDError, match=r"is written, but the hub did not take it as me/student: .*refused") as e:
+        push_to_hub(exported, "me/student", api=HfApi(endpoint="http://127.0.0.1:9", token="none"))
+    assert "\n" not in str(e.value)
