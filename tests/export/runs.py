@@ -127,9 +127,9 @@ def own_run(folder: Path, kind: type[Bag]) -> Path:
     return write_run(folder, data, settings, kind(**sizes), **target, **sizes)
 
 
-def cnn_run(folder: Path) -> Path:
+def cnn_run(folder: Path, **format: Any) -> Path:
     images = write_folder(folder.parent / "images", {"train": 40})
-    options: dict[str, Any] = {"folder": str(images), "image_size": 16, "eval_batch_size": 3}
+    options: dict[str, Any] = {"folder": str(images), "image_size": 16, "eval_batch_size": 3, **format}
     data = ImageFolder(**options)
     data.prepare()
     settings = {"_target_": "kd_lightning.data.ImageFolder", **options}

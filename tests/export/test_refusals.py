@@ -14,7 +14,7 @@ from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.load import load_export
 from kd_lightning.predict import main as kd_predict
-from tests.export.runs import Exotic, Undecided, own_run
+from tests.export.runs import Exotic, Undecided, own_run, pooled_run
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -50,6 +50,11 @@ def refusal(folder: Path, run: Path, *options: str, out: str = "out/deep") -> st
 )
 def test_what_a_format_is_not(bilstm: Path, tmp_path: Path, options: list[str], says: str) -> None:
     assert says in refusal(tmp_path, bilstm, *options)
+
+
+def test_a_pooling_that_transformers_does_not_have(home: Path, tmp_path: Path) -> None:
+    says = refusal(tmp_path, pooled_run(tmp_path / "run" / "own"), "--format", "huggingface")
+    assert "no class of transformers has this student's pooling=mean; train one with student.pooling=bert" in says
 
 
 def test_runs_without_a_finished_student(bilstm: Path, tmp_path: Path) -> None:

@@ -55,3 +55,12 @@ def test_several_tasks_are_refused_before_anything_is_written(several: Path, tmp
     says = refusal(tmp_path, several, "--format", "huggingface")
     assert "has 2 tasks (domain, rating)" in says
     assert "it can be: safetensors, pt2, onnx" in says
+
+
+@pytest.mark.parametrize(("format", "word"), [("onnx", "onnxruntime"), ("pt2", "torch")])
+def test_the_examples_print_the_score_of_a_regression(rating: Path, tmp_path: Path, format: str, word: str) -> None:
+    out = export(rating, tmp_path / "out", format)
+    scores = text_logits(load_run(rating), [(text,) for text in SENTENCES]).reshape(-1).tolist()
+    found = answers(example(word), out, SENTENCES, OURS, tmp_path)
+    assert [one["score"] for one in found] == pytest.approx(scores, abs=2e-4)
+    assert not any("p" in one for one in found)
