@@ -32,7 +32,9 @@ def write_card(exported: Exported, source: Source, folder: Path) -> None:
 
 def card(exported: Exported, run: History) -> str:
     """Return the card's text."""
-    examples = ", ".join(f"{size:,} {part}" for part, size in run.data.sizes.items() if size)
+    unread = ("views", "transfer") if run.from_labels else ()  # only teachers label those
+    sizes = {part: size for part, size in run.data.sizes.items() if size and part not in unread}
+    examples = ", ".join(f"{size:,} {part}" for part, size in sizes.items())
     parts = [
         f"# {run.name}: {exported.title}",
         f"{run.data.title}. A {exported.network} of {count(exported.parameters)} parameters, {run.summary} with "

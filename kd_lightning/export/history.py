@@ -91,7 +91,9 @@ class History:
     def summary(self) -> str:
         """How it was trained, in a few words."""
         if self.from_labels:
-            return "trained from labels alone, without a teacher,"
+            return (
+                f"trained from labels alone, {'on from weights of a teacher' if self.start else 'without a teacher'},"
+            )
         how = "distilled" if self.taught else "trained without a teacher"
         return f"{how}, then trained on from labels," if self.stage.name == "finetune" else how
 
@@ -173,14 +175,14 @@ def teacher_of(config: Mapping[str, Any], root: Path) -> Origin | None:
         return Origin("the average of the student's own weights")
     if "tasks" in config.get("data", {}):
         parts = {name: _with_own(given, config.get("tasks", {}).get(name)) for name in config["data"]["tasks"]}
-        found = {name: _one_teacher(own) for name, own in parts.items()}
+        found = {name: _one_teacher(own, root) for name, own in parts.items()}
         names = tuple(dict.fromkeys(name for origin in found.values() for name in origin.names))
         return Origin("one for each task. " + "; ".join(f"{name}: {one.text}" for name, one in found.items()), names)
     has_one = given.get("checkpoint") or "teacher" in config.get("stages", ()) or (root / "teacher").is_dir()
     if not has_one:
         peers = len(config.get("peers") or ())
         return Origin(f"{peers} other student(s), which learned beside it and from it") if peers else None
-    teacher, between = _one_teacher(given), len(config.get("assistants") or ())
+    teacher, between = _one_teacher(given, root), len(config.get("assistants") or ())
     return teacher if not between else Origin(f"{teacher.text}; by way of {between} assistant(s)", teacher.names)
 
 
@@ -192,12 +194,12 @@ def _with_own(given: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[
     return {**given, **own, "network": merged}
 
 
-def _one_teacher(given: Mapping[str, Any]) -> Origin:
+def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
     """Return what one task's teacher is: a checkpoint, several of them, or what the run fine-tuned."""
     checkpoint = given.get("checkpoint")
     if checkpoint:
         listed = checkpoint if isinstance(checkpoint, list) else [checkpoint]
-        members = [followed(str(one)) for one in listed]
+        members = [followed(str(one), root) for one in listed]
         if len(members) == 1:
             return members[0]
         names = tuple(dict.fromkeys(name for member in members for name in member.names))
@@ -210,18 +212,24 @@ def _one_teacher(given: Mapping[str, Any]) -> Origin:
     return Origin(text, network.names)
 
 
-def followed(checkpoint: str) -> Origin:
+def _located(checkpoint: str, root: Path) -> Path:
+    """Return a folder that a run names relative to where it was started: here, or somewhere above the run."""
+    places = (Path(checkpoint), *(above / checkpoint for above in root.absolute().parents))
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def followed(checkpoint: str, root: Path) -> Origin:
     """Return what a run, one of its stages, or a name of the hub is, back to what it was pretrained as."""
-    folder = Path(checkpoint)
+    folder = _located(checkpoint, root)
     stage = next((path for path in (folder / "teacher", folder) if (path / "stage.json").is_file()), None)
     if stage is None:
         return Origin(*_named(checkpoint))
     network = _built(_network(stage))
     if stage.name.startswith("teacher"):
-        return Origin(f"{folder}, which is {network.text}", network.names)
-    root = next((path for path in stage.parents if (path / "config.yaml").is_file()), None)
-    above = None if root is None or stage.name.startswith("baseline") else teacher_of(_config(root), root)
-    text = f"{folder}, which is {network.text}" + (f", itself distilled from {above.text}" if above else "")
+        return Origin(f"{checkpoint}, which is {network.text}", network.names)
+    own = next((path for path in stage.parents if (path / "config.yaml").is_file()), None)
+    above = None if own is None or stage.name.startswith("baseline") else teacher_of(_config(own), own)
+    text = f"{checkpoint}, which is {network.text}" + (f", itself distilled from {above.text}" if above else "")
     start = _start(stage, above)
     return Origin(text, network.names if start is None else start.names)
 
@@ -242,8 +250,8 @@ def _start(stage: Path, teacher: Origin | None) -> Origin | None:
             return Origin(f"weights of its teacher ({teacher.text})", teacher.names) if teacher else None
         from kd_lightning.runs import find_stage
 
-        run = Path(network["checkpoint"])
-        before = followed(str(find_stage(run) if run.is_dir() else run))
+        run = _located(network["checkpoint"], stage)
+        before = followed(str(find_stage(run) if run.is_dir() else run), stage)
         return Origin(f"the student of {before.text}", before.names)
     pretrained = _built(network)
     return pretrained if pretrained.names else None

@@ -97,7 +97,8 @@ def card_of(bilstm: Path, tmp_path: Path) -> Written:
 
 
 def test_a_baseline_is_not_called_distilled(card_of: Written) -> None:
-    card = card_of("baseline")
+    card = card_of("baseline", data={"views": 1})
+    assert "views" not in card.text, "it was trained without them"
     assert "parameters, trained from labels alone, without a teacher, with kd_lightning" in card.text
     assert "teacher: none" in card.text
     assert "distil" not in card.text
@@ -117,6 +118,22 @@ def test_a_run_that_taught_is_followed_to_what_it_was_pretrained_as(card_of: Wri
     card = card_of(teacher={"checkpoint": str(bert), "network": {"name": "something/else"}})
     assert f"teacher: {bert}, which is all-MiniLM-L6-v2, Apache-2.0, fine-tuned" in card.text
     assert "something/else" not in card.text
+
+
+def test_a_teacher_is_found_from_another_folder_than_the_run_was_started_in(
+    card_of: Written, bert: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert, tmp_path / "runs" / "above")
+    assert not Path("runs/above").exists()
+    card = card_of(teacher={"checkpoint": "runs/above"})
+    assert "teacher: runs/above, which is all-MiniLM-L6-v2, Apache-2.0, fine-tuned" in card.text
+
+
+def test_a_baseline_that_began_with_its_teachers_weights(card_of: Written) -> None:
+    started = {"_target_": "kd_lightning.models.from_teacher.from_teacher", "layers": 2, "initialise": "teacher"}
+    card = card_of("baseline_initialised", network=started)
+    assert "trained from labels alone, on from weights of a teacher, with kd_lightning" in card.text
+    assert card.data.to_dict()["license"] == "apache-2.0"
 
 
 def test_weights_of_the_teacher_are_said_to_be_derived(card_of: Written, bert: Path) -> None:
