@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd_lightning.export.exported import Exported
+from kd_lightning.export.history import KNOWN, History, hub_names
 from kd_lightning.files import write_file
+from kd_lightning.report.results import score_title
 from kd_lightning.report.table import as_markdown, count, file_size
-from kd_lightning.runs import read_json
+from kd_lightning.tasks import MultiTask, Regression, Task, task_of
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
 
 LIBRARIES = {"onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "safetensors": "kd_lightning"}
-LICENCES = {
-    "minilm": "all-MiniLM-L6-v2, Apache-2.0",
-    "Reviews": "Hutto & Gilbert 2014 and Pang & Lee 2005, as distributed with vaderSentiment 3.3.2, MIT",
-    "FashionMNIST": "Fashion-MNIST (Xiao, Rasul & Vollgraf 2017), MIT",
-}
-"""What is known of the teachers and data that this package fetches."""
-
-UNKNOWN = "licence not recorded: look it up where it came from before you pass this model on"
-
 USE = {
-    "onnx": "docs/export.md of kd_lightning has a script of 30 lines for onnxruntime alone.",
+    "onnx": "docs/export.md of kd_lightning has a script for onnxruntime alone.",
     "pt2": "`torch.export.load('model.pt2').module()` takes the inputs by name, gives logits; needs torch alone.",
     "huggingface": "`pipeline('text-classification', FOLDER)` or `AutoModelForSequenceClassification.from_pretrained`.",
     "safetensors": "Weights alone; `model.json` says what network they are of. `kd-predict FOLDER` builds it.",
@@ -34,163 +27,145 @@ USE = {
 
 def write_card(exported: Exported, source: Source, folder: Path) -> None:
     """Write `README.md`."""
-    write_file(folder / "README.md", card(exported, Run(source)))
+    write_file(folder / "README.md", card(exported, History(source)))
 
 
-class Run:
-    """What a run's files say of how its student came to be.
-
-    Args:
-        source: The student.
-    """
-
-    def __init__(self, source: Source) -> None:
-        from omegaconf import OmegaConf
-
-        stage = source.stage
-        self.root = next(folder for folder in (stage, *stage.parents) if (folder / "config.yaml").is_file())
-        config = OmegaConf.to_container(OmegaConf.load(self.root / "config.yaml"))
-        assert isinstance(config, dict)
-        self.config: dict[Any, Any] = config
-        self.record: dict[str, Any] = read_json(stage / "stage.json")
-        self.stage = stage
-        self.data_title, self.data_kind = source.data.title, type(source.data).__name__
-        self.sizes = source.data.sizes
-        report = self.root / "report.json"
-        self.report: dict[str, Any] | None = read_json(report) if report.is_file() else None
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return str(self.config.get("name", self.root.name))
-
-    @property
-    def test(self) -> dict[str, float]:
-        """This very student's scores on the test split; nothing where the run has no report."""
-        names = {"distill": "distilled", "finetune": "finetuned"}
-        models = (self.report or {}).get("models", {})
-        entry = models.get(names.get(self.stage.name, self.stage.name))
-        number = self.stage.parent.name.removeprefix("seed_")
-        if entry is None or not number.isdecimal() or int(number) not in self.report["seeds"]:  # type: ignore[index]
-            return {}
-        which = self.report["seeds"].index(int(number))  # type: ignore[index]
-        values = {score: described["values"][which] for score, described in entry["test"].items()}
-        return {score: value for score, value in values.items() if value is not None}
-
-    @property
-    def teacher(self) -> str:
-        """The teacher and its licence."""
-        given = self.config.get("teacher", {})
-        checkpoint, network = given.get("checkpoint"), given.get("network") or {}
-        if self.stage.name.startswith("baseline"):
-            return "none: this student was trained from labels alone"
-        if given.get("ema") is not None:
-            return "the average of the student's own weights"
-        if not checkpoint and "name" not in network:
-            return f"{str(network.get('_target_')).rpartition('.')[2]}, trained in this run from random weights"
-        name = str(checkpoint or network["name"])
-        return f"{name} ({LICENCES.get(name, UNKNOWN)})"
-
-    @property
-    def recipe(self) -> list[str]:
-        """How the student was trained, a line each."""
-        objective = self.config.get("distillation") or {}
-        terms = ", ".join(objective.get("terms", {})) if isinstance(objective, dict) else ""
-        optimizer = self.record["settings"].get("optimizer", {})
-        lines = [
-            f"stage `{self.stage.name}`, {self.record['steps']} optimizer steps, weights of step "
-            f"{self.record['best_step']}, selected by {self.record.get('selected_by', 'accuracy')} on validation",
-            f"batches of {self.record['settings'].get('batch_size')}, learning rate {optimizer.get('lr')}",
-        ]
-        if terms and not self.stage.name.startswith("baseline"):
-            lines.append(
-                f"loss terms: {terms}; temperature {self.config.get('temperature')}, alpha {self.config.get('alpha')}"
-            )
-        if self.report:
-            lines.append(f"made by `{self.report['command']}`")
-        return lines
-
-
-def card(exported: Exported, run: Run) -> str:
+def card(exported: Exported, run: History) -> str:
     """Return the card's text."""
+    unread = ("views", "transfer") if run.from_labels else ()  # only teachers label those
+    sizes = {part: size for part, size in run.data.sizes.items() if size and part not in unread}
+    examples = ", ".join(f"{size:,} {part}" for part, size in sizes.items())
     parts = [
         f"# {run.name}: {exported.title}",
-        f"{run.data_title}. A {exported.network} of {count(exported.parameters)} parameters, distilled with "
+        f"{run.data.title}. A {exported.network} of {count(exported.parameters)} parameters, {run.summary} with "
         f"kd_lightning and exported as {exported.title}.",
         "## Use", _use(exported),
         "## Scores", _scores(exported, run),
         "## How near to the student", _parity(exported),
         "## How it was made", _bullets([
-            f"data: {run.data_kind}, {', '.join(f'{size:,} {part}' for part, size in run.sizes.items() if size)} "
-            f"({LICENCES.get(run.data_kind, UNKNOWN)})",
-            f"teacher: {run.teacher}",
+            f"data: {examples}, of {'; '.join(origin.text for origin in run.sources)}",
+            f"teacher: {run.teacher.text if run.taught and run.teacher else 'none'}",
+            f"its weights began as {run.start.text}: it is derived from them" if run.start
+            else "its weights began at random",
             *run.recipe,
             f"exported by `{exported.command}`",
             "with " + ", ".join(f"{name} {version}" for name, version in exported.environment.items() if version),
         ]),
-        "## Limits", _bullets(_limits(exported)),
+        "## Limits", _bullets(_limits(exported, run)),
     ]  # fmt: skip
     return f"---\n{_metadata(exported, run)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _metadata(exported: Exported, run: Run) -> str:
+def _metadata(exported: Exported, run: History) -> str:
     """Return the YAML on top: what the hub searches by."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    reads = "image" if exported.images is not None else "text"
-    task = f"{reads}-classification"
+    task = task_of(exported.predicts)
+    pipeline = None if isinstance(task, MultiTask) else f"{_reads(exported)}-classification"  # the hub's word for both
+    data = [name for origin in run.sources for name in origin.names]
     results = [
         EvalResult(
-            task_type=task, dataset_type=run.data_kind.lower(), dataset_name=run.data_kind, dataset_split="test",
-            metric_type=metric, metric_value=round(value, 4), metric_name=f"{metric} of the float32 student",
+            task_type=pipeline or "other", dataset_type=", ".join(data).lower(), dataset_name=", ".join(data),
+            dataset_split="test", metric_type=metric, metric_value=round(value, 4),
+            metric_name=f"{metric} of the float32 student",
         )
-        for metric, value in run.test.items() if metric in ("accuracy", "macro_f1", "pearson")
+        for metric, value in run.test_scores(run.own_name).items()
+        if metric in (task.main, "macro_f1")
     ]  # fmt: skip
-    quantised = [] if exported.quantize == "none" else [exported.quantize]
-    data = ModelCardData(
+    tags = ["knowledge-distillation"] * run.taught + ["regression"] * isinstance(task, Regression)
+    tags += ["kd_lightning", exported.format] + [exported.quantize] * (exported.quantize != "none")
+    began = run.start.names if run.start else ()
+    licences = {KNOWN[name].licence.lower() if name in KNOWN else None for name in began}
+    languages = {KNOWN[name].language if name in KNOWN else None for name in data}
+    card = ModelCardData(
         library_name=LIBRARIES[exported.format],
-        pipeline_tag=task,
-        tags=["knowledge-distillation", "kd_lightning", exported.format, *quantised],
+        pipeline_tag=pipeline,
+        tags=tags,
         model_name=run.name,
         eval_results=results or None,
+        license=licences.pop() if len(licences) == 1 else None,  # of weights of its own, their maker decides
+        base_model=hub_names(began) or None,
+        datasets=_datasets(data) or None,
+        language=languages.pop() if len(languages) == 1 else None,
     )
-    return str(data.to_yaml()).strip()
+    return str(card.to_yaml()).strip()
+
+
+def _datasets(names: list[str]) -> list[str]:
+    """Return the data that the hub has, by its names there; those of other kinds are named after our classes."""
+    return hub_names(tuple(name for name in names if name in KNOWN or "/" in name))
+
+
+def _reads(exported: Exported) -> str:
+    return "text" if exported.images is None else "image"
 
 
 def _use(exported: Exported) -> str:
-    reads = "`export.json` has the names of the classes"
-    if exported.max_length is not None:
-        reads += f"; `tokenizer.json` beside it makes tokens of text, at most {exported.max_length}"
+    task, images = task_of(exported.predicts), exported.images
     files = f"`{exported.model}`, {file_size(exported.bytes)}"
-    opset = f", opset {exported.opset}, any number of examples of any length" if exported.opset else ""
-    return (
-        f"{files}{opset}. Inputs: {', '.join(f'`{name}`' for name in exported.inputs)}. {reads}. {USE[exported.format]}"
-    )
+    length = " of any length" if images is None else ""
+    opset = f", opset {exported.opset}, any number of examples{length}" if exported.opset else ""
+    if images is None:
+        reads = f"`tokenizer.json` beside it makes tokens of text, at most {exported.max_length}"
+    else:
+        kind = "RGB" if images["channels"] == 3 else "grey"
+        reads = f"{kind} images of {images['size']} x {images['size']} pixels, made as `images` in `export.json` says"
+    use = USE[exported.format]
+    if exported.format == "huggingface" and images is not None:
+        use = "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor."
+    inputs = ", ".join(f"`{name}`" for name in exported.inputs)
+    return f"{files}{opset}. Inputs: {inputs}; {reads}. {_outputs(task, exported.class_names)} {use}"
 
 
-def _scores(exported: Exported, run: Run) -> str:
-    """Return a table: the student on the test split, and student and export on the validation split."""
-    student, export = exported.parity["student"], exported.parity["export"]
-    n = exported.parity["examples"]
-    rows = [["", "student, test", "student, validation", "this export, validation"]]
-    for name in dict.fromkeys([*run.test, *student]):
-        cells = [
-            _cell(name, run.test.get(name), run.sizes["test"]),
-            *(_cell(name, found.get(name), n) for found in (student, export)),
+def _outputs(task: Task, names: list[str]) -> str:
+    """Say what the columns of the logits are."""
+    if isinstance(task, MultiTask):
+        parts = [
+            f"{name}: {'a score' if isinstance(own, Regression) else 'classes'}, "
+            f"column{'s' if len(span) > 1 else ''} {'-'.join(map(str, dict.fromkeys((span[0], span[-1]))))}"
+            for (name, own), span in zip(task.tasks.items(), task.spans.values(), strict=True)
         ]
-        rows.append([name, *cells])
-    note = "In brackets: 95% intervals (Wilson), as the examples are a sample. " if "accuracy" in student else ""
-    missing = "" if run.test else "The run has no report, so nothing is said of the test split. "
-    return f"{as_markdown(rows)}\n\n{note}{missing}Quantisation was judged on validation; the test split was read once."
+        return f"`logits` has the columns of all tasks ({'; '.join(parts)})."
+    if isinstance(task, Regression):
+        return f"`logits` has one column, which is the score ({', '.join(names)}): no softmax, no sigmoid."
+    return "`logits` has a column for each class; `export.json` has their names."
 
 
-def _cell(name: str, value: float | None, n: int) -> str:
+def _scores(exported: Exported, run: History) -> str:
+    """Return two tables: the run's models on the test split, and student and export on the validation split."""
+    parity = exported.parity
+    rows = [["", "student", "this export"]]
+    for name in parity["student"]:
+        cells = [_cell(name, parity[one].get(name), parity["examples"], parity[f"{one}_intervals"].get(name))
+                 for one in ("student", "export")]  # fmt: skip
+        rows.append([score_title(name), *cells])
+    return "\n\n".join([
+        _test_table(run),
+        f"On the {parity['examples']:,} validation examples, by which quantisation was judged:", as_markdown(rows),
+        f"In brackets: 95% intervals, as the examples are a sample (accuracy: Wilson; others: {parity['resamples']:,} "
+        "bootstrap resamples).",
+    ])  # fmt: skip
+
+
+def _test_table(run: History) -> str:
+    """Return the scores of the run's teacher, of the student from labels and of this student on the test split."""
+    own = run.test_scores(run.own_name)
+    if not own:
+        return "The run has no report of this student, so nothing is said of the test split."
+    n = run.data.sizes["test"]
+    rows = [["", *map(score_title, own)]]
+    for name, title in {"teacher": "teacher", "baseline": "student from labels", run.own_name: "this student"}.items():
+        if scores := run.test_scores(name):
+            title += " (float32)" if name == run.own_name else ""
+            rows.append([title, *(_cell(score, scores.get(score), n) for score in own)])
+    return f"On the {n:,} test examples, which were read once:\n\n{as_markdown(rows)}"
+
+
+def _cell(name: str, value: float | None, n: int, interval: list[float] | None = None) -> str:
     if value is None:
         return "not measured"
-    if name.rpartition("/")[2] != "accuracy" or "/" in name:
-        return f"{value:.3f}"
-    low, high = wilson(value, n)
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+    low_high = wilson(value, n) if name == "accuracy" else interval
+    return f"{value:.3f} ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else f"{value:.3f}"
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -219,14 +194,22 @@ def _parity(exported: Exported) -> str:
     return f"On the {p['examples']:,} validation examples:\n\n{_bullets(lines)}"
 
 
-def _limits(exported: Exported) -> list[str]:
-    lines = [f"It knows {', '.join(exported.class_names)} and nothing else: whatever it is given, it says one of them."]
+def _limits(exported: Exported, run: History) -> list[str]:
+    task = task_of(exported.predicts)
+    if isinstance(task, Regression):
+        lines = [f"It gives a number ({', '.join(exported.class_names)}) for whatever it is given, in no fixed range."]
+    elif isinstance(task, MultiTask):
+        lines = [f"It answers for each of {', '.join(task.tasks)}, whatever it is given."]
+    else:
+        names = ", ".join(exported.class_names)
+        lines = [f"It knows {names} and nothing else: whatever it is given, it says one of them."]
     if exported.max_length is not None:
         lines.append(f"What comes after {exported.max_length} tokens is not read.")
-    lines.append("Its scores are those of the data it was made with; other sources and languages were not tried.")
+    kinds = "sources and languages" if exported.images is None else "sources and kinds of images"
+    lines.append(f"Its scores are those of the data it was made with; other {kinds} were not tried.")
     if exported.quantize.startswith("int8"):
         lines.append("8-bit kernels differ between processors: the parity above is that of the one it was made on.")
-    return [*lines, "Its teacher's errors and biases are in what it learned."]
+    return [*lines, "Its teacher's errors and biases are in what it learned."] if run.taught else lines
 
 
 def _bullets(lines: list[str]) -> str:

@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from kd_lightning.export.write import export, plan
 
+        if given.push_to_hub:
+            from kd_lightning.export.hub import check_repository, push_to_hub  # imports torch
+
+            check_repository(given.push_to_hub)
         planned = plan(given.run, given.format, given.quantize, given.out, typed, given.seed)
         from kd_lightning.report.table import file_size
         from kd_lightning.threads import settle_threads
@@ -45,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in parity.lines():
             print(f"  {line}")
         if given.push_to_hub:
-            from kd_lightning.export.hub import push_to_hub
-
             print(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
     except KDError as error:
         sys.exit(f"kd-export: {error}")

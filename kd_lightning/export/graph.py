@@ -126,7 +126,7 @@ def following(what: str, convert: Callable[[], T]) -> T:
     """Convert, or say in one line what stood in the way."""
     try:
         return convert()
-    except KDError:
+    except (KDError, OSError):  # a full disk is not the graph's fault
         raise
     except Exception as error:  # torch's and ONNX's exporters raise a dozen kinds; each means the same to the user
         raise KDError(f"{what}: {reason(error)}; formats that need no graph: safetensors, huggingface") from error

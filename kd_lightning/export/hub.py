@@ -9,6 +9,23 @@ from kd_lightning.errors import KDError
 from kd_lightning.export.graph import reason
 
 
+def check_repository(name: str) -> None:
+    """Refuse a name that no repository can have, before anything is exported for it.
+
+    Raises:
+        KDError: It is not `USER/NAME`.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise KDError(f"--push-to-hub {name}: {reason(error)}") from error
+    if "/" not in name:
+        raise KDError(f"--push-to-hub {name}: expected USER/NAME")
+
+
 def push_to_hub(folder: Path, repository: str, private: bool = False, api: Any = None) -> str:
     """Upload an export folder as a model repository, which is made if it is not there.
 
@@ -25,13 +42,12 @@ def push_to_hub(folder: Path, repository: str, private: bool = False, api: Any =
         KDError: The hub refuses, or cannot be reached. The folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = api or HfApi()
     try:
         place = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
         api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # without network, one of the HTTP library that the hub's client uses
         raise KDError(
             f"{folder} is written, but the hub did not take it as {repository}: {reason(error)} (log in with `hf auth "
             "login`)"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.errors import KDError
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.formats import format_named, require_packages
 
 if TYPE_CHECKING:
+    from kd_lightning.export.exported import Exported
     from kd_lightning.runs import TrainedModel
 
 
@@ -22,14 +24,24 @@ def load_export(folder: Path, threads: int | None = None) -> TrainedModel:
     Raises:
         KDError: It is damaged, or a package that it needs is missing.
     """
+    from kd_lightning.export.graph import reason
+
+    exported = read_exported(folder)
+    require_packages(exported.format, format_named(exported.format).READS)
+    try:
+        return _load(folder, exported, threads)
+    except KDError:
+        raise
+    except Exception as error:  # each runtime raises kinds of its own
+        raise KDError(f"{folder} is damaged and cannot be read ({reason(error)}): export it again") from error
+
+
+def _load(folder: Path, exported: Exported, threads: int | None) -> TrainedModel:
     from kd_lightning.data.image_store import ImageFormat
     from kd_lightning.runs import TrainedModel
     from kd_lightning.tasks import task_of
 
-    exported = read_exported(folder)
-    format = format_named(exported.format)
-    require_packages(exported.format, format.READS)
-    network = format.load(folder, exported, threads)
+    network = format_named(exported.format).load(folder, exported, threads)
     tokenizer = None
     if exported.texts is not None:
         from transformers import AutoTokenizer
@@ -43,7 +55,13 @@ def load_export(folder: Path, threads: int | None = None) -> TrainedModel:
 
 
 def load_model(folder: Path, seed: int | None = None) -> TrainedModel:
-    """Read a run folder, one of its stages, or an export folder."""
+    """Read a run folder, one of its stages, or an export folder.
+
+    Raises:
+        KDError: It cannot be read, or is an export, which has no seeds to choose from.
+    """
     from kd_lightning.runs import load_run
 
+    if seed is not None and is_export(folder):
+        raise KDError(f"--seed {seed}: {folder} is an export, which holds one student: leave --seed out")
     return load_export(folder) if is_export(folder) else load_run(folder, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from kd_lightning.types import Batch
 
 ALONE = 16
 """So many examples are also asked one at a time, without the padding that they had among longer ones."""
+
+RESAMPLES = 1000
+"""Of the examples, with replacement: what the intervals of scores are read from."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Parity:
         kl: Mean KL(student || export) in nats; None likewise.
         student: The student's scores on these examples, among them `accuracy` and `ece`.
         export: The export's.
+        student_intervals: The scores' 95% intervals (percentile bootstrap).
+        export_intervals: The export's.
+        resamples: How many the intervals are from.
         tolerance: What was allowed.
     """
 
@@ -68,6 +75,9 @@ class Parity:
     kl: float | None
     student: dict[str, float | None]
     export: dict[str, float | None]
+    student_intervals: dict[str, list[float] | None]
+    export_intervals: dict[str, list[float] | None]
+    resamples: int
     tolerance: Tolerance
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,8 +143,38 @@ def measure_parity(
         kl=_mean_of(above[1], "kl_to_teacher"),
         student=_finite(above[0]),
         export=_finite(above[1]),
+        student_intervals=intervals(task, said),
+        export_intervals=intervals(task, told),
+        resamples=RESAMPLES,
         tolerance=TOLERANCES[quantize],
     )
+
+
+def intervals(task: Task, said: Answers) -> dict[str, list[float] | None]:
+    """Return each score's 95% interval: of what it is on resamples of the examples (Efron 1979).
+
+    Args:
+        task: What is scored.
+        said: A model's answers; alike in number, two models get the same resamples.
+
+    Returns:
+        Lower and upper end by score; None for a score that no resample has.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for _ in range(RESAMPLES):
+        rows = torch.randint(len(said.logits), (len(said.logits),), generator=generator)
+        which = None if said.task is None else said.task[rows]
+        scores = task.evaluate(Answers(said.index[rows], said.logits[rows], said.labels[rows], which))
+        for name, value in scores.items():
+            if math.isfinite(value):
+                found[name].append(value)
+    names = _finite(task.evaluate(said))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        name: torch.tensor(found[name], dtype=torch.float64).quantile(ends).tolist() if found[name] else None
+        for name in names
+    }
 
 
 def require(parity: Parity, title: str) -> None:

@@ -64,8 +64,8 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
 
     chosen = check_choice(plan.format, plan.quantize)
     source = open_source(plan.stage)
-    chosen.check(source.model.network)
-    with filled(plan.out) as folder:
+    chosen.check(source.model)
+    with _in_one_line(plan), filled(plan.out) as folder:
         written = chosen.write(source, plan.quantize, folder)
         save_tokenizer(source, folder)
         exported = describe(plan, source, chosen, written, folder)
@@ -79,6 +79,20 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
         exported.write(folder)
         write_card(exported, source, folder)
     return exported, parity
+
+
+@contextmanager
+def _in_one_line(plan: Plan) -> Iterator[None]:
+    """Say in one line what went wrong: full disks, quantisers and runtimes raise kinds of their own."""
+    from kd_lightning.export.graph import reason
+
+    try:
+        yield
+    except KDError:
+        raise
+    except Exception as error:
+        asked = plan.format if plan.quantize == "none" else f"{plan.format} --quantize {plan.quantize}"
+        raise KDError(f"--format {asked} to {plan.out} failed: {reason(error)}; nothing was written") from error
 
 
 def describe(plan: Plan, source: Source, chosen: Format, written: Written, folder: Path) -> Exported:
@@ -127,10 +141,17 @@ def save_tokenizer(source: Source, folder: Path) -> None:
 
 
 def check_vacant(out: Path) -> None:
-    """Refuse a folder that holds anything."""
-    if out.is_dir():
-        if any(out.iterdir()):
+    """Refuse a folder that holds anything, or that cannot be replaced."""
+    try:
+        there = out.is_dir()
+        full = there and any(out.iterdir())
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise KDError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+    if there:
+        if full:
             raise KDError(f"--out {out} is not empty: choose another folder, or remove it")
+        if out.resolve() == Path.cwd():
+            raise KDError(f"--out {out} is the folder that you are in, which is replaced: name one inside it")
     elif out.exists() or out.is_symlink():
         raise KDError(f"--out {out} is a file: choose another folder")
 
@@ -139,20 +160,23 @@ def check_vacant(out: Path) -> None:
 def filled(out: Path) -> Iterator[Path]:
     """Give an empty folder beside `out` that becomes `out` in one step; whatever goes wrong, nothing of it is left.
 
+    Where `out` is a link to an empty folder, that one is filled.
+
     Raises:
         KDError: It cannot be written there.
     """
-    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    target = out.resolve()
+    missing = [folder for folder in target.parents if not folder.exists()]
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".kd-export-", dir=target.parent))
     except OSError as error:
         raise KDError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         try:
-            temporary.rename(out)
+            temporary.rename(target)
         except OSError as error:
             raise KDError(f"--out {out} has been filled or removed meanwhile ({error.strerror})") from error
     finally:

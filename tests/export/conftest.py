@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.runs import bilstm_run, transformer_run
+from tests.export.runs import bilstm_run, multi_task_run, regression_run, transformer_run
+from tests.toy_reviews import write_archive
 
 
 @pytest.fixture(scope="package")
@@ -15,6 +16,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_LIGHTNING_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands are for those who read the intervals."""
+    monkeypatch.setattr("kd_lightning.export.parity.RESAMPLES", 50)
 
 
 @pytest.fixture(scope="package")
@@ -27,3 +34,24 @@ def bilstm(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bert(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose student is a small transformer. Read only."""
     return transformer_run(tmp_path_factory.mktemp("bert") / "bert")
+
+
+@pytest.fixture(scope="package")
+def archive(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have the reviews be a few hundred toy sentences."""
+    folder = write_archive(tmp_path_factory.mktemp("reviews") / "archive")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kd_lightning.data.reviews.fetch", lambda name: folder)
+        yield
+
+
+@pytest.fixture(scope="package")
+def rating(archive: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose student is a regression. Read only."""
+    return regression_run(tmp_path_factory.mktemp("rating") / "rating")
+
+
+@pytest.fixture(scope="package")
+def several(archive: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose student has two tasks. Read only."""
+    return multi_task_run(tmp_path_factory.mktemp("several") / "several")

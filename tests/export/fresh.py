@@ -13,6 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)
 
+OURS = ("kd_lightning", "lightning", "lightning_utilities", "hydra", "torchmetrics")
+"""What nobody who deploys a student has."""
+
 WITHOUT = """
 import runpy, sys
 

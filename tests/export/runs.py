@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from kd_lightning.data import ClassificationData, ImageFolder, TextFiles
+from kd_lightning.data import ClassificationData, ImageFolder, MultiTaskData, Reviews, TextFiles
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN
 from kd_lightning.models.text_cnn import TextCNN
@@ -17,8 +17,10 @@ from kd_lightning.models.transformer import transformer
 from kd_lightning.runs import save_network, write_json
 from tests.conftest import write_toy_csv
 from tests.data.images import write_folder
+from tests.toy_reviews import write_tokenizer
 
 TEXT = {"tokenizer": "wordpiece:400", "batch_size": 16, "eval_batch_size": 32, "max_length": 32}
+MINILM = {"_target_": "kd_lightning.models.hf.pretrained", "name": "minilm"}
 
 
 class Bag(nn.Module):
@@ -53,14 +55,16 @@ def write_run(
     """Write a run folder as kd-train leaves it, with a student and a teacher, the same network."""
     spread_out(network)
     for stage, role in (("seed_0/distill", "student"), ("teacher", "teacher")):
-        task = {"class_names": data.class_names, "predicts": data.num_classes, **data.input_format, "role": role}
+        task = {"class_names": data.class_names, "predicts": data.task.description, **data.input_format, "role": role}
         save_network(folder / stage, network, more, task, data.tokenizer_of(role))
-        record = {"fingerprint": "f", "settings": {"batch_size": 16, "optimizer": {"lr": 0.1}}, "steps": 7}
+        how = {"batch_size": 16, "optimizer": {"lr": 0.1}, "network": MINILM if role == "teacher" else more}
+        record = {"fingerprint": "f", "steps": 7, "settings": how}
         write_json(folder / stage / "settings.json", record)
-        write_json(folder / stage / "stage.json", {**record, "best_step": 7, "validation": {"accuracy": 0.5}})
-    config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9}
+        scores = {"validation": {data.task.main: 0.5}, "selected_by": data.task.main}
+        write_json(folder / stage / "stage.json", {**record, "best_step": 7, **scores})
+    config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9, "stages": ["teacher", "distill"]}
     config["distillation"] = {"terms": {"ce": {}, "kd": {}}}
-    teacher = {"teacher": {"checkpoint": None, "ema": None, "network": {"name": "minilm"}}}
+    teacher = {"teacher": {"checkpoint": None, "ema": None, "network": MINILM}}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**config, **teacher})), encoding="utf-8")
     return folder
 
@@ -123,10 +127,38 @@ def own_run(folder: Path, kind: type[Bag]) -> Path:
     return write_run(folder, data, settings, kind(**sizes), **target, **sizes)
 
 
-def cnn_run(folder: Path) -> Path:
+def cnn_run(folder: Path, **format: Any) -> Path:
     images = write_folder(folder.parent / "images", {"train": 40})
-    options: dict[str, Any] = {"folder": str(images), "image_size": 16, "eval_batch_size": 3}
+    options: dict[str, Any] = {"folder": str(images), "image_size": 16, "eval_batch_size": 3, **format}
     data = ImageFolder(**options)
     data.prepare()
     settings = {"_target_": "kd_lightning.data.ImageFolder", **options}
     return write_run(folder, data, settings, CNN(**data.model_arguments("student"), widths=[8, 16]))
+
+
+def regression_run(folder: Path) -> Path:
+    """A transformer that rates sentences; `fetch` gives a toy archive."""
+    options = _rated(folder.parent, "rating")
+    data = Reviews(**options)
+    data.prepare()
+    sizes = {"hidden_size": 16, "num_layers": 2, "intermediate_size": 32, "max_length": 64}
+    network = transformer(**data.model_arguments("student"), **sizes)
+    return write_run(folder, data, {"_target_": "kd_lightning.data.Reviews", **options}, network)
+
+
+def multi_task_run(folder: Path) -> Path:
+    """A transformer that tells the domain of a sentence and rates it."""
+    options = {labels: _rated(folder.parent, labels) for labels in ("domain", "rating")}
+    data = MultiTaskData({labels: Reviews(**own) for labels, own in options.items()})
+    data.prepare()
+    sizes = {"hidden_size": 16, "num_layers": 2, "intermediate_size": 32, "max_length": 64}
+    network = transformer(**data.model_arguments("student"), **sizes)
+    tasks = {labels: {"_target_": "kd_lightning.data.Reviews", **own} for labels, own in options.items()}
+    return write_run(folder, data, {"_target_": "kd_lightning.data.MultiTaskData", "tasks": tasks}, network)
+
+
+def _rated(folder: Path, labels: str) -> dict[str, Any]:
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        write_tokenizer(tokenizer)
+    return {"labels": labels, **TEXT, "tokenizer": str(tokenizer)}

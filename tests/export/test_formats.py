@@ -8,13 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from kd_lightning.errors import KDError
-from kd_lightning.evaluate import text_logits
+from kd_lightning.evaluate import image_logits, text_logits
 from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.formats import FORMATS, format_named
@@ -24,14 +25,13 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.predict import main as kd_predict
 from kd_lightning.runs import load_run
-from tests.export.fresh import ROOT, answers, example
+from tests.export.fresh import OURS, ROOT, answers, example
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal team"]
-OURS = ("kd_lightning", "lightning", "lightning_utilities", "hydra", "torchmetrics")
 
 
 def export(run: Path, out: Path, format: str, quantize: str = "none") -> Path:
@@ -119,8 +119,32 @@ def test_a_hugging_face_folder_needs_transformers_alone(bert: Path, tmp_path: Pa
         np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(bert)], atol=2e-4)
 
 
-def test_the_onnx_example_is_short() -> None:
-    assert len(example("onnxruntime").strip().splitlines()) <= 30
+@pytest.mark.parametrize("word", ["onnxruntime", "PIL"])
+def test_the_onnx_examples_are_short(word: str) -> None:
+    assert len(example(word).strip().splitlines()) <= 30
+
+
+@pytest.mark.parametrize("format", [{}, {"channels": 1, "mean": [0.3], "std": [0.4]}])
+def test_images_need_onnxruntime_and_pillow_alone(home: Path, tmp_path: Path, format: dict[str, Any]) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    run = cnn_run(tmp_path / "run", **format)
+    out = export(run, tmp_path / "out", "onnx")
+    files = []
+    for number, size in enumerate([(16, 16), (40, 23), (9, 31)]):
+        noise = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+        files.append(tmp_path / f"{number}.png")
+        image.fromarray(noise).save(files[-1])
+    turned = image.Exif()
+    turned[0x0112] = 6  # a camera held upright
+    files.append(tmp_path / "turned.png")
+    image.fromarray(noise).save(files[-1], exif=turned)
+    without = (*OURS, "torch", "transformers", "tokenizers", "onnx")
+    found = answers(example("PIL"), out, [str(file) for file in files], without, tmp_path)
+    model = load_run(run)
+    probabilities = image_logits(model, files).softmax(1)
+    assert [one["label"] for one in found] == [model.class_names[int(row.argmax())] for row in probabilities]
+    np.testing.assert_allclose([one["p"] for one in found], probabilities.max(1).values, atol=2e-4)
+    assert len({one["p"] for one in found}) == 4, "all images are one to it"
 
 
 def test_an_lstm_stays_one_and_takes_any_length_and_padding_on_either_side(bilstm: Path, tmp_path: Path) -> None:

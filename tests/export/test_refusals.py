@@ -13,7 +13,8 @@ from kd_lightning.export import parity
 from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.load import load_export
-from tests.export.runs import Exotic, Undecided, own_run
+from kd_lightning.predict import main as kd_predict
+from tests.export.runs import Exotic, Undecided, own_run, pooled_run
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -43,10 +44,17 @@ def refusal(folder: Path, run: Path, *options: str, out: str = "out/deep") -> st
         (["--format", "pt2", "--quantize", "int8-dynamic"], "pt2 has no int8-dynamic; it can be: none, fp16, bf16"),
         (["--format", "huggingface"], "BiLSTM is no classifier of transformers"),
         (["--format", "onnx", "--seed", "7"], "no finished student of seed 7"),
+        (["--format", "onnx", "--push-to-hub", "student"], "--push-to-hub student: expected USER/NAME"),
+        (["--format", "onnx", "--push-to-hub", "me/my student"], "--push-to-hub me/my student: Repo id must use"),
     ],
 )
 def test_what_a_format_is_not(bilstm: Path, tmp_path: Path, options: list[str], says: str) -> None:
     assert says in refusal(tmp_path, bilstm, *options)
+
+
+def test_a_pooling_that_transformers_does_not_have(home: Path, tmp_path: Path) -> None:
+    says = refusal(tmp_path, pooled_run(tmp_path / "run" / "own"), "--format", "huggingface")
+    assert "no class of transformers has this student's pooling=mean; train one with student.pooling=bert" in says
 
 
 def test_runs_without_a_finished_student(bilstm: Path, tmp_path: Path) -> None:
@@ -78,6 +86,64 @@ def test_folders_that_cannot_be_had(bilstm: Path, tmp_path: Path) -> None:
     assert "is a file" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt")
     assert "cannot be written" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt/out")
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_names_of_folders_are_judged_before_any_work(
+    bilstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd_lightning.export.write.open_source", lambda stage: pytest.fail("it was read"))
+    onnx = ("--format", "onnx")
+    assert "cannot be written (File name too long)" in refusal(tmp_path, bilstm, *onnx, out="a" * 300)
+    monkeypatch.chdir(tmp_path)
+    assert "is the folder that you are in" in refusal(tmp_path, bilstm, *onnx, out=".")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert "is a file" in refusal(tmp_path, bilstm, *onnx, out="dangling")
+
+
+def test_links_to_empty_folders_and_long_names_are_filled(bilstm: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    for out in ("link", "a" * 255):
+        kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / out)])
+        assert read_exported(tmp_path / out).stage == "seed_0/distill"
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "real", "a" * 255}
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("onnxruntime.InferenceSession", RuntimeError("no kernel\nfor this")),
+        ("onnxruntime.quantization.quantize_dynamic", ValueError("no shape")),
+        ("onnx.save", OSError(28, "No space left on device")),
+        ("kd_lightning.export.write.save_tokenizer", OSError(28, "No space left on device")),
+    ],
+)
+def test_whatever_fails_is_one_line(
+    bilstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(what, fail)
+    says = refusal(tmp_path, bilstm, "--format", "onnx", "--quantize", "int8-dynamic")
+    assert f"failed: {str(error).splitlines()[0]}; nothing was written" in says
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_model_is_one_line(bilstm: Path, tmp_path: Path, format: str, damage: str) -> None:
+    kd_export([str(bilstm), "--format", format, "--out", str(tmp_path / "out")])
+    model = tmp_path / "out" / f"model.{format}"
+    model.write_bytes(model.read_bytes()[:1000]) if damage == "truncated" else model.unlink()
+    with pytest.raises(SystemExit, match=r"^kd-predict: .*out is damaged and cannot be read \(.*\): export it again$"):
+        kd_predict([str(tmp_path / "out"), "soup"])
+
+
+def test_an_export_has_no_seeds(bilstm: Path, tmp_path: Path) -> None:
+    kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"--seed 3: .* is an export, which holds one student: leave --seed out"):
+        kd_predict([str(tmp_path / "out"), "soup", "--seed", "3"])
 
 
 def test_operations_that_a_format_does_not_have(home: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A format is a module with
 
 * `FILE`, the file with the weights, `QUANTIZE`, what its numbers may become, `NEEDS` and `READS`, packages
   that writing and reading it take;
-* `check(network)`, which refuses a network that the format cannot hold, before anything is written;
+* `check(model)`, which refuses a student that the format cannot hold, before anything is written;
 * `write(source, quantize, folder)`, which writes the model and returns what is particular to it;
 * `load(folder, exported, threads)`, which gives it back as a network from a batch's entries to logits.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
+    from kd_lightning.runs import TrainedModel
 
 FORMATS = ("safetensors", "huggingface", "pt2", "onnx")
 QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16", "bf16")
@@ -50,8 +51,8 @@ class Format(Protocol):
     NEEDS: tuple[str, ...]
     READS: tuple[str, ...]
 
-    def check(self, network: nn.Module) -> None:
-        """Raise `KDError` where the format cannot hold this network."""
+    def check(self, model: TrainedModel) -> None:
+        """Raise `KDError` where the format cannot hold this student."""
 
     def write(self, source: Source, quantize: str, folder: Path) -> Written:
         """Write the model."""

@@ -14,10 +14,13 @@ from kd_lightning.errors import KDError
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
 from kd_lightning.models.embedding import FactorizedEmbedding
+from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.tasks import MultiTask, Regression
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
+    from kd_lightning.runs import TrainedModel
 
 FILE = "model.safetensors"
 QUANTIZE = ("none", "fp16", "bf16")
@@ -25,8 +28,19 @@ NEEDS: tuple[str, ...] = ()
 READS: tuple[str, ...] = ()
 
 
-def check(network: nn.Module) -> None:
-    """Refuse what is no classifier of `transformers`."""
+def check(model: TrainedModel) -> None:
+    """Refuse what is no classifier of `transformers`, and several tasks, which none of its pipelines can read."""
+    network = model.network
+    if isinstance(model.task, MultiTask):
+        raise KDError(
+            f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
+            "and from_pretrained knows classifiers of one; it can be: safetensors, pt2, onnx"
+        )
+    if isinstance(network, PooledClassifier):
+        raise KDError(
+            f"--format huggingface: no class of transformers has this student's pooling={network.pooling}; train one "
+            "with student.pooling=bert (transformer) or checkpoint (hf, minilm), or export to safetensors, pt2, onnx"
+        )
     if not isinstance(network, PreTrainedModel) or not _is_classifier(network):
         raise KDError(
             f"--format huggingface: {type(network).__name__} is no classifier of transformers, so from_pretrained "
@@ -47,6 +61,8 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     names = source.model.class_names
     network.config.id2label = dict(enumerate(names))
     network.config.label2id = {name: number for number, name in enumerate(names)}
+    regression = isinstance(source.model.task, Regression)  # whose score `pipeline` would else put through a sigmoid
+    network.config.problem_type = "regression" if regression else "single_label_classification"
     network.config.dtype = DTYPES[quantize]
     network.save_pretrained(folder)
     return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])

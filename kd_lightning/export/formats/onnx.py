@@ -21,6 +21,7 @@ from kd_lightning.types import Batch
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
+    from kd_lightning.runs import TrainedModel
 
 FILE = "model.onnx"
 QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime computes no bf16 on a CPU
@@ -33,9 +34,9 @@ MOST_BYTES = 2 * 1024**3
 """A single ONNX file is a protobuf, and those end here."""
 
 
-def check(network: nn.Module) -> None:
+def check(model: TrainedModel) -> None:
     """Refuse a network that is too large for one file."""
-    if (size := sum(tensor.nbytes for tensor in network.state_dict().values())) >= MOST_BYTES:
+    if (size := sum(tensor.nbytes for tensor in model.network.state_dict().values())) >= MOST_BYTES:
         raise KDError(
             f"--format onnx: {size / 1e9:.1f} GB of weights do not fit a single ONNX file (2 GB); it can be: "
             "safetensors, huggingface, pt2"

@@ -14,6 +14,7 @@ from kd_lightning.export.graph import DTYPES, trace
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
+    from kd_lightning.runs import TrainedModel
 
 FILE = "model.pt2"
 QUANTIZE = ("none", "fp16", "bf16")
@@ -21,7 +22,7 @@ NEEDS: tuple[str, ...] = ()
 READS: tuple[str, ...] = ()
 
 
-def check(network: nn.Module) -> None:
+def check(model: TrainedModel) -> None:
     """Refuse nothing yet: what a network does is seen when it is traced."""
 
 

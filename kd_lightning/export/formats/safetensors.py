@@ -14,6 +14,7 @@ from kd_lightning.export.graph import DTYPES
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
+    from kd_lightning.runs import TrainedModel
 
 FILE = "model.safetensors"
 QUANTIZE = ("none", "fp16", "bf16")
@@ -21,7 +22,7 @@ NEEDS: tuple[str, ...] = ()
 READS: tuple[str, ...] = ()
 
 
-def check(network: nn.Module) -> None:
+def check(model: TrainedModel) -> None:
     """Refuse nothing: every network has weights."""
 
 

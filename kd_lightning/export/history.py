@@ -1,0 +1,280 @@
+"""How a student came to be, by its run's files: what a model card says of teachers, weights, data and licences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_lightning.runs import read_json
+
+if TYPE_CHECKING:
+    from kd_lightning.export.source import Source
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of something that this package fetches.
+
+    Attributes:
+        title: What it is called.
+        licence: Its SPDX name.
+        hub: Its name on the Hugging Face hub; None where it is from elsewhere.
+        language: Of its texts.
+    """
+
+    title: str
+    licence: str
+    hub: str | None = None
+    language: str | None = None
+
+
+KNOWN = {
+    "minilm": Known("all-MiniLM-L6-v2", "Apache-2.0", "sentence-transformers/all-MiniLM-L6-v2", "en"),
+    "Reviews": Known(
+        "Hutto & Gilbert 2014 and Pang & Lee 2005, as distributed with vaderSentiment 3.3.2", "MIT", None, "en"
+    ),
+    "FashionMNIST": Known("Fashion-MNIST (Xiao, Rasul & Vollgraf 2017)", "MIT", "zalando-datasets/fashion_mnist"),
+}
+
+UNKNOWN = "licence not recorded: look it up where it came from before you pass this model on"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights or data are from.
+
+    Attributes:
+        text: In words, with the licence.
+        names: What it began as, by the names of assets and of the hub; nothing where all weights were random.
+    """
+
+    text: str
+    names: tuple[str, ...] = ()
+
+
+class History:
+    """What a run's files say of how its student came to be.
+
+    Args:
+        source: The student.
+
+    Attributes:
+        taught: Whether anything but labels taught it.
+        teacher: By whom; of a student from labels the run's teacher, None where there is none.
+        start: What its weights were derived from; None where they were random.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.stage, self.data = source.stage, source.data
+        self.root = _root(self.stage)
+        self.config = _config(self.root)
+        self.record: dict[str, Any] = read_json(self.stage / "stage.json")
+        report = self.root / "report.json"
+        self.report: dict[str, Any] = read_json(report) if report.is_file() else {}
+        self.teacher = teacher_of(self.config, self.root)
+        self.taught = not self.from_labels and self.teacher is not None
+        self.start = _start(first_stage(self.stage), self.teacher)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.config.get("name", self.root.name))
+
+    @property
+    def from_labels(self) -> bool:
+        """Whether it is a student that its run compares with."""
+        return self.stage.name.startswith("baseline")
+
+    @property
+    def summary(self) -> str:
+        """How it was trained, in a few words."""
+        if self.from_labels:
+            return (
+                f"trained from labels alone, {'on from weights of a teacher' if self.start else 'without a teacher'},"
+            )
+        how = "distilled" if self.taught else "trained without a teacher"
+        return f"{how}, then trained on from labels," if self.stage.name == "finetune" else how
+
+    @property
+    def sources(self) -> list[Origin]:
+        """The data: one, or that of each task."""
+        given = self.config["data"]
+        nodes = given["tasks"].values() if "tasks" in given else [given]
+        return list(dict.fromkeys(_data_of(node) for node in nodes))
+
+    def test_scores(self, name: str) -> dict[str, float]:
+        """Return a model's scores on the test split, of this student's seed; nothing where no report has them."""
+        entry = self.report.get("models", {}).get(name)
+        number = self.stage.parent.name.removeprefix("seed_")
+        if entry is None or not number.isdecimal() or int(number) not in self.report["seeds"]:
+            return {}
+        which = self.report["seeds"].index(int(number))
+        found = {}
+        for score, described in entry["test"].items():
+            values = described["values"]
+            found[score] = values[0] if len(values) == 1 else values[which]
+        return {score: value for score, value in found.items() if value is not None}
+
+    @property
+    def own_name(self) -> str:
+        """What the report calls this student."""
+        return {"distill": "distilled", "finetune": "finetuned"}.get(self.stage.name, self.stage.name)
+
+    @property
+    def recipe(self) -> list[str]:
+        """How the student was trained, a line each."""
+        first = first_stage(self.stage)
+        lines = [_training(stage) for stage in dict.fromkeys((first, self.stage)) if (stage / "stage.json").is_file()]
+        objective = self.config.get("distillation") or {}
+        terms = ", ".join(objective.get("terms", {})) if isinstance(objective, dict) else ""
+        if terms and not self.from_labels:
+            lines.append(
+                f"loss terms: {terms}; temperature {self.config.get('temperature')}, alpha {self.config.get('alpha')}"
+            )
+        return [*lines, f"made by `{self.report['command']}`"] if self.report else lines
+
+
+def first_stage(stage: Path) -> Path:
+    """Return where the weights of a stage began: a fine-tuning goes on with those of the distillation."""
+    return stage.parent / "distill" if stage.name == "finetune" else stage
+
+
+def _training(stage: Path) -> str:
+    record = read_json(stage / "stage.json")
+    settings = record["settings"]
+    return (
+        f"stage `{stage.name}`: {record['steps']} optimizer steps, weights of step {record['best_step']}, selected by "
+        f"{record.get('selected_by', 'accuracy')} on validation; batches of {settings.get('batch_size')}, learning "
+        f"rate {settings.get('optimizer', {}).get('lr')}"
+    )
+
+
+def _root(stage: Path) -> Path:
+    return next(folder for folder in (stage, *stage.parents) if (folder / "config.yaml").is_file())
+
+
+def _config(root: Path) -> dict[Any, Any]:
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_container(OmegaConf.load(root / "config.yaml"))
+    assert isinstance(config, dict)
+    return config
+
+
+def _network(stage: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = read_json(first_stage(stage) / "stage.json")["settings"].get("network", {})
+    return settings
+
+
+def teacher_of(config: Mapping[str, Any], root: Path) -> Origin | None:
+    """Return who taught a run's students; None where nobody did."""
+    given = config.get("teacher") or {}
+    if given.get("ema") is not None:
+        return Origin("the average of the student's own weights")
+    if "tasks" in config.get("data", {}):
+        parts = {name: _with_own(given, config.get("tasks", {}).get(name)) for name in config["data"]["tasks"]}
+        found = {name: _one_teacher(own, root) for name, own in parts.items()}
+        names = tuple(dict.fromkeys(name for origin in found.values() for name in origin.names))
+        return Origin("one for each task. " + "; ".join(f"{name}: {one.text}" for name, one in found.items()), names)
+    has_one = given.get("checkpoint") or "teacher" in config.get("stages", ()) or (root / "teacher").is_dir()
+    if not has_one:
+        peers = len(config.get("peers") or ())
+        return Origin(f"{peers} other student(s), which learned beside it and from it") if peers else None
+    teacher, between = _one_teacher(given, root), len(config.get("assistants") or ())
+    return teacher if not between else Origin(f"{teacher.text}; by way of {between} assistant(s)", teacher.names)
+
+
+def _with_own(given: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the teacher's settings with those that a task has of its own."""
+    own = (task or {}).get("teacher", {})
+    network = own.get("network", {})
+    merged = network if "_target_" in network else {**(given.get("network") or {}), **network}
+    return {**given, **own, "network": merged}
+
+
+def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
+    """Return what one task's teacher is: a checkpoint, several of them, or what the run fine-tuned."""
+    checkpoint = given.get("checkpoint")
+    if checkpoint:
+        listed = checkpoint if isinstance(checkpoint, list) else [checkpoint]
+        members = [followed(str(one), root) for one in listed]
+        if len(members) == 1:
+            return members[0]
+        names = tuple(dict.fromkeys(name for member in members for name in member.names))
+        return Origin(f"an ensemble of {len(members)}: " + "; ".join(member.text for member in members), names)
+    network, seeds, folds = _built(given.get("network") or {}), given.get("seeds") or 1, given.get("folds") or 1
+    if folds > 1:
+        text = f"an ensemble of {folds}, each without one of {folds} folds of the training examples: {network.text}"
+    else:
+        text = f"an ensemble of {seeds}, trained with {seeds} seeds: {network.text}" if seeds > 1 else network.text
+    return Origin(text, network.names)
+
+
+def _located(checkpoint: str, root: Path) -> Path:
+    """Return a folder that a run names relative to where it was started: here, or somewhere above the run."""
+    places = (Path(checkpoint), *(above / checkpoint for above in root.absolute().parents))
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def followed(checkpoint: str, root: Path) -> Origin:
+    """Return what a run, one of its stages, or a name of the hub is, back to what it was pretrained as."""
+    folder = _located(checkpoint, root)
+    stage = next((path for path in (folder / "teacher", folder) if (path / "stage.json").is_file()), None)
+    if stage is None:
+        return Origin(*_named(checkpoint))
+    network = _built(_network(stage))
+    if stage.name.startswith("teacher"):
+        return Origin(f"{checkpoint}, which is {network.text}", network.names)
+    own = next((path for path in stage.parents if (path / "config.yaml").is_file()), None)
+    above = None if own is None or stage.name.startswith("baseline") else teacher_of(_config(own), own)
+    text = f"{checkpoint}, which is {network.text}" + (f", itself distilled from {above.text}" if above else "")
+    start = _start(stage, above)
+    return Origin(text, network.names if start is None else start.names)
+
+
+def _built(settings: Mapping[str, Any]) -> Origin:
+    """Return what a network was built as, by its settings."""
+    if settings.get("name") and settings.get("pretrained", True):
+        text, names = _named(str(settings["name"]))
+        return Origin(f"{text}, fine-tuned", names)
+    return Origin(f"{str(settings.get('_target_')).rpartition('.')[2]}, trained from random weights")
+
+
+def _start(stage: Path, teacher: Origin | None) -> Origin | None:
+    """Return what a student's weights were derived from: a pretrained network, another run's student or its teacher."""
+    network = _network(stage)
+    if network.get("initialise") == "teacher":
+        if "checkpoint" not in network:
+            return Origin(f"weights of its teacher ({teacher.text})", teacher.names) if teacher else None
+        from kd_lightning.runs import find_stage
+
+        run = _located(network["checkpoint"], stage)
+        before = followed(str(find_stage(run) if run.is_dir() else run), stage)
+        return Origin(f"the student of {before.text}", before.names)
+    pretrained = _built(network)
+    return pretrained if pretrained.names else None
+
+
+def _named(name: str) -> tuple[str, tuple[str, ...]]:
+    known = KNOWN.get(name)
+    return (f"{known.title}, {known.licence}" if known else f"{name} ({UNKNOWN})"), (name,)
+
+
+def _data_of(node: Mapping[str, Any]) -> Origin:
+    kind = str(node.get("_target_")).rpartition(".")[2]
+    known = KNOWN.get(kind)
+    name = str(node.get("name", kind)) if kind == "HFDataset" else kind
+    return Origin(f"{name} ({f'{known.title}, {known.licence}' if known else UNKNOWN})", (name,))
+
+
+def hub_names(names: tuple[str, ...]) -> list[str]:
+    """Return those that the hub has, by its names: a folder is nothing that others could look up."""
+    found = []
+    for name in names:
+        if name in KNOWN:
+            found += [hub] if (hub := KNOWN[name].hub) else []
+        elif name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
+            found.append(name)
+    return found
