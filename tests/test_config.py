@@ -33,7 +33,7 @@ def options(group: str) -> list[str]:
     "override",
     [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
     + [f"logger={name}" for name in options("logger")]
-    + [f"model@student={name}" for name in options("model") if name not in ("hf", "timm", "custom")]
+    + [f"model@student={name}" for name in options("model") if name not in ("hf", "timm", "custom", "from_run")]
     + ["trainer=cpu", "trainer=ddp"],
 )
 def test_every_option_validates(composed: Composed, override: str) -> None:
