@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.activations import ACT2FN
 
@@ -23,7 +24,7 @@ def transformer(
     dropout: float = 0.1,
     hidden_act: str = "gelu",
     pooling: Literal["bert", "mean", "max", "first"] = "bert",
-) -> BertForSequenceClassification | PooledClassifier:
+) -> nn.Module:
     """Build a BERT-style classifier with fresh weights; the defaults are BERT-tiny's shape.
 
     Args:

@@ -42,7 +42,7 @@ def test_its_bounds() -> None:
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(1 / 20)  # never wrong
     assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(20)  # always
-    with pytest.raises(ConfigError, match=r"teacher\.calibrate: the validation split has no labels"):
+    with pytest.raises(ConfigError, match=r"teacher\.calibrate: there is no labelled example"):
         fit_temperature(logits, torch.tensor([IGNORE, IGNORE]))
 
 
