@@ -138,7 +138,7 @@ def embeddings_from_teacher(
             "as bilstm, text_cnn or transformer (model@student.network=NAME)"
         )
     student = network(**sizes)
-    if not hasattr(student, "get_input_embeddings"):
+    if not hasattr(student.encoder if isinstance(student, PooledClassifier) else student, "get_input_embeddings"):
         raise ConfigError(f"student.network: {type(student).__name__} has no word embeddings (get_input_embeddings())")
     fresh = _word_embeddings(student)
     if fresh.shape[1] > table.shape[1]:

@@ -207,7 +207,12 @@ def test_wrong_teachers_are_refused() -> None:
 
 
 SMALL: Any = partial(BiLSTM, embedding_size=4, hidden_size=4)
-STUDENTS: list[Any] = [SMALL, partial(TextCNN, embedding_size=4), partial(transformer, hidden_size=4, num_heads=2)]
+STUDENTS: list[Any] = [
+    SMALL,
+    partial(TextCNN, embedding_size=4),
+    partial(transformer, hidden_size=4, num_heads=2),
+    partial(transformer, hidden_size=4, num_heads=2, pooling="mean"),
+]
 
 
 def expected_components(rows: np.ndarray, rms: float) -> np.ndarray:
