@@ -14,6 +14,7 @@ from kd_lightning.errors import ConfigError
 from kd_lightning.multitask import MultiTaskPipeline
 from kd_lightning.pipeline import Pipeline, cache_of_assistants, finetuning, teacher_name
 from kd_lightning.rehearsal import takes_from_teacher
+from kd_lightning.runs import teacher_stage
 from kd_lightning.tasks import Classification, MultiTask, Regression, Task
 from kd_lightning.training import averages, planned_steps
 
@@ -198,8 +199,8 @@ class Converter:
         if given is None:
             given = [self.folder(name) for name in self.teacher_names()]
             return given[0] if len(given) == 1 else given
-        inside = Path(given, "teacher") if isinstance(given, str) else None
-        return str(inside) if inside is not None and (inside / "stage.json").is_file() else given
+        stage = teacher_stage(Path(given)) if isinstance(given, str) else None
+        return given if stage is None else str(stage)
 
     def guide(self, number: int) -> Node:
         """Return the teacher (0), or an assistant, as those it teaches ask it."""

@@ -165,6 +165,11 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     raise KDError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
 
 
+def teacher_stage(folder: Path) -> Path | None:
+    """Return the finished teacher that `teacher.checkpoint` means by a folder: the run's, or the stage itself."""
+    return next((place for place in (folder / "teacher", folder) if (place / "stage.json").is_file()), None)
+
+
 def validation_score(record: dict[str, Any]) -> float:
     """Return the score of a stage's record by which its weights were selected."""
     return float(record["validation"][record.get("selected_by", "accuracy")])

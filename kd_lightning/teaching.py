@@ -26,7 +26,7 @@ from kd_lightning.config import tokenizer_beside
 from kd_lightning.errors import CacheError, ConfigError, KDError
 from kd_lightning.models.answers import answers
 from kd_lightning.models.rebuild import describe
-from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json
+from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json, teacher_stage
 from kd_lightning.shared import shared, stamps
 from kd_lightning.tasks import Regression
 from kd_lightning.teachers import (
@@ -73,16 +73,14 @@ def load_teacher(checkpoint: str | list[str], data: ClassificationData, console:
     """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules; of a list, an ensemble."""
     if isinstance(checkpoint, list):
         return ensemble([_load_member(one, data, console) for one in checkpoint])
-    folder = Path(checkpoint)
-    if (folder / "teacher" / "stage.json").is_file():
-        if (folder / "teacher_1" / "stage.json").is_file():
+    stage = teacher_stage(Path(checkpoint))
+    if stage is not None:
+        if stage == Path(checkpoint, "teacher") and Path(checkpoint, "teacher_1", "stage.json").is_file():
             say(
                 console,
-                f"teacher  {folder} holds several; this is the first (all: teacher.checkpoint=[.../teacher,...])",
+                f"teacher  {checkpoint} holds several: this is the first, a list takes all of them",
             )
-        folder = folder / "teacher"
-    if (folder / "stage.json").is_file():
-        return read_teacher(folder, data)
+        return read_teacher(stage, data)
     from kd_lightning.models.hf import finished
 
     def load() -> TeacherNetwork:

@@ -71,7 +71,7 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
     found: list[Subject] = []
     for run, stage in zip(runs, students, strict=True):
         prefix = f"{run.name}: " if len(runs) > 1 else ""
-        teacher = teacher_stage(run)
+        teacher = _teacher_of(run)
         if teacher is None:
             print(f"{run}: its teacher is in no run folder here and is left out")
         elif teacher.resolve() not in [subject.folder.resolve() for subject in found]:  # runs may share one
@@ -81,15 +81,19 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
     return found, students[0]
 
 
-def teacher_stage(run: Path) -> Path | None:
+def _teacher_of(run: Path) -> Path | None:
     """Return the stage folder of a run's teacher: its own, or the one that `teacher.checkpoint` names."""
     from omegaconf import OmegaConf
 
-    places = [run / "teacher"]
+    from kd_lightning.export.history import located
+    from kd_lightning.runs import teacher_stage
+
+    if (run / "teacher" / "stage.json").is_file():
+        return run / "teacher"
+    given = None
     if (run / "config.yaml").is_file():
         given = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "teacher.checkpoint")
-        places += [Path(given) / "teacher", Path(given)] if isinstance(given, str) else []
-    return next((place for place in places if (place / "stage.json").is_file()), None)
+    return teacher_stage(located(given, run)) if isinstance(given, str) else None
 
 
 def _trained(name: str, kind: str, stage: Path) -> Subject:

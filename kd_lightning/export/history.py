@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.runs import read_json
+from kd_lightning.runs import find_stage, read_json, teacher_stage
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
@@ -212,7 +212,7 @@ def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
     return Origin(text, network.names)
 
 
-def _located(checkpoint: str, root: Path) -> Path:
+def located(checkpoint: str, root: Path) -> Path:
     """Return a folder that a run names relative to where it was started: here, or somewhere above the run."""
     places = (Path(checkpoint), *(above / checkpoint for above in root.absolute().parents))
     return next((place for place in places if place.is_dir()), places[0])
@@ -220,8 +220,8 @@ def _located(checkpoint: str, root: Path) -> Path:
 
 def followed(checkpoint: str, root: Path) -> Origin:
     """Return what a run, one of its stages, or a name of the hub is, back to what it was pretrained as."""
-    folder = _located(checkpoint, root)
-    stage = next((path for path in (folder / "teacher", folder) if (path / "stage.json").is_file()), None)
+    folder = located(checkpoint, root)
+    stage = teacher_stage(folder)
     if stage is None:
         return Origin(*_named(checkpoint))
     network = _built(_network(stage))
@@ -248,9 +248,7 @@ def _start(stage: Path, teacher: Origin | None) -> Origin | None:
     if network.get("initialise") == "teacher":
         if "checkpoint" not in network:
             return Origin(f"weights of its teacher ({teacher.text})", teacher.names) if teacher else None
-        from kd_lightning.runs import find_stage
-
-        run = _located(network["checkpoint"], stage)
+        run = located(network["checkpoint"], stage)
         before = followed(str(find_stage(run) if run.is_dir() else run), stage)
         return Origin(f"the student of {before.text}", before.names)
     pretrained = _built(network)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.models.sizes import check_padding, check_sizes
 from kd_lightning.types import ModelOutput
 
 Pooling = Literal["max", "mean", "last", "attention"]
@@ -68,7 +69,13 @@ class BiLSTM(nn.Module):
             "pooling": pooling,
             "dropout": dropout,
         }
-        _check(**self.arguments)
+        check_sizes(
+            dropout, num_classes=num_classes, vocab_size=vocab_size, embedding_size=embedding_size,
+            hidden_size=hidden_size, num_layers=num_layers,
+        )  # fmt: skip
+        check_padding(pad_token_id, vocab_size)
+        if pooling not in get_args(Pooling):
+            raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), get_args(Pooling))}")
         self.pad_token_id, self.pooling = pad_token_id, pooling
         self.embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=pad_token_id)
         inputs = [embedding_size] + [2 * hidden_size] * (num_layers - 1)
@@ -157,15 +164,3 @@ class BiLSTM(nn.Module):
                         gate.zero_()
                 if name.startswith("bias_ih"):
                     gates[1].fill_(1.0)
-
-
-def _check(vocab_size: int, pad_token_id: int, pooling: str, dropout: float, **sizes: int) -> None:
-    for name, size in {"vocab_size": vocab_size, **sizes}.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size} is too small: give a whole number of at least 1")
-    if not 0 <= pad_token_id < vocab_size:
-        raise ConfigError(f"pad_token_id={pad_token_id} is not a token: give a number from 0 to {vocab_size - 1}")
-    if pooling not in get_args(Pooling):
-        raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), get_args(Pooling))}")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")

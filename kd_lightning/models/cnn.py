@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.errors import ConfigError
+from kd_lightning.models.sizes import check_sizes
 from kd_lightning.types import ModelOutput
 
 
@@ -50,7 +51,7 @@ class CNN(nn.Module):
             "convolutions": convolutions,
             "dropout": dropout,
         }
-        _check(
+        check_sizes(
             dropout, num_classes=num_classes, channels=channels, convolutions=convolutions, widths=min(widths or [0])
         )
         self.stages = nn.ModuleList()
@@ -110,7 +111,7 @@ class ResNet(nn.Module):
         widths = [round(base * width) for base in (16, 32, 64)]
         if widths[0] < 1:
             raise ConfigError(f"width={width} leaves none of the first stage's 16 channels: give a larger factor")
-        _check(num_classes=num_classes, channels=channels)
+        check_sizes(num_classes=num_classes, channels=channels)
         self.stem = _unit(channels, widths[0])
         self.stages = nn.ModuleList()
         before = widths[0]
@@ -168,11 +169,3 @@ def _initialise(network: nn.Module) -> None:
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
-
-
-def _check(dropout: float = 0.0, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size} is too small: give a whole number of at least 1")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")

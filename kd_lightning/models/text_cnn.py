@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.bilstm import EMBEDDING_RMS
+from kd_lightning.models.sizes import check_padding, check_sizes
 from kd_lightning.types import ModelOutput
 
 
@@ -58,7 +58,11 @@ class TextCNN(nn.Module):
             "kernel_sizes": kernel_sizes,
             "dropout": dropout,
         }
-        _check(**self.arguments)
+        check_sizes(
+            dropout, num_classes=num_classes, vocab_size=vocab_size, embedding_size=embedding_size,
+            num_filters=num_filters, kernel_sizes=min(kernel_sizes or [0]),
+        )  # fmt: skip
+        check_padding(pad_token_id, vocab_size)
         self.pad_token_id = pad_token_id
         self.embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=pad_token_id)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_RMS)
@@ -94,13 +98,3 @@ class TextCNN(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the word embeddings, under the name `transformers` gives this method."""
         return self.embedding
-
-
-def _check(vocab_size: int, pad_token_id: int, kernel_sizes: list[int], dropout: float, **sizes: int) -> None:
-    for name, size in {"vocab_size": vocab_size, "kernel_sizes": min(kernel_sizes or [0]), **sizes}.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size} is too small: give a whole number of at least 1")
-    if not 0 <= pad_token_id < vocab_size:
-        raise ConfigError(f"pad_token_id={pad_token_id} is not a token: give a number from 0 to {vocab_size - 1}")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")

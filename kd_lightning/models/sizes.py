@@ -1,0 +1,20 @@
+"""What our own networks refuse alike."""
+
+from __future__ import annotations
+
+from kd_lightning.errors import ConfigError
+
+
+def check_sizes(dropout: float = 0.0, **sizes: int) -> None:
+    """Raise `ConfigError` for a size below 1 or a dropout outside [0, 1)."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size} is too small: give a whole number of at least 1")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")
+
+
+def check_padding(pad_token_id: int, vocab_size: int) -> None:
+    """Raise `ConfigError` for a padding id that is no token of the vocabulary."""
+    if not 0 <= pad_token_id < vocab_size:
+        raise ConfigError(f"pad_token_id={pad_token_id} is not a token: give a number from 0 to {vocab_size - 1}")
