@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +22,7 @@ from kd_lightning.types import Batch, ModelOutput
 
 from .models.tiny import batch as text
 from .models.tiny import tiny
+from .pair import in_two
 
 IMAGES: Batch = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8).sin()}
 TRANSFORMER = ["hidden[0]", "hidden[1]", "hidden[-1]", "attention[0]", "qkv[1]", "pooled"]
@@ -257,8 +257,7 @@ def loss(output: ModelOutput) -> Tensor:
     return output.logits.square().sum() + sum(value.square().sum() for value in output.features.values())
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int) -> dict[tuple[str, bool], dict[str, Tensor | None]]:
     gradients = {}
     for kind in ("bert", "bilstm"):
         build, batch, names = networks()[kind]
@@ -273,14 +272,12 @@ def _rank(rank: int, folder: str) -> None:
                 value = loss(FeatureTap(DistributedDataParallel(network), names)(part))
             value.backward()
             gradients[kind, inside] = {name: p.grad for name, p in network.named_parameters()}
-    torch.save(gradients, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return gradients
 
 
 @pytest.mark.slow
 def test_two_processes_get_the_gradients_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    found = in_two(_rank, tmp_path)
     for kind in ("bert", "bilstm"):
         build, batch, names = networks()[kind]
         torch.manual_seed(0)

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.crd import CRDLoss, crd
 from kd_lightning.types import Batch, ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
+from tests.pair import in_two
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -307,22 +306,17 @@ def test_features_with_positions_are_averaged_over_those_that_count(shape: tuple
     torch.testing.assert_close(term(vectors, vectors, {"index": batch["index"]}), value)
 
 
-def _process(rank: int, meeting: Path, results: Any) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+def _process(rank: int) -> dict[str, Tensor]:
     term = connected()
     index = [[0, 1], [2, 1]][rank]
     term(output(2, 3, 5 + rank), output(2, 6, 7 + rank), batch_of(index, [rank, rank]))
-    results.put((rank, {name: value.tolist() for name, value in term.named_buffers()}))
-    torch.distributed.destroy_process_group()
+    return dict(term.named_buffers())
 
 
 @pytest.mark.slow
 def test_processes_keep_the_same_banks(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    torch.multiprocessing.spawn(_process, (tmp_path / "meeting", results), nprocs=2)
-    found = dict(results.get() for _ in range(2))
-    assert found[0] == found[1]
+    found = in_two(_process, tmp_path)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     start = connected().bank_s
-    moved = [i for i in range(EXAMPLES) if start[i].tolist() != found[0]["bank_s"][i]]
+    moved = [i for i in range(EXAMPLES) if not torch.equal(start[i], found[0]["bank_s"][i])]
     assert moved == [0, 1, 2]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from kd_lightning.losses.fused_linear import FusedLinearKDLoss, chunked_soft_tar
 from kd_lightning.losses.soft_target import soft_target
 from kd_lightning.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
+from tests.pair import in_two
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
 V = 23  # words
@@ -445,25 +445,22 @@ def test_a_compiled_model_equals_eager(case: Case) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-def _rank(rank: int, folder: str, h_t: Tensor, w_t: Tensor, labels: Tensor) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int, h_t: Tensor, w_t: Tensor, labels: Tensor) -> list[Tensor | None]:
     model = nn.parallel.DistributedDataParallel(Model(w_t))
     part = slice(0, 6) if rank == 0 else slice(6, 16)  # unequal numbers of tokens
     model(h_t[part], labels[part], (labels != IGNORE).sum() / 2).backward()
-    torch.save([x.grad for x in model.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return [x.grad for x in model.parameters()]
 
 
 @pytest.mark.slow
 def test_two_processes_get_the_gradients_of_one(case: Case, tmp_path: Path) -> None:
     case = case.to(torch.float32)
     h_t, w_t = case.h_t.detach(), case.w_t.detach()
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), h_t, w_t, case.labels), nprocs=2)
+    found = in_two(_rank, tmp_path, h_t, w_t, case.labels)
     model = Model(w_t)
     model(h_t, case.labels).backward()
     expected = [x.grad for x in model.parameters()]
-    for rank in (0, 1):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
+    torch.testing.assert_close(found, [expected, expected])
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
