@@ -172,11 +172,12 @@ class Converter:
         """Return a network, and in it the teacher's where it starts from that."""
         node: Node = converted(self.pipeline.filled(settings, role))
         if role == "student" and takes_from_teacher(settings):
-            start = self.checkpoint()
-            if isinstance(start, list):
-                raise ConfigError(f"student: {settings['_target_']} cannot start from an ensemble; use another student")
-            path = "kd_lightning.finished.finished_network"
-            node["init_args"]["teacher"] = class_path(path, checkpoint=start, num_classes=self.data.num_classes)
+            source = next(iter(self.parts.values()), self)  # of several the first one
+            start = source.checkpoint()
+            node["init_args"]["teacher"] = class_path(
+                "kd_lightning.finished.finished_network",
+                checkpoint=start[0] if isinstance(start, list) else start, num_classes=source.data.num_classes,
+            )  # fmt: skip
         return node
 
     def learning(self, optimizer: Node, scheduler: Node, seed: int) -> Node:

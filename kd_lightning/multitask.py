@@ -50,8 +50,6 @@ class MultiTaskPipeline(Pipeline):
 
     def __init__(self, cfg: DictConfig, console: Console | None = None) -> None:
         super().__init__(cfg, console)
-        if self.takes_from_teacher:
-            raise ConfigError("student: there is no one teacher of several tasks to initialise it from; use another")
         self.parts = {name: Pipeline(self._own(name), self.console, data) for name, data in self.data.tasks.items()}
 
     def _own(self, name: str) -> DictConfig:
@@ -114,7 +112,8 @@ class MultiTaskPipeline(Pipeline):
         networks = [self._network(part) for part in self.parts.values()] if self.has_teacher else []
         if self.stages == ["teacher"]:
             return
-        student, _ = self.build_network(self.cfg["student"], "student")
+        given = {"teacher": networks[0][0]} if networks else {}
+        student, _ = self.build_network(self.cfg["student"], "student", **given)
         if "distill" not in self.stages:
             return
         objective = self.objective(student, None)
@@ -133,7 +132,8 @@ class MultiTaskPipeline(Pipeline):
     @property
     def _needs_teachers(self) -> bool:
         nodes = [self._distillation_of(name) for name in self.data.tasks]
-        return "distill" in self.stages and any(build(node).uses_teacher for node in nodes)
+        taught = "distill" in self.stages and any(build(node).uses_teacher for node in nodes)
+        return taught or self.takes_from_teacher
 
     @property
     def has_teacher(self) -> bool:

@@ -26,7 +26,7 @@ from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
 from kd_lightning.processes import first, rank
-from kd_lightning.rehearsal import has_start, rehearse, takes_from_teacher
+from kd_lightning.rehearsal import has_start, rehearse, source_of, takes_from_teacher
 from kd_lightning.runs import digest, file_digest, find_stage, load_run, read_json, validation_score
 from kd_lightning.shared import shared, stamps
 from kd_lightning.teachers import (
@@ -389,8 +389,8 @@ class Pipeline:
     def build_network(self, settings: dict[str, Any], role: Role, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Build a network, and return with it the settings that rebuild it without the data."""
         sizes = self.data.model_arguments(role)
-        if role == "student" and takes_from_teacher(settings) and not given:
-            given = {"teacher": self.teacher.network}
+        if role == "student" and takes_from_teacher(settings):
+            given = {"teacher": source_of(given["teacher"] if given else self.teacher.network)}
         takes = parameters(lookup(settings["_target_"]))
         known = {**settings, **sizes, **given}
         if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:

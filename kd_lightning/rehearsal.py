@@ -14,7 +14,7 @@ from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import evaluating
 from kd_lightning.models.cohort import joined
 from kd_lightning.objective import Objective
-from kd_lightning.teachers import EnsembleNetwork, Teacher
+from kd_lightning.teachers import EnsembleNetwork, SideBySide, Teacher
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ def needs_teacher(cfg: dict[str, Any]) -> bool:
 def takes_from_teacher(settings: dict[str, Any]) -> bool:
     """Return whether a network of these settings is made from the teacher."""
     return "teacher" in parameters(lookup(settings["_target_"]))
+
+
+def source_of(teacher: nn.Module) -> nn.Module:
+    """Return the network that a student is made from: of several teachers, or of several tasks', the first one."""
+    while isinstance(teacher, EnsembleNetwork | SideBySide):
+        teacher = teacher.members[0] if isinstance(teacher, EnsembleNetwork) else teacher.networks[0]
+    return teacher
 
 
 def has_start(settings: dict[str, Any]) -> bool:

@@ -33,7 +33,8 @@ TASKS = ("sentiment", "domain", "rating")
 NETWORKS = [
     "model@teacher.network=lstm_teacher", "~teacher.network.frozen_layers", "teacher.network.embedding_size=16",
     "teacher.network.hidden_size=16", "model@student=lstm_student", "student.embedding_size=8", "student.hidden_size=8",
-    "student.dropout=0.1", "teacher.trainer.precision=32-true", "teacher.precision=float32",
+    "~student.layers", "student.dropout=0.1", "trainer.precision=32-true", "teacher.trainer.precision=32-true",
+    "teacher.precision=float32",
     "teacher.optimizer.lr=0.02", "optimizer.lr=0.02", "validations=2", "teacher.validations=2",
 ]  # fmt: skip
 
@@ -219,7 +220,8 @@ def test_the_command_takes_tasks_of_the_users_own_files(tmp_path: Path, own_home
         "data=multi_task", "+data@data.tasks.one=text_files", f"data.tasks.one.train_file={one}",
         "+data@data.tasks.two=text_files", f"data.tasks.two.train_file={two}",
         *(f"data.tasks.{task}.{role}tokenizer={tokenizer}" for task in ("one", "two") for role in ("", "teacher_")),
-        *(o for o in NETWORKS if "frozen" not in o), "trainer.max_steps=6", "teacher.trainer.max_steps=6", "name=own",
+        *(o for o in NETWORKS if not o.startswith("~")), "trainer.max_steps=6", "teacher.trainer.max_steps=6",
+        "name=own",
     ]  # fmt: skip
     result = command("kd-train", *chosen, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -258,18 +260,33 @@ def test_mistakes_are_refused_with_the_key(composed: Composed, chosen: list[str]
         (["data.tasks.rating.labels=ratings"], "labels='ratings' is not one of sentiment, domain, rating"),
         (["~tasks.rating.distillation"], "task rating: labels are scores, and this loss reads classes"),
         (["distillation=pkt"], "distillation.terms.sentiment/pkt: reads pooled: of several tasks only the logits"),
-        (["model@student=embeddings_from_teacher"], "there is no one teacher of several tasks to initialise it from"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_training(
     composed: Composed, overrides: list[str], tmp_path: Path, chosen: list[str], says: str
 ) -> None:
-    if chosen[0].startswith("model@student"):
-        overrides = [o for o in overrides if not o.startswith(("student.", "model@student"))]
     with pytest.raises(ConfigError, match=re.escape(says)) as raised:
         run(composed(*overrides, *chosen))
     assert "\n" not in str(raised.value)
     assert not list((tmp_path / "run").glob("**/stage.json"))
+
+
+def test_a_student_is_made_from_the_first_tasks_teacher(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    overrides = [o for o in overrides if not o.startswith(("~student", "student.", "model@", "teacher.network."))]
+    small = [f"teacher.network.{size}" for size in ("hidden_size=8", "num_heads=2", "intermediate_size=8")]
+    chosen = ["model@teacher.network=transformer", "teacher.network.num_layers=2", *small, "student.layers=1"]
+    pipeline, _ = run(composed(*overrides, *chosen, "trainer.max_steps=4"))
+    started, _ = pipeline._student(0, "teacher")
+    first, second = (pipeline.parts[task].teacher.network for task in TASKS[:2])
+    table = started.get_input_embeddings().weight
+    assert torch.equal(table, first.get_input_embeddings().weight)
+    assert not torch.equal(table, second.get_input_embeddings().weight)
+    folders = {path.name for path in (tmp_path / "run/seed_0").iterdir()}
+    assert folders == {"baseline", "baseline_initialised", "distill"}
+    with pytest.raises(ConfigError, match="a task lacks its teacher"):
+        run(composed(*overrides, *chosen, "stages=[baseline]", f"run_dir={tmp_path / 'none'}"))
 
 
 # -- one regression, in the ordinary pipeline -------------------------------------------------------------------------
@@ -278,7 +295,7 @@ def test_what_does_not_fit_is_refused_before_any_training(
 @pytest.fixture
 def regression(tmp_path: Path, archive: Path) -> list[str]:
     return [
-        *(o for o in NETWORKS if "frozen" not in o), "data=reviews", "data.labels=rating",
+        *(o for o in NETWORKS if not o.startswith("~")), "data=reviews", "data.labels=rating",
         "data.tokenizer=wordpiece:300", "data.batch_size=16", "distillation=regression", "trainer.max_epochs=4",
         "teacher.trainer.max_epochs=10",
         f"run_dir={tmp_path / 'run'}",

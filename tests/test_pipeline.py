@@ -169,6 +169,19 @@ def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothin
     assert set(random.state_dict()) - equal == {"embedding.weight"}, "the teacher gave the embeddings and nothing else"
 
 
+def test_of_several_teachers_a_student_is_made_from_the_first(composed: Composed, overrides: list[str]) -> None:
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    student = ["model@student=embeddings_from_teacher", "student.network.embedding_size=8"]
+    tables = {}
+    for teachers in (1, 2):
+        more = [f"teacher.seeds={teachers}", "stages=[teacher]", f"run_dir={chosen[-1].partition('=')[2]}{teachers}"]
+        pipeline = Pipeline(composed(*chosen, *student, *more))
+        tables[teachers] = pipeline._student(0, "teacher")[0].get_input_embeddings().weight
+    torch.testing.assert_close(tables[2], tables[1], rtol=0, atol=0)
+    members = [member.network.get_input_embeddings().weight for member in pipeline.teacher.members]
+    assert not torch.equal(*members)
+
+
 def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
     student = [

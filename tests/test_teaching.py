@@ -422,21 +422,6 @@ def test_an_ensemble_is_scored_and_reported_as_it_answers(
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] == pytest.approx(expected)
 
 
-def test_what_an_ensemble_cannot_do_is_refused_before_any_training(
-    composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
-) -> None:
-    base = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith(("model@student", "student"))]
-    initialised = [
-        *base,
-        "teacher.seeds=2",
-        "model@student=embeddings_from_teacher",
-        "student.network.embedding_size=8",
-    ]
-    with pytest.raises(ConfigError, match="word embeddings"):
-        Pipeline(composed(*initialised), Console(file=StringIO())).run()
-    assert not (tmp_path / "run" / "teacher").exists()
-
-
 def test_scores_have_no_probabilities_to_average() -> None:
     with pytest.raises(ConfigError, match=r"teacher\.combine=probabilities: teachers that give scores"):
         check_scores(None, "probabilities")
