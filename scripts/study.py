@@ -157,15 +157,15 @@ def label_noise() -> list[Point]:
 def sensitivity() -> list[Point]:
     """Return runs over temperature, alpha and learning rate."""
     found = []
-    for rate in (5e-4, 2e-3, 8e-3):
+    for rate in ("5e-4", "2e-3", "8e-3"):
         base = [*BUDGET, *given_teacher(), f"optimizer.lr={rate}"]
         stages = {LABELS: "labels alone", START: "labels, start from the teacher"}
-        found.append(Point("", rate, [*base, "stages=[baseline]"], stages))
+        found.append(Point("", float(rate), [*base, "stages=[baseline]"], stages))
         for temperature in (1, 4, 16):
             for alpha in (0.1, 0.5, 0.9):
                 line = f"T {temperature}, alpha {alpha}"
                 own = [f"temperature={temperature}", f"alpha={alpha}", "stages=[distill]"]
-                found.append(Point(line, rate, base + own, {TAUGHT: line}))
+                found.append(Point(line, float(rate), base + own, {TAUGHT: line}))
     return found
 
 
@@ -199,9 +199,10 @@ def teacher_quality() -> list[Point]:
 def calibration() -> list[Point]:
     """Return runs over the temperature, with the teacher as it is and calibrated."""
     found = []
-    for temperature in (1, 2, 4, 8):
+    for temperature in (1, 4, 16):
+        chosen = ["optimizer.lr=2e-3", f"temperature={temperature}", "alpha=0.9", "stages=[distill]"]
         for line, more in (("teacher as it is", []), ("teacher calibrated", ["teacher.calibrate=true"])):
-            settings = [*BUDGET, *given_teacher(), f"temperature={temperature}", "stages=[distill]", *more]
+            settings = [*BUDGET, *given_teacher(), *chosen, *more]
             found.append(Point(line, temperature, settings, {TAUGHT: line}))
     return found
 
@@ -321,12 +322,12 @@ STUDIES = {
 
 
 def jobs(name: str, point: Point) -> list[Job]:
-    """Return a point's runs."""
-    title = f"{point.line or 'all'}_{point.x}".replace(" ", "_").replace(",", "")
-    settings = [*point.settings, f"shared_dir={RUNS / name / 'shared'}"]
-    return [
-        Job(f"{name}, {title}, seed {seed}", tuple(settings), RUNS / name / title / str(seed), seed) for seed in SEEDS
-    ]
+    """Return a point's runs; what two studies have in common is trained once."""
+    from kd_lightning.runs import digest
+
+    settings = (*point.settings, f"shared_dir={RUNS / 'shared'}")
+    folder = RUNS / "points" / digest(sorted(point.settings))
+    return [Job(f"{name}, {point.line} {point.x}, seed {seed}", settings, folder / str(seed), seed) for seed in SEEDS]
 
 
 def measure(name: str, points: Sequence[Point]) -> Curves:

@@ -50,6 +50,14 @@ def test_every_point_composes(study: Any, name: str) -> None:
             validate(compose("config", overrides))
 
 
+def test_what_two_studies_have_in_common_is_trained_once(study: Any) -> None:
+    folders = {
+        name: {job.folder for point in study.STUDIES[name].points() for job in study.jobs(name, point)}
+        for name in ("sensitivity", "calibration")
+    }
+    assert len(folders["sensitivity"] & folders["calibration"]) == 3 * 5, "three temperatures of the teacher as it is"
+
+
 def test_fewer_labels_leave_the_rest_to_the_teacher(study: Any) -> None:
     points = {point.x: point for point in study.data_efficiency()}
     files = {x: dict(one.split("=", 1) for one in point.settings if "=" in one) for x, point in points.items()}
