@@ -151,6 +151,20 @@ def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(
         Pipeline(composed(*overrides, "resume=never"))
 
 
+def test_runs_with_and_without_views_share_teacher_and_baseline(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    chosen = [o for o in overrides if not o.startswith(("run_dir", "trainer.max_epochs"))]
+    chosen += ["trainer.max_steps=8", f"shared_dir={tmp_path / 'shared'}"]
+    folders = []
+    for views in (0, 1):
+        pipeline, _, _ = run(composed(*chosen, f"data.views={views}", f"run_dir={tmp_path / str(views)}"))
+        folders.append({name: (pipeline.folder / name).resolve() for name in ("teacher", "seed_0/baseline")})
+    assert folders[0] == folders[1]
+    read = [json.loads((tmp_path / f"{views}/seed_0/distill/settings.json").read_text()) for views in (0, 1)]
+    assert read[0]["settings"]["data"] != read[1]["settings"]["data"]
+
+
 def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothing_from_the_teacher(
     composed: Composed, overrides: list[str]
 ) -> None:

@@ -128,7 +128,8 @@ class ClassificationData(L.LightningDataModule, ABC):
 
     Attributes:
         class_names: In the order of the labels; set by `prepare`.
-        fingerprint: Of everything that decides the batches but for their sizes and order; set by `prepare`.
+        fingerprint: Of everything that decides the batches but for their sizes and order; set by `prepare`. Without the
+            pool (see `select`) it is the same whatever is in the pool: a teacher outlives a change of views.
         teacher_key: What decides a teacher's answer to each `index`, for people to compare; set by `prepare`.
         around: Wraps the loader of training batches (`AheadTeacher.around`); None leaves it as it is.
         image_format: How images become inputs; None for data of another kind.
@@ -163,6 +164,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.class_names: list[str] = []
         self.fingerprint = ""
+        self._fingerprints: dict[bool, str] = {}  # with and without the pool, where they are two
         self.teacher_key: dict[str, Any] = {}
         self.around: Callable[[DataLoader[Batch]], Any] | None = None
         self._tokens: Literal["student", "teacher", "both"] = "both"
@@ -271,6 +273,7 @@ class ClassificationData(L.LightningDataModule, ABC):
             raise ConfigError(f"tokens={tokens!r}: expected 'student', 'teacher' or 'both'")
         chosen = self._copy()
         chosen._tokens, chosen._pool = tokens, pool
+        chosen.fingerprint = self._fingerprints.get(pool, self.fingerprint)
         return chosen
 
     def with_batches(
@@ -312,8 +315,13 @@ class ClassificationData(L.LightningDataModule, ABC):
         """Return the same data of which one of `count` folds, with its views, is not trained on."""
         chosen = self._copy()
         chosen._left_out = self.folds(count) == fold
-        without = self.fingerprint.encode() + np.packbits(chosen._left_out).tobytes()
-        chosen.fingerprint = hashlib.sha256(without).hexdigest()
+        bits = np.packbits(chosen._left_out).tobytes()
+
+        def marked(fingerprint: str) -> str:
+            return hashlib.sha256(fingerprint.encode() + bits).hexdigest()
+
+        chosen.fingerprint = marked(self.fingerprint)
+        chosen._fingerprints = {pool: marked(whole) for pool, whole in self._fingerprints.items()}
         return chosen
 
     def _trained_on(self, data: Dataset_) -> Dataset_:

@@ -75,8 +75,11 @@ class MultiTaskData(ClassificationData):
         self.class_names = [f"{name}: {one}" for name, data in self.tasks.items() for one in data.class_names]
         sizes = [data.num_examples for data in self.tasks.values()]
         self.firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+        self.fingerprint = self._name()
+
+    def _name(self) -> str:
         parts = {name: data.fingerprint for name, data in self.tasks.items()}
-        self.fingerprint = digest([list(parts), parts, self.sampling_temperature])
+        return digest([list(parts), parts, self.sampling_temperature])
 
     def _check_readings(self) -> None:
         """Refuse tasks that one student could not read alike."""
@@ -145,6 +148,7 @@ class MultiTaskData(ClassificationData):
         """Return the same tasks with other batches; the arrays are shared."""
         chosen = super().select(tokens, pool)
         chosen.tasks = {name: data.select(tokens, pool) for name, data in self.tasks.items()}
+        chosen.fingerprint = chosen._name()
         return chosen
 
     # -- batches ------------------------------------------------------------------------------------------------------

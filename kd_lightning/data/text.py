@@ -171,7 +171,6 @@ class TextData(ClassificationData):
         """Encode everything, and name it: whole, and as far as a teacher's answers depend on it."""
         digest = sentences_digest(texts)
         sentences = digest.hexdigest()
-        prints = {role: tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES}
         self._stores: dict[str, TokenStore] = {}
         for role in ROLES[: 1 + self.has_two_tokenizers]:
             tokenizer = self.tokenizer_of(role)
@@ -180,22 +179,38 @@ class TextData(ClassificationData):
         self.teacher_key = {
             "sentences": sentences,
             "examples": len(texts),
-            "tokenizer": prints["teacher"],
+            "tokenizer": tokenizer_fingerprint(self.teacher_tokenizer),
             "max_length": self.max_length,
             "truncation": self.teacher_tokenizer.truncation_side,
         }
-        spans = [[span.start, span.stop] for span in self._spans.values()]
-        content: list[Any] = [self._labels.tolist(), self.class_names, spans, list(prints.values()), self.max_length]
+        self.fingerprint = self._name(digest, PARTS)
+        labelled = [name for name in PARTS if name not in ("views", "transfer")]
+        kept = [text for name in labelled for text in texts[self._spans[name].start : self._spans[name].stop]]
+        self._fingerprints = {True: self.fingerprint, False: self._name(sentences_digest(kept), labelled)}
+
+    def _name(self, digest: Any, parts: Sequence[str]) -> str:
+        """Return the fingerprint of some parts, whose sentences `digest` has taken in."""
+        sizes = [len(span) if name in parts else 0 for name, span in self._spans.items()]
+        spans = [[sum(sizes[:i]), sum(sizes[: i + 1])] for i in range(len(sizes))]
+        labels = np.concatenate([self._labels[self._spans[name].start : self._spans[name].stop] for name in parts])
+        prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
+        content: list[Any] = [labels.tolist(), self.class_names, spans, prints, self.max_length]
         sides = [self.tokenizer_of(role).truncation_side for role in ROLES]
         if sides != ["right", "right"]:
             content.append(sides)
-        if self.views and self.view_sets != 1:  # whose turns, or whose making, the texts do not show
+        if "views" in parts:
+            content += self._pool_content()
+        digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
+        found: str = digest.hexdigest()
+        return found
+
+    def _pool_content(self) -> list[Any]:
+        """Return whose turns, or whose making, the texts of the pool do not show."""
+        content: list[Any] = []
+        if self.views and self.view_sets != 1:
             content.append([self.view_sets, self.views, self.split_seed, self.mask_probability, self.ngram_probability])
             content += self._changes_content()
-        if self.pool_ratio is not None:
-            content.append({"pool_ratio": self.pool_ratio})
-        digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
-        self.fingerprint = digest.hexdigest()
+        return content if self.pool_ratio is None else [*content, {"pool_ratio": self.pool_ratio}]
 
     def _changes_content(self) -> list[Any]:
         """Return what names the changes to views, by which older fingerprints stay what they were: none, no entry."""

@@ -128,6 +128,20 @@ def test_the_fingerprint_follows_what_the_sets_do(make: Callable[..., TextFiles]
     assert len({data.fingerprint for data in none}) == 1
 
 
+def test_what_is_trained_without_the_pool_does_not_depend_on_it(make: Callable[..., TextFiles]) -> None:
+    bare, many, other = make(views=0, transfer=[]), make(views=3, view_sets=2), make(views=0, transfer=[], max_length=5)
+    for data in (bare, many, other):
+        data.prepare()
+    assert bare.fingerprint != many.fingerprint
+    without = many.select(pool=False)
+    assert without.fingerprint == bare.fingerprint == bare.select(pool=False).fingerprint
+    assert other.fingerprint != bare.fingerprint
+    assert without.select(pool=True).fingerprint == many.fingerprint
+    one, another = (many.without_fold(fold, 2) for fold in (0, 1))
+    assert len({one.fingerprint, another.fingerprint, many.fingerprint}) == 3
+    assert one.select(pool=False).fingerprint != another.select(pool=False).fingerprint
+
+
 class Recorder(L.LightningModule):
     """Notes the tokens of each batch it is trained on."""
 
