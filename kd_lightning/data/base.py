@@ -209,6 +209,15 @@ class ClassificationData(L.LightningDataModule, ABC):
                 f"data.pool_ratio={self.pool_ratio:g}: there is nothing to take; set data.views or data.transfer"
             )
 
+    def _of(self, values: NDArray[Any], parts: Sequence[str]) -> NDArray[Any]:
+        """Return the values of some parts' examples, of an array that holds all examples'."""
+        return np.concatenate([values[self._spans[name].start : self._spans[name].stop] for name in parts])
+
+    def _spans_of(self, parts: Sequence[str]) -> list[list[int]]:
+        """Return each part's `[start, stop]` if there were no others than these."""
+        ends = np.cumsum([len(span) if name in parts else 0 for name, span in self._spans.items()]).tolist()
+        return [[start, end] for start, end in zip([0, *ends], ends, strict=False)]
+
     # -- what models need to know -------------------------------------------------------------------------------------
 
     @property

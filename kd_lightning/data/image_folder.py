@@ -12,6 +12,7 @@ from kd_lightning.data.image_store import ImageFormat, read_image, store_images
 from kd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageCorpus, ImageData
 from kd_lightning.errors import DataError, did_you_mean
 from kd_lightning.shared import stamps
+from kd_lightning.types import IGNORE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
@@ -20,8 +21,9 @@ _FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("
 class ImageFolder(ImageData):
     """Images in folders named after their classes: `train/CLASS/*.jpg`, and `val/`, `test/` likewise.
 
-    Where `val/` or `test/` is not there, an even part of the training images is held out. Images are scaled and cut at
-    the centre to squares. Needs Pillow.
+    Where `val/` or `test/` is not there, an even part of the training images is held out. Those in `unlabelled/`, or in
+    folders in it, are for the teacher to label (`transfer_examples`). Images are scaled and cut at the centre to
+    squares. Needs Pillow.
 
     Args:
         folder: The one that holds `train`.
@@ -69,6 +71,11 @@ class ImageFolder(ImageData):
                     files += found
                     labels += [label] * len(found)
                 rows[part] = range(start, len(files))
+        if self.transfer_examples != 0:
+            unlabelled = _images(self.folder / "unlabelled")
+            rows["transfer"] = range(len(files), len(files) + len(unlabelled))
+            files += unlabelled
+            labels += [IGNORE] * len(unlabelled)
         size, channels = self.image_format.size, self.image_format.channels
         key = [[str(path.relative_to(self.folder)), *stamps(str(path))[0][1:]] for path in files]
         images = store_images(
@@ -89,8 +96,13 @@ def _files(folder: Path, class_names: Sequence[str]) -> list[list[Path]]:
         raise DataError(
             f"{folder / unknown[0]}: not a class of the training images{did_you_mean(unknown[0], class_names)}"
         )
-    found = [sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES) for name in class_names]
+    found = [_images(folder / name) for name in class_names]
     empty = [folder / name for name, files in zip(class_names, found, strict=True) if not files]
     if empty and (folder.name == "train" or len(empty) == len(found)):
         raise DataError(f"{empty[0]}: there are no images ({', '.join(SUFFIXES)})")
     return found
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return the image files in a folder and in those in it, sorted; none where it is not there."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)

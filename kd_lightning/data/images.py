@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kd_lightning.assets import home
 from kd_lightning.data.base import (
+    PARTS,
     BatchDataset,
     ClassificationData,
     Role,
@@ -42,7 +43,8 @@ class ImageCorpus:
         class_names: In the order of the labels.
         images: All of them.
         labels: Their classes, `(N,)` int64.
-        rows: Which of them are the parts `train` and, where the source has them, `validation` and `test`.
+        rows: Which of them are the parts `train` and, where the source has them, `validation`, `test` and `transfer`,
+            whose labels mean nothing.
         held_out: Which share of `train` to hold out for a part that the source does not have.
     """
 
@@ -221,17 +223,21 @@ class ImageDataset(BatchDataset):
         return image
 
     def _turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch takes: the images, and one set of their views."""
+        """Return the positions that an epoch takes: the images, one set of their views, what only a teacher labels."""
         size = self.views.per_set
-        start = self.stored.start + size * (epoch % (len(self.stored) // size) if self.stored else epoch)
-        positions = np.concatenate([np.arange(self.views.images), np.arange(start, start + size)])
+        if self.stored:
+            start, others = self.stored.start + size * (epoch % (len(self.stored) // size)), self.stored.stop
+        else:
+            start, others = len(self) + size * epoch, self.views.images
+        runs = [range(self.views.images), range(start, start + size), range(others, len(self))]
+        positions = np.concatenate([np.arange(run.start, run.stop) for run in runs])
         return positions, np.ones(len(positions), np.int64)
 
     def __getitem__(self, positions: Positions | Sequence[int]) -> Batch:
         example = np.asarray(positions, np.int64) + self.span.start
         fresh = example >= self.span.stop
         altered = fresh | ((example >= self.stored.start) & (example < self.stored.stop))
-        numbers = example[altered] - self.stored.start
+        numbers = (example - np.where(fresh, self.span.stop, self.stored.start))[altered]
         source = example.copy()
         if altered.any():
             source[altered] = self.views.index(numbers)
@@ -262,6 +268,8 @@ class ImageData(ClassificationData):
     Args:
         train_examples: Train on so many images only, evenly over the classes, whatever else stays the same; a smaller
             choice is part of a larger one. None: all.
+        transfer_examples: Have the teacher label so many images more, which only the distillation trains on: first
+            those that `train_examples` leaves out, then those that come without labels. None: all of them.
         crop_padding: A view is moved by at most so many pixels.
         flip_probability: How often a view is mirrored.
         mixup_probability: How often a view is the mean of two images; see `Mixing`.
@@ -279,6 +287,7 @@ class ImageData(ClassificationData):
     def __init__(
         self,
         train_examples: int | None = None,
+        transfer_examples: int | None = 0,
         crop_padding: int = 4,
         flip_probability: float = 0.5,
         mixup_probability: float = 0.0,
@@ -288,7 +297,7 @@ class ImageData(ClassificationData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_least(0, crop_padding=crop_padding)
+        check_least(0, crop_padding=crop_padding, transfer_examples=transfer_examples or 0)
         check_least(1, train_examples=1 if train_examples is None else train_examples)
         check_probabilities(
             flip_probability=flip_probability, mixup_probability=mixup_probability,
@@ -302,6 +311,7 @@ class ImageData(ClassificationData):
         if not (mix_alpha > 0 and math.isfinite(mix_alpha)):
             raise ConfigError(f"data.mix_alpha={mix_alpha:g}: expected a positive number")
         self.train_examples = train_examples
+        self.transfer_examples = transfer_examples
         self.crop_padding = crop_padding
         self.flip_probability = flip_probability
         self.mixing = Mixing(mixup_probability, cutmix_probability, mix_alpha)
@@ -325,10 +335,12 @@ class ImageData(ClassificationData):
         )
         stored = self._views.per_set * (self.view_sets or 0)
         viewed = rows["train"][self._views.index(np.arange(stored))] if stored else rows["train"][:0]
-        self._rows = np.concatenate([rows["train"], viewed, rows["validation"], rows["test"]])
-        self._lay_out([count, stored, 0, len(rows["validation"]), len(rows["test"])])
+        parts = [rows["train"], viewed, rows["transfer"], rows["validation"], rows["test"]]
+        self._rows = np.concatenate(parts)
+        self._lay_out([len(part) for part in parts])
         self._images = corpus.images
         self._labels = corpus.labels[self._rows]
+        self._labels[self._spans["transfer"].start : self._spans["transfer"].stop] = IGNORE
         if self.mixing.is_on:
             self._labels[self._spans["views"].start : self._spans["views"].stop] = IGNORE
         self.class_names = corpus.class_names
@@ -350,25 +362,44 @@ class ImageData(ClassificationData):
         if self.train_examples is not None and self.train_examples > len(train):
             raise ConfigError(f"data.train_examples={self.train_examples}, but there are {len(train)} to train on")
         rows["train"] = train[: self.train_examples]
+        rest = train[len(rows["train"]) :]
+        unlabelled = np.concatenate([rest, rows.get("transfer", rest[:0])])
+        if self.transfer_examples is not None and self.transfer_examples > len(unlabelled):
+            raise ConfigError(
+                f"data.transfer_examples={self.transfer_examples}, but there are {len(unlabelled)} images for the "
+                "teacher to label: take fewer, or fewer to train on (data.train_examples)"
+            )
+        rows["transfer"] = unlabelled[: self.transfer_examples]
         return {part: np.sort(found) for part, found in rows.items()}
 
     def _name_content(self) -> None:
         """Name everything: as far as a teacher's answers depend on it, and whole."""
+        self.teacher_key = self._key(PARTS)
+        self.fingerprint = self._name(PARTS)
+        labelled = [name for name in PARTS if name != "transfer"]
+        self._fingerprints = {True: self.fingerprint, False: self._name(labelled)}
+
+    def _key(self, parts: Sequence[str]) -> dict[str, Any]:
+        """Return what decides a teacher's answers about some parts."""
         views = {"sets": self.view_sets, **asdict(self._views)}
         if not self.mixing.is_on:
             del views["mixing"]
-        rows = hashlib.sha256(self._rows.astype("<i8").tobytes()).hexdigest()
-        self.teacher_key = {
+        shown = self._of(self._rows, parts)
+        rows = hashlib.sha256(shown.astype("<i8").tobytes()).hexdigest()
+        return {
             "images": hashlib.sha256(f"{self._images.digest}{rows}".encode()).hexdigest(),
-            "examples": self.num_examples,
+            "examples": len(shown),
             "format": asdict(self.image_format),
             "views": views if self.views else None,
         }
-        spans = [[span.start, span.stop] for span in self._spans.values()]
-        content: list[Any] = [self.teacher_key, self._labels.tolist(), self.class_names, spans]
+
+    def _name(self, parts: Sequence[str]) -> str:
+        """Return the fingerprint of some parts."""
+        content: list[Any] = [self._key(parts), self._of(self._labels, parts).tolist(), self.class_names]
+        content.append(self._spans_of(parts))
         if self.pool_ratio is not None:
             content.append({"pool_ratio": self.pool_ratio})
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def folds(self, count: int) -> NDArray[np.int64]:
         """Return which of `count` folds each example is in; see `ClassificationData`.
@@ -407,7 +438,7 @@ class ImageData(ClassificationData):
             data = self._dataset("train", "train")
             data.views, data.stored = replace(self._views, count=0), range(0)
             return self._trained_on(data)
-        return self._trained_on(self._dataset("train", "views"))
+        return self._trained_on(self._dataset("train", "transfer" if self._pool else "views"))
 
     def _dataset(self, first: str, last: str) -> ImageDataset:
         self.prepare()

@@ -190,11 +190,9 @@ class TextData(ClassificationData):
 
     def _name(self, digest: Any, parts: Sequence[str]) -> str:
         """Return the fingerprint of some parts, whose sentences `digest` has taken in."""
-        sizes = [len(span) if name in parts else 0 for name, span in self._spans.items()]
-        spans = [[sum(sizes[:i]), sum(sizes[: i + 1])] for i in range(len(sizes))]
-        labels = np.concatenate([self._labels[self._spans[name].start : self._spans[name].stop] for name in parts])
+        labels, spans = self._of(self._labels, parts).tolist(), self._spans_of(parts)
         prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
-        content: list[Any] = [labels.tolist(), self.class_names, spans, prints, self.max_length]
+        content: list[Any] = [labels, self.class_names, spans, prints, self.max_length]
         sides = [self.tokenizer_of(role).truncation_side for role in ROLES]
         if sides != ["right", "right"]:
             content.append(sides)

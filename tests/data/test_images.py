@@ -17,7 +17,7 @@ from kd_lightning.data import FashionMNIST
 from kd_lightning.data.images import ImageViews, make_image_view, stratified_order
 from kd_lightning.data.sampler import BucketBatchSampler
 from kd_lightning.errors import ConfigError
-from kd_lightning.types import Batch
+from kd_lightning.types import IGNORE, Batch
 
 from .images import striped, write_fashion
 
@@ -232,6 +232,48 @@ def test_workers_give_the_same_batches(make: Callable[..., FashionMNIST]) -> Non
         assert all(torch.equal(alone[name], worker[name]) for name in alone)
 
 
+# -- pictures for the teacher to label ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sets", SETS)
+def test_what_is_left_out_is_for_the_teacher_to_label(make: Callable[..., FashionMNIST], sets: int | None) -> None:
+    data = make(train_examples=30, transfer_examples=40, views=2, view_sets=sets)
+    whole = joined(list(make().all_dataloader()))
+    for epoch in range(3):
+        found = joined(epoch_of(data, epoch))
+        assert len(found["index"]) == 30 + 60 + 40
+        stored = 60 * (sets or 0)
+        transfer = (found["index"] >= 30 + stored) & (found["index"] < 30 + stored + 40)
+        assert transfer.sum() == 40
+        assert set(found["labels"][transfer].tolist()) == {IGNORE}
+        assert (found["labels"][~transfer] != IGNORE).all()
+        fresh = found["index"] == -1
+        assert fresh.sum() == (60 if sets is None else 0)
+        source = {pixels.numpy().tobytes() for pixels in whole["pixel_values"][:TRAIN]}
+        shown = [pixels.numpy().tobytes() for pixels in found["pixel_values"][transfer]]
+        assert len(set(shown)) == 40
+        assert set(shown) <= source
+    assert data.sizes["transfer"] == 40
+    alone = joined(epoch_of(data.select(pool=False), 0))
+    assert len(alone["index"]) == 30 + 60
+    assert (alone["labels"] != IGNORE).all()
+    expected = joined(epoch_of(make(train_examples=30, views=2, view_sets=sets), 0))
+    assert torch.equal(alone["pixel_values"], expected["pixel_values"])
+    assert torch.equal(alone["labels"], expected["labels"])
+
+
+def test_trainings_without_them_do_not_depend_on_them(make: Callable[..., FashionMNIST]) -> None:
+    none, some, all_of_them = (make(train_examples=30, transfer_examples=count) for count in (0, 40, None))
+    for data in (none, some, all_of_them):
+        data.prepare()
+    assert all_of_them.sizes["transfer"] == TRAIN - 30
+    assert len({data.fingerprint for data in (none, some, all_of_them)}) == 3
+    assert {data.select(pool=False).fingerprint for data in (none, some, all_of_them)} == {none.fingerprint}
+    mixed = make(train_examples=30, transfer_examples=40, views=1, mixup_probability=1.0)
+    assert len(joined(epoch_of(mixed, 0))["index"]) == 30 + 30 + 40
+    assert len(joined(epoch_of(mixed.select(pool=False), 0))["index"]) == 30
+
+
 # -- what is stored, and what names it ---------------------------------------------------------------------------------
 
 
@@ -307,6 +349,8 @@ def test_the_fingerprint_follows_the_labels_and_what_the_sets_do(
     [
         ({"train_examples": 0}, r"data\.train_examples=0: expected 1 or more"),
         ({"train_examples": 181}, r"data\.train_examples=181, but there are 180 to train on"),
+        ({"transfer_examples": 1}, r"data\.transfer_examples=1, but there are 0 images for the teacher to label"),
+        ({"transfer_examples": -1}, r"data\.transfer_examples=-1: expected 0 or more"),
         ({"validation_fraction": 1.0}, r"cannot hold out the fractions 1 of the training images"),
         ({"crop_padding": -1}, r"data\.crop_padding=-1"),
         ({"flip_probability": 2.0}, r"data\.flip_probability=2\.0: expected a probability"),

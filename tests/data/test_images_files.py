@@ -21,6 +21,7 @@ from kd_lightning.data import FashionMNIST, ImageFolder
 from kd_lightning.data.fashion_mnist import read_idx
 from kd_lightning.data.image_store import read_image
 from kd_lightning.errors import ConfigError, DataError, KDError
+from kd_lightning.types import IGNORE
 
 from .images import write_fashion, write_folder, write_idx
 
@@ -122,6 +123,26 @@ def test_missing_parts_are_held_out(make: Callable[..., ImageFolder]) -> None:
         span = data._spans[part]
         assert np.bincount(data._labels[span.start : span.stop]).tolist() == [len(span) // 2] * 2
     assert sorted(data._rows) == list(range(20))
+
+
+def test_images_without_labels_are_for_the_teacher(make: Callable[..., ImageFolder], tmp_path: Path) -> None:
+    none = make({"train": 6})
+    none.prepare()
+    for number, path in enumerate(sorted((tmp_path / "images" / "train").rglob("*.png"))[:3]):
+        kept = tmp_path / "images" / "unlabelled" / f"from {number}" / path.name
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(path.read_bytes())
+    again, some, all_of_them = (make({"train": 6}, transfer_examples=count) for count in (0, 2, None))
+    for data in (again, some, all_of_them):
+        data.prepare()
+    assert again.fingerprint == none.fingerprint
+    assert [data.sizes["transfer"] for data in (again, some, all_of_them)] == [0, 2, 3]
+    labels = torch.cat([batch["labels"] for batch in all_of_them.train_dataloader()])
+    assert (labels == IGNORE).sum() == 3
+    with pytest.raises(
+        ConfigError, match=r"data\.transfer_examples=4, but there are 3 images for the teacher to label"
+    ):
+        make({"train": 6}, transfer_examples=4).prepare()
 
 
 def test_grey(make: Callable[..., ImageFolder]) -> None:
