@@ -200,8 +200,7 @@ class Converter:
         if given is None:
             given = [self.folder(name) for name in self.teacher_names()]
             return given[0] if len(given) == 1 else given
-        stage = teacher_stage(Path(given)) if isinstance(given, str) else None
-        return given if stage is None else str(stage)
+        return [_stage_of(one) for one in given] if isinstance(given, list) else _stage_of(given)
 
     def guide(self, number: int) -> Node:
         """Return the teacher (0), or an assistant, as those it teaches ask it."""
@@ -309,6 +308,11 @@ def _of_cli(value: Any) -> Any:
 
 def _steps(trainer: Node, data: ClassificationData) -> int:
     return planned_steps(trainer, len(data.train_dataloader()))
+
+
+def _stage_of(checkpoint: str) -> str:
+    """Return the stage of a run that its teacher is; other checkpoints as they are."""
+    return str(teacher_stage(Path(checkpoint)) or checkpoint)
 
 
 def _task(task: Task) -> Node:

@@ -17,6 +17,7 @@ from torch import nn
 from kd_lightning.callbacks import CacheFilling, MeanTeacher
 from kd_lightning.checks import check_folder, number_of_teachers, validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
+from kd_lightning.data.tokens import tokenizer_fingerprint
 from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
 from kd_lightning.models.answers import answers, network_answers
@@ -146,11 +147,16 @@ class Pipeline:
         """Train the student from labels alone, for as many steps as the distillation takes."""
         initialise = "teacher" if name == "baseline_initialised" else "random"
         network, network_settings = self._student(seed, initialise)
-        above = {"teacher": self.teacher.fingerprint} if self.takes_from_teacher else {}
+        more: dict[str, Any] = {}
+        if self.takes_from_teacher:  # whose settings say neither its sizes nor its weights
+            more = {"architecture": describe(network)}
+        if initialise == "teacher":
+            above = {"teacher": self.source.fingerprint} if self.takes_from_teacher else {}
+            more |= above | self._start()
         stage = self._stage(
             f"{name}, seed {seed}", self._folder(seed, name), self._student_data(seed, pool=False), network,
             network_settings, self.cfg["optimizer"], self.cfg["scheduler"], steps=self.steps, seed=seed,
-            more={**above, **self._start()} if initialise == "teacher" else None,
+            more=more,
         )  # fmt: skip
         train(stage, self.console)
 
@@ -290,6 +296,14 @@ class Pipeline:
         """True for an ensemble of which no batch holds all members' tokens."""
         return self.answerings[0].reads_other_tokens(self.teacher)
 
+    @property
+    def source(self) -> TeacherNetwork:
+        """The teacher that a student is made from: of several the first one."""
+        found = self.teacher
+        while found.members:
+            found = found.members[0]
+        return found
+
     @cached_property
     def takes_from_teacher(self) -> bool:
         """True when the student is made from the teacher."""
@@ -391,6 +405,7 @@ class Pipeline:
         sizes = self.data.model_arguments(role)
         if role == "student" and takes_from_teacher(settings):
             given = {"teacher": source_of(given["teacher"] if given else self.teacher.network)}
+            self._check_reading()
         takes = parameters(lookup(settings["_target_"]))
         known = {**settings, **sizes, **given}
         if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:
@@ -405,6 +420,16 @@ class Pipeline:
                 "rebuilt without it: give it a constructor of plain values, and copy weights in a script of your own"
             )
         return network, self.filled(settings, role)
+
+    def _check_reading(self) -> None:
+        """Refuse a student made from a teacher whose tokens it does not read."""
+        readers = [self.data.tokenizer_of("student"), self.data.tokenizer_of("teacher")]
+        prints = {tokenizer_fingerprint(reader) for reader in readers if reader is not None}
+        if len(prints) > 1:
+            raise ConfigError(
+                "student: it is made from the teacher and would read other tokens: let both read with the teacher's "
+                "tokenizer (data.tokenizer), or use a student that takes nothing from it"
+            )
 
     def filled(self, settings: dict[str, Any], role: Role) -> dict[str, Any]:
         """Return a network's settings with what the data decide about it."""

@@ -327,7 +327,10 @@ def jobs(name: str, point: Point) -> list[Job]:
 
     settings = (*point.settings, f"shared_dir={RUNS / 'shared'}")
     folder = RUNS / "points" / digest(sorted(point.settings))
-    return [Job(f"{name}, {point.line} {point.x}, seed {seed}", settings, folder / str(seed), seed) for seed in SEEDS]
+    return [
+        Job(f"{name}, {point.line or 'all'} {point.x}, seed {seed}", settings, folder / str(seed), seed)
+        for seed in SEEDS
+    ]
 
 
 def measure(name: str, points: Sequence[Point]) -> Curves:

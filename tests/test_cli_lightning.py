@@ -235,7 +235,7 @@ def kd(module: str, *arguments: str, home: Path) -> str:
     environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     result = subprocess.run(
         [sys.executable, "-m", f"kd_lightning.{module}", *arguments], env=environment, capture_output=True, text=True,
-        timeout=900,
+        timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout

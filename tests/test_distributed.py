@@ -44,7 +44,7 @@ def launch(folder: Path, *what: str) -> None:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=900)[1] for process in started]
+        said = [process.communicate(timeout=600)[1] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -196,6 +196,33 @@ def test_of_several_teachers_a_student_is_made_from_the_first(composed: Composed
     assert not torch.equal(*members)
 
 
+def test_a_student_that_reads_other_tokens_is_not_made_from_the_teacher(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    chosen += ["model@student=embeddings_from_teacher", "student.network.embedding_size=8"]
+    with pytest.raises(ConfigError, match=r"would read other tokens: let both read .*\(data\.tokenizer\)"):
+        Pipeline(composed(*chosen, "data.teacher_tokenizer=wordpiece:90")).run()
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_baselines_of_students_of_other_teachers_are_no_one_baseline(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    """What a student from random weights is may be the teacher's to say: here its width."""
+    left_out = ("student", "model@", "teacher.network", "run_dir")
+    chosen = [o for o in overrides if not o.startswith(left_out)]
+    chosen += ["model@teacher.network=transformer", "teacher.network.num_layers=2", "teacher.network.num_heads=2"]
+    chosen += ["model@student=from_teacher", "student.layers=1", "stages=[teacher,baseline]"]
+    chosen += [f"shared_dir={tmp_path / 'shared'}", "trainer.max_steps=2", "teacher.trainer.max_steps=2"]
+    folders = set()
+    for width in (8, 16):
+        more = [f"teacher.network.hidden_size={width}", f"run_dir={tmp_path / str(width)}"]
+        Pipeline(composed(*chosen, *more), Console(file=StringIO())).run()
+        folders.add((tmp_path / str(width) / "seed_0" / "baseline").resolve())
+    assert len(folders) == 2
+
+
 def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
     student = [

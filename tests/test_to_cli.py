@@ -205,6 +205,7 @@ class Own(torch.nn.Module):
         ["assistants=['${student}']", "data.teacher_tokenizer=wordpiece:90"],
         ["model@student=custom", "student._target_=tests.test_to_cli.Own", "+student.width=5"],
         ["model@student=simkd", "distillation=simkd", "student.backbone.hidden_size=8"],
+        ["teacher.seeds=2", "model@student=embeddings_from_teacher", "student.network.embedding_size=8"],
         ["compile=true", "peers=['${student}']", "distillation=deep_mutual", "stages=[distill]"],
         ["~logger.csv", "~logger.tensorboard", "~callbacks.learning_rate"],
     ],

@@ -164,7 +164,8 @@ class ClassificationData(L.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.class_names: list[str] = []
         self.fingerprint = ""
-        self._fingerprints: dict[bool, str] = {}  # with and without the pool, where they are two
+        self._without_pool: tuple[str, ...] = ("train", "validation", "test")  # the parts that are no pool
+        self._fingerprints: dict[bool, str] = {}  # with the pool and without
         self.teacher_key: dict[str, Any] = {}
         self.around: Callable[[DataLoader[Batch]], Any] | None = None
         self._tokens: Literal["student", "teacher", "both"] = "both"
@@ -324,13 +325,11 @@ class ClassificationData(L.LightningDataModule, ABC):
         """Return the same data of which one of `count` folds, with its views, is not trained on."""
         chosen = self._copy()
         chosen._left_out = self.folds(count) == fold
-        bits = np.packbits(chosen._left_out).tobytes()
-
-        def marked(fingerprint: str) -> str:
-            return hashlib.sha256(fingerprint.encode() + bits).hexdigest()
-
-        chosen.fingerprint = marked(self.fingerprint)
-        chosen._fingerprints = {pool: marked(whole) for pool, whole in self._fingerprints.items()}
+        for pool, parts in ((True, PARTS), (False, self._without_pool)):
+            bits = np.packbits(self._of(chosen._left_out, parts)).tobytes()
+            marked = hashlib.sha256(self._fingerprints.get(pool, self.fingerprint).encode() + bits).hexdigest()
+            chosen._fingerprints = chosen._fingerprints | {pool: marked}
+        chosen.fingerprint = chosen._fingerprints[self._pool]
         return chosen
 
     def _trained_on(self, data: Dataset_) -> Dataset_:

@@ -373,11 +373,12 @@ class ImageData(ClassificationData):
         return {part: np.sort(found) for part, found in rows.items()}
 
     def _name_content(self) -> None:
-        """Name everything: as far as a teacher's answers depend on it, and whole."""
+        """Name everything: as far as a teacher's answers depend on it, whole, and without the pool."""
         self.teacher_key = self._key(PARTS)
         self.fingerprint = self._name(PARTS)
-        labelled = [name for name in PARTS if name != "transfer"]
-        self._fingerprints = {True: self.fingerprint, False: self._name(labelled)}
+        if not self.mixing.is_on:  # views have labels
+            self._without_pool = ("train", "views", "validation", "test")
+        self._fingerprints = {True: self.fingerprint, False: self._name(self._without_pool)}
 
     def _key(self, parts: Sequence[str]) -> dict[str, Any]:
         """Return what decides a teacher's answers about some parts."""
@@ -390,14 +391,14 @@ class ImageData(ClassificationData):
             "images": hashlib.sha256(f"{self._images.digest}{rows}".encode()).hexdigest(),
             "examples": len(shown),
             "format": asdict(self.image_format),
-            "views": views if self.views else None,
+            "views": views if self.views and "views" in parts else None,
         }
 
     def _name(self, parts: Sequence[str]) -> str:
         """Return the fingerprint of some parts."""
         content: list[Any] = [self._key(parts), self._of(self._labels, parts).tolist(), self.class_names]
         content.append(self._spans_of(parts))
-        if self.pool_ratio is not None:
+        if self.pool_ratio is not None and "views" in parts:
             content.append({"pool_ratio": self.pool_ratio})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

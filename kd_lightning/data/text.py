@@ -168,7 +168,7 @@ class TextData(ClassificationData):
                 raise ConfigError(f"{message}; set data.mask_probability=0 or data.views=0")
 
     def _encode(self, texts: list[Sentence]) -> None:
-        """Encode everything, and name it: whole, and as far as a teacher's answers depend on it."""
+        """Encode everything, and name it: whole, without the pool, and as far as a teacher's answers depend on it."""
         digest = sentences_digest(texts)
         sentences = digest.hexdigest()
         self._stores: dict[str, TokenStore] = {}
@@ -184,9 +184,8 @@ class TextData(ClassificationData):
             "truncation": self.teacher_tokenizer.truncation_side,
         }
         self.fingerprint = self._name(digest, PARTS)
-        labelled = [name for name in PARTS if name not in ("views", "transfer")]
-        kept = [text for name in labelled for text in texts[self._spans[name].start : self._spans[name].stop]]
-        self._fingerprints = {True: self.fingerprint, False: self._name(sentences_digest(kept), labelled)}
+        kept = [text for name in self._without_pool for text in texts[self._spans[name].start : self._spans[name].stop]]
+        self._fingerprints = {True: self.fingerprint, False: self._name(sentences_digest(kept), self._without_pool)}
 
     def _name(self, digest: Any, parts: Sequence[str]) -> str:
         """Return the fingerprint of some parts, whose sentences `digest` has taken in."""

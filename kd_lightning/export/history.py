@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +48,12 @@ class Origin:
     Attributes:
         text: In words, with the licence.
         names: What it began as, by the names of assets and of the hub; nothing where all weights were random.
+        first: Of several teachers the first one, from which students are made.
     """
 
     text: str
     names: tuple[str, ...] = ()
+    first: Origin | None = None
 
 
 class History:
@@ -75,7 +77,7 @@ class History:
         self.report: dict[str, Any] = read_json(report) if report.is_file() else {}
         self.teacher = teacher_of(self.config, self.root)
         self.taught = not self.from_labels and self.teacher is not None
-        self.start = _start(first_stage(self.stage), self.teacher)
+        self.start = start_of(first_stage(self.stage), self.teacher)
 
     @property
     def name(self) -> str:
@@ -177,13 +179,15 @@ def teacher_of(config: Mapping[str, Any], root: Path) -> Origin | None:
         parts = {name: _with_own(given, config.get("tasks", {}).get(name)) for name in config["data"]["tasks"]}
         found = {name: _one_teacher(own, root) for name, own in parts.items()}
         names = tuple(dict.fromkeys(name for origin in found.values() for name in origin.names))
-        return Origin("one for each task. " + "; ".join(f"{name}: {one.text}" for name, one in found.items()), names)
+        text = "one for each task. " + "; ".join(f"{name}: {one.text}" for name, one in found.items())
+        first = next(iter(found.values()))
+        return Origin(text, names, first.first or first)
     has_one = given.get("checkpoint") or "teacher" in config.get("stages", ()) or (root / "teacher").is_dir()
     if not has_one:
         peers = len(config.get("peers") or ())
         return Origin(f"{peers} other student(s), which learned beside it and from it") if peers else None
     teacher, between = _one_teacher(given, root), len(config.get("assistants") or ())
-    return teacher if not between else Origin(f"{teacher.text}; by way of {between} assistant(s)", teacher.names)
+    return replace(teacher, text=f"{teacher.text}; by way of {between} assistant(s)") if between else teacher
 
 
 def _with_own(given: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -203,13 +207,16 @@ def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
         if len(members) == 1:
             return members[0]
         names = tuple(dict.fromkeys(name for member in members for name in member.names))
-        return Origin(f"an ensemble of {len(members)}: " + "; ".join(member.text for member in members), names)
+        text = f"an ensemble of {len(members)}: " + "; ".join(member.text for member in members)
+        return Origin(text, names, members[0].first or members[0])
     network, seeds, folds = _built(given.get("network") or {}), given.get("seeds") or 1, given.get("folds") or 1
     if folds > 1:
         text = f"an ensemble of {folds}, each without one of {folds} folds of the training examples: {network.text}"
+    elif seeds > 1:
+        text = f"an ensemble of {seeds}, trained with {seeds} seeds: {network.text}"
     else:
-        text = f"an ensemble of {seeds}, trained with {seeds} seeds: {network.text}" if seeds > 1 else network.text
-    return Origin(text, network.names)
+        return network
+    return Origin(text, network.names, network)
 
 
 def located(checkpoint: str, root: Path) -> Path:
@@ -230,7 +237,7 @@ def followed(checkpoint: str, root: Path) -> Origin:
     own = next((path for path in stage.parents if (path / "config.yaml").is_file()), None)
     above = None if own is None or stage.name.startswith("baseline") else teacher_of(_config(own), own)
     text = f"{checkpoint}, which is {network.text}" + (f", itself distilled from {above.text}" if above else "")
-    start = _start(stage, above)
+    start = start_of(stage, above)
     return Origin(text, network.names if start is None else start.names)
 
 
@@ -242,12 +249,15 @@ def _built(settings: Mapping[str, Any]) -> Origin:
     return Origin(f"{str(settings.get('_target_')).rpartition('.')[2]}, trained from random weights")
 
 
-def _start(stage: Path, teacher: Origin | None) -> Origin | None:
+def start_of(stage: Path, teacher: Origin | None) -> Origin | None:
     """Return what a student's weights were derived from: a pretrained network, another run's student or its teacher."""
     network = _network(stage)
     if network.get("initialise") == "teacher":
         if "checkpoint" not in network:
-            return Origin(f"weights of its teacher ({teacher.text})", teacher.names) if teacher else None
+            if teacher is None:
+                return None
+            source, which = (teacher.first, "the first of its teachers") if teacher.first else (teacher, "its teacher")
+            return Origin(f"weights of {which} ({source.text})", source.names)
         run = located(network["checkpoint"], stage)
         before = followed(str(find_stage(run) if run.is_dir() else run), stage)
         return Origin(f"the student of {before.text}", before.names)

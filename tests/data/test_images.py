@@ -272,6 +272,10 @@ def test_trainings_without_them_do_not_depend_on_them(make: Callable[..., Fashio
     mixed = make(train_examples=30, transfer_examples=40, views=1, mixup_probability=1.0)
     assert len(joined(epoch_of(mixed, 0))["index"]) == 30 + 30 + 40
     assert len(joined(epoch_of(mixed.select(pool=False), 0))["index"]) == 30
+    assert mixed.select(pool=False).fingerprint == none.fingerprint, "mixed views are for the teacher alone"
+    with_views = make(train_examples=30, transfer_examples=40, views=1)
+    with_views.prepare()
+    assert with_views.select(pool=False).fingerprint not in (none.fingerprint, with_views.fingerprint)
 
 
 # -- what is stored, and what names it ---------------------------------------------------------------------------------

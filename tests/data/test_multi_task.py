@@ -137,6 +137,14 @@ def test_view_sets_take_turns_by_passes(make: Callable[..., MultiTaskData]) -> N
     assert sets[2] == sets[0]
 
 
+def test_trainings_without_the_pool_do_not_depend_on_it(make: Callable[..., MultiTaskData]) -> None:
+    bare, many = make({"small": {"views": 0}}), make({"small": {"views": 2}})
+    for data in (bare, many):
+        data.prepare()
+    assert bare.fingerprint != many.fingerprint
+    assert bare.select(pool=False).fingerprint == many.select(pool=False).fingerprint
+
+
 def test_evaluation_has_every_example_once_and_one_of_each_task_can_be_had(make: Callable[..., MultiTaskData]) -> None:
     data = make()
     for loader, part in ((data.val_dataloader(), "validation"), (data.test_dataloader(), "test")):

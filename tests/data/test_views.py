@@ -129,17 +129,19 @@ def test_the_fingerprint_follows_what_the_sets_do(make: Callable[..., TextFiles]
 
 
 def test_what_is_trained_without_the_pool_does_not_depend_on_it(make: Callable[..., TextFiles]) -> None:
-    bare, many, other = make(views=0, transfer=[]), make(views=3, view_sets=2), make(views=0, transfer=[], max_length=5)
-    for data in (bare, many, other):
+    bare, many, few = make(views=0, transfer=[]), make(views=3, view_sets=2), make(pool_ratio=0.5, view_sets=None)
+    for data in (bare, many, few):
         data.prepare()
-    assert bare.fingerprint != many.fingerprint
-    without = many.select(pool=False)
-    assert without.fingerprint == bare.fingerprint == bare.select(pool=False).fingerprint
-    assert other.fingerprint != bare.fingerprint
-    assert without.select(pool=True).fingerprint == many.fingerprint
-    one, another = (many.without_fold(fold, 2) for fold in (0, 1))
-    assert len({one.fingerprint, another.fingerprint, many.fingerprint}) == 3
-    assert one.select(pool=False).fingerprint != another.select(pool=False).fingerprint
+    assert len({data.fingerprint for data in (bare, many, few)}) == 3
+    assert {data.select(pool=False).fingerprint for data in (bare, many, few)} == {bare.fingerprint}
+    assert many.select(pool=False).select(pool=True).fingerprint == many.fingerprint
+    folded = {(data is many, fold): data.without_fold(fold, 2) for data in (bare, many) for fold in (0, 1)}
+    assert len({data.fingerprint for data in folded.values()}) == 4
+    without = {key: data.select(pool=False).fingerprint for key, data in folded.items()}
+    assert without[False, 0] == without[True, 0] != without[True, 1] == without[False, 1]
+    for which, (data, selected) in {"before": (many, True), "after": (many, False)}.items():
+        found = data.select(pool=False).without_fold(0, 2) if selected else data.without_fold(0, 2).select(pool=False)
+        assert found.fingerprint == without[True, 0], which
 
 
 class Recorder(L.LightningModule):

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from kd_lightning.errors import KDError
 from kd_lightning.export.command import main as kd_export
+from kd_lightning.export.history import start_of, teacher_of
 from kd_lightning.export.hub import push_to_hub
 from kd_lightning.export.parity import intervals
 from kd_lightning.models.answers import Answers
@@ -164,6 +165,25 @@ def test_several_teachers_are_an_ensemble(card_of: Written, bert: Path, teacher:
     given = teacher.get("checkpoint", [])
     teacher = {**teacher, "checkpoint": [one.replace("BERT", str(bert)) for one in given]} if given else teacher
     assert f"teacher: {says.replace('BERT', str(bert))}" in card_of(teacher=teacher).text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says", "names"),
+    [
+        ({"seeds": 3}, "weights of the first of its teachers (all-MiniLM-L6-v2", ("minilm",)),
+        ({"checkpoint": ["me/mine", "you/yours"]}, "weights of the first of its teachers (me/mine", ("me/mine",)),
+        ({"seeds": 1}, "weights of its teacher (all-MiniLM-L6-v2", ("minilm",)),
+    ],
+)
+def test_of_several_teachers_the_first_gave_its_weights(
+    tmp_path: Path, teacher: dict[str, Any], says: str, names: tuple[str, ...]
+) -> None:
+    (tmp_path / "stage.json").write_text(json.dumps({"settings": {"network": {"initialise": "teacher"}}}))
+    above = teacher_of({"teacher": {"network": {"name": "minilm"}, **teacher}, "stages": ["teacher"]}, tmp_path)
+    found = start_of(tmp_path, above)
+    assert found is not None
+    assert found.text.startswith(says)
+    assert found.names == names
 
 
 def test_a_student_that_rates(rating: Path, tmp_path: Path) -> None:

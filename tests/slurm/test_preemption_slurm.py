@@ -19,7 +19,7 @@ from kd_lightning.slurm.queue import ended
 from kd_lightning.slurm.status import begun, status
 from scripts.preemption_trials import CLUSTER, ROOT, Event, Job, accounting, overrides, train_teacher
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(2400)]
 
 EVERY, EPOCHS = 25, 20
 SHORT = [f"trainer.max_epochs={EPOCHS}", f"checkpoint_every_n_steps={EVERY}", "validations=5"]
