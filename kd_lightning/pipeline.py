@@ -23,6 +23,7 @@ from kd_lightning.files import write_file
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.from_run import from_run
+from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.rebuild import describe
 from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
@@ -405,7 +406,8 @@ class Pipeline:
         sizes = self.data.model_arguments(role)
         if role == "student" and takes_from_teacher(settings):
             given = {"teacher": source_of(given["teacher"] if given else self.teacher.network)}
-            self._check_reading()
+            if lookup(settings["_target_"]) in (from_teacher, embeddings_from_teacher):
+                self._check_reading()
         takes = parameters(lookup(settings["_target_"]))
         known = {**settings, **sizes, **given}
         if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:
@@ -422,13 +424,13 @@ class Pipeline:
         return network, self.filled(settings, role)
 
     def _check_reading(self) -> None:
-        """Refuse a student made from a teacher whose tokens it does not read."""
+        """Refuse a student with the word embeddings of a teacher that reads other tokens."""
         readers = [self.data.tokenizer_of("student"), self.data.tokenizer_of("teacher")]
         prints = {tokenizer_fingerprint(reader) for reader in readers if reader is not None}
         if len(prints) > 1:
             raise ConfigError(
-                "student: it is made from the teacher and would read other tokens: let both read with the teacher's "
-                "tokenizer (data.tokenizer), or use a student that takes nothing from it"
+                "student: it has the teacher's word embeddings and would read other tokens: let both read with the "
+                "teacher's tokenizer (data.tokenizer), or use a student that takes nothing from it"
             )
 
     def filled(self, settings: dict[str, Any], role: Role) -> dict[str, Any]:

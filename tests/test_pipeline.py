@@ -204,6 +204,12 @@ def test_a_student_that_reads_other_tokens_is_not_made_from_the_teacher(
     with pytest.raises(ConfigError, match=r"would read other tokens: let both read .*\(data\.tokenizer\)"):
         Pipeline(composed(*chosen, "data.teacher_tokenizer=wordpiece:90")).run()
     assert not (tmp_path / "run" / "teacher").exists()
+    classifier = [o for o in chosen if not o.startswith(("model@student", "student"))] + [
+        "model@student=simkd",
+        "distillation=simkd",
+    ]
+    student, _ = Pipeline(composed(*classifier, "data.teacher_tokenizer=wordpiece:90"))._student(0, "teacher")
+    assert student(torch.tensor([[1, 2]])).logits.shape == (1, 3), "it takes the classifier, which reads no tokens"
 
 
 def test_baselines_of_students_of_other_teachers_are_no_one_baseline(
