@@ -171,6 +171,7 @@ class TextData(ClassificationData):
         """Encode everything, and name it: whole, without the pool, and as far as a teacher's answers depend on it."""
         digest = sentences_digest(texts)
         sentences = digest.hexdigest()
+        prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
         self._stores: dict[str, TokenStore] = {}
         for role in ROLES[: 1 + self.has_two_tokenizers]:
             tokenizer = self.tokenizer_of(role)
@@ -179,18 +180,18 @@ class TextData(ClassificationData):
         self.teacher_key = {
             "sentences": sentences,
             "examples": len(texts),
-            "tokenizer": tokenizer_fingerprint(self.teacher_tokenizer),
+            "tokenizer": prints[1],
             "max_length": self.max_length,
             "truncation": self.teacher_tokenizer.truncation_side,
         }
-        self.fingerprint = self._name(digest, PARTS)
+        self.fingerprint = self._name(digest, PARTS, prints)
         kept = [text for name in self._without_pool for text in texts[self._spans[name].start : self._spans[name].stop]]
-        self._fingerprints = {True: self.fingerprint, False: self._name(sentences_digest(kept), self._without_pool)}
+        without = self._name(sentences_digest(kept), self._without_pool, prints)
+        self._fingerprints = {True: self.fingerprint, False: without}
 
-    def _name(self, digest: Any, parts: Sequence[str]) -> str:
-        """Return the fingerprint of some parts, whose sentences `digest` has taken in."""
+    def _name(self, digest: Any, parts: Sequence[str], prints: list[str]) -> str:
+        """Return the fingerprint of some parts, whose sentences `digest` took in; `prints` are the tokenizers'."""
         labels, spans = self._of(self._labels, parts).tolist(), self._spans_of(parts)
-        prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
         content: list[Any] = [labels, self.class_names, spans, prints, self.max_length]
         sides = [self.tokenizer_of(role).truncation_side for role in ROLES]
         if sides != ["right", "right"]:
