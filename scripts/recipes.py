@@ -85,7 +85,7 @@ RECIPES = {
         _bilstm,
         {
             "no views": ["data.views=0"],
-            "no transfer data": ["data.transfer=[]"],
+            "transfer data too": ["data.transfer=[amazon,nyt,tweets]"],
             "fresh embeddings": ["model@student=bilstm"],
             "embeddings of usual size": ["student.scale=1"],
             "one set of views": ["teacher.cache_views=1"],

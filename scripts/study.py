@@ -13,8 +13,8 @@ calibration       what temperature, and a calibrated teacher, do to the student'
 stage_budget      accuracy against training seconds, for each recipe (from results/quality.json; trains nothing)
 
 The student is the BiLSTM of reviews_bilstm, where nothing else is said with the teacher's embeddings to start from,
-without views, for 600 steps. Seeds differ in their training: teachers, and which labels are left or wrong, are the same
-for all of them. Weights are selected on all of the validation split, whose labels are right.
+with transfer data instead of views, for 600 steps. Seeds differ in their training: teachers, and which labels are left
+or wrong, are the same for all of them. Weights are selected on all of the validation split, whose labels are right.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "results" / "studies"
 SEEDS = range(5)
 BUDGET = [
-    "experiment=reviews_bilstm", "data.views=0", "data.replace_probability=0", "data.drop_probability=0",
-    "teacher.cache_views=1", "trainer.max_steps=600", "trainer.precision='${fast_precision:}'",
+    "experiment=reviews_bilstm", "data.transfer=[amazon,nyt,tweets]", "data.views=0", "data.replace_probability=0",
+    "data.drop_probability=0", "teacher.cache_views=1", "trainer.max_steps=600",
+    "trainer.precision='${fast_precision:}'",
 ]  # fmt: skip
 TUNING = ["teacher.trainer.max_epochs=-1", "teacher.trainer.max_steps=300", "teacher.network.frozen_layers=2"]
 LABELS, START, TAUGHT = "baseline", "baseline_initialised", "distill"
@@ -98,7 +99,7 @@ def write_files(folder: Path, change: Callable[[list[str], list[str], random.Ran
     Returns:
         The data's configuration.
     """
-    corpus = pipeline(["experiment=reviews_bilstm", f"run_dir={RUNS / 'reviews'}"]).data.read()
+    corpus = pipeline([*BUDGET, f"run_dir={RUNS / 'reviews'}"]).data.read()
     names = {part: [corpus.class_names[int(label)] for label in getattr(corpus, part).labels] for part in PARTS}
     texts = {part: [sentence[0] for sentence in getattr(corpus, part).texts] for part in PARTS}
     kept = set(change(texts["train"], names["train"], random.Random(0)))
