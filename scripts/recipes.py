@@ -78,6 +78,7 @@ FEATURES = {
     name: [f"distillation={name}", "teacher.cache=off"]
     for name in ("hint_maps", "attention_transfer", "similarity_preserving")
 }
+TRANSFER = "data.transfer=[amazon,nyt,tweets]"
 RECIPES = {
     "reviews_bilstm": Recipe(
         "BiLSTM of 128, 4.2M parameters (0.3M without embeddings)",
@@ -85,7 +86,8 @@ RECIPES = {
         _bilstm,
         {
             "no views": ["data.views=0"],
-            "transfer data too": ["data.transfer=[amazon,nyt,tweets]"],
+            "transfer data too": [TRANSFER],
+            "transfer data instead of views": ["data.views=0", TRANSFER],
             "fresh embeddings": ["model@student=bilstm"],
             "embeddings of usual size": ["student.scale=1"],
             "one set of views": ["teacher.cache_views=1"],

@@ -30,13 +30,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes import teacher_of
+from recipes import TRANSFER, teacher_of
 from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
 
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "results" / "studies"
 SEEDS = range(5)
 BUDGET = [
-    "experiment=reviews_bilstm", "data.transfer=[amazon,nyt,tweets]", "data.views=0", "data.replace_probability=0",
+    "experiment=reviews_bilstm", TRANSFER, "data.views=0", "data.replace_probability=0",
     "data.drop_probability=0", "teacher.cache_views=1", "trainer.max_steps=600",
     "trainer.precision='${fast_precision:}'",
 ]  # fmt: skip
@@ -151,11 +151,10 @@ def label_noise() -> list[Point]:
         settings = write_files(RUNS / name, partial(flipped, share))
         stages = {LABELS: "labels alone", START: "labels, start from the teacher", TAUGHT: "soft targets"}
         found.append(Point("", 100 * share, settings, stages))
-        if share not in (0.0, 0.2, 0.4):
-            continue
-        # Its teachers must not have learned an example's own label by heart.
-        trusting = ["distillation=label_trust", "teacher.folds=3", "stages=[teacher,distill]"]
-        found.append(Point("trust", 100 * share, [*settings, *trusting], {TAUGHT: "label_trust, teachers of folds"}))
+        if share in (0.0, 0.2, 0.4):  # three teachers a point
+            # They must not have learned an example's own label by heart.
+            trusting = [*settings, "distillation=label_trust", "teacher.folds=3", "stages=[teacher,distill]"]
+            found.append(Point("trust", 100 * share, trusting, {TAUGHT: "label_trust, teachers of folds"}))
     return found
 
 
