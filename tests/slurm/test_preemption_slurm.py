@@ -124,7 +124,7 @@ def test_under_submitit_submitit_puts_the_job_back(folder: Path, teacher: Path, 
     assert job.id == f"{array}_1"
     assert accounting(job) == {"REQUEUED": 1, "COMPLETED": 1}
     log = "".join(file.read_text() for file in (sweep / "slurm").glob(f"{job.id}_*_log.*"))
-    assert log.count(f"Requeued job {job.id}") == 1
+    assert "this job is preempted" in log  # what submitit says next may be lost: SLURM ends the job as it is put back
     assert "is back in the queue" not in log, "submitit does it, and we do not"
 
     assert ended([array])[f"{array}_0"] == "COMPLETED"
