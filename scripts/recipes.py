@@ -74,10 +74,7 @@ def _multi_task(row: Row) -> bool:
     return row["teacher"]["mean"] - row["distilled"]["mean"] <= 0.01 and row["size_share"] <= 1 / 3
 
 
-FEATURES = {
-    name: [f"distillation={name}", "teacher.cache=off"]
-    for name in ("hint_maps", "attention_transfer", "similarity_preserving")
-}
+FEATURES = {name: [f"distillation={name}"] for name in ("hint", "similarity_preserving", "pkt")}
 TRANSFER = "data.transfer=[amazon,nyt,tweets]"
 RECIPES = {
     "reviews_bilstm": Recipe(
@@ -90,7 +87,6 @@ RECIPES = {
             "transfer data instead of views": ["data.views=0", TRANSFER],
             "fresh embeddings": ["model@student=bilstm"],
             "embeddings of usual size": ["student.scale=1"],
-            "one set of views": ["teacher.cache_views=1"],
         },
     ),
     "reviews_tiny": Recipe("transformer 2 x 128, 4.4M parameters", "ratio >= 0.85", closes(0.85)),

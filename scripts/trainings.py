@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -103,8 +104,13 @@ def test_answers(job: Job, stage: str) -> Any:
     from kd_lightning.models.answers import network_answers
     from kd_lightning.runs import load_run
 
-    data = pipeline(job.overrides).data.select(tokens="student")
-    return network_answers(load_run(job.stage(stage)).network, data.test_dataloader())
+    return network_answers(load_run(job.stage(stage)).network, _test_loader(job.settings))
+
+
+@cache
+def _test_loader(settings: tuple[str, ...]) -> Any:
+    """Return the test split's batches for students; seeds have them in common."""
+    return pipeline([*settings, "logger={}"]).data.select(tokens="student").test_dataloader()
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -119,8 +119,6 @@ def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
 def brief(experiment: str, steps: int) -> list[str]:
     """An experiment as it stands, with all its classes and their sizes, for fewer steps."""
     more = [f"tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS[1:]] if "multi" in experiment else []
-    if experiment == "fashion_resnet":
-        more = ["data.train_examples=null"]  # there are no 10,000 to choose from
     budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}", "validations=2"]
     return [f"experiment={experiment}", *budget, CAPTURE, *more]
 
