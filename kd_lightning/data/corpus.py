@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd_lightning.errors import ConfigError, DataError, did_you_mean
+from kd_lightning.types import IGNORE
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,9 @@ def label_of(value: object, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{where}: the label is missing")
+        raise DataError(
+            f"{where}: the label is missing ({IGNORE} says that only the teacher labels a training sentence)"
+        )
     if not isinstance(value, str | int):
         raise DataError(
             f"{where}: the label {value!r} is neither a name nor a whole number (only classes are supported)"
@@ -107,6 +110,8 @@ def assemble(
 ) -> Corpus:
     """Check labels and build the corpus; a split that was not given is held out of the training examples.
 
+    Training examples labelled -100 become transfer sentences, before the others.
+
     Where something has to be held out, exact duplicates (same normalised text) are dropped from the training examples
     first, the first one staying, so that no text stands on both sides. Transfer sentences that are also validation or
     test sentences are dropped.
@@ -115,6 +120,8 @@ def assemble(
         DataError: Fewer than two classes, an unknown label, or too few examples to split.
         ConfigError: Impossible fractions or class names.
     """
+    train, unlabelled = _set_apart(train)
+    transfer = [*unlabelled, *transfer]
     names = _class_names(train, class_names)
     examples = encode_labels(train, names)
     held = {
@@ -136,6 +143,16 @@ def assemble(
     if len(kept) < len(transfer):
         log.info("left out %d transfer sentences that are validation or test sentences", len(transfer) - len(kept))
     return Corpus(names, examples, parts["validation"], parts["test"], kept)
+
+
+def _set_apart(train: RawExamples) -> tuple[RawExamples, list[Sentence]]:
+    """Return the examples that have a label, and the sentences of those that have none."""
+    labelled = [i for i, label in enumerate(train.labels) if label != str(IGNORE)]
+    kept = RawExamples(
+        [train.texts[i] for i in labelled], [train.labels[i] for i in labelled], train.source,
+        lambda i: train.where(labelled[i]),
+    )  # fmt: skip
+    return kept, [text for text, label in zip(train.texts, train.labels, strict=True) if label == str(IGNORE)]
 
 
 def normalise(text: Sentence) -> str:

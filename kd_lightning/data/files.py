@@ -56,7 +56,7 @@ class FileReader:
             DataError: Whatever is wrong with the file.
         """
         place = self._place(path)
-        records = self._records(Path(path), self._text_columns())
+        records = self._records(Path(path), self.text_columns)
         return [self._sentence(record, f"{place} {line}") for line, record in records]
 
     def examples(self, path: str | Path) -> RawExamples:
@@ -71,17 +71,19 @@ class FileReader:
             )
         texts, labels, lines = [], [], []
         place, column = self._place(path), f", column {self.label_column!r}"
-        for line, record in self._records(Path(path), [*self._text_columns(), self.label_column]):
+        for line, record in self._records(Path(path), [*self.text_columns, self.label_column]):
             texts.append(self._sentence(record, f"{place} {line}"))
             labels.append(sys.intern(label_of(record.get(self.label_column), f"{place} {line}{column}")))
             lines.append(line)
         return RawExamples(texts, labels, str(path), lambda i: f"{place} {lines[i]}{column}")
 
-    def _text_columns(self) -> list[str]:
+    @property
+    def text_columns(self) -> list[str]:
+        """The one column of the sentences, or the two of the pairs."""
         return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
 
     def _sentence(self, record: dict[str, Any], place: str) -> Sentence:
-        return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self._text_columns()])
+        return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self.text_columns])
 
     def _place(self, path: str | Path) -> str:
         return f"{path}: {'row' if self._format(Path(path)) == 'parquet' else 'line'}"

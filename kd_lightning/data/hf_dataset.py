@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.data.corpus import Corpus, RawExamples, assemble, label_of, text_of
+from kd_lightning.data.corpus import Corpus, RawExamples, Sentence, assemble, label_of, text_of
 from kd_lightning.data.files import FileReader
 from kd_lightning.data.text import TextData
 from kd_lightning.errors import ConfigError, DataError, did_you_mean
@@ -22,6 +22,9 @@ GLUE: dict[str, tuple[str, str | None]] = {
     "wnli": ("sentence1", "sentence2"),
 }
 """The text columns of GLUE's classification tasks."""
+
+PREFIX = "hf:"
+"""Of an entry of `data.transfer` that is a data set and no file."""
 
 
 class HFDataset(TextData):
@@ -43,7 +46,7 @@ class HFDataset(TextData):
         class_names: The classes in the order of their numbers; by default those stored with the data.
         validation_fraction: How much to hold out where there is no validation split to use.
         test_fraction: How much to hold out where there is no labelled split to test on.
-        options: Those of `TextData`; `transfer` takes files with the same columns.
+        options: Those of `TextData`; `transfer` takes files and data sets with the same columns.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class HFDataset(TextData):
             validation_fraction=self.validation_fraction,
             test_fraction=self.test_fraction,
             split_seed=self.split_seed,
-            transfer=[text for path in self.transfer for text in reader.sentences(path)],
+            transfer=[text for name in self.transfer for text in unlabelled(name, reader)],
         )
 
     def _roles(self, splits: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -115,28 +118,52 @@ class HFDataset(TextData):
     def _examples(self, splits: Mapping[str, Any], split: str) -> RawExamples:
         table = splits[split]
         source = f"{self.dataset_name}, split {split!r}"
-        for column in [*self.text_columns, self.label_column]:
-            if column not in table.column_names:
-                keys = "set data.text_column, data.text_pair_column or data.label_column"
-                raise DataError(f"{source}: no column {column!r}{did_you_mean(column, table.column_names)} ({keys})")
+        _check_columns(table, [*self.text_columns, self.label_column], source)
 
-        def where(i: int, column: str = self.label_column) -> str:
-            return f"{source}: row {i + 1}, column {column!r}"
+        def where(i: int) -> str:
+            return f"{source}: row {i + 1}, column {self.label_column!r}"
 
-        columns = [table[column] for column in self.text_columns]
-        texts = [
-            tuple(text_of(cell, where(i, column)) for cell, column in zip(cells, self.text_columns, strict=True))
-            for i, cells in enumerate(zip(*columns, strict=True))
-        ]
         labels = [label_of(cell, where(i)) for i, cell in enumerate(table[self.label_column])]
-        return RawExamples(texts, labels, source, where)
+        return RawExamples(list(_sentences(table, self.text_columns, source)), labels, source, where)
+
+
+def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
+    """Return the sentences of a file; with `hf:NAME` or `hf:NAME:CONFIG` those of all splits of a data set.
+
+    Raises:
+        DataError: The file or the data set cannot be read, or has no such columns.
+        ConfigError: A data set, and `datasets` is not installed.
+    """
+    if not name.startswith(PREFIX):
+        return reader.sentences(name)
+    dataset, _, config_name = name.removeprefix(PREFIX).partition(":")
+    columns = reader.text_columns
+    found: list[Sentence] = []
+    for split, table in _load(dataset, config_name or None).items():
+        source = f"{dataset}, split {split!r}"
+        _check_columns(table, columns, source)
+        found += _sentences(table, columns, source)
+    return found
+
+
+def _check_columns(table: Any, columns: Sequence[str], source: str) -> None:
+    for column in columns:
+        if column not in table.column_names:
+            keys = "set data.text_column, data.text_pair_column or data.label_column"
+            raise DataError(f"{source}: no column {column!r}{did_you_mean(column, table.column_names)} ({keys})")
+
+
+def _sentences(table: Any, columns: Sequence[str], source: str) -> Iterator[Sentence]:
+    for i, cells in enumerate(zip(*(table[column] for column in columns), strict=True), 1):
+        pairs = zip(cells, columns, strict=True)
+        yield tuple([text_of(cell, f"{source}: row {i}, column {column!r}") for cell, column in pairs])
 
 
 def _load(name: str, config_name: str | None) -> Mapping[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        message = "data=hf_dataset needs the package `datasets`: pip install kd-lightning[hub]"
+        message = "data sets of the Hugging Face hub need the package `datasets`: pip install kd-lightning[hub]"
         raise ConfigError(message) from error
     try:
         loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, config_name)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from kd_lightning.assets import fetch
 from kd_lightning.data.corpus import Corpus, Examples, RawExamples, Sentence, assemble, normalise
 from kd_lightning.data.files import FileReader
+from kd_lightning.data.hf_dataset import unlabelled
 from kd_lightning.data.text import TextData
 from kd_lightning.errors import ConfigError, did_you_mean
 
@@ -22,7 +23,7 @@ class Reviews(TextData):
 
     10,568 sentences (37 of 10,605 are rated zero and left out), less exact duplicates. Split into 70% training, 10%
     validation and 20% test, stratified. `transfer` knows `amazon` (product reviews), `nyt` (editorials), `tweets`, and
-    the user's own files. Hutto & Gilbert 2014; Pang & Lee 2005. MIT licence.
+    the user's own files and data sets. Hutto & Gilbert 2014; Pang & Lee 2005. MIT licence.
 
     All four kinds of sentences are rated, which gives two more tasks. They share one split, in which a movie sentence
     stands where it stands for its sentiment: students that learn several of the tasks meet no test sentence early.
@@ -110,4 +111,4 @@ def _rated(path: Path) -> Iterator[tuple[Sentence, float]]:
 def _transfer(folder: Path, name: str) -> list[Sentence]:
     if name in TRANSFER:
         return [text for text, _ in _rated(folder / f"{TRANSFER[name]}_GroundTruth.txt")]
-    return FileReader().sentences(name)
+    return unlabelled(name, FileReader())

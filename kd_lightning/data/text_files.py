@@ -7,13 +7,15 @@ from typing import Any
 
 from kd_lightning.data.corpus import Corpus, assemble
 from kd_lightning.data.files import FileReader, Format
+from kd_lightning.data.hf_dataset import unlabelled
 from kd_lightning.data.text import TextData
 
 
 class TextFiles(TextData):
     """Sentences or pairs in CSV, TSV, JSON lines or Parquet files; for `transfer` also one sentence a line (.txt).
 
-    Labels may be names or whole numbers. Where a validation or test file is not given, a stratified part of the
+    Labels may be names or whole numbers; a training sentence labelled -100 has none, and only the teacher says what it
+    is. Where a validation or test file is not given, a stratified part of the
     training file is held out, after exact duplicates are dropped from it.
 
     Args:
@@ -67,5 +69,5 @@ class TextFiles(TextData):
             validation_fraction=self.validation_fraction,
             test_fraction=self.test_fraction,
             split_seed=self.split_seed,
-            transfer=[text for path in self.transfer for text in self.reader.sentences(path)],
+            transfer=[text for name in self.transfer for text in unlabelled(name, self.reader)],
         )

@@ -44,6 +44,24 @@ def test_too_few_to_split() -> None:
         build(raw(["a"] * 20 + ["b"] * 2))
 
 
+def test_sentences_without_a_label_are_left_to_the_teacher() -> None:
+    train = raw(["a", "-100", "b", "-100"])
+    corpus = build(train, raw(["a", "b"], ["v", "w"]), raw(["a", "b"], ["x", "y"]), transfer=[("more",)])
+    assert corpus.class_names == ["a", "b"]
+    assert (corpus.train.texts, corpus.train.labels) == ([("text 0",), ("text 2",)], [0, 1])
+    assert corpus.transfer == [("text 1",), ("text 3",), ("more",)]
+
+
+def test_they_are_neither_validation_nor_test_sentences() -> None:
+    with pytest.raises(DataError, match=r"v\.csv: line 3, column 'label': unknown label '-100'"):
+        build(raw(["a", "b"]), raw(["a", "-100"], ["v", "w"], "v.csv"), raw(["a", "b"], ["x", "y"]))
+
+
+def test_a_message_counts_them_in() -> None:
+    with pytest.raises(DataError, match=r"a\.csv: line 4, column 'label': unknown label 'c'"):
+        build(raw(["a", "-100", "c", "b"]), class_names=["a", "b"])
+
+
 def test_duplicates_do_not_straddle(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kd_lightning")
     texts = [f"Text  {i % 50}" if i < 50 else f"text {i % 50}" for i in range(100)]

@@ -103,3 +103,19 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install kd-lightning\[hub\]"):
         make(name).read()
+
+
+def test_other_data_sets_are_for_the_teacher_to_label(tmp_path: Path) -> None:
+    more = saved(tmp_path / "more", train=table(8, 300), test=table(4, 200))
+    name = saved(tmp_path / "d", train=table(100), validation=table(20, 100), test=table(30, 200))
+    transfer = make(name, transfer=[f"hf:{more}"]).read().transfer
+    assert transfer == [(f"sentence {i}",) for i in range(300, 308)], "all splits, but none of our test sentences"
+
+
+def test_a_data_set_to_label_has_the_column(tmp_path: Path) -> None:
+    more = saved(tmp_path / "more", train=table(8, pair=True))
+    name = saved(tmp_path / "d", train=table(100), validation=table(20, 100), test=table(30, 200))
+    with pytest.raises(DataError, match=r"more, split 'train': no column 'sentence'; did you mean"):
+        make(name, transfer=[f"hf:{more}"]).read()
+    with pytest.raises(DataError, match=r"cannot load the data set .*nowhere \(sst2\)"):
+        make(name, transfer=[f"hf:{tmp_path / 'nowhere'}:sst2"]).read()
