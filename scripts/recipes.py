@@ -87,6 +87,10 @@ RECIPES = {
             "transfer data instead of views": ["data.views=0", TRANSFER],
             "fresh embeddings": ["model@student=bilstm"],
             "embeddings of usual size": ["student.scale=1"],
+            "one set of views": ["teacher.cache_views=1"],
+            "views without other words": ["data.replace_probability=0", "data.drop_probability=0"],
+            "a tenth of the steps": ["trainer.max_steps=400"],
+            "teacher calibrated": ["teacher.calibrate=true"],
         },
     ),
     "reviews_tiny": Recipe("transformer 2 x 128, 4.4M parameters", "ratio >= 0.85", closes(0.85)),
@@ -137,10 +141,8 @@ def all_jobs(name: str) -> dict[str | None, list[Job]]:
 def measure(name: str) -> Row:
     """Read the test split for a recipe and say how it did."""
     recipe, found = RECIPES[name], all_jobs(name)
-    unfinished = {one: [job.name for job in some if not job.is_finished] for one, some in found.items()}
-    if missing := unfinished[None]:
-        sys.exit(f"recipes: {', '.join(missing)}: not trained yet; run python scripts/recipes.py {name} first")
-    own, variants = found[None], {one: some for one, some in found.items() if one and not unfinished[one]}
+    own = found[None]
+    variants = {one: some for one, some in found.items() if one and all(job.is_finished for job in some)}
     for one in recipe.variants.keys() - variants.keys():
         print(f"{name}, {one}: left out, since it is not trained yet")
     run = pipeline(own[0].overrides)
@@ -160,7 +162,6 @@ def measure(name: str) -> Row:
         "teacher": spread([above[task.main]]),
         **{stage: main_of(by_stage[stage]) for stage in stages}, "distilled": main_of(by_stage["distill"]),
         "validation": {stage: spread([job.validation(stage) for job in own]) for stage in by_stage},
-        "seconds": {stage: spread([job.record(stage)["seconds"] for job in own]) for stage in by_stage},
     }  # fmt: skip
     pairs = zip(row["baseline"]["values"], row["distilled"]["values"], strict=True)
     row["ratio"] = spread([(after - before) / (row["teacher"]["mean"] - before) for before, after in pairs])
@@ -212,15 +213,16 @@ def record(names: list[str]) -> None:
     from kd_lightning.files import write_file
     from kd_lightning.measure import environment
 
-    before = json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] if RESULT.is_file() else {}
-    rows = before | {name: measure(name) | {"environment": environment()} for name in names}
-    content = {
-        "command": " ".join(["python", *sys.argv]), "seeds": len(SEEDS),
-        "recipes": {name: rows[name] for name in RECIPES if name in rows},
-    }  # fmt: skip
-    write_file(RESULT, json.dumps(content, indent=1) + "\n")
+    if missing := [job.name for name in names for job in jobs(name) if not job.is_finished]:
+        sys.exit(f"recipes: not trained yet: {', '.join(missing)}; without --final this trains them")
+    rows: dict[str, Row] = json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] if RESULT.is_file() else {}
     for name in names:
-        row = rows[name]
+        row = rows[name] = measure(name) | {"environment": environment()}
+        content = {
+            "command": " ".join(["python", *sys.argv]), "seeds": len(SEEDS),
+            "recipes": {name: rows[name] for name in RECIPES if name in rows},
+        }  # fmt: skip
+        write_file(RESULT, json.dumps(content, indent=1) + "\n")
         print(
             f"{name}: teacher {row['teacher']['mean']:.4f}, labels {row['baseline']['mean']:.4f}, distilled "
             f"{row['distilled']['mean']:.4f} ± {row['distilled']['std']:.4f}, ratio {row['ratio']['mean']:.2f}; "
@@ -229,8 +231,24 @@ def record(names: list[str]) -> None:
     print(f"wrote {RESULT.relative_to(ROOT)}; now run scripts/update_readme.py")
 
 
+def train_teacher(name: str) -> None:
+    """Train the teacher of a recipe which others share, unless it is there."""
+    if not (teacher_of(name) / "teacher" / "stage.json").is_file():
+        pipeline([f"experiment={name}", "stages=[teacher]", f"run_dir={teacher_of(name)}"], quiet=False).run()
+
+
 def main() -> None:
     """Entry point."""
+    from kd_lightning.errors import KDError
+
+    try:
+        command_line()
+    except KDError as error:
+        sys.exit(f"recipes: {error}")
+
+
+def command_line() -> None:
+    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES))
     parser.add_argument("--final", action="store_true", help="read the test split, once, when all is trained")
@@ -242,14 +260,11 @@ def main() -> None:
         record(names)
         return
     for above in {one for name in names if (one := RECIPES[name].taught_by)}:
-        settings = [f"experiment={above}", "stages=[teacher]", f"run_dir={teacher_of(above)}"]
-        pipeline(settings, quiet=False).run()
+        train_teacher(above)
     found = {name: all_jobs(name) for name in names}
     for name in names:
         for some in found[name].values():
-            run = pipeline(some[0].overrides, quiet=False)
-            if run.cfg["teacher"]["cache"] != "off":
-                run.build_caches()
+            pipeline(some[0].overrides, quiet=False).build_caches()
     train_all([job for name in names for some in found[name].values() for job in some])
 
 

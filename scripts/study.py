@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import math
 import random
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 
-from recipes import TRANSFER, teacher_of
+from recipes import TRANSFER, teacher_of, train_teacher
 from recipes import jobs as recipe_jobs
 from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
 
@@ -47,6 +49,7 @@ BUDGET = [
 ]  # fmt: skip
 TUNING = ["teacher.trainer.max_epochs=-1", "teacher.trainer.max_steps=200", "teacher.network.frozen_layers=2"]
 LABELS, START, TAUGHT = "baseline", "baseline_initialised", "distill"
+START_LINE = "labels, start from the teacher"
 Settings = list[str]
 
 
@@ -78,6 +81,7 @@ class Study:
         sentence: Says what was found, given each curve's points.
         score: Which figure of the test split is drawn.
         logarithmic: The x axis.
+        teacher: Whether the teacher's own figure is recorded.
     """
 
     question: str
@@ -86,6 +90,7 @@ class Study:
     sentence: Callable[[dict[str, list[dict[str, Any]]]], str]
     score: str = "accuracy"
     logarithmic: bool = False
+    teacher: bool = False
 
 
 def given_teacher() -> Settings:
@@ -104,6 +109,8 @@ def write_files(folder: Path, change: Callable[[list[str], list[str], random.Ran
     Returns:
         The data's configuration.
     """
+    from kd_lightning.files import write_file
+
     corpus = pipeline([*BUDGET, f"run_dir={RUNS / 'reviews'}"]).data.read()
     names = {part: [corpus.class_names[int(label)] for label in getattr(corpus, part).labels] for part in PARTS}
     texts = {part: [sentence[0] for sentence in getattr(corpus, part).texts] for part in PARTS}
@@ -111,10 +118,11 @@ def write_files(folder: Path, change: Callable[[list[str], list[str], random.Ran
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         rows = [row for i, row in enumerate(zip(texts[part], names[part], strict=True)) if part != "train" or i in kept]
-        with (folder / f"{part}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *rows])
+        content = io.StringIO(newline="")
+        csv.writer(content).writerows([("text", "label"), *rows])
+        write_file(folder / f"{part}.csv", content.getvalue())
     rest = [text for i, text in enumerate(texts["train"]) if i not in kept] + [one[0] for one in corpus.transfer]
-    (folder / "rest.txt").write_text("".join(f"{text}\n" for text in rest), encoding="utf-8")
+    write_file(folder / "rest.txt", "".join(f"{text}\n" for text in rest))
     files = [f"data.{part}_file={folder / f'{part}.csv'}" for part in PARTS]
     return [
         *BUDGET, *TUNING, "data=text_files", *files, f"data.transfer=[{folder / 'rest.txt'}]", "data.tokenizer=minilm",
@@ -134,7 +142,7 @@ def data_efficiency() -> list[Point]:
         rng.shuffle(order)
         return order[:count]  # a smaller share is a part of a larger one
 
-    stages = {LABELS: "labels alone", START: "labels, start from the teacher", TAUGHT: "teacher, all sentences"}
+    stages = {LABELS: "labels alone", START: START_LINE, TAUGHT: "teacher, all sentences"}
     return [
         Point("", 100 * share, write_files(RUNS / f"files_{share:g}", partial(some, share)), stages)
         for share in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -154,10 +162,12 @@ def label_noise() -> list[Point]:
     for share in (0.0, 0.2, 0.4):
         name = f"files_noise_{share:g}" if share else "files_1"  # all labels, and these right: as in data_efficiency
         settings = write_files(RUNS / name, partial(flipped, share))
-        stages = {LABELS: "labels alone", START: "labels, start from the teacher", TAUGHT: "soft targets"}
+        stages = {LABELS: "labels alone", START: START_LINE, TAUGHT: "soft targets"}
         found.append(Point("", 100 * share, settings, stages))
         # Whoever doubts an example's label must not have learned it by heart.
-        trusting = [*settings, "distillation=label_trust", "teacher.folds=3", "stages=[teacher,distill]"]
+        folds = [*settings, "teacher.folds=3", "stages=[teacher,distill]"]
+        found.append(Point("folds", 100 * share, folds, {TAUGHT: "soft targets, teachers of folds"}))
+        trusting = [*folds, "distillation=label_trust"]
         found.append(Point("trust", 100 * share, trusting, {TAUGHT: "label_trust, teachers of folds"}))
     return found
 
@@ -167,7 +177,7 @@ def sensitivity() -> list[Point]:
     found = []
     for rate in ("5e-4", "2e-3", "8e-3"):
         base = [*BUDGET, *given_teacher(), f"optimizer.lr={rate}"]
-        stages = {LABELS: "labels alone", START: "labels, start from the teacher"}
+        stages = {LABELS: "labels alone", START: START_LINE}
         found.append(Point("", float(rate), [*base, "stages=[baseline]"], stages))
         for temperature in (1, 4, 16):
             for alpha in (0.1, 0.5, 0.9):
@@ -233,22 +243,26 @@ def of_recipes() -> Curves:
     }
 
 
-def training_seconds(name: str, stage: str, lengths: tuple[int, int] = (20, 100)) -> float:
+def training_seconds(name: str, stage: str, lengths: tuple[int, int] = (50, 150)) -> float:
     """Return how long a recipe's stage takes on one core, its validations included.
 
-    Two short trainings are timed, and what their difference says of a step is multiplied: whole trainings ran beside
-    others. The teacher's answers are stored already.
+    Two short trainings are timed after one to warm up, and what their difference says of a step is multiplied: whole
+    trainings ran beside others. The teacher's answers must be stored already.
     """
     torch.set_num_threads(1)
     job = recipe_jobs(name)[0]
-    steps, found = pipeline(job.overrides).cfg["trainer"]["max_steps"], []
-    for length in lengths:
+    steps = pipeline(job.overrides).cfg["trainer"]["max_steps"]
+
+    def seconds(length: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             own = [f"shared_dir={folder}/shared", f"stages=[{stage}]", f"trainer.max_steps={length}"]
-            short = Job(job.name, (*job.settings, *own), Path(folder) / "run", job.seed)
+            short = Job(job.name, (*job.settings, *own, "teacher.cache=require"), Path(folder) / "run", job.seed)
             pipeline(short.overrides).run()
-            found.append(short.record(stage)["seconds"])
-    return float(found[0] + (found[1] - found[0]) / (lengths[1] - lengths[0]) * (steps - lengths[0]))
+            return float(short.record(stage)["seconds"])
+
+    seconds(10)
+    short, long = (seconds(length) for length in lengths)
+    return short + (long - short) / (lengths[1] - lengths[0]) * (steps - lengths[0])
 
 
 Curves = dict[str, list[dict[str, Any]]]
@@ -258,11 +272,34 @@ def _at(curves: Curves, line: str, x: float | str) -> float:
     return float(next(point["test"]["mean"] for point in curves[line] if point["x"] == x))
 
 
+def _point(curves: Curves, line: str, x: float | str) -> dict[str, Any]:
+    return next(point for point in curves[line] if point["x"] == x)
+
+
+def _at(curves: Curves, line: str, x: float | str) -> float:
+    return float(_point(curves, line, x)["test"]["mean"])
+
+
+def _gain(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Return how much better one point is than another, and the standard error of that."""
+    error = math.sqrt((one["test"]["std"] ** 2 + other["test"]["std"] ** 2) / len(SEEDS))
+    return one["test"]["mean"] - other["test"]["mean"], error
+
+
 def _said_of_labels(curves: Curves) -> str:
-    whole = _at(curves, "labels alone", 100)
-    enough = [p["x"] for p in curves["teacher, all sentences"] if p["test"]["mean"] >= whole]
-    least = f"{min(enough):g} % of the labels" if enough else "no share of the labels"
-    return f"With a teacher {least} are enough for what labels alone reach with all of them ({100 * whole:.1f} %)."
+    taught = sorted(curves["teacher, all sentences"], key=lambda point: point["x"])
+
+    def enough(line: str) -> str:
+        whole = _at(curves, line, 100)
+        below = [i for i, point in enumerate(taught) if point["test"]["mean"] < whole]
+        first = below[-1] + 1 if below else 0
+        return f"{taught[first]['x']:g} % of the labels" if first < len(taught) else "no share of the labels"
+
+    return (
+        f"With a teacher, {enough('labels alone')} and more do what all of them do alone, and {enough(START_LINE)} "
+        "what all of them do from the same start (a share is one draw of labels with one teacher; all validation "
+        "labels select)."
+    )
 
 
 def _said_of_noise(curves: Curves) -> str:
@@ -272,48 +309,57 @@ def _said_of_noise(curves: Curves) -> str:
 
 
 def _said_of_sensitivity(curves: Curves) -> str:
-    plane = max(point["test"]["mean"] for point in curves["labels, start from the teacher"])
-    taught = [points for line, points in curves.items() if not line.startswith("labels")]
-    settings = [point["test"]["mean"] for points in taught for point in points]
-    above = sum(one > plane for one in settings)
+    plane = max(curves[START_LINE], key=lambda point: point["validation"]["mean"])
+    taught = [point for line, points in curves.items() if line.startswith("T ") for point in points]
+    gains = [_gain(point, plane) for point in taught]
+    above = sum(gain > 2 * error for gain, error in gains)
+    below = sum(gain < -2 * error for gain, error in gains)
+    means = [100 * point["test"]["mean"] for point in taught]
     return (
-        f"{above} of {len(settings)} settings beat labels from the same start at its best rate ({100 * plane:.1f} %); "
-        f"the settings lie between {100 * min(settings):.1f} and {100 * max(settings):.1f} %."
+        f"Of {len(taught)} settings {above} are better and {below} worse, by two standard errors, than labels from "
+        f"the same start at the rate that is best on validation ({plane['x']:g}: "
+        f"{100 * plane['test']['mean']:.1f} %); they lie between {min(means):.1f} and {max(means):.1f} %."
     )
 
 
 def _said_of_architectures(curves: Curves) -> str:
-    gains = {
-        (line.removesuffix(" teaches"), point["x"]): 100
-        * (point["test"]["mean"] - _at(curves, "labels alone", point["x"]))
-        for line, points in curves.items()
-        if line != "labels alone"
-        for point in points
-    }  # fmt: skip
-    parts = ", ".join(f"{above} to {below} {gain:+.1f}" for (above, below), gain in gains.items())
-    return f"What a teacher adds to labels alone, in points: {parts}."
+    taught = {line: points for line, points in curves.items() if line != "labels alone"}
+    said = []
+    for line, points in taught.items():
+        gains = ", ".join(
+            f"{point['x']} {100 * _gain(point, _point(curves, 'labels alone', point['x']))[0]:+.1f}" for point in points
+        )
+        said.append(f"{line.removesuffix(' teaches')} ({100 * points[0]['teacher']:.1f} %) {gains}")
+    return f"What a teacher adds to labels alone, in points: {'; '.join(said)}."
 
 
 def _said_of_quality(curves: Curves) -> str:
-    points = sorted(curves["distilled"], key=lambda point: point["teacher"])
-    pairs = ", ".join(f"{100 * one['teacher']:.1f} teaches {100 * one['test']['mean']:.1f}" for one in points)
+    points = sorted(curves["distilled"], key=lambda point: point["x"])
+    pairs = ", ".join(f"{point['x']:.1f} teaches {100 * point['test']['mean']:.1f}" for point in points)
     return f"Teacher's and student's accuracy in %: {pairs}."
 
 
 def _said_of_calibration(curves: Curves) -> str:
-    best = min(((p["test"]["mean"], line, p["x"]) for line, points in curves.items() for p in points))
-    worst = max(((p["test"]["mean"], line, p["x"]) for line, points in curves.items() for p in points))
+    plain, calibrated = (curves[f"teacher {how}"] for how in ("as it is", "calibrated"))
+    changes = ", ".join(
+        f"{point['test']['mean']:.3f} to {_at(curves, 'teacher calibrated', point['x']):.3f} at T {point['x']:g}"
+        for point in plain
+    )
     return (
-        f"The student's calibration error lies between {best[0]:.3f} ({best[1]}, T {best[2]:g}) and {worst[0]:.3f} "
-        f"({worst[1]}, T {worst[2]:g})."
+        f"Calibration takes the teacher's error (ECE) from {plain[0]['teacher']:.3f} to {calibrated[0]['teacher']:.3f} "
+        f"and the student's from {changes}."
     )
 
 
 def _said_of_budgets(curves: Curves) -> str:
-    points = sorted((found[-1]["x"], found[-1]["test"]["mean"], name) for name, found in curves.items())
-    front = [one for i, one in enumerate(points) if all(one[1] > other[1] for other in points[:i])]
-    parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front)
+    parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front(curves))
     return f"No recipe is both faster to train and better than these: {parts} (one core, the teacher's answers kept)."
+
+
+def front(curves: Curves) -> list[tuple[float, float, str]]:
+    """Return seconds, accuracy and name of the distilled students that no other one beats in both."""
+    points = sorted((found[-1]["x"], found[-1]["test"]["mean"], name) for name, found in curves.items())
+    return [one for i, one in enumerate(points) if all(one[1] > other[1] for other in points[:i])]
 
 
 STUDIES = {
@@ -330,21 +376,25 @@ STUDIES = {
         logarithmic=True,
     ),
     "architecture_gap": Study(
-        "Does it matter how unlike teacher and student are?", "student", architecture_gap, _said_of_architectures
+        "Does it matter how unlike teacher and student are?", "student", architecture_gap, _said_of_architectures,
+        teacher=True,
     ),
     "teacher_quality": Study(
-        "Does a better teacher make a better student?", "steps of the teacher's fine-tuning", teacher_quality,
-        _said_of_quality, logarithmic=True,
+        "Does a better teacher make a better student?", "test accuracy of the teacher, %", teacher_quality,
+        _said_of_quality, teacher=True,
     ),
     "calibration": Study(
         "What do temperature and a calibrated teacher do to the student's calibration?", "temperature", calibration,
-        _said_of_calibration, score="ece", logarithmic=True,
+        _said_of_calibration, score="ece", logarithmic=True, teacher=True,
     ),
     "stage_budget": Study(
         "What does a recipe's accuracy cost in training time?", "training, seconds on one core", stage_budget,
         _said_of_budgets, logarithmic=True,
     ),
 }  # fmt: skip
+
+
+TRAINED = [name for name in STUDIES if name != "stage_budget"]
 
 
 def jobs(name: str, point: Point) -> list[Job]:
@@ -362,46 +412,86 @@ def jobs(name: str, point: Point) -> list[Job]:
 def measure(name: str, points: Sequence[Point]) -> Curves:
     """Read the test split: every curve's points."""
     study, curves = STUDIES[name], dict[str, list[dict[str, Any]]]()
-    for point in points:
-        some = jobs(name, point)
+    found = [(point, stage, line, jobs(name, point)) for point in points for stage, line in point.stages.items()]
+    if missing := {job.name for _, stage, _, some in found for job in some if not is_trained(job, stage)}:
+        sys.exit(f"study: {', '.join(sorted(missing))}: not trained yet; run python scripts/study.py {name} first")
+    for point, stage, line, some in found:
         run = pipeline(some[0].overrides)
-        for stage, line in point.stages.items():
-            if missing := [job.name for job in some if not (job.stage(stage) / "stage.json").is_file()]:
-                sys.exit(f"study: {', '.join(missing)}: not trained yet; run python scripts/study.py {name} first")
-            scored = [run.task.evaluate(test_answers(job, stage))[study.score] for job in some]
-            found = {"x": point.x, "test": spread(scored)}
-            if name == "teacher_quality":
-                found["teacher"] = run.task.evaluate(teacher_answers(some[0]))[study.score]
-            curves.setdefault(line, []).append(found)
+        scored = [run.task.evaluate(test_answers(job, stage))[study.score] for job in some]
+        one = {
+            "x": point.x, "test": spread(scored), "validation": spread([job.validation(stage) for job in some]),
+        }  # fmt: skip
+        if study.teacher and stage == TAUGHT:
+            one["teacher"] = run.task.evaluate(teacher_answers(some[0]))[study.score]
+        if name == "teacher_quality":
+            one |= {"x": 100 * one["teacher"], "steps": point.x}
+        curves.setdefault(line, []).append(one)
     return curves
 
 
+def is_trained(job: Job, stage: str) -> bool:
+    """Return whether a stage of a run is finished."""
+    return (job.stage(stage) / "stage.json").is_file()
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "labels alone": {"color": "#555555", "linestyle": "--"},
+    START_LINE: {"color": "#111111", "linestyle": ":"},
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe & Ito's, told apart by all
+
+
 def picture(name: str, curves: Curves) -> None:
-    """Draw the curves with a bar for one standard deviation over the seeds."""
+    """Draw the curves with a bar for one standard deviation over the seeds; of sensitivity a panel a temperature."""
     from matplotlib.figure import Figure
 
     study = STUDIES[name]
     percent = 100 if study.score == "accuracy" else 1
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for line, points in curves.items():
-        x = [point["x"] for point in points]
-        y = [percent * point["test"]["mean"] for point in points]
-        bars = [percent * point["test"]["std"] for point in points]
-        style = {"color": "#E69F00", "linestyle": "--"} if line == "labels alone" else {}
-        axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=3, label=line, **style)
-    numbers = sorted({point["x"] for points in curves.values() for point in points if not isinstance(point["x"], str)})
-    if study.logarithmic:
-        axes.set_xscale("log")
-    if study.logarithmic and len(numbers) < 8:
-        axes.set_xticks(numbers, [f"{x:g}" for x in numbers], minor=False)
-        axes.minorticks_off()
-    axes.set_xlabel(study.x_label)
-    axes.set_ylabel("test accuracy, %" if study.score == "accuracy" else "test calibration error (ECE)")
-    axes.set_title(f"{study.question}\n(mean and standard deviation of {len(SEEDS)} seeds)", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    panels = list(dict.fromkeys(line.split(", ")[0] for line in curves if line.startswith("T "))) or [""]
+    figure = Figure(figsize=(max(7.5, 4 * len(panels)), 4.8), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, axes in zip(panels, row, strict=True):
+        lines = {line: points for line, points in curves.items() if line in STYLES or line.startswith(panel)}
+        colours = iter(COLOURS)
+        for number, (line, points) in enumerate(lines.items()):
+            style = STYLES.get(line) or {"color": next(colours), "linestyle": "-"}
+            x = [point["x"] for point in points]
+            if isinstance(x[0], str):  # names have nothing between them
+                style = {**style, "linestyle": ""}
+                names = [point["x"] for point in next(iter(lines.values()))]
+                x = [names.index(one) + 0.15 * (number - (len(lines) - 1) / 2) for one in x]
+                axes.set_xticks(range(len(names)), names)
+            y = [percent * point["test"]["mean"] for point in points]
+            bars = [percent * point["test"]["std"] for point in points]
+            label = line.removeprefix(f"{panel}, ") if panel else line
+            drawn = axes.errorbar(x, y, bars, marker="o", markersize=5, capsize=3, label=label, **style)
+            if name == "stage_budget":
+                axes.plot(x[0], y[0], "o", color="white", markeredgecolor=drawn[0].get_color(), markersize=6, zorder=3)
+        if study.logarithmic:
+            _label_decades(axes, {point["x"] for points in lines.values() for point in points})
+        axes.set_title(panel, fontsize=10)
+        axes.set_xlabel(study.x_label)
+        axes.spines[["top", "right"]].set_visible(False)
+    if name == "stage_budget":
+        best = front(curves)
+        row[0].plot([one[0] for one in best], [100 * one[1] for one in best], color="#bbbbbb", linewidth=5, zorder=0)
+        row[0].set_title("hollow: from labels, filled: distilled, grey: nothing is faster and better", fontsize=9)
+    row[0].set_ylabel("test accuracy, %" if study.score == "accuracy" else "test calibration error (ECE)")
+    figure.suptitle(f"{study.question}\n(mean and standard deviation of {len(SEEDS)} seeds)", fontsize=10)
+    figure.legend(*row[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(RESULTS / f"{name}.png", dpi=150)
+
+
+def _label_decades(axes: Any, numbers: set[float]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_xscale("log")
+    if len(numbers) < 8:
+        axes.set_xticks(sorted(numbers), [f"{x:g}" for x in sorted(numbers)])
+        axes.minorticks_off()
+    else:
+        for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def record(name: str) -> None:
@@ -410,7 +500,7 @@ def record(name: str) -> None:
     from kd_lightning.measure import environment
 
     study = STUDIES[name]
-    curves = of_recipes() if name == "stage_budget" else measure(name, study.points())
+    curves = measure(name, study.points()) if name in TRAINED else of_recipes()
     content = {
         "question": study.question, "sentence": study.sentence(curves), "score": study.score, "seeds": len(SEEDS),
         "command": f"python scripts/study.py {name} --final", "environment": environment(), "curves": curves,
@@ -432,7 +522,8 @@ def document() -> None:
         file = RESULTS / f"{name}.json"
         lines += [f"## {study.question}", ""]
         if not file.is_file():
-            lines += [f"Not measured yet: `python scripts/study.py {name}`, then `--final`.", ""]
+            how = f"`python scripts/study.py {name}`" + (", then `--final`" if name in TRAINED else " `--final`")
+            lines += [f"Not measured yet: {how}.", ""]
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         machine = content["environment"]
@@ -446,6 +537,16 @@ def document() -> None:
 
 def main() -> None:
     """Entry point."""
+    from kd_lightning.errors import KDError
+
+    try:
+        command_line()
+    except KDError as error:
+        sys.exit(f"study: {error}")
+
+
+def command_line() -> None:
+    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=list(STUDIES), metavar="NAME")
     parser.add_argument("--final", action="store_true", help="read the test split, once, when all is trained")
@@ -457,10 +558,13 @@ def main() -> None:
         parser.error(f"which study? {', '.join(STUDIES)}")
     elif given.final:
         record(given.name)
+    elif given.name not in TRAINED:
+        parser.error(f"{given.name} trains nothing of its own: scripts/recipes.py does; add --final")
     else:
+        train_teacher("reviews_bilstm")
         found = [jobs(given.name, point) for point in STUDIES[given.name].points()]
         for some in found:
-            pipeline(some[0].overrides).build_caches()
+            pipeline(some[0].overrides, quiet=False).build_caches()
         train_all([job for some in found for job in some])
 
 

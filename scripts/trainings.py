@@ -6,6 +6,7 @@ import io
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -85,18 +86,30 @@ def train(job: Job) -> None:
 
 
 def train_all(jobs: Sequence[Job]) -> None:
-    """Run jobs side by side and say how each ended."""
-    started = time.monotonic()
+    """Run jobs side by side and say how each ended; those that a mistake stopped are told at the end, too."""
+    from kd_lightning.errors import KDError
+
+    started, failed = time.monotonic(), []
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(train, job): job for job in jobs}
         for done, future in enumerate(as_completed(waiting), 1):
             job = waiting[future]
-            future.result()
+            try:
+                future.result()
+            except KDError as error:
+                failed.append(f"{job.name}: {error}")
+                print(f"{done}/{len(jobs)}  {failed[-1]}", flush=True)
+                continue
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
             stages = sorted(file.parent.name for file in (job.folder / f"seed_{job.seed}").glob("*/stage.json"))
             scores = ", ".join(f"{stage} {job.validation(stage):.4f}" for stage in stages)
             minutes = (time.monotonic() - started) / 60
             print(f"{done}/{len(jobs)}  {job.name}: validation {scores}  ({minutes:.0f} min)", flush=True)
+    if failed:
+        sys.exit("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
 
 
 def test_answers(job: Job, stage: str) -> Any:
@@ -110,7 +123,8 @@ def test_answers(job: Job, stage: str) -> Any:
 @cache
 def _test_loader(settings: tuple[str, ...]) -> Any:
     """Return the test split's batches for students; seeds have them in common."""
-    return pipeline([*settings, "logger={}"]).data.select(tokens="student").test_dataloader()
+    nowhere = ROOT / "runs" / "nothing_is_written"  # whatever else is in the folder that the experiment names
+    return pipeline([*settings, "logger={}", f"run_dir={nowhere}"]).data.select(tokens="student").test_dataloader()
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

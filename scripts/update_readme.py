@@ -98,11 +98,13 @@ def recipes() -> str:
             f"{started} | {_percent(row['distilled'])} | {ratio} | {row['goal']}: "
             f"{'met' if row['met'] else '**missed**'} |"
         )
+    several = [f"`{name}`" for name, row in content["recipes"].items() if "tasks" in row]
+    others = f" (of {', '.join(several)} the mean of its tasks' accuracies and correlations)" if several else ""
     machines = {row["environment"]["cpu"]: row["environment"] for row in content["recipes"].values()}
     where = "; ".join(f"{name}, {m['cores']} cores, torch {m['versions']['torch']}" for name, m in machines.items())
     lines += [
         "",
-        f"Test accuracy in %, mean and standard deviation of {content['seeds']} seeds; *gap closed* is the "
+        f"Test accuracy in %{others}, mean and standard deviation of {content['seeds']} seeds; *gap closed* is the "
         "distillation ratio (S_kd - S) / (T - S) against labels. One seed: `kd-train experiment=NAME`; all: "
         f"`python scripts/recipes.py`, on {where} (`results/quality.json`).",
     ]
@@ -124,7 +126,7 @@ def ablation() -> str:
     rows.append(("no teacher, the same start", row["baseline_initialised"], row["validation"]["baseline_initialised"]))
     rows.append(("no teacher, nothing of it", row["baseline"], row["validation"]["baseline"]))
     for name, test, validation in sorted(rows, key=lambda one: -one[1]["mean"]):
-        change = 100 * (test["mean"] - row["distilled"]["mean"])
+        change = round(100 * (test["mean"] - row["distilled"]["mean"]), 1) + 0.0  # no -0.0
         lines.append(f"| {name} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
     return "\n".join(lines) + "\n"
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kd_lightning.config import conf_dir
+from kd_lightning.errors import ConfigError
+from tests.conftest import write_toy_csv
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,10 +93,55 @@ def test_no_test_figure_of_a_recipe_that_is_not_trained(
 ) -> None:
     monkeypatch.setattr(recipes, "RUNS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["recipes.py", "--final", "reviews_bow"])
-    with pytest.raises(
-        SystemExit, match=r"reviews_bow, seed 0.*not trained yet; run python scripts/recipes.py reviews_bow"
-    ):
+    with pytest.raises(SystemExit, match=r"not trained yet: reviews_bow, seed 0, .*; without --final this trains them"):
         recipes.main()
+
+
+def test_a_mistake_in_a_configuration_is_one_line(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(name: str) -> None:
+        raise ConfigError(f"{name}: trainer.max_steps=-3")
+
+    monkeypatch.setattr(recipes, "train_teacher", refuses)
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "reviews_bow"])
+    with pytest.raises(SystemExit, match=r"^recipes: reviews_bilstm: trainer\.max_steps=-3$"):
+        recipes.main()
+
+
+def test_the_test_split_is_read_whatever_else_is_in_the_folder_of_the_experiment(
+    recipes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A user's own `kd-train experiment=...` with other settings is no reason to refuse."""
+    trainings = sys.modules["trainings"]
+    monkeypatch.chdir(tmp_path)
+    file = write_toy_csv(tmp_path / "toy.csv", rows=60)
+    settings = ("experiment=quickstart", "data=text_files", f"data.train_file={file}", "data.tokenizer=wordpiece:200")
+    more = ("data.teacher_tokenizer=null", "~data.transfer", f"data.cache_dir={tmp_path}")
+    own = tmp_path / "runs/quickstart/config.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("name: quickstart\nalpha: 0.123\n")
+    assert len(list(trainings._test_loader((*settings, *more)))) > 0
+    assert own.read_text() == "name: quickstart\nalpha: 0.123\n"
+
+
+def test_trainings_that_fail_are_told_and_the_others_are_done(
+    recipes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings = sys.modules["trainings"]
+
+    def one(job: Any) -> None:
+        if job.seed == 0:
+            raise ConfigError("lr=-1")
+        folder = job.stage("distill")
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text("{}")
+
+    monkeypatch.setattr(trainings, "train", one)
+    monkeypatch.setattr(trainings, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(trainings.Job, "validation", lambda self, stage: 0.8)
+    some = [trainings.Job(f"seed {seed}", (), tmp_path / str(seed), seed) for seed in range(2)]
+    with pytest.raises(SystemExit, match=r"^1 of 2 trainings failed:\nseed 0: lr=-1$"):
+        trainings.train_all(some)
+    assert "2/2  seed 1: validation distill 0.8000" in capsys.readouterr().out
 
 
 def test_an_unknown_recipe_is_one_line(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

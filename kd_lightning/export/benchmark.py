@@ -279,7 +279,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     memory = (
         "Peak memory is a process's own: of onnx with onnxruntime alone, of pt2 with torch, of others with Lightning"
     )
-    against = f"Times faster and smaller: than {result['against']}"
+    against = f"Accuracy on the validation split. Times faster and smaller: than {result['against']}"
     return f"{as_markdown(table_rows(result))}\n\n{against}. {memory}. `{result['command']}`, {where}."
 
 
