@@ -451,11 +451,8 @@ def picture(name: str, curves: Curves) -> None:
     figure = Figure(figsize=(max(7.5, 4 * len(panels)), 4.8), layout="constrained")
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, axes in zip(panels, row, strict=True):
-        lines = {
-            line: points
-            for line, points in curves.items()
-            if line in STYLES or line.split(", ")[0] == panel or not panel
-        }
+        shown = [line for line in curves if not panel or line in STYLES or line.split(", ")[0] == panel]
+        lines = {line: curves[line] for line in shown}
         colours = iter(COLOURS)
         for number, (line, points) in enumerate(lines.items()):
             style = STYLES.get(line) or {"color": next(colours), "linestyle": "-"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from matplotlib.figure import Figure
 
 from kd_lightning.config import conf_dir, register_resolvers
 from tests.toy_reviews import write_archive
@@ -119,6 +120,19 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
     )
     budgets = {"fast": curve((5, 0.7), (9, 0.8)), "slow": curve((5, 0.7), (20, 0.79)), "best": curve((5, 0), (30, 0.9))}
     assert ": fast 80.0 % after 9 s, best 90.0 % after 30 s (" in said["stage_budget"](budgets)
+
+
+def test_a_panel_shows_its_own_temperature(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+
+    def keep(figure: Figure, *_: Any, **__: Any) -> None:
+        drawn.extend([axes.get_title(), *axes.get_legend_handles_labels()[1]] for axes in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    study.picture(
+        "sensitivity", {name: curve((0.1, 0.6)) for name in ("labels alone", "T 1, alpha 1", "T 16, alpha 1")}
+    )
+    assert drawn == [["T 1", "labels alone", "alpha 1"], ["T 16", "labels alone", "alpha 1"]]
 
 
 @pytest.mark.parametrize(
