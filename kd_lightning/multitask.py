@@ -61,13 +61,9 @@ class MultiTaskPipeline(Pipeline):
                 teacher[key] = {**whole[key], **given.get(key, {})}
         own = {
             "data": self.cfg["data"]["tasks"][name], "run_dir": str(self.folder / "tasks" / name), "tasks": {},
-            "teacher": teacher, "stages": ["teacher"], "distillation": self._distillation_of(name),
+            "teacher": teacher, "stages": ["teacher"], "distillation": self.losses[name],
         }  # fmt: skip
         return OmegaConf.create({**self.cfg, **own})
-
-    def _distillation_of(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.cfg["tasks"].get(name, {}).get("distillation", self.cfg["distillation"])
-        return found
 
     @cached_property
     def task(self) -> MultiTask:
@@ -92,12 +88,18 @@ class MultiTaskPipeline(Pipeline):
             return sum(part.score() for part in self.parts.values()) / len(self.parts)
         return super().score()
 
+    @property
+    def losses(self) -> dict[str, Any]:
+        """The configuration of each task's loss."""
+        tasks, shared = self.cfg["tasks"], self.cfg["distillation"]
+        return {name: tasks.get(name, {}).get("distillation", shared) for name in self.cfg["data"]["tasks"]}
+
     def objective(self, student: nn.Module, teacher: nn.Module | None) -> Objective:
         """Build the loss: every task's own, on its examples, times its weight."""
         terms: dict[str, Term] = {}
         weights: dict[str, Scheduled] = {}
-        for name in self.data.tasks:
-            own: Objective = build(self._distillation_of(name))
+        for name, losses in self.losses.items():
+            own: Objective = build(losses)
             for part, term in own.terms.items():
                 terms[f"{name}/{part}"] = self.task.term(name, term)  # type: ignore[arg-type]
                 weights[f"{name}/{part}"] = _times(self.task.weights[name], own.weights[part])
@@ -131,8 +133,7 @@ class MultiTaskPipeline(Pipeline):
 
     @property
     def _needs_teachers(self) -> bool:
-        nodes = [self._distillation_of(name) for name in self.data.tasks]
-        taught = "distill" in self.stages and any(build(node).uses_teacher for node in nodes)
+        taught = "distill" in self.stages and any(build(node).uses_teacher for node in self.losses.values())
         return taught or self.takes_from_teacher
 
     @property

@@ -201,7 +201,7 @@ class Pipeline:
             name, folder, data, network, network_settings, self.cfg["optimizer"], self.cfg["scheduler"],
             steps=self.steps, seed=seed,
             more={
-                "distillation": self.cfg["distillation"], "balance": self.cfg["balance"], "peers": self.cfg["peers"],
+                "distillation": self.losses, "balance": self.cfg["balance"], "peers": self.cfg["peers"],
                 "teacher": {"ema": self.cfg["teacher"]["ema"]} if number is None else self.guide(number).fingerprint,
                 "answers": {
                     key: self.cfg["teacher"][key] for key in (*DECIDING, "combine", "weights", "folds", "calibrate")
@@ -243,6 +243,12 @@ class Pipeline:
         """Return the mean teacher that `teacher.ema` asks for."""
         decay = self.cfg["teacher"]["ema"]
         return None if decay is None else EMATeacher(student, decay, objective.needs_teacher)
+
+    @property
+    def losses(self) -> dict[str, Any]:
+        """The configuration of the loss; of several tasks theirs, by name."""
+        found: dict[str, Any] = self.cfg["distillation"]
+        return found
 
     def objective(self, student: nn.Module, teacher: nn.Module | None) -> Objective:
         """Build the loss for two networks; without a teacher, for the student and itself."""
@@ -449,11 +455,12 @@ class Pipeline:
         if deciding.get("strategy") == "ddp_spawn":  # who starts the processes decides nothing
             deciding["strategy"] = "ddp"
         validations = validations or self.cfg["validations"]
+        weights = {name: task["weight"] for name, task in self.cfg["tasks"].items() if "weight" in task}
         settings = {
             "network": network_settings, "optimizer": optimizer, "scheduler": scheduler, "trainer": deciding,
             "batch_size": data.batch_size, "validations": validations, "steps": steps, "seed": seed,
             "data": data.fingerprint, "callbacks": self.cfg["callbacks"], **(more or {}),
-            **({"tasks": self.cfg["tasks"]} if self.cfg["tasks"] else {}),
+            **({"task_weights": weights} if weights else {}),
         }  # fmt: skip
         return Stage(
             name=name,

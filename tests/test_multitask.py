@@ -148,6 +148,22 @@ def test_a_second_run_reuses_everything_and_other_settings_are_refused(
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_what_learns_from_labels_serves_every_point_of_a_sweep(
+    composed: Composed, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A baseline's settings, which say where it is kept, know neither alpha nor the losses of the tasks."""
+    stages: list[Any] = []
+    monkeypatch.setattr("kd_lightning.pipeline.train", lambda stage, console: stages.append(stage))
+    losses = []
+    for more in ("alpha=0.9", "alpha=0.25", "+tasks.domain.weight=2"):
+        pipeline = pipeline_of(composed(*overrides, more))
+        pipeline.baseline(0, "baseline")
+        losses.append(pipeline.losses["rating"])
+    one, other_alpha, other_weight = (stage.settings for stage in stages)
+    assert one == other_alpha != other_weight
+    assert losses[0] != losses[1]
+
+
 class StopAt(L.Callback):
     """Breaks the training of several tasks off at an optimizer step."""
 
@@ -175,7 +191,8 @@ def test_a_stopped_student_goes_on_bit_by_bit(
 
 
 def test_a_tasks_weight_reaches_both_trainings(composed: Composed, overrides: list[str]) -> None:
-    pipeline = pipeline_of(composed(*overrides, "+tasks.domain.weight=0", "+tasks.sentiment.weight=3"))
+    weights_of_tasks = ["+tasks.domain.weight=0", "+tasks.sentiment.weight=3"]
+    pipeline = pipeline_of(composed(*overrides, *weights_of_tasks, "alpha=0.9"))
     assert isinstance(pipeline, MultiTaskPipeline)
     student, _ = pipeline.build_network(pipeline.cfg["student"], "student")
     weights = pipeline.objective(student, None).weights
