@@ -518,7 +518,11 @@ def document() -> None:
     from kd_lightning.files import write_file
 
     lines = ["# Questions users ask, measured", ""]
-    lines += ["Written by `python scripts/study.py --docs` from `results/studies/*.json`.", ""]
+    lines += [
+        "Students train for 400 steps on sentences without views, so that a study is done within the hour. The recipes' "
+        "students train for up to ten times as long, on views, and gain more from their teacher: see the README. Written "
+        "by `python scripts/study.py --docs` from `results/studies/*.json`.", "",
+    ]  # fmt: skip
     for name, study in STUDIES.items():
         file = RESULTS / f"{name}.json"
         lines += [f"## {study.question}", ""]
