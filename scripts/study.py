@@ -519,9 +519,9 @@ def document() -> None:
 
     lines = ["# Questions users ask, measured", ""]
     lines += [
-        "Students train for 400 steps on sentences without views, so that a study is done within the hour. Those "
-        "of the recipes train for up to ten times as long, on views, and gain more from their teacher (README). Written by "
-        "`python scripts/study.py --docs` from `results/studies/*.json`.", "",
+        "Students train for 400 steps on sentences without views, so that a study is done within the hour. Those of "
+        "the recipes train for up to ten times as long, on views, and gain more from their teacher (README). "
+        "Written by `python scripts/study.py --docs` from `results/studies/*.json`.", "",
     ]  # fmt: skip
     for name, study in STUDIES.items():
         file = RESULTS / f"{name}.json"
