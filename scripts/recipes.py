@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
+from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
 
 RUNS = ROOT / "runs" / "recipes"
 RESULT = ROOT / "results" / "quality.json"
@@ -142,7 +142,7 @@ def measure(name: str) -> Row:
     """Read the test split for a recipe and say how it did."""
     recipe, found = RECIPES[name], all_jobs(name)
     own = found[None]
-    variants = {one: some for one, some in found.items() if one and all(job.is_finished for job in some)}
+    variants = {one: some for one, some in found.items() if one and all(job.is_trained() for job in some)}
     for one in recipe.variants.keys() - variants.keys():
         print(f"{name}, {one}: left out, since it is not trained yet")
     run = pipeline(own[0].overrides)
@@ -213,7 +213,7 @@ def record(names: list[str]) -> None:
     from kd_lightning.files import write_file
     from kd_lightning.measure import environment
 
-    if missing := [job.name for name in names for job in jobs(name) if not job.is_finished]:
+    if missing := [job.name for name in names for job in jobs(name) if not job.is_trained()]:
         sys.exit(f"recipes: not trained yet: {', '.join(missing)}; without --final this trains them")
     rows: dict[str, Row] = json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] if RESULT.is_file() else {}
     for name in names:
@@ -239,16 +239,6 @@ def train_teacher(name: str) -> None:
 
 def main() -> None:
     """Entry point."""
-    from kd_lightning.errors import KDError
-
-    try:
-        command_line()
-    except KDError as error:
-        sys.exit(f"recipes: {error}")
-
-
-def command_line() -> None:
-    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES))
     parser.add_argument("--final", action="store_true", help="read the test split, once, when all is trained")
@@ -269,4 +259,4 @@ def command_line() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    without_traceback(main)

@@ -38,7 +38,7 @@ import torch
 
 from recipes import TRANSFER, teacher_of, train_teacher
 from recipes import jobs as recipe_jobs
-from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
+from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
 
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "results" / "studies"
 SEEDS = range(5)
@@ -268,10 +268,6 @@ def training_seconds(name: str, stage: str, lengths: tuple[int, int] = (50, 150)
 Curves = dict[str, list[dict[str, Any]]]
 
 
-def _at(curves: Curves, line: str, x: float | str) -> float:
-    return float(next(point["test"]["mean"] for point in curves[line] if point["x"] == x))
-
-
 def _point(curves: Curves, line: str, x: float | str) -> dict[str, Any]:
     return next(point for point in curves[line] if point["x"] == x)
 
@@ -412,26 +408,23 @@ def jobs(name: str, point: Point) -> list[Job]:
 def measure(name: str, points: Sequence[Point]) -> Curves:
     """Read the test split: every curve's points."""
     study, curves = STUDIES[name], dict[str, list[dict[str, Any]]]()
-    found = [(point, stage, line, jobs(name, point)) for point in points for stage, line in point.stages.items()]
-    if missing := {job.name for _, stage, _, some in found for job in some if not is_trained(job, stage)}:
+    found = [(point, jobs(name, point)) for point in points]
+    stages = [(stage, job) for point, some in found for stage in point.stages for job in some]
+    if missing := {job.name for stage, job in stages if not job.is_trained(stage)}:
         sys.exit(f"study: {', '.join(sorted(missing))}: not trained yet; run python scripts/study.py {name} first")
-    for point, stage, line, some in found:
-        run = pipeline(some[0].overrides)
-        scored = [run.task.evaluate(test_answers(job, stage))[study.score] for job in some]
-        one = {
-            "x": point.x, "test": spread(scored), "validation": spread([job.validation(stage) for job in some]),
-        }  # fmt: skip
-        if study.teacher and stage == TAUGHT:
-            one["teacher"] = run.task.evaluate(teacher_answers(some[0]))[study.score]
-        if name == "teacher_quality":
-            one |= {"x": 100 * one["teacher"], "steps": point.x}
-        curves.setdefault(line, []).append(one)
+    for point, some in found:
+        task = pipeline(some[0].overrides).task
+        for stage, line in point.stages.items():
+            scored = [task.evaluate(test_answers(job, stage))[study.score] for job in some]
+            one = {
+                "x": point.x, "test": spread(scored), "validation": spread([job.validation(stage) for job in some]),
+            }  # fmt: skip
+            if study.teacher and stage == TAUGHT:
+                one["teacher"] = task.evaluate(teacher_answers(some[0]))[study.score]
+            if name == "teacher_quality":
+                one |= {"x": 100 * one["teacher"], "steps": point.x}
+            curves.setdefault(line, []).append(one)
     return curves
-
-
-def is_trained(job: Job, stage: str) -> bool:
-    """Return whether a stage of a run is finished."""
-    return (job.stage(stage) / "stage.json").is_file()
 
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -527,8 +520,8 @@ def document() -> None:
         file = RESULTS / f"{name}.json"
         lines += [f"## {study.question}", ""]
         if not file.is_file():
-            how = f"`python scripts/study.py {name}`" + (", then `--final`" if name in TRAINED else " `--final`")
-            lines += [f"Not measured yet: {how}.", ""]
+            how = f"{name}`, then `--final`" if name in TRAINED else f"{name} --final`"
+            lines += [f"Not measured yet: `python scripts/study.py {how}.", ""]
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         machine = content["environment"]
@@ -542,16 +535,6 @@ def document() -> None:
 
 def main() -> None:
     """Entry point."""
-    from kd_lightning.errors import KDError
-
-    try:
-        command_line()
-    except KDError as error:
-        sys.exit(f"study: {error}")
-
-
-def command_line() -> None:
-    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=list(STUDIES), metavar="NAME")
     parser.add_argument("--final", action="store_true", help="read the test split, once, when all is trained")
@@ -574,4 +557,4 @@ def command_line() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    without_traceback(main)

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -44,10 +44,9 @@ class Job:
         """Return the folder of a stage."""
         return self.folder / f"seed_{self.seed}" / name
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether its student is distilled."""
-        return (self.stage("distill") / "stage.json").is_file()
+    def is_trained(self, stage: str = "distill") -> bool:
+        """Return whether a stage is finished."""
+        return (self.stage(stage) / "stage.json").is_file()
 
     def record(self, stage: str) -> dict[str, Any]:
         """Return what a finished stage recorded."""
@@ -110,6 +109,16 @@ def train_all(jobs: Sequence[Job]) -> None:
             print(f"{done}/{len(jobs)}  {job.name}: validation {scores}  ({minutes:.0f} min)", flush=True)
     if failed:
         sys.exit("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
+
+
+def without_traceback(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake ends it in one line."""
+    from kd_lightning.errors import KDError
+
+    try:
+        main()
+    except KDError as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
 def test_answers(job: Job, stage: str) -> Any:

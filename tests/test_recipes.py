@@ -104,7 +104,7 @@ def test_a_mistake_in_a_configuration_is_one_line(recipes: Any, monkeypatch: pyt
     monkeypatch.setattr(recipes, "train_teacher", refuses)
     monkeypatch.setattr(sys, "argv", ["recipes.py", "reviews_bow"])
     with pytest.raises(SystemExit, match=r"^recipes: reviews_bilstm: trainer\.max_steps=-3$"):
-        recipes.main()
+        recipes.without_traceback(recipes.main)
 
 
 def test_the_test_split_is_read_whatever_else_is_in_the_folder_of_the_experiment(
