@@ -1,13 +1,14 @@
 """Train one student with every text strategy at equal budget, and write what each is worth.
 
 python scripts/compare_strategies.py                    all of them: results/strategies.json and results/strategies.png
-python scripts/compare_strategies.py soft_target dkd    only these, into the same folders (nothing is trained twice)
+python scripts/compare_strategies.py soft_target dkd    only these, into the same folders (nothing is trained twice);
+                                                        of them validation scores only
 python scripts/compare_strategies.py --teacher runs/reviews_bilstm    with a teacher that is there already
 
 One student (a transformer of 2 layers, with as many heads as the teacher, since some strategies need that), one teacher
 (MiniLM fine-tuned on the reviews, as in experiment=quickstart, asked once for everything that any strategy reads), the
 same steps, learning rate, alpha and temperature for all: no strategy is tuned, each has the weights of its file. The
-weights of a run are selected on validation; the test split is read once, when all runs are done.
+weights of a run are selected on validation; the test split is read once, when the runs of all strategies are done.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ def main() -> None:
     pipeline(jobs[names[0]][0].overrides, quiet=False).build_caches()
 
     train_all([jobs[name][number] for number in range(len(SEEDS)) for name in names])
+    if given.strategies:  # a part is no comparison of all: it reads no test split and is not recorded
+        for name in names:
+            print(name, json.dumps(spread([one.validation("distill") for one in jobs[name]])))
+        return
     found = [_row(name, jobs[name]) for name in names]
     found.sort(key=lambda row: -row["validation"]["mean"])
     content = {
@@ -113,9 +118,6 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]), "minutes": _minutes(started),
         "environment": environment(), "strategies": found,
     }  # fmt: skip
-    if given.strategies:
-        print(json.dumps(found, indent=1))  # a part is no comparison of all: it is not recorded
-        return
     (ROOT / "results" / "strategies.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     picture(content)
     print("wrote results/strategies.json and results/strategies.png; now run scripts/update_readme.py")

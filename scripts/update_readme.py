@@ -105,10 +105,48 @@ def recipes() -> str:
     lines += [
         "",
         f"Test accuracy in %{others}, mean and standard deviation of {content['seeds']} seeds; *gap closed* is the "
-        "distillation ratio (S_kd - S) / (T - S) against labels. One seed: `kd-train experiment=NAME`; all: "
-        f"`python scripts/recipes.py`, on {where} (`results/quality.json`).",
+        "distillation ratio (S_kd - S) / (T - S) against labels. One seed: `kd-train experiment=NAME`; all: `python "
+        "scripts/recipes.py`, then `--final`, which reads the test split, and `scripts/update_readme.py`; on "
+        f"{where} (`results/quality.json`).",
+        "",
+        *_details(content["recipes"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _details(rows: dict[str, Any]) -> list[str]:
+    """Return what goals speak of besides the table's figures, and what training costs."""
+    said = []
+    for name, row in rows.items():
+        if "latency" in row["goal"]:
+            kept = 100 * row["distilled"]["mean"] / row["teacher"]["mean"]
+            said.append(f"* `{name}` keeps {kept:.2f} % at {row['latency_share']:.2f} of the latency.")
+        if "feature strategy" in row["goal"]:
+            best = row["best_variant"]
+            said.append(
+                f"* The feature strategy that is best for `{name}` on validation, `{best}`: "
+                f"{_percent(row['variants'][best]['test'])}."
+            )
+        if "tasks" in row:
+            main = {key.split("/")[0]: key for key in reversed(row["tasks"])}  # a task's first metric is its main one
+            tasks = "; ".join(
+                f"{key.replace('/', ' ')} {100 * task['teacher']:.1f}, student from labels, same start "
+                f"{_percent(task['baseline_initialised'])}, distilled {_percent(task['distill'])}"
+                for key, task in row["tasks"].items()
+                if key in main.values()
+            )
+            said.append(
+                f"* `{name}`, whose teachers are its own ({row['size_share']:.2f} of their size), by task: {tasks}."
+            )
+    budget = ROOT / "results" / "studies" / "stage_budget.json"
+    if budget.is_file():
+        seconds = {name: points[-1]["x"] for name, points in _read(budget)["curves"].items()}
+        least, most = min(seconds, key=seconds.__getitem__), max(seconds, key=seconds.__getitem__)
+        said.append(
+            f"* Of those on `reviews` one seed distils, the teacher's answers kept, within {seconds[least] / 60:.0f} "
+            f"(`{least}`) to {seconds[most] / 60:.0f} minutes (`{most}`) on one core (`{budget.relative_to(ROOT)}`)."
+        )
+    return said
 
 
 def ablation() -> str:
@@ -118,16 +156,22 @@ def ablation() -> str:
     if row is None:
         return "Not measured yet: `python scripts/recipes.py reviews_bilstm`, then `--final`.\n"
     lines = [
-        "| `reviews_bilstm` | test accuracy, % | against the recipe | validation, % |",
-        "| :-- | --: | --: | --: |",
+        "| `reviews_bilstm` | changed setting | test accuracy, % | against the recipe | validation, % |",
+        "| :-- | :-- | --: | --: | --: |",
     ]
-    lines.append(f"| as it stands | {_percent(row['distilled'])} | | {_percent(row['validation']['distill'])} |")
-    rows = [(name, one["test"], one["validation"]) for name, one in row["variants"].items()]
-    rows.append(("no teacher, the same start", row["baseline_initialised"], row["validation"]["baseline_initialised"]))
-    rows.append(("no teacher, nothing of it", row["baseline"], row["validation"]["baseline"]))
-    for name, test, validation in sorted(rows, key=lambda one: -one[1]["mean"]):
+    lines.append(f"| as it stands | | {_percent(row['distilled'])} | | {_percent(row['validation']['distill'])} |")
+    rows = [
+        (name, " ".join(f"`{setting}`" for setting in one["settings"]), one["test"], one["validation"])
+        for name, one in row["variants"].items()
+    ]
+    for name, stage in (
+        ("no teacher, the same start", "baseline_initialised"),
+        ("no teacher, nothing of it", "baseline"),
+    ):
+        rows.append((name, "", row[stage], row["validation"][stage]))
+    for name, settings, test, validation in sorted(rows, key=lambda one: -one[2]["mean"]):
         change = round(100 * (test["mean"] - row["distilled"]["mean"]), 1) + 0.0  # no -0.0
-        lines.append(f"| {name} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
+        lines.append(f"| {name} | {settings} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
     return "\n".join(lines) + "\n"
 
 

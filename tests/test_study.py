@@ -14,7 +14,9 @@ from kd_lightning.config import conf_dir, register_resolvers
 from tests.toy_reviews import write_archive
 
 ROOT = Path(__file__).parent.parent
-TRAINED = ["data_efficiency", "label_noise", "sensitivity", "architecture_gap", "teacher_quality", "calibration"]
+TRAINED = [
+    "data_efficiency", "label_noise", "sensitivity", "architecture_gap", "levers", "teacher_quality", "calibration",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -110,9 +112,20 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
         "that is best on validation (2: 75.0 %); they lie between 73.0 and 80.0 %"
     )
     gaps = {"labels alone": curve(("a", 0.7), ("b", 0.7)), "M teaches": curve(("a", 0.75), ("b", 0.69))}
-    assert "M (85.0 %) a +5.0, b -1.0" in said["architecture_gap"](gaps)
-    quality = {"distilled": curve((90.0, 0.8), (80.0, 0.7))}
-    assert "80.0 teaches 70.0, 90.0 teaches 80.0" in said["teacher_quality"](quality)
+    assert "M (85.0 %) a +5.0 ± 0.6, b -1.0 ± 0.6" in said["architecture_gap"](gaps)
+    quality = {"distilled": curve((90.0, 0.805), (80.0, 0.7), (85.0, 0.8))}
+    assert said["teacher_quality"](quality).startswith(
+        "Up to a teacher of 85.0 %: what the best one's student has more than that one's, +0.5 ± 0.6 points"
+    )
+    assert "80.0 teaches 70.0, 85.0 teaches 80.0, 90.0 teaches 80.5" in said["teacher_quality"](quality)
+    levers = {
+        start: curve(("as it stands", 0.6)),
+        "distilled": curve(("as it stands", 0.7), ("worse", 0.65), ("good", 0.72), ("better", 0.75), ("same", 0.71)),
+    }
+    assert said["levers"](levers).endswith(
+        "better by more than two of them better +5.0 ± 0.6, good +2.0 ± 0.6; worse worse -5.0 ± 0.6, labels alone, "
+        "from the same start -10.0 ± 0.6; neither same +1.0 ± 0.6."
+    )
     errors = {"teacher as it is": curve((1, 0.05), (4, 0.02)), "teacher calibrated": curve((1, 0.03), (4, 0.01))}
     assert said["calibration"](errors) == (
         "Calibration takes the teacher's error (ECE) from 0.150 to 0.130 and the student's from 0.050 to 0.030 at T 1, "
@@ -142,6 +155,7 @@ def test_a_panel_shows_its_own_temperature(study: Any, monkeypatch: pytest.Monke
         ("architecture_gap", {"labels alone": curve(("BiLSTM", 0.6), ("TextCNN", 0.8)), "M": curve(("TextCNN", 0.8))}),
         ("sensitivity", {"labels alone": curve((0.1, 0.6)), "T 1, alpha 0.5": curve((0.1, 0.7))}),
         ("calibration", {"teacher as it is": curve((1, 0.1), (4, 0.2))}),
+        ("levers", {"labels": curve(("a", 0.6)), "distilled": curve(*((one, 0.8) for one in "abcdefgh"))}),
         ("stage_budget", {"reviews_bilstm": curve((50, 0.6), (100, 0.8))}),
     ],
 )
