@@ -1,8 +1,8 @@
 """Answer a question that users ask with a curve: five seeds a point, a picture, one plain sentence.
 
 python scripts/study.py NAME            train (what is trained already is kept); validation scores only
-python scripts/study.py NAME --final    read the test split, once; write results/studies/NAME.json and NAME.png
-python scripts/study.py --docs          write docs/studies.md from results/studies
+python scripts/study.py NAME --final    read the test split, once; write results/studies/NAME.json
+python scripts/study.py --docs          write docs/studies.md and its pictures from results/studies, as --final does
 
 data_efficiency   how many labels are needed, with and without a teacher (of these labels) for the unlabelled rest?
 label_noise       what do wrong labels cost, when the teacher learned from them too?
@@ -165,12 +165,11 @@ def label_noise() -> list[Point]:
     found = []
     for share in (0.0, 0.2, 0.4):
         name = f"files_noise_{share:g}" if share else "files_1"  # all labels, and these right: as in data_efficiency
-        # Half of what is learned is the label, and teachers see theirs often enough to learn it by heart: 1.7 times,
-        # those of folds, which do not learn it of every second example, 3.4 times.
+        # Half of what is learned is the label. A teacher sees the labels it learns from 1.7 times.
         settings = [*write_files(RUNS / name, partial(flipped, share)), "alpha=0.5", "teacher.trainer.max_steps=400"]
         stages = {LABELS: "labels alone", START: START_LINE, TAUGHT: "soft targets"}
         found.append(Point("", 100 * share, settings, stages))
-        folds = [*settings, "teacher.folds=2", "stages=[teacher,distill]"]
+        folds = [*settings, "teacher.folds=2", "teacher.trainer.max_steps=200", "stages=[teacher,distill]"]
         found.append(Point("folds", 100 * share, folds, {TAUGHT: "soft targets, teachers of folds"}))
         trusting = [*folds, "distillation=label_trust"]
         found.append(Point("trust", 100 * share, trusting, {TAUGHT: "label_trust, teachers of folds"}))
@@ -350,9 +349,9 @@ def _said_of_labels(curves: Curves) -> str:
 
 
 def _said_of_noise(curves: Curves) -> str:
-    lost = {line: 100 * (_at(curves, line, 0) - _at(curves, line, 40)) for line in curves}
-    parts = ", ".join(f"{line} {points:.1f}" for line, points in sorted(lost.items(), key=lambda one: one[1]))
-    return f"What 40 % wrong labels cost, in points of accuracy: {parts}."
+    at, before = (lambda line: 100 * _at(curves, line, 40)), (lambda line: 100 * _at(curves, line, 0))
+    parts = ", ".join(f"{line} {at(line):.1f} ({before(line):.1f})" for line in sorted(curves, key=at, reverse=True))
+    return f"Accuracy in % with 40 % wrong labels (with none): {parts}."
 
 
 def _said_of_sensitivity(curves: Curves) -> str:
@@ -597,18 +596,17 @@ def record(name: str) -> None:
     study = STUDIES[name]
     curves = measure(name, study.points()) if name in TRAINED else of_recipes()
     content = {
-        "question": study.question, "sentence": study.sentence(curves), "score": study.score, "seeds": len(SEEDS),
+        "question": study.question, "score": study.score, "seeds": len(SEEDS),
         "command": f"python scripts/study.py {name} --final", "environment": environment(), "curves": curves,
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_file(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
-    picture(name, curves)
     document()
-    print(content["sentence"])
+    print(study.sentence(curves))
 
 
 def document() -> None:
-    """Write docs/studies.md from what has been measured."""
+    """Write docs/studies.md and the pictures from what has been measured."""
     from kd_lightning.files import write_file
 
     lines = ["# Questions users ask, measured", ""]
@@ -626,9 +624,10 @@ def document() -> None:
             lines += [f"Not measured yet: `python scripts/study.py {how}.", ""]
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
+        picture(name, content["curves"])
         machine = content["environment"]
         lines += [
-            content["sentence"], "", f"![{study.question}](../results/studies/{name}.png)", "",
+            study.sentence(content["curves"]), "", f"![{study.question}](../results/studies/{name}.png)", "",
             f"`{content['command']}`, {content['seeds']} seeds, {machine['cpu']}, {machine['cores']} cores, torch "
             f"{machine['versions']['torch']}, {machine['date'][:10]} (`results/studies/{name}.json`).", "",
         ]  # fmt: skip
@@ -640,7 +639,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=list(STUDIES), metavar="NAME")
     parser.add_argument("--final", action="store_true", help="read the test split, once, when all is trained")
-    parser.add_argument("--docs", action="store_true", help="write docs/studies.md")
+    parser.add_argument("--docs", action="store_true", help="write docs/studies.md and its pictures")
     given = parser.parse_args()
     if given.docs:
         document()

@@ -101,7 +101,7 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
     taught["teacher, all sentences"] = curve((5, 0.7), (100, 0.75))
     assert "teacher, no share of the labels" in said["data_efficiency"](taught)
     noise = {"labels alone": curve((0, 0.8), (40, 0.6)), "soft targets": curve((0, 0.8), (40, 0.7))}
-    assert said["label_noise"](noise).endswith("soft targets 10.0, labels alone 20.0.")
+    assert said["label_noise"](noise).endswith("soft targets 70.0 (80.0), labels alone 60.0 (80.0).")
     swept = {
         "labels alone": curve((1, 0.6)), start: curve((1, 0.7), (2, 0.75)),
         "T 1, alpha 0.5": curve((1, 0.73), (2, 0.77)), "T 4, alpha 0.5": curve((1, 0.76), (2, 0.8)),
