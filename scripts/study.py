@@ -200,7 +200,7 @@ def architecture_gap() -> list[Point]:
     }
     teachers: dict[str, Settings] = {
         "MiniLM": ["teacher.trainer.max_steps=250"],
-        "BiLSTM": [f"teacher.checkpoint={recipe_jobs('reviews_bilstm')[0].stage(TAUGHT)}"],
+        "distilled BiLSTM": [f"teacher.checkpoint={recipe_jobs('reviews_bilstm')[0].stage(TAUGHT)}"],
         "BiLSTM from labels": ["model@teacher.network=lstm_teacher", "teacher.optimizer.lr=2e-3"],
     }
     found = []
@@ -221,7 +221,7 @@ CHANGES = {
     "no words masked": ["data.mask_probability=0"],
     "no n-grams": ["data.ngram_probability=0"],
     "no words replaced": ["data.replace_probability=0"],
-    "... by words of the class": ["data.replace_by=class"],
+    "replaced within the class": ["data.replace_by=class"],
     "no words left out": ["data.drop_probability=0"],
     "words swapped": ["data.swap_probability=0.1"],
     "cropped": ["data.crop_probability=0.25"],
@@ -420,9 +420,15 @@ def _said_of_levers(curves: Curves) -> str:
     gains = {point["x"]: _gain(point, base) for point in curves["distilled"] if point is not base}
     gains["labels alone, from the same start"] = _gain(curves[START_LINE][0], base)
 
+    validation = {point["x"]: point["validation"]["mean"] for point in curves["distilled"]}
+
     def those(chosen: Callable[[float, float], bool]) -> str:
         names = sorted((name for name, gain in gains.items() if chosen(*gain)), key=lambda name: -gains[name][0])
-        return ", ".join(f"{name} {_points(*gains[name])}" for name in names) or "nothing"
+        return ", ".join(f"{name} {_points(*gains[name])}{doubt(name)}" for name in names) or "nothing"
+
+    def doubt(name: str) -> str:
+        lucky = gains[name][0] > 2 * gains[name][1] and validation[name] <= validation[AS_IT_STANDS]
+        return " (not on validation)" if lucky else ""
 
     return (
         f"Against {100 * base['test']['mean']:.1f} % as it stands, in points and with the standard error: better by "

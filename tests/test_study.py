@@ -123,9 +123,10 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
         start: curve(("as it stands", 0.6)),
         "distilled": curve(("as it stands", 0.7), ("worse", 0.65), ("good", 0.72), ("better", 0.75), ("same", 0.71)),
     }
+    levers["distilled"][2]["validation"] = {"mean": 0.69}
     assert said["levers"](levers).endswith(
-        "better by more than two of them better +5.0 ± 0.6, good +2.0 ± 0.6; worse worse -5.0 ± 0.6, labels alone, "
-        "from the same start -10.0 ± 0.6; neither same +1.0 ± 0.6."
+        "better by more than two of them better +5.0 ± 0.6, good +2.0 ± 0.6 (not on validation); worse worse "
+        "-5.0 ± 0.6, labels alone, from the same start -10.0 ± 0.6; neither same +1.0 ± 0.6."
     )
     errors = {"teacher as it is": curve((1, 0.05), (4, 0.02)), "teacher calibrated": curve((1, 0.03), (4, 0.01))}
     assert said["calibration"](errors) == (
