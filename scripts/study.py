@@ -45,11 +45,11 @@ from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers
 
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "results" / "studies"
 SEEDS = range(5)
-BUDGET = [
-    "experiment=reviews_bilstm", TRANSFER, "data.views=0", "data.replace_probability=0",
-    "data.drop_probability=0", "teacher.cache_views=1", "trainer.max_steps=400", "validations=5",
+SHORT = [
+    "experiment=reviews_bilstm", "teacher.cache_views=1", "trainer.max_steps=400", "validations=5",
     "trainer.precision='${fast_precision:}'",
 ]  # fmt: skip
+BUDGET = [*SHORT, TRANSFER, "data.views=0", "data.replace_probability=0", "data.drop_probability=0"]
 RATE = "optimizer.lr=8e-3"  # the best for so few steps, on validation (sensitivity); labels alone do not mind
 TUNING = ["teacher.trainer.max_epochs=-1", "teacher.trainer.max_steps=200", "teacher.network.frozen_layers=2"]
 LABELS, START, TAUGHT = "baseline", "baseline_initialised", "distill"
@@ -211,10 +211,7 @@ def architecture_gap() -> list[Point]:
     return found
 
 
-SHORT = [
-    "experiment=reviews_bilstm", RATE, "data.views=2", "teacher.cache_views=1", "trainer.max_steps=400",
-    "validations=5", "trainer.precision='${fast_precision:}'",
-]  # fmt: skip
+VIEWS = [*SHORT, RATE, "data.views=2"]
 GENERAL = RUNS / "general"
 CHANGES = {
     "no views": ["data.views=0"],
@@ -237,7 +234,7 @@ AS_IT_STANDS = "as it stands"
 
 def levers() -> list[Point]:
     """Return runs of a tenth of reviews_bilstm, with one change each; the last has half of its steps before."""
-    base = [*SHORT, *given_teacher()]
+    base = [*VIEWS, *given_teacher()]
     found = [Point("", AS_IT_STANDS, base, {START: START_LINE, TAUGHT: "distilled"})]
     return found + [
         Point("", name, [*base, *change, "stages=[teacher,distill]"], {TAUGHT: "distilled"})
@@ -247,9 +244,10 @@ def levers() -> list[Point]:
 
 def train_general() -> None:
     """Pre-distil: the teacher's answers on views and transfer data, and no label, for the `levers`."""
-    if not (GENERAL / "seed_0" / TAUGHT / "stage.json").is_file():
-        general = ["trainer.max_steps=200", "alpha=1", TRANSFER, "stages=[distill]", f"run_dir={GENERAL}"]
-        pipeline([*SHORT, *given_teacher(), *general, "seeds=1", "logger={}"], quiet=False).run()
+    settings = (*VIEWS, *given_teacher(), "trainer.max_steps=200", "alpha=1", TRANSFER, "stages=[distill]")
+    general = Job("pre-distillation", settings, GENERAL, seed=0)
+    if not general.is_trained():
+        pipeline(general.overrides, quiet=False).run()
 
 
 def teacher_quality() -> list[Point]:
@@ -361,12 +359,14 @@ def _said_of_sensitivity(curves: Curves) -> str:
     above = sum(gain > 2 * error for gain, error in gains)
     below = sum(gain < -2 * error for gain, error in gains)
     means = [100 * point["test"]["mean"] for point in taught]
-    moved = {
-        "the learning rate": [[p for p in taught if p["x"] == x] for x in {p["x"] for p in taught}],
-        "alpha": _groups(curves, lambda line: line.split(", ")[1]),
-        "temperature": _groups(curves, lambda line: line.split(", ")[0]),
-    }
-    ranges = ", ".join(f"{name} {_range(groups):.1f}" for name, groups in moved.items())
+    ranges = ", ".join(
+        f"{name} {_moved(curves, key):.1f}"
+        for name, key in (
+            ("the learning rate", lambda line, point: point["x"]),
+            ("alpha", lambda line, point: line.split(", ")[1]),
+            ("temperature", lambda line, point: line.split(", ")[0]),
+        )
+    )
     return (
         f"Averaged over the others, in points of accuracy: {ranges}. Of {len(taught)} settings {above} are better and "
         f"{below} worse, by two standard errors, than labels from the same start at the rate that is best on "
@@ -375,17 +375,13 @@ def _said_of_sensitivity(curves: Curves) -> str:
     )
 
 
-def _groups(curves: Curves, key: Callable[[str], str]) -> list[list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _moved(curves: Curves, key: Callable[[str, dict[str, Any]], Any]) -> float:
+    """Return how far the mean accuracies of the groups that a key makes are apart, in points."""
+    groups: dict[Any, list[float]] = {}
     for line, points in curves.items():
-        if line.startswith("T "):
-            found.setdefault(key(line), []).extend(points)
-    return list(found.values())
-
-
-def _range(groups: list[list[dict[str, Any]]]) -> float:
-    """Return how far the groups' mean accuracies are apart, in points."""
-    means = [100 * statistics.mean(point["test"]["mean"] for point in group) for group in groups]
+        for point in points if line.startswith("T ") else ():
+            groups.setdefault(key(line, point), []).append(100 * point["test"]["mean"])
+    means = [statistics.mean(group) for group in groups.values()]
     return max(means) - min(means)
 
 
