@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all
+from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
 
 RUNS = ROOT / "runs" / "strategies"
 SEEDS = (0, 1, 2)
@@ -178,4 +178,4 @@ def picture(content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    without_traceback(main)

@@ -39,6 +39,7 @@ class Recipe:
         met: Whether what was measured meets it.
         variants: Further distillations by name: what each sets otherwise.
         taught_by: The recipe whose teacher teaches this one; None: its own.
+        teacher_key: The setting that takes that teacher.
     """
 
     student: str
@@ -46,6 +47,7 @@ class Recipe:
     met: Callable[[Row], bool]
     variants: dict[str, list[str]] = field(default_factory=dict)
     taught_by: str | None = "reviews_bilstm"
+    teacher_key: str = "teacher.checkpoint"
 
 
 def closes(share: float) -> Callable[[Row], bool]:
@@ -65,7 +67,7 @@ def _layers(row: Row) -> bool:
 def _fashion(row: Row) -> bool:
     gains = [a - b for a, b in zip(row["distilled"]["values"], row["baseline"]["values"], strict=True)]
     error = statistics.stdev(gains) / math.sqrt(len(gains))
-    features = row["variants"].get(row.get("best_variant"))
+    features = row["variants"].get(row.get("best_features"))
     best = features is not None and features["test"]["mean"] > row["distilled"]["mean"]
     return statistics.mean(gains) >= 3 * error and best and row["parameters"] <= 60_000
 
@@ -75,6 +77,7 @@ def _multi_task(row: Row) -> bool:
 
 
 FEATURES = {name: [f"distillation={name}"] for name in ("hint", "similarity_preserving", "pkt")}
+MIXED = ["data.mixup_probability=0.3", "data.cutmix_probability=0.3"]
 TRANSFER = "data.transfer=[amazon,nyt,tweets]"
 RECIPES = {
     "reviews_bilstm": Recipe(
@@ -92,21 +95,24 @@ RECIPES = {
     ),
     "reviews_tiny": Recipe("transformer 2 x 128, 4.4M parameters", "ratio >= 0.85", closes(0.85)),
     "reviews_3layer": Recipe(
-        "3 layers x 384 of the teacher's", "99% of the teacher's accuracy at 55% of its latency", _layers
+        "3 layers x 384 of the teacher's",
+        "99% of the teacher's accuracy at 55% of its latency",
+        _layers,
+        {"half as wide": ["student.width=192"], "embeddings of rank 64": ["student.embedding_rank=64"]},
     ),
     "reviews_bow": Recipe("convolutions over 1 to 5 words, 4.2M parameters", "ratio >= 0.60", closes(0.6)),
     "fashion_resnet": Recipe(
         "CNN of at most 60k parameters",
         "beats labels by 3 standard errors; the best feature strategy beats plain KD",
         _fashion,
-        FEATURES,
+        {**FEATURES, "no views": ["data.views=0"], "mixed views": MIXED},
         taught_by=None,
     ),
     "multi_task": Recipe(
         "one encoder for three tasks",
         "within 1 point of its three teachers on average, at a third of their size",
         _multi_task,
-        taught_by=None,
+        teacher_key="tasks.sentiment.teacher.checkpoint",
     ),
 }
 """In the order of results/quality.json."""
@@ -119,12 +125,14 @@ def teacher_of(name: str) -> Path:
 
 def jobs(name: str, more: Sequence[str] = (), variant: str | None = None) -> list[Job]:
     """Return a recipe's runs, or those of a variant, which has no baselines of its own."""
-    above = RECIPES[name].taught_by
+    recipe = RECIPES[name]
     settings = [f"experiment={name}", f"shared_dir={RUNS / 'shared'}", *more]
-    if above is not None:
-        settings.append(f"teacher.checkpoint={teacher_of(above)}")
+    if recipe.taught_by is not None:
+        settings.append(f"{recipe.teacher_key}={teacher_of(recipe.taught_by)}")
     title, folder = name, RUNS / name
     if variant is not None:
+        if recipe.taught_by is None:  # whatever data it learns from, the recipe's teacher teaches it
+            settings.append(f"{recipe.teacher_key}={RUNS / name / '0'}")
         title, folder = f"{name}, {variant}", RUNS / f"{name}-{variant.replace(' ', '_')}"
         settings.append("stages=[teacher,distill]")
     return [Job(f"{title}, seed {seed}", tuple(settings), folder / str(seed), seed) for seed in SEEDS]
@@ -178,8 +186,8 @@ def measure(name: str) -> Row:
         }
         for variant, some in variants.items()
     }
-    if row["variants"]:
-        row["best_variant"] = max(row["variants"], key=lambda one: row["variants"][one]["validation"]["mean"])
+    if features := FEATURES.keys() & row["variants"].keys():
+        row["best_features"] = max(features, key=lambda one: row["variants"][one]["validation"]["mean"])
     row |= _cost(own[0], teacher)
     return row | {"goal": recipe.goal, "met": recipe.met(row), "command": f"kd-train experiment={name}"}
 

@@ -26,9 +26,7 @@ import argparse
 import csv
 import io
 import json
-import math
 import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +37,8 @@ from typing import Any
 
 import torch
 
+import findings
+from findings import AS_IT_STANDS, LABELS_LINE, START_LINE, Curves
 from recipes import TRANSFER, teacher_of, train_teacher
 from recipes import jobs as recipe_jobs
 from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
@@ -53,7 +53,6 @@ BUDGET = [*SHORT, TRANSFER, "data.views=0", "data.replace_probability=0", "data.
 RATE = "optimizer.lr=8e-3"  # the best for so few steps, on validation (sensitivity); labels alone do not mind
 TUNING = ["teacher.trainer.max_epochs=-1", "teacher.trainer.max_steps=200", "teacher.network.frozen_layers=2"]
 LABELS, START, TAUGHT = "baseline", "baseline_initialised", "distill"
-START_LINE = "labels, start from the teacher"
 Settings = list[str]
 
 
@@ -146,7 +145,7 @@ def data_efficiency() -> list[Point]:
         rng.shuffle(order)
         return order[:count]  # a smaller share is a part of a larger one
 
-    stages = {LABELS: "labels alone", START: START_LINE, TAUGHT: "teacher, all sentences"}
+    stages = {LABELS: LABELS_LINE, START: START_LINE, TAUGHT: "teacher, all sentences"}
     return [
         Point("", 100 * share, write_files(RUNS / f"files_{share:g}", partial(some, share)), stages)
         for share in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -167,7 +166,7 @@ def label_noise() -> list[Point]:
         name = f"files_noise_{share:g}" if share else "files_1"  # all labels, and these right: as in data_efficiency
         # Half of what is learned is the label. A teacher sees the labels it learns from 1.7 times.
         settings = [*write_files(RUNS / name, partial(flipped, share)), "alpha=0.5", "teacher.trainer.max_steps=400"]
-        stages = {LABELS: "labels alone", START: START_LINE, TAUGHT: "soft targets"}
+        stages = {LABELS: LABELS_LINE, START: START_LINE, TAUGHT: "soft targets"}
         found.append(Point("", 100 * share, settings, stages))
         folds = [*settings, "teacher.folds=2", "teacher.trainer.max_steps=200", "stages=[teacher,distill]"]
         found.append(Point("folds", 100 * share, folds, {TAUGHT: "soft targets, teachers of folds"}))
@@ -181,7 +180,7 @@ def sensitivity() -> list[Point]:
     found = []
     for rate in ("5e-4", "2e-3", "8e-3", "3.2e-2"):
         base = [*BUDGET, *given_teacher(), f"optimizer.lr={rate}"]
-        stages = {LABELS: "labels alone", START: START_LINE}
+        stages = {LABELS: LABELS_LINE, START: START_LINE}
         found.append(Point("", float(rate), [*base, "stages=[baseline]"], stages))
         for temperature in (1, 4, 16):
             for alpha in (0.1, 0.5, 0.9):
@@ -206,13 +205,13 @@ def architecture_gap() -> list[Point]:
     found = []
     for name, student in students.items():
         for above, teacher in teachers.items():
-            stages = {TAUGHT: f"{above} teaches"} | ({LABELS: "labels alone"} if above == "MiniLM" else {})
+            stages = {TAUGHT: f"{above} teaches"} | ({LABELS: LABELS_LINE} if above == "MiniLM" else {})
             found.append(Point(above, name, [*BUDGET, *student, *teacher], stages))
     return found
 
 
 VIEWS = [*SHORT, RATE, "data.views=2"]
-GENERAL = RUNS / "general"
+GENERAL, SECOND = RUNS / "general", RUNS / "second_teacher"
 CHANGES = {
     "no views": ["data.views=0"],
     "no words masked": ["data.mask_probability=0"],
@@ -227,9 +226,9 @@ CHANGES = {
     "alpha 1 to 0.5": ["alpha={_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}"],
     "T 8 to 1": ["temperature={_target_: kd_lightning.schedules.Linear, start: 8.0, end: 1.0}"],
     "teacher calibrated": ["teacher.calibrate=true"],
+    "two teachers": [f"teacher.checkpoint=[{teacher_of('reviews_bilstm')},{SECOND}]"],
     "pre-distilled": ["model@student=from_run", f"student.checkpoint={GENERAL}", "trainer.max_steps=200"],
 }
-AS_IT_STANDS = "as it stands"
 
 
 def levers() -> list[Point]:
@@ -240,6 +239,12 @@ def levers() -> list[Point]:
         Point("", name, [*base, *change, "stages=[teacher,distill]"], {TAUGHT: "distilled"})
         for name, change in CHANGES.items()
     ]
+
+
+def train_second() -> None:
+    """Fine-tune the recipes' teacher once more, with another seed, for the `levers`."""
+    settings = ["experiment=reviews_bilstm", "stages=[teacher]", "teacher.seed=1001", f"run_dir={SECOND}"]
+    pipeline(settings, quiet=False).run()
 
 
 def train_general() -> None:
@@ -283,7 +288,7 @@ def of_recipes() -> Curves:
             for stage, key in ((LABELS, "baseline"), (TAUGHT, "distilled"))
         ]
         for name, row in rows.items()
-        if row["taught_by"] == "reviews_bilstm"
+        if row["taught_by"] == "reviews_bilstm" and "tasks" not in row
     }
 
 
@@ -309,184 +314,37 @@ def training_seconds(name: str, stage: str, lengths: tuple[int, int] = (50, 150)
     return short + (long - short) / (lengths[1] - lengths[0]) * (steps - lengths[0])
 
 
-Curves = dict[str, list[dict[str, Any]]]
-
-
-def _point(curves: Curves, line: str, x: float | str) -> dict[str, Any]:
-    return next(point for point in curves[line] if point["x"] == x)
-
-
-def _at(curves: Curves, line: str, x: float | str) -> float:
-    return float(_point(curves, line, x)["test"]["mean"])
-
-
-def _gain(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """Return how much better one point is than another, and the standard error of that."""
-    error = math.sqrt((one["test"]["std"] ** 2 + other["test"]["std"] ** 2) / len(SEEDS))
-    return one["test"]["mean"] - other["test"]["mean"], error
-
-
-def _points(gain: float, error: float) -> str:
-    return f"{100 * gain:+.1f} ± {100 * error:.1f}"
-
-
-def _said_of_labels(curves: Curves) -> str:
-    taught = sorted(curves["teacher, all sentences"], key=lambda point: point["x"])
-
-    def enough(line: str) -> str:
-        whole = _at(curves, line, 100)
-        below = [i for i, point in enumerate(taught) if point["test"]["mean"] < whole]
-        first = below[-1] + 1 if below else 0
-        return f"{taught[first]['x']:g} % of the labels" if first < len(taught) else "no share of the labels"
-
-    return (
-        f"With a teacher, {enough('labels alone')} and more do what all of them do alone, and {enough(START_LINE)} "
-        "what all of them do from the same start (a share is one draw of labels with one teacher; all validation "
-        "labels select)."
-    )
-
-
-def _said_of_noise(curves: Curves) -> str:
-    at, before = (lambda line: 100 * _at(curves, line, 40)), (lambda line: 100 * _at(curves, line, 0))
-    parts = ", ".join(f"{line} {at(line):.1f} ({before(line):.1f})" for line in sorted(curves, key=at, reverse=True))
-    return f"Accuracy in % with 40 % wrong labels (with none), at alpha 0.5: {parts}."
-
-
-def _said_of_sensitivity(curves: Curves) -> str:
-    plane = max(curves[START_LINE], key=lambda point: point["validation"]["mean"])
-    taught = [point for line, points in curves.items() if line.startswith("T ") for point in points]
-    gains = [_gain(point, plane) for point in taught]
-    above = sum(gain > 2 * error for gain, error in gains)
-    below = sum(gain < -2 * error for gain, error in gains)
-    means = [100 * point["test"]["mean"] for point in taught]
-    ranges = ", ".join(
-        f"{name} {_moved(curves, key):.1f}"
-        for name, key in (
-            ("the learning rate", lambda line, point: point["x"]),
-            ("alpha", lambda line, point: line.split(", ")[1]),
-            ("temperature", lambda line, point: line.split(", ")[0]),
-        )
-    )
-    return (
-        f"Averaged over the others, in points of accuracy: {ranges}. Of {len(taught)} settings {above} are better and "
-        f"{below} worse, by two standard errors, than labels from the same start at the rate that is best on "
-        f"validation ({plane['x']:g}: {100 * plane['test']['mean']:.1f} %); they lie between {min(means):.1f} and "
-        f"{max(means):.1f} %."
-    )
-
-
-def _moved(curves: Curves, key: Callable[[str, dict[str, Any]], Any]) -> float:
-    """Return how far the mean accuracies of the groups that a key makes are apart, in points."""
-    groups: dict[Any, list[float]] = {}
-    for line, points in curves.items():
-        for point in points if line.startswith("T ") else ():
-            groups.setdefault(key(line, point), []).append(100 * point["test"]["mean"])
-    means = [statistics.mean(group) for group in groups.values()]
-    return max(means) - min(means)
-
-
-def _said_of_architectures(curves: Curves) -> str:
-    taught = {line: points for line, points in curves.items() if line != "labels alone"}
-    said = []
-    for line, points in taught.items():
-        gains = ", ".join(
-            f"{point['x']} {_points(*_gain(point, _point(curves, 'labels alone', point['x'])))}" for point in points
-        )
-        said.append(f"{line.removesuffix(' teaches')} ({100 * points[0]['teacher']:.1f} %) {gains}")
-    return (
-        "What a teacher adds to labels alone, in points and with the standard error, to students that start from "
-        f"nothing: {'; '.join(said)}."
-    )
-
-
-def _said_of_quality(curves: Curves) -> str:
-    points = sorted(curves["distilled"], key=lambda point: point["x"])
-    pairs = ", ".join(f"{point['x']:.1f} teaches {100 * point['test']['mean']:.1f}" for point in points)
-    best = points[-1]
-    enough = next(point for point in points if abs(_gain(best, point)[0]) <= 2 * _gain(best, point)[1])
-    return (
-        f"Up to a teacher of {enough['x']:.1f} %: what the best one's student has more than that one's, "
-        f"{_points(*_gain(best, enough))} points, is within two standard errors (accuracy in % of teachers and of "
-        f"their students, which start from nothing: {pairs})."
-    )
-
-
-def _said_of_levers(curves: Curves) -> str:
-    base = _point(curves, "distilled", AS_IT_STANDS)
-    gains = {point["x"]: _gain(point, base) for point in curves["distilled"] if point is not base}
-    gains["labels alone, from the same start"] = _gain(curves[START_LINE][0], base)
-
-    validation = {point["x"]: point["validation"]["mean"] for point in curves["distilled"]}
-
-    def those(chosen: Callable[[float, float], bool]) -> str:
-        names = sorted((name for name, gain in gains.items() if chosen(*gain)), key=lambda name: -gains[name][0])
-        return ", ".join(f"{name} {_points(*gains[name])}{doubt(name)}" for name in names) or "nothing"
-
-    def doubt(name: str) -> str:
-        lucky = gains[name][0] > 2 * gains[name][1] and validation[name] <= validation[AS_IT_STANDS]
-        return " (not on validation)" if lucky else ""
-
-    return (
-        f"Against {100 * base['test']['mean']:.1f} % as it stands, in points and with the standard error: better by "
-        f"more than two of them {those(lambda gain, error: gain > 2 * error)}; worse "
-        f"{those(lambda gain, error: gain < -2 * error)}; neither {those(lambda gain, error: abs(gain) <= 2 * error)}."
-    )
-
-
-def _said_of_calibration(curves: Curves) -> str:
-    plain, calibrated = (curves[f"teacher {how}"] for how in ("as it is", "calibrated"))
-    changes = ", ".join(
-        f"{point['test']['mean']:.3f} to {_at(curves, 'teacher calibrated', point['x']):.3f} at T {point['x']:g}"
-        for point in plain
-    )
-    return (
-        f"Calibration takes the teacher's error (ECE) from {plain[0]['teacher']:.3f} to {calibrated[0]['teacher']:.3f} "
-        f"and the student's from {changes}."
-    )
-
-
-def _said_of_budgets(curves: Curves) -> str:
-    parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front(curves))
-    return f"No recipe is both faster to train and better than these: {parts} (one core, the teacher's answers kept)."
-
-
-def front(curves: Curves) -> list[tuple[float, float, str]]:
-    """Return seconds, accuracy and name of the distilled students that no other one beats in both."""
-    points = sorted((found[-1]["x"], found[-1]["test"]["mean"], name) for name, found in curves.items())
-    return [one for i, one in enumerate(points) if all(one[1] > other[1] for other in points[:i])]
-
-
 STUDIES = {
     "data_efficiency": Study(
         "How many labels are needed, with and without a teacher for the unlabelled rest?",
-        "labelled training sentences, %", data_efficiency, _said_of_labels, logarithmic=True,
+        "labelled training sentences, %", data_efficiency, findings.labels, logarithmic=True,
     ),
     "label_noise": Study(
         "What do wrong labels cost, when the teacher learned from them too?", "wrong training labels, %", label_noise,
-        _said_of_noise,
+        findings.noise,
     ),
     "sensitivity": Study(
-        "How much do temperature, alpha and learning rate matter?", "learning rate", sensitivity, _said_of_sensitivity,
+        "How much do temperature, alpha and learning rate matter?", "learning rate", sensitivity, findings.sensitivity,
         logarithmic=True,
     ),
     "architecture_gap": Study(
-        "Does it matter how unlike teacher and student are?", "student", architecture_gap, _said_of_architectures,
+        "Does it matter how unlike teacher and student are?", "student", architecture_gap, findings.architectures,
         teacher=True,
     ),
     "levers": Study(
-        "What is each lever worth?", "a tenth of reviews_bilstm, one thing changed", levers, _said_of_levers,
+        "What is each lever worth?", "a tenth of reviews_bilstm, one thing changed", levers, findings.levers,
     ),
     "teacher_quality": Study(
         "Does a better teacher make a better student?", "test accuracy of the teacher, %", teacher_quality,
-        _said_of_quality, teacher=True,
+        findings.quality, teacher=True,
     ),
     "calibration": Study(
         "What do temperature and a calibrated teacher do to the student's calibration?", "temperature", calibration,
-        _said_of_calibration, score="ece", logarithmic=True, teacher=True,
+        findings.calibration, score="ece", logarithmic=True, teacher=True,
     ),
     "stage_budget": Study(
         "What does a recipe's accuracy cost in training time?", "training, seconds on one core", stage_budget,
-        _said_of_budgets, logarithmic=True,
+        findings.budgets, logarithmic=True,
     ),
 }  # fmt: skip
 
@@ -529,7 +387,7 @@ def measure(name: str, points: Sequence[Point]) -> Curves:
 
 
 STYLES: dict[str, dict[str, Any]] = {
-    "labels alone": {"color": "#555555", "linestyle": "--"},
+    LABELS_LINE: {"color": "#555555", "linestyle": "--"},
     START_LINE: {"color": "#111111", "linestyle": ":"},
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe & Ito's, told apart by all
@@ -569,7 +427,7 @@ def picture(name: str, curves: Curves) -> None:
         axes.set_xlabel(study.x_label)
         axes.spines[["top", "right"]].set_visible(False)
     if name == "stage_budget":
-        best = front(curves)
+        best = findings.front(curves)
         row[0].plot([one[0] for one in best], [100 * one[1] for one in best], color="#bbbbbb", linewidth=5, zorder=0)
         row[0].set_title("hollow: from labels, filled: distilled, grey: nothing is faster and better", fontsize=9)
     row[0].set_ylabel("test accuracy, %" if study.score == "accuracy" else "test calibration error (ECE)")
@@ -655,6 +513,7 @@ def main() -> None:
     else:
         train_teacher("reviews_bilstm")
         if given.name == "levers":
+            train_second()
             train_general()
         found = [jobs(given.name, point) for point in STUDIES[given.name].points()]
         for some in found:

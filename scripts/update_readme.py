@@ -1,7 +1,9 @@
-"""Write the README's tables from results/*.json: what stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Write the tables of README.md and docs/levers.md from results/*.json.
 
-python scripts/update_readme.py            write README.md
-python scripts/update_readme.py --check    fail if it is not what the results say
+They stand between `<!-- table: NAME -->` and `<!-- end -->`.
+
+python scripts/update_readme.py            write them
+python scripts/update_readme.py --check    fail if they are not what the results say
 python scripts/update_readme.py --record runs/quickstart    first copy that run's report to results/quickstart.json
 python scripts/update_readme.py --picture  first draw results/peers.png from results/benchmarks/peers.json
 """
@@ -14,6 +16,7 @@ import re
 import shutil
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +125,7 @@ def _details(rows: dict[str, Any]) -> list[str]:
             kept = 100 * row["distilled"]["mean"] / row["teacher"]["mean"]
             said.append(f"* `{name}` keeps {kept:.2f} % at {row['latency_share']:.2f} of the latency.")
         if "feature strategy" in row["goal"]:
-            best = row["best_variant"]
+            best = row["best_features"]
             said.append(
                 f"* The feature strategy that is best for `{name}` on validation, `{best}`: "
                 f"{_percent(row['variants'][best]['test'])}."
@@ -135,9 +138,7 @@ def _details(rows: dict[str, Any]) -> list[str]:
                 for key, task in row["tasks"].items()
                 if key in main.values()
             )
-            said.append(
-                f"* `{name}`, whose teachers are its own ({row['size_share']:.2f} of their size), by task: {tasks}."
-            )
+            said.append(f"* `{name}`, {row['size_share']:.2f} of its teachers' size, by task: {tasks}.")
     budget = ROOT / "results" / "studies" / "stage_budget.json"
     if budget.is_file():
         seconds = {name: points[-1]["x"] for name, points in _read(budget)["curves"].items()}
@@ -149,29 +150,30 @@ def _details(rows: dict[str, Any]) -> list[str]:
     return said
 
 
-def ablation() -> str:
-    """Return what the best recipe loses without each of its levers, from results/quality.json."""
+def ablation(name: str) -> str:
+    """Return what a recipe loses without each of its levers, from results/quality.json."""
     file = ROOT / "results" / "quality.json"
-    row = _read(file)["recipes"].get("reviews_bilstm") if file.is_file() else None
+    row = _read(file)["recipes"].get(name) if file.is_file() else None
     if row is None:
-        return "Not measured yet: `python scripts/recipes.py reviews_bilstm`, then `--final`.\n"
+        return f"Not measured yet: `python scripts/recipes.py {name}`, then `--final`.\n"
     lines = [
-        "| `reviews_bilstm` | changed setting | test accuracy, % | against the recipe | validation, % |",
+        f"| `{name}` | changed setting | test accuracy, % | against the recipe | validation, % |",
         "| :-- | :-- | --: | --: | --: |",
     ]
     lines.append(f"| as it stands | | {_percent(row['distilled'])} | | {_percent(row['validation']['distill'])} |")
     rows = [
-        (name, " ".join(f"`{setting}`" for setting in one["settings"]), one["test"], one["validation"])
-        for name, one in row["variants"].items()
+        (variant, " ".join(f"`{setting}`" for setting in one["settings"]), one["test"], one["validation"])
+        for variant, one in row["variants"].items()
     ]
-    for name, stage in (
+    for title, stage in (
         ("no teacher, the same start", "baseline_initialised"),
         ("no teacher, nothing of it", "baseline"),
     ):
-        rows.append((name, "", row[stage], row["validation"][stage]))
-    for name, settings, test, validation in sorted(rows, key=lambda one: -one[2]["mean"]):
+        if stage in row:
+            rows.append((title, "", row[stage], row["validation"][stage]))
+    for variant, settings, test, validation in sorted(rows, key=lambda one: -one[2]["mean"]):
         change = round(100 * (test["mean"] - row["distilled"]["mean"]), 1) + 0.0  # no -0.0
-        lines.append(f"| {name} | {settings} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
+        lines.append(f"| {variant} | {settings} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -236,7 +238,7 @@ def picture() -> None:
 
 TABLES = {
     "benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep, "recipes": recipes,
-    "ablation": ablation,
+    **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 
 
@@ -279,12 +281,13 @@ def main() -> None:
         record(given.record)
     if given.picture:
         picture()
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)
-    if given.check:
-        sys.exit("README.md is not what results/ say: python scripts/update_readme.py" if new != old else 0)
-    path.write_text(new, encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "docs" / "levers.md"):
+        old = path.read_text(encoding="utf-8")
+        new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)
+        if given.check and new != old:
+            sys.exit(f"{path.relative_to(ROOT)} is not what results/ say: python scripts/update_readme.py")
+        if not given.check:
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,21 @@ def test_every_run_of_a_recipe_composes_and_has_a_folder_of_its_own(recipes: Any
 
 
 @pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("reviews_3layer", "teacher.checkpoint={}/teacher_of_reviews_bilstm"),
+        ("multi_task", "tasks.sentiment.teacher.checkpoint={}/teacher_of_reviews_bilstm"),
+        ("fashion_resnet", "teacher.checkpoint={}/fashion_resnet/0"),
+    ],
+)
+def test_one_teacher_teaches_a_recipe_and_its_variants(recipes: Any, name: str, setting: str) -> None:
+    for variant, some in recipes.all_jobs(name).items():
+        trains_it = variant is None and name == "fashion_resnet"
+        given = [one for one in some[0].settings if "teacher.checkpoint=" in one]
+        assert given == ([] if trains_it else [setting.format(recipes.RUNS)])
+
+
+@pytest.mark.parametrize(
     ("name", "row", "met"),
     [
         ("reviews_bilstm", {"ratio": spread(0.9), "distilled": spread(0.85), **started(0.84)}, True),
@@ -83,7 +98,7 @@ def test_the_goal_of_pictures_counts_standard_errors_of_the_gain(
 ) -> None:
     row = {
         "parameters": 60_000, "distilled": spread(*distilled), "baseline": spread(0.88, 0.88, 0.88),
-        "best_variant": "hint", "variants": {"hint": {"test": spread(hint)}},
+        "best_features": "hint", "variants": {"hint": {"test": spread(hint)}},
     }  # fmt: skip
     assert recipes.RECIPES["fashion_resnet"].met(row) is met
 

@@ -1,0 +1,165 @@
+"""What the curves of scripts/study.py say: of each study one plain sentence, made of its figures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+LABELS_LINE = "labels alone"
+START_LINE = "labels, start from the teacher"
+AS_IT_STANDS = "as it stands"
+Curves = dict[str, list[dict[str, Any]]]
+
+
+def _point(curves: Curves, line: str, x: float | str) -> dict[str, Any]:
+    return next(point for point in curves[line] if point["x"] == x)
+
+
+def _at(curves: Curves, line: str, x: float | str) -> float:
+    return float(_point(curves, line, x)["test"]["mean"])
+
+
+def _gain(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Return how much better one point is than another, and the standard error of that."""
+    error = math.sqrt(sum(point["test"]["std"] ** 2 / len(point["test"]["values"]) for point in (one, other)))
+    return one["test"]["mean"] - other["test"]["mean"], error
+
+
+def _points(gain: float, error: float) -> str:
+    return f"{100 * gain:+.1f} ± {100 * error:.1f}"
+
+
+def labels(curves: Curves) -> str:
+    """Say of data_efficiency which share of the labels is enough with a teacher."""
+    taught = sorted(curves["teacher, all sentences"], key=lambda point: point["x"])
+
+    def enough(line: str) -> str:
+        whole = _at(curves, line, 100)
+        below = [i for i, point in enumerate(taught) if point["test"]["mean"] < whole]
+        first = below[-1] + 1 if below else 0
+        return f"{taught[first]['x']:g} % of the labels" if first < len(taught) else "no share of the labels"
+
+    return (
+        f"With a teacher, {enough(LABELS_LINE)} and more do what all of them do alone, and {enough(START_LINE)} "
+        "what all of them do from the same start (a share is one draw of labels with one teacher; all validation "
+        "labels select)."
+    )
+
+
+def noise(curves: Curves) -> str:
+    """Say of label_noise what is left of every line's accuracy."""
+    at, before = (lambda line: 100 * _at(curves, line, 40)), (lambda line: 100 * _at(curves, line, 0))
+    parts = ", ".join(f"{line} {at(line):.1f} ({before(line):.1f})" for line in sorted(curves, key=at, reverse=True))
+    return f"Accuracy in % with 40 % wrong labels (with none), at alpha 0.5: {parts}."
+
+
+def sensitivity(curves: Curves) -> str:
+    """Say what each of the three settings moves, and how many of their combinations beat labels."""
+    plane = max(curves[START_LINE], key=lambda point: point["validation"]["mean"])
+    taught = [point for line, points in curves.items() if line.startswith("T ") for point in points]
+    gains = [_gain(point, plane) for point in taught]
+    above = sum(gain > 2 * error for gain, error in gains)
+    below = sum(gain < -2 * error for gain, error in gains)
+    means = [100 * point["test"]["mean"] for point in taught]
+    ranges = ", ".join(
+        f"{name} {_moved(curves, key):.1f}"
+        for name, key in (
+            ("the learning rate", lambda line, point: point["x"]),
+            ("alpha", lambda line, point: line.split(", ")[1]),
+            ("temperature", lambda line, point: line.split(", ")[0]),
+        )
+    )
+    return (
+        f"Averaged over the others, in points of accuracy: {ranges}. Of {len(taught)} settings {above} are better and "
+        f"{below} worse, by two standard errors, than labels from the same start at the rate that is best on "
+        f"validation ({plane['x']:g}: {100 * plane['test']['mean']:.1f} %); they lie between {min(means):.1f} and "
+        f"{max(means):.1f} %."
+    )
+
+
+def _moved(curves: Curves, key: Callable[[str, dict[str, Any]], Any]) -> float:
+    """Return how far the mean accuracies of the groups that a key makes are apart, in points."""
+    groups: dict[Any, list[float]] = {}
+    for line, points in curves.items():
+        for point in points if line.startswith("T ") else ():
+            groups.setdefault(key(line, point), []).append(100 * point["test"]["mean"])
+    means = [statistics.mean(group) for group in groups.values()]
+    return max(means) - min(means)
+
+
+def architectures(curves: Curves) -> str:
+    """Say of architecture_gap what each teacher adds to each student."""
+    taught = {line: points for line, points in curves.items() if line != LABELS_LINE}
+    said = []
+    for line, points in taught.items():
+        gains = ", ".join(
+            f"{point['x']} {_points(*_gain(point, _point(curves, LABELS_LINE, point['x'])))}" for point in points
+        )
+        said.append(f"{line.removesuffix(' teaches')} ({100 * points[0]['teacher']:.1f} %) {gains}")
+    return (
+        "What a teacher adds to labels alone, in points and with the standard error, to students that start from "
+        f"nothing: {'; '.join(said)}."
+    )
+
+
+def quality(curves: Curves) -> str:
+    """Say of teacher_quality from which teacher on a better one makes no better student."""
+    points = sorted(curves["distilled"], key=lambda point: point["x"])
+    pairs = ", ".join(f"{point['x']:.1f} teaches {100 * point['test']['mean']:.1f}" for point in points)
+    best = points[-1]
+    enough = next(point for point in points if abs(_gain(best, point)[0]) <= 2 * _gain(best, point)[1])
+    return (
+        f"Up to a teacher of {enough['x']:.1f} %: what the best one's student has more than that one's, "
+        f"{_points(*_gain(best, enough))} points, is within two standard errors (accuracy in % of teachers and of "
+        f"their students, which start from nothing: {pairs})."
+    )
+
+
+def levers(curves: Curves) -> str:
+    """Say which changes are better, and worse, than the recipe as it stands."""
+    base = _point(curves, "distilled", AS_IT_STANDS)
+    gains = {point["x"]: _gain(point, base) for point in curves["distilled"] if point is not base}
+    gains["labels alone, from the same start"] = _gain(curves[START_LINE][0], base)
+
+    validation = {point["x"]: point["validation"]["mean"] for point in curves["distilled"]}
+
+    def those(chosen: Callable[[float, float], bool]) -> str:
+        names = sorted((name for name, gain in gains.items() if chosen(*gain)), key=lambda name: -gains[name][0])
+        return ", ".join(f"{name} {_points(*gains[name])}{doubt(name)}" for name in names) or "nothing"
+
+    def doubt(name: str) -> str:
+        lucky = gains[name][0] > 2 * gains[name][1] and validation[name] <= validation[AS_IT_STANDS]
+        return " (not on validation)" if lucky else ""
+
+    return (
+        f"Against {100 * base['test']['mean']:.1f} % as it stands, in points and with the standard error: better by "
+        f"more than two of them {those(lambda gain, error: gain > 2 * error)}; worse "
+        f"{those(lambda gain, error: gain < -2 * error)}; neither {those(lambda gain, error: abs(gain) <= 2 * error)}."
+    )
+
+
+def calibration(curves: Curves) -> str:
+    """Say what calibration does to the errors of teacher and student."""
+    plain, calibrated = (curves[f"teacher {how}"] for how in ("as it is", "calibrated"))
+    changes = ", ".join(
+        f"{point['test']['mean']:.3f} to {_at(curves, 'teacher calibrated', point['x']):.3f} at T {point['x']:g}"
+        for point in plain
+    )
+    return (
+        f"Calibration takes the teacher's error (ECE) from {plain[0]['teacher']:.3f} to {calibrated[0]['teacher']:.3f} "
+        f"and the student's from {changes}."
+    )
+
+
+def budgets(curves: Curves) -> str:
+    """Say of stage_budget which recipes no other one beats."""
+    parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front(curves))
+    return f"No recipe is both faster to train and better than these: {parts} (one core, the teacher's answers kept)."
+
+
+def front(curves: Curves) -> list[tuple[float, float, str]]:
+    """Return seconds, accuracy and name of the distilled students that no other one beats in both."""
+    points = sorted((found[-1]["x"], found[-1]["test"]["mean"], name) for name, found in curves.items())
+    return [one for i, one in enumerate(points) if all(one[1] > other[1] for other in points[:i])]
