@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -53,16 +54,13 @@ _ROOT = {
 CACHE_MODES = ("auto", "off", "require", "refresh")
 _GROUPS = ("data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 _TEACHER = {
-    "checkpoint": str | list[str], "seed": int, "seeds": int, "folds": int, "calibrate": bool,
+    "checkpoint": str | list[str] | None, "seed": int, "seeds": int, "folds": int, "calibrate": bool,
     "combine": Combine, "weights": list[float] | Literal["learned", "confidence"] | None, "ema": float | None,
     "cache": str, "cache_dtype": Literal["float32", "float16", "bfloat16"],
     "cache_top_k": int | None, "cache_views": int, "precision": Precision, "features": list[str],
     "answer_batch_size": int, "device": str | None, "compile": bool, "sharded": bool, "batch_size": int,
     "trainer": dict, "validations": int, "network": dict, "optimizer": dict, "scheduler": dict,
 }  # fmt: skip
-_MAY_BE_NULL = (
-    "shared_dir", "teacher.checkpoint", "teacher.weights", "teacher.ema", "teacher.cache_top_k", "teacher.device",
-)  # fmt: skip
 _FINETUNE = {"lr": float, "max_epochs": int}
 _TASK = {"weight": float, "distillation": dict, "teacher": dict}
 _OURS = (
@@ -84,7 +82,7 @@ def _check_keys(cfg: dict[str, Any]) -> None:
         for key, value in node.items():
             if key not in known:
                 raise ConfigError(f"{prefix}{key}: there is no such key{did_you_mean(str(key), known)}")
-            if value is None and f"{prefix}{key}" not in _MAY_BE_NULL:
+            if value is None and NoneType not in get_args(known[key]):
                 raise ConfigError(f"{prefix}{key} needs a value")
             _check_type(f"{prefix}{key}", value, known[key])
 

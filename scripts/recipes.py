@@ -98,7 +98,7 @@ RECIPES = {
         "3 layers x 384 of the teacher's",
         "99% of the teacher's accuracy at 55% of its latency",
         _layers,
-        {"half as wide": ["student.width=192"], "embeddings of rank 64": ["student.embedding_rank=64"]},
+        {"half as wide": ["student.width=192"]},
     ),
     "reviews_bow": Recipe("convolutions over 1 to 5 words, 4.2M parameters", "ratio >= 0.60", closes(0.6)),
     "fashion_resnet": Recipe(
@@ -112,7 +112,7 @@ RECIPES = {
         "one encoder for three tasks",
         "within 1 point of its three teachers on average, at a third of their size",
         _multi_task,
-        teacher_key="tasks.sentiment.teacher.checkpoint",
+        teacher_key="+tasks.sentiment.teacher.checkpoint",
     ),
 }
 """In the order of results/quality.json."""

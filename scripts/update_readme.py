@@ -133,7 +133,7 @@ def _details(rows: dict[str, Any]) -> list[str]:
         if "tasks" in row:
             main = {key.split("/")[0]: key for key in reversed(row["tasks"])}  # a task's first metric is its main one
             tasks = "; ".join(
-                f"{key.replace('/', ' ')} {100 * task['teacher']:.1f}, student from labels, same start "
+                f"{key.replace('/', ' ')} of the teacher {100 * task['teacher']:.1f}, from labels, same start, "
                 f"{_percent(task['baseline_initialised'])}, distilled {_percent(task['distill'])}"
                 for key, task in row["tasks"].items()
                 if key in main.values()

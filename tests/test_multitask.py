@@ -31,11 +31,12 @@ from tests.toy_reviews import write_archive, write_tokenizer
 Composed = Callable[..., DictConfig]
 TASKS = ("sentiment", "domain", "rating")
 NETWORKS = [
-    "model@teacher.network=lstm_teacher", "~teacher.network.frozen_layers", "teacher.network.embedding_size=16",
+    "model@teacher.network=lstm_teacher", "teacher.network.embedding_size=16",
     "teacher.network.hidden_size=16", "model@student=lstm_student", "student.embedding_size=8", "student.hidden_size=8",
-    "~student.layers", "student.dropout=0.1", "trainer.precision=32-true", "teacher.trainer.precision=32-true",
-    "teacher.precision=float32",
+    *(f"~tasks.{task}.teacher.network" for task in ("domain", "rating")), "~student.layers", "student.dropout=0.1",
+    "trainer.precision=32-true", "teacher.trainer.precision=32-true", "teacher.precision=float32",
     "teacher.optimizer.lr=0.02", "optimizer.lr=0.02", "validations=2", "teacher.validations=2",
+    "teacher.trainer.max_epochs=100",
 ]  # fmt: skip
 
 

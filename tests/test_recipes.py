@@ -59,7 +59,7 @@ def test_every_run_of_a_recipe_composes_and_has_a_folder_of_its_own(recipes: Any
     ("name", "setting"),
     [
         ("reviews_3layer", "teacher.checkpoint={}/teacher_of_reviews_bilstm"),
-        ("multi_task", "tasks.sentiment.teacher.checkpoint={}/teacher_of_reviews_bilstm"),
+        ("multi_task", "+tasks.sentiment.teacher.checkpoint={}/teacher_of_reviews_bilstm"),
         ("fashion_resnet", "teacher.checkpoint={}/fashion_resnet/0"),
     ],
 )
