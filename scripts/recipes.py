@@ -5,8 +5,8 @@ python scripts/recipes.py reviews_bilstm     train this one
 python scripts/recipes.py --final [NAME...]  read the test split, once; write results/quality.json
 
 A recipe is a file of conf/experiment, trained with `kd-train experiment=NAME`. Its seeds train here side by side, one
-thread each, with one teacher. Weights are selected on validation, and so was everything in the recipe's file: no test
-figure is computed before --final, which refuses a recipe that is not trained to its end.
+thread each, with one teacher. Weights are selected on validation, and what is in the recipe's file was tried there: no
+test figure is computed before --final, which refuses a recipe that is not trained to its end.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_wrong_labels_are_as_many_as_asked_for(study: Any) -> None:
 
 
 def curve(*points: tuple[Any, float]) -> list[dict[str, Any]]:
-    figures = [(x, {"mean": mean, "std": 0.01}) for x, mean in points]
+    figures = [(x, {"mean": mean, "std": 0.01, "values": [mean] * 5}) for x, mean in points]
     return [{"x": x, "test": one, "validation": one, "teacher": one["mean"] + 0.1} for x, one in figures]
 
 
