@@ -221,7 +221,9 @@ def record(names: list[str]) -> None:
     from kd_lightning.files import write_file
     from kd_lightning.measure import environment
 
-    if missing := [job.name for name in names for job in jobs(name) if not job.is_trained()]:
+    found = {name: all_jobs(name) for name in names}
+    needed = [job for some in found.values() for one in (None, *FEATURES) for job in some.get(one, [])]
+    if missing := [job.name for job in needed if not job.is_trained()]:
         sys.exit(f"recipes: not trained yet: {', '.join(missing)}; without --final this trains them")
     rows: dict[str, Row] = json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] if RESULT.is_file() else {}
     for name in names:

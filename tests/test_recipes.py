@@ -112,6 +112,18 @@ def test_no_test_figure_of_a_recipe_that_is_not_trained(
         recipes.main()
 
 
+def test_no_test_figure_without_the_strategies_that_a_goal_compares(
+    recipes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recipes, "RUNS", tmp_path)
+    for job in recipes.jobs("fashion_resnet"):
+        job.stage("distill").mkdir(parents=True)
+        (job.stage("distill") / "stage.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "--final", "fashion_resnet"])
+    with pytest.raises(SystemExit, match=r"not trained yet: fashion_resnet, hint, seed 0, "):
+        recipes.main()
+
+
 def test_a_mistake_in_a_configuration_is_one_line(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(name: str) -> None:
         raise ConfigError(f"{name}: trainer.max_steps=-3")
