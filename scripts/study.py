@@ -474,7 +474,8 @@ def document() -> None:
         "Students train for 400 steps, so that a study is done within the hour, and where nothing else is said on "
         "sentences without views. Those of the recipes train for up to ten times as long, on views, and gain more from "
         "their teacher (README). The studies of labels and levers take the learning rate that is best for so short a "
-        "training, 0.008; others that of the recipe, 0.002, and for transformers 0.001. "
+        "training, 0.008; others that of the recipe, 0.002, and for transformers 0.001, at which teachers add less. "
+        "Where there are several rates, or recipes as they stand, the study says so. "
         "Written by `python scripts/study.py --docs` from `results/studies/*.json`.", "",
     ]  # fmt: skip
     for name, study in STUDIES.items():

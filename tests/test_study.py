@@ -98,6 +98,7 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
     assert said["data_efficiency"](taught).startswith(
         "With a teacher, 50 % of the labels and more do what all of them do alone, and 100 % of the labels what"
     )
+    assert "it adds +3.0 ± 0.6 points to that" in said["data_efficiency"](taught)
     taught["teacher, all sentences"] = curve((5, 0.7), (100, 0.75))
     assert "teacher, no share of the labels" in said["data_efficiency"](taught)
     noise = {"labels alone": curve((0, 0.8), (40, 0.6)), "soft targets": curve((0, 0.8), (40, 0.7))}
@@ -108,9 +109,10 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
     }  # fmt: skip
     swept[start][0]["test"] = {"mean": 0.79, "std": 0.0}  # lucky on test, which chooses nothing
     assert said["sensitivity"](swept).startswith(
-        "Averaged over the others, in points of accuracy: the learning rate 4.0, alpha 0.0, temperature 3.0. Of 4 "
-        "settings 2 are better and 1 worse, by two standard errors, than labels from the same start at the rate that "
-        "is best on validation (2: 75.0 %); they lie between 73.0 and 80.0 %"
+        "From its worst value to its best, averaged over the others, each moves accuracy by so many points: the "
+        "learning rate 4.0, alpha 0.0, temperature 3.0. Of 4 settings 2 are better and 1 worse, by two standard "
+        "errors, than labels from the same start at the rate that is best on validation (2: 75.0 %); they lie between "
+        "73.0 and 80.0 %"
     )
     gaps = {"labels alone": curve(("a", 0.7), ("b", 0.7)), "M teaches": curve(("a", 0.75), ("b", 0.69))}
     assert "M (85.0 %) a +5.0 ± 0.6, b -1.0 ± 0.6" in said["architecture_gap"](gaps)
