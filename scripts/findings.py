@@ -28,7 +28,7 @@ def _gain(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
 
 
 def _points(gain: float, error: float) -> str:
-    return f"{round(100 * gain, 1) + 0.0:+.1f} ± {100 * error:.1f}"  # no -0.0
+    return f"{100 * gain:+z.1f} ± {100 * error:.1f}"
 
 
 def labels(curves: Curves) -> str:

@@ -241,10 +241,10 @@ def record(names: list[str]) -> None:
     print(f"wrote {RESULT.relative_to(ROOT)}; now run scripts/update_readme.py")
 
 
-def train_teacher(name: str) -> None:
-    """Train the teacher of a recipe which others share, unless it is there."""
-    if not (teacher_of(name) / "teacher" / "stage.json").is_file():
-        pipeline([f"experiment={name}", "stages=[teacher]", f"run_dir={teacher_of(name)}"], quiet=False).run()
+def train_teacher(name: str, folder: Path, *more: str) -> None:
+    """Train the teacher of a recipe in a folder of its own, unless it is there."""
+    if not (folder / "teacher" / "stage.json").is_file():
+        pipeline([f"experiment={name}", "stages=[teacher]", f"run_dir={folder}", *more], quiet=False).run()
 
 
 def main() -> None:
@@ -260,7 +260,7 @@ def main() -> None:
         record(names)
         return
     for above in {one for name in names if (one := RECIPES[name].taught_by)}:
-        train_teacher(above)
+        train_teacher(above, teacher_of(above))
     found = {name: all_jobs(name) for name in names}
     for name in names:
         for some in found[name].values():

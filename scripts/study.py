@@ -241,12 +241,6 @@ def levers() -> list[Point]:
     ]
 
 
-def train_second() -> None:
-    """Fine-tune the recipes' teacher once more, with another seed, for the `levers`."""
-    settings = ["experiment=reviews_bilstm", "stages=[teacher]", "teacher.seed=1001", f"run_dir={SECOND}"]
-    pipeline(settings, quiet=False).run()
-
-
 def train_general() -> None:
     """Pre-distil: the teacher's answers on views and transfer data, and no label, for the `levers`."""
     settings = (*VIEWS, *given_teacher(), "trainer.max_steps=200", "alpha=1", TRANSFER, "stages=[distill]")
@@ -474,7 +468,7 @@ def document() -> None:
         "Students train for 400 steps, so that a study is done within the hour, and where nothing else is said on "
         "sentences without views. Those of the recipes train for up to ten times as long, on views, and gain more from "
         "their teacher (README). The studies of labels and levers take the learning rate that is best for so short a "
-        "training, 0.008; others that of the recipe, 0.002, and for transformers 0.001, at which teachers add less. "
+        "training, 0.008; others that of the recipe, 0.002, at which teachers add less, and for transformers 0.001. "
         "Where there are several rates, or recipes as they stand, the study says so. "
         "Written by `python scripts/study.py --docs` from `results/studies/*.json`.", "",
     ]  # fmt: skip
@@ -512,9 +506,9 @@ def main() -> None:
     elif given.name not in TRAINED:
         parser.error(f"{given.name} trains nothing of its own: scripts/recipes.py does; add --final")
     else:
-        train_teacher("reviews_bilstm")
+        train_teacher("reviews_bilstm", teacher_of("reviews_bilstm"))
         if given.name == "levers":
-            train_second()
+            train_teacher("reviews_bilstm", SECOND, "teacher.seed=1001")
             train_general()
         found = [jobs(given.name, point) for point in STUDIES[given.name].points()]
         for some in found:

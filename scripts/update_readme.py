@@ -172,8 +172,8 @@ def ablation(name: str) -> str:
         if stage in row:
             rows.append((title, "", row[stage], row["validation"][stage]))
     for variant, settings, test, validation in sorted(rows, key=lambda one: -one[2]["mean"]):
-        change = round(100 * (test["mean"] - row["distilled"]["mean"]), 1) + 0.0  # no -0.0
-        lines.append(f"| {variant} | {settings} | {_percent(test)} | {change:+.1f} | {_percent(validation)} |")
+        change = 100 * (test["mean"] - row["distilled"]["mean"])
+        lines.append(f"| {variant} | {settings} | {_percent(test)} | {change:+z.1f} | {_percent(validation)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -284,10 +284,11 @@ def main() -> None:
     for path in (ROOT / "README.md", ROOT / "docs" / "levers.md"):
         old = path.read_text(encoding="utf-8")
         new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)
-        if given.check and new != old:
+        if new == old:
+            continue
+        if given.check:
             sys.exit(f"{path.relative_to(ROOT)} is not what results/ say: python scripts/update_readme.py")
-        if not given.check:
-            path.write_text(new, encoding="utf-8")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_no_test_figure_without_the_strategies_that_a_goal_compares(
 
 
 def test_a_mistake_in_a_configuration_is_one_line(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(name: str) -> None:
+    def refuses(name: str, folder: Path) -> None:
         raise ConfigError(f"{name}: trainer.max_steps=-3")
 
     monkeypatch.setattr(recipes, "train_teacher", refuses)
