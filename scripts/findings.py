@@ -51,9 +51,15 @@ def labels(curves: Curves) -> str:
 
 def noise(curves: Curves) -> str:
     """Say of label_noise what is left of every line's accuracy."""
-    at, before = (lambda line: 100 * _at(curves, line, 40)), (lambda line: 100 * _at(curves, line, 0))
-    parts = ", ".join(f"{line} {at(line):.1f} ({before(line):.1f})" for line in sorted(curves, key=at, reverse=True))
-    return f"Accuracy in % with 40 % wrong labels (with none), at alpha 0.5: {parts}."
+    shares = [point["x"] for point in curves[LABELS_LINE]]
+    lines = sorted(curves, key=lambda line: _at(curves, line, max(shares)), reverse=True)
+    parts = [f"{line} {', '.join(f'{100 * _at(curves, line, x):.1f}' for x in shares)}" for line in lines]
+    best = [max(curves, key=lambda line: _at(curves, line, x)) for x in shares]
+    bests = ", ".join(f"{line} at {x:g}" for line, x in zip(best, shares, strict=True))
+    return (
+        f"Accuracy in % with {', '.join(f'{x:g}' for x in shares)} % wrong labels, at alpha 0.5 and with teachers of "
+        f"two folds, each of which learns from half of them: {'; '.join(parts)}. Best: {bests}."
+    )
 
 
 def sensitivity(curves: Curves) -> str:
@@ -156,12 +162,21 @@ def calibration(curves: Curves) -> str:
 
 
 def budgets(curves: Curves) -> str:
-    """Say of stage_budget which recipes no other one beats."""
+    """Say of stage_budget which recipes on the same data no other one beats, and what those on other data take."""
     parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front(curves))
-    return f"No recipe is both faster to train and better than these: {parts} (one core, the teacher's answers kept)."
+    others = ", ".join(f"{name} {found[-1]['x']:.0f} s" for name, found in curves.items() if not _on_reviews(name))
+    return (
+        f"On reviews no recipe is both faster to train and better than these: {parts}; on other data, {others} (one "
+        "core, the teacher's answers kept)."
+    )
+
+
+def _on_reviews(recipe: str) -> bool:
+    return recipe.startswith("reviews_")
 
 
 def front(curves: Curves) -> list[tuple[float, float, str]]:
-    """Return seconds, accuracy and name of the distilled students that no other one beats in both."""
-    points = sorted((found[-1]["x"], found[-1]["test"]["mean"], name) for name, found in curves.items())
+    """Return seconds, accuracy and name of the distilled students on reviews that no other one beats in both."""
+    found = {name: points[-1] for name, points in curves.items() if _on_reviews(name)}
+    points = sorted((point["x"], point["test"]["mean"], name) for name, point in found.items())
     return [one for i, one in enumerate(points) if all(one[1] > other[1] for other in points[:i])]

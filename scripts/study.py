@@ -282,7 +282,6 @@ def of_recipes() -> Curves:
             for stage, key in ((LABELS, "baseline"), (TAUGHT, "distilled"))
         ]
         for name, row in rows.items()
-        if row["taught_by"] == "reviews_bilstm" and "tasks" not in row
     }
 
 
@@ -423,7 +422,9 @@ def picture(name: str, curves: Curves) -> None:
     if name == "stage_budget":
         best = findings.front(curves)
         row[0].plot([one[0] for one in best], [100 * one[1] for one in best], color="#bbbbbb", linewidth=5, zorder=0)
-        row[0].set_title("hollow: from labels, filled: distilled, grey: nothing is faster and better", fontsize=9)
+        row[0].set_title(
+            "hollow: from labels, filled: distilled, grey: nothing on reviews is faster and better", fontsize=9
+        )
     row[0].set_ylabel("test accuracy, %" if study.score == "accuracy" else "test calibration error (ECE)")
     figure.suptitle(f"{study.question}\n(mean and standard deviation of {len(SEEDS)} seeds)", fontsize=10)
     figure.legend(*row[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)

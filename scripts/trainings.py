@@ -143,9 +143,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> Any:
-    """Return what the teacher of a job says of a split."""
+    """Return what the teacher of a job says of a split, in float32 as its students are asked.
+
+    What it told them may be rounded to bfloat16, which other batches turn another way.
+    """
     from kd_lightning.models.answers import answers
 
-    run = pipeline(job.overrides)
+    run = pipeline([*job.overrides, "teacher.precision=float32", "teacher.cache=off"])
     data = run.data.select(tokens="both")
     return answers(run.answering_teacher, data.test_dataloader() if split == "test" else data.val_dataloader())

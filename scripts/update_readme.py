@@ -144,8 +144,8 @@ def _details(rows: dict[str, Any]) -> list[str]:
         seconds = {name: points[-1]["x"] for name, points in _read(budget)["curves"].items()}
         least, most = min(seconds, key=seconds.__getitem__), max(seconds, key=seconds.__getitem__)
         said.append(
-            f"* Of those on `reviews` one seed distils, the teacher's answers kept, within {seconds[least] / 60:.0f} "
-            f"(`{least}`) to {seconds[most] / 60:.0f} minutes (`{most}`) on one core (`{budget.relative_to(ROOT)}`)."
+            f"* One seed distils, the teacher's answers kept, within {seconds[least] / 60:.0f} (`{least}`) to "
+            f"{seconds[most] / 60:.0f} minutes (`{most}`) on one core (`{budget.relative_to(ROOT)}`)."
         )
     return said
 
