@@ -129,8 +129,8 @@ def levers(curves: Curves) -> str:
     """Say which changes are better, and worse, than the recipe as it stands."""
     base = _point(curves, "distilled", AS_IT_STANDS)
     gains = {point["x"]: _gain(point, base) for point in curves["distilled"] if point is not base}
-    gains["labels alone, from the same start"] = _gain(curves[START_LINE][0], base)
-
+    if START_LINE in curves:
+        gains["labels alone, from the same start"] = _gain(curves[START_LINE][0], base)
     validation = {point["x"]: point["validation"]["mean"] for point in curves["distilled"]}
 
     def those(chosen: Callable[[float, float], bool]) -> str:

@@ -9,15 +9,16 @@ label_noise       what do wrong labels cost, when the teacher learned from them 
 sensitivity       temperature, alpha and learning rate, with labels alone as what is to be beaten
 architecture_gap  teachers and students that are alike and unlike
 levers            what views, transfer data, schedules and more (docs/levers.md) are worth, each changed alone
+best_recipe       the same of views, transfer data, a start from the teacher and steps, for all of reviews_3layer
 teacher_quality   does a better teacher make a better student?
 calibration       what temperature, and a calibrated teacher, do to the student's calibration
-stage_budget      accuracy (from results/quality.json) against training seconds, for the recipes on reviews; --final
+stage_budget      accuracy (from results/quality.json) against training seconds, for every recipe; --final
                   times short trainings, one after the other, and needs the machine for itself
 
-The student is the BiLSTM of reviews_bilstm, where nothing else is said with the teacher's embeddings to start from,
-with transfer data instead of views (levers: with two views), for 400 steps. Seeds differ in their training: teachers,
-and which labels are left or wrong, are the same for all of them. Weights are selected on all of the validation split,
-whose labels are right.
+But in best_recipe the student is the BiLSTM of reviews_bilstm, where nothing else is said with the teacher's embeddings
+to start from, with transfer data instead of views (levers: with two views), for 400 steps. Seeds differ in their
+training: teachers, and which labels are left or wrong, are the same for all of them. Weights are selected on all of the
+validation split, whose labels are right.
 """
 
 from __future__ import annotations
@@ -241,6 +242,21 @@ def levers() -> list[Point]:
     ]
 
 
+def best_recipe() -> list[Point]:
+    """Return runs of reviews_3layer, with one lever removed each; what labels alone do is in results/quality.json."""
+    sizes = {"hidden_size": 384, "num_layers": 3, "num_heads": 12, "intermediate_size": 1536, "pooling": "mean"}
+    fresh = ["model@student=transformer", "~student.layers", *(f"student.{key}={size}" for key, size in sizes.items())]
+    changes: dict[str, Settings] = {
+        AS_IT_STANDS: [],
+        "no views": ["data.views=0"],
+        "no transfer data": ["data.transfer=[]"],
+        "fresh weights": fresh,
+        "a tenth of the steps": ["trainer.max_steps=100"],
+    }
+    base = ["experiment=reviews_3layer", *given_teacher(), "stages=[teacher,distill]"]
+    return [Point("", name, [*base, *change], {TAUGHT: "distilled"}) for name, change in changes.items()]
+
+
 def train_general() -> None:
     """Pre-distil: the teacher's answers on views and transfer data, and no label, for the `levers`."""
     settings = (*VIEWS, *given_teacher(), "trainer.max_steps=200", "alpha=1", TRANSFER, "stages=[distill]")
@@ -326,6 +342,10 @@ STUDIES = {
     ),
     "levers": Study(
         "What is each lever worth?", "a tenth of reviews_bilstm, one thing changed", levers, findings.levers,
+    ),
+    "best_recipe": Study(
+        "What is each lever worth to the best recipe?", "reviews_3layer, one thing changed", best_recipe,
+        findings.levers, teacher=True,
     ),
     "teacher_quality": Study(
         "Does a better teacher make a better student?", "test accuracy of the teacher, %", teacher_quality,

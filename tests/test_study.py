@@ -15,7 +15,8 @@ from tests.toy_reviews import write_archive
 
 ROOT = Path(__file__).parent.parent
 TRAINED = [
-    "data_efficiency", "label_noise", "sensitivity", "architecture_gap", "levers", "teacher_quality", "calibration",
+    "data_efficiency", "label_noise", "sensitivity", "architecture_gap", "levers", "best_recipe", "teacher_quality",
+    "calibration",
 ]  # fmt: skip
 
 
@@ -101,8 +102,10 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
     assert "it adds +3.0 ± 0.6 points to that" in said["data_efficiency"](taught)
     taught["teacher, all sentences"] = curve((5, 0.7), (100, 0.75))
     assert "teacher, no share of the labels" in said["data_efficiency"](taught)
-    noise = {"labels alone": curve((0, 0.8), (40, 0.6)), "soft targets": curve((0, 0.8), (40, 0.7))}
-    assert said["label_noise"](noise).endswith("soft targets 70.0 (80.0), labels alone 60.0 (80.0).")
+    noise = {"labels alone": curve((0, 0.8), (40, 0.6)), "soft targets": curve((0, 0.79), (40, 0.7))}
+    assert said["label_noise"](noise).endswith(
+        ": soft targets 79.0, 70.0; labels alone 80.0, 60.0. Best: labels alone at 0, soft targets at 40."
+    )
     swept = {
         "labels alone": curve((1, 0.6)), start: curve((1, 0.7), (2, 0.75)),
         "T 1, alpha 0.5": curve((1, 0.73), (2, 0.77)), "T 4, alpha 0.5": curve((1, 0.76), (2, 0.8)),
@@ -130,13 +133,20 @@ def test_sentences_say_what_the_figures_say(study: Any) -> None:
         "better by more than two of them better +5.0 ± 0.6, good +2.0 ± 0.6 (not on validation); worse worse "
         "-5.0 ± 0.6, labels alone, from the same start -10.0 ± 0.6; neither same +1.0 ± 0.6."
     )
+    del levers[start]
+    assert "labels alone" not in said["best_recipe"](levers)
     errors = {"teacher as it is": curve((1, 0.05), (4, 0.02)), "teacher calibrated": curve((1, 0.03), (4, 0.01))}
     assert said["calibration"](errors) == (
         "Calibration takes the teacher's error (ECE) from 0.150 to 0.130 and the student's from 0.050 to 0.030 at T 1, "
         "0.020 to 0.010 at T 4."
     )
-    budgets = {"fast": curve((5, 0.7), (9, 0.8)), "slow": curve((5, 0.7), (20, 0.79)), "best": curve((5, 0), (30, 0.9))}
-    assert ": fast 80.0 % after 9 s, best 90.0 % after 30 s (" in said["stage_budget"](budgets)
+    budgets = {
+        "reviews_fast": curve((5, 0.7), (9, 0.8)), "reviews_slow": curve((5, 0.7), (20, 0.79)),
+        "reviews_best": curve((5, 0), (30, 0.85)), "images": curve((2, 0.8), (3, 0.9)),
+    }  # fmt: skip
+    assert ": reviews_fast 80.0 % after 9 s, reviews_best 85.0 % after 30 s; on other data, images 3 s (" in said[
+        "stage_budget"
+    ](budgets)
 
 
 def test_a_panel_shows_its_own_temperature(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
