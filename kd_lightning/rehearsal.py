@@ -85,8 +85,9 @@ def source_of(teacher: nn.Module) -> nn.Module:
 
 
 def has_start(settings: dict[str, Any]) -> bool:
-    """Return whether a network of these settings can start from trained weights or, told to, from fresh ones."""
-    return "initialise" in parameters(lookup(settings["_target_"]))
+    """Return whether a network of these settings starts from trained weights, and could do without them."""
+    takes = parameters(lookup(settings["_target_"]))
+    return "initialise" in takes and settings.get("initialise", "teacher") == "teacher"
 
 
 def check_scheme(objective: Objective, cfg: dict[str, Any]) -> None:

@@ -244,13 +244,11 @@ def levers() -> list[Point]:
 
 def best_recipe() -> list[Point]:
     """Return runs of reviews_3layer, with one lever removed each; what labels alone do is in results/quality.json."""
-    sizes = {"hidden_size": 384, "num_layers": 3, "num_heads": 12, "intermediate_size": 1536, "pooling": "mean"}
-    fresh = ["model@student=transformer", "~student.layers", *(f"student.{key}={size}" for key, size in sizes.items())]
     changes: dict[str, Settings] = {
         AS_IT_STANDS: [],
         "no views": ["data.views=0"],
         "no transfer data": ["data.transfer=[]"],
-        "fresh weights": fresh,
+        "fresh weights": ["student.initialise=random"],
         "a tenth of the steps": ["trainer.max_steps=100"],
     }
     base = ["experiment=reviews_3layer", *given_teacher(), "stages=[teacher,distill]"]

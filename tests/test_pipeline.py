@@ -240,6 +240,19 @@ def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Com
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
 
 
+def test_a_student_told_to_start_fresh_is_distilled_from_fresh_weights(composed: Composed, overrides: list[str]) -> None:
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    student = [
+        "model@student=embeddings_from_teacher",
+        "student.network.embedding_size=8",
+        "student.network.hidden_size=8",
+    ]
+    usual = Pipeline(composed(*chosen, *student))
+    pipeline, report, _ = run(composed(*chosen, *student, "student.initialise=random"))
+    assert set(report["models"]) == {"teacher", "baseline", "distilled"}, "there is no other start to compare with"
+    assert network_digest(pipeline._student(0, "teacher")[0]) == network_digest(usual._student(0, "random")[0])
+
+
 def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:
