@@ -240,7 +240,7 @@ def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Com
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
 
 
-def test_a_student_told_to_start_fresh_is_distilled_from_fresh_weights(composed: Composed, overrides: list[str]) -> None:
+def test_a_student_told_to_start_fresh_is_distilled_so(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
     student = [
         "model@student=embeddings_from_teacher",
