@@ -324,7 +324,7 @@ class Pipeline:
     def _start(self) -> dict[str, str]:
         """Return what names the weights of another run that the student starts from."""
         settings = self.cfg["student"]
-        if lookup(settings["_target_"]) is not from_run:
+        if lookup(settings["_target_"]) is not from_run or not self.has_start:
             return {}
         return {"start": file_digest(find_stage(Path(settings["checkpoint"])) / "model.safetensors")}
 

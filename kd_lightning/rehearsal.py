@@ -107,6 +107,11 @@ def check_scheme(objective: Objective, cfg: dict[str, Any]) -> None:
     if cfg["peers"] and set(needs) != {"peers"}:
         reads = f"reads {', '.join(needs)}" if needs else "does not read them"
         raise ConfigError(f"peers learn by their logits alone, and distillation {reads}: use distillation=deep_mutual")
+    if "simkd_projector" in needs and cfg["student"].get("initialise") == "random":
+        raise ConfigError(
+            "student.initialise=random makes a fresh classifier, which distillation=simkd does not train: set "
+            "student.initialise=teacher, or another distillation"
+        )
     if cfg["assistants"] and not objective.uses_teacher:
         raise ConfigError("assistants hand on what the teacher says, and distillation reads no teacher")
 

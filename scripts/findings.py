@@ -9,6 +9,9 @@ from typing import Any
 
 LABELS_LINE = "labels alone"
 START_LINE = "labels, start from the teacher"
+SOFT_LINE = "soft targets"
+FOLDS_LINE = "soft targets, teachers of folds"
+TRUST_LINE = "label_trust, teachers of folds"
 AS_IT_STANDS = "as it stands"
 Curves = dict[str, list[dict[str, Any]]]
 
@@ -50,15 +53,22 @@ def labels(curves: Curves) -> str:
 
 
 def noise(curves: Curves) -> str:
-    """Say of label_noise what is left of every line's accuracy."""
+    """Say of label_noise what is left of every line's accuracy, and what trusting labels less adds to that."""
     shares = [point["x"] for point in curves[LABELS_LINE]]
     lines = sorted(curves, key=lambda line: _at(curves, line, max(shares)), reverse=True)
-    parts = [f"{line} {', '.join(f'{100 * _at(curves, line, x):.1f}' for x in shares)}" for line in lines]
-    best = [max(curves, key=lambda line: _at(curves, line, x)) for x in shares]
-    bests = ", ".join(f"{line} at {x:g}" for line, x in zip(best, shares, strict=True))
+    parts = [
+        f"{line.replace(', ', ' ')} {', '.join(f'{100 * _at(curves, line, x):.1f}' for x in shares)}" for line in lines
+    ]
+
+    def trusting(other: str) -> str:
+        pairs = ((_point(curves, TRUST_LINE, x), _point(curves, other, x)) for x in shares)
+        return ", ".join(_points(*_gain(*pair)) for pair in pairs)
+
     return (
-        f"Accuracy in % with {', '.join(f'{x:g}' for x in shares)} % wrong labels, at alpha 0.5 and with teachers of "
-        f"two folds, each of which learns from half of them: {'; '.join(parts)}. Best: {bests}."
+        f"Accuracy in % with {', '.join(f'{x:g}' for x in shares)} % wrong labels, at alpha 0.5: {'; '.join(parts)}. "
+        "label_trust asks teachers of two folds, each of which learned from half of the labels: it has "
+        f"{trusting(FOLDS_LINE)} points (with the standard error) more than soft targets of these teachers, and "
+        f"{trusting(SOFT_LINE)} more than those of one teacher."
     )
 
 
@@ -98,7 +108,7 @@ def _moved(curves: Curves, key: Callable[[str, dict[str, Any]], Any]) -> float:
 
 
 def architectures(curves: Curves) -> str:
-    """Say of architecture_gap what each teacher adds to each student."""
+    """Say of architecture_gap what each teacher adds to each student, and which is whose best."""
     taught = {line: points for line, points in curves.items() if line != LABELS_LINE}
     said = []
     for line, points in taught.items():
@@ -106,9 +116,11 @@ def architectures(curves: Curves) -> str:
             f"{point['x']} {_points(*_gain(point, _point(curves, LABELS_LINE, point['x'])))}" for point in points
         )
         said.append(f"{line.removesuffix(' teaches')} ({100 * points[0]['teacher']:.1f} %) {gains}")
+    students = [point["x"] for point in curves[LABELS_LINE]]
+    best = [f"{x}: {max(taught, key=lambda line: _at(curves, line, x)).removesuffix(' teaches')}" for x in students]
     return (
         "What a teacher adds to labels alone, in points and with the standard error, to students that start from "
-        f"nothing: {'; '.join(said)}."
+        f"nothing: {'; '.join(said)}. Best for {'; best for '.join(best)}."
     )
 
 
@@ -119,9 +131,9 @@ def quality(curves: Curves) -> str:
     best = points[-1]
     enough = next(point for point in points if abs(_gain(best, point)[0]) <= 2 * _gain(best, point)[1])
     return (
-        f"Up to a teacher of {enough['x']:.1f} %: what the best one's student has more than that one's, "
-        f"{_points(*_gain(best, enough))} points, is within two standard errors (accuracy in % of teachers and of "
-        f"their students, which start from nothing: {pairs})."
+        f"A better teacher makes a better student up to one of {enough['x']:.1f} %: what the best one's student has "
+        f"more than that one's, {_points(*_gain(best, enough))} points, is within two standard errors (accuracy in % "
+        f"of teachers and of their students, which start from nothing: {pairs})."
     )
 
 
@@ -129,9 +141,10 @@ def levers(curves: Curves) -> str:
     """Say which changes are better, and worse, than the recipe as it stands."""
     base = _point(curves, "distilled", AS_IT_STANDS)
     gains = {point["x"]: _gain(point, base) for point in curves["distilled"] if point is not base}
-    if START_LINE in curves:
-        gains["labels alone, from the same start"] = _gain(curves[START_LINE][0], base)
     validation = {point["x"]: point["validation"]["mean"] for point in curves["distilled"]}
+    for point in curves.get(START_LINE, []):
+        name = "labels alone, from the same start"
+        gains[name], validation[name] = _gain(point, base), point["validation"]["mean"]
 
     def those(chosen: Callable[[float, float], bool]) -> str:
         names = sorted((name for name, gain in gains.items() if chosen(*gain)), key=lambda name: -gains[name][0])
@@ -162,12 +175,12 @@ def calibration(curves: Curves) -> str:
 
 
 def budgets(curves: Curves) -> str:
-    """Say of stage_budget which recipes on the same data no other one beats, and what those on other data take."""
+    """Say of stage_budget which recipes for the same task no other one beats, and what those for other tasks take."""
     parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front(curves))
-    others = ", ".join(f"{name} {found[-1]['x']:.0f} s" for name, found in curves.items() if not _on_reviews(name))
+    others = [f"{name} takes {found[-1]['x']:.0f} s" for name, found in curves.items() if not _on_reviews(name)]
     return (
-        f"On reviews no recipe is both faster to train and better than these: {parts}; on other data, {others} (one "
-        "core, the teacher's answers kept)."
+        f"On reviews no recipe is both faster to train and better than these: {parts}; for other tasks, "
+        f"{', '.join(others)} (one core, the teacher's answers kept)."
     )
 
 

@@ -123,6 +123,14 @@ def teacher_of(name: str) -> Path:
     return RUNS / f"teacher_of_{name}"
 
 
+def trained_teachers(name: str) -> list[str]:
+    """Return what gives another run of a recipe the teachers that its first run trained."""
+    recipe, folder = RECIPES[name], RUNS / name / "0"
+    own = [] if recipe.taught_by is not None else [f"{recipe.teacher_key}={folder}"]
+    tasks = sorted(teacher.parent for teacher in (folder / "tasks").glob("*/teacher"))
+    return own + [f"+tasks.{task.name}.teacher.checkpoint={task}" for task in tasks]
+
+
 def jobs(name: str, more: Sequence[str] = (), variant: str | None = None) -> list[Job]:
     """Return a recipe's runs, or those of a variant, which has no baselines of its own."""
     recipe = RECIPES[name]
@@ -131,8 +139,7 @@ def jobs(name: str, more: Sequence[str] = (), variant: str | None = None) -> lis
         settings.append(f"{recipe.teacher_key}={teacher_of(recipe.taught_by)}")
     title, folder = name, RUNS / name
     if variant is not None:
-        if recipe.taught_by is None:  # whatever data it learns from, the recipe's teacher teaches it
-            settings.append(f"{recipe.teacher_key}={RUNS / name / '0'}")
+        settings += trained_teachers(name)  # whatever data it learns from
         title, folder = f"{name}, {variant}", RUNS / f"{name}-{variant.replace(' ', '_')}"
         settings.append("stages=[teacher,distill]")
     return [Job(f"{title}, seed {seed}", tuple(settings), folder / str(seed), seed) for seed in SEEDS]

@@ -39,8 +39,8 @@ from typing import Any
 import torch
 
 import findings
-from findings import AS_IT_STANDS, LABELS_LINE, START_LINE, Curves
-from recipes import TRANSFER, teacher_of, train_teacher
+from findings import AS_IT_STANDS, FOLDS_LINE, LABELS_LINE, SOFT_LINE, START_LINE, TRUST_LINE, Curves
+from recipes import TRANSFER, teacher_of, train_teacher, trained_teachers
 from recipes import jobs as recipe_jobs
 from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
 
@@ -167,12 +167,12 @@ def label_noise() -> list[Point]:
         name = f"files_noise_{share:g}" if share else "files_1"  # all labels, and these right: as in data_efficiency
         # Half of what is learned is the label. A teacher sees the labels it learns from 1.7 times.
         settings = [*write_files(RUNS / name, partial(flipped, share)), "alpha=0.5", "teacher.trainer.max_steps=400"]
-        stages = {LABELS: LABELS_LINE, START: START_LINE, TAUGHT: "soft targets"}
+        stages = {LABELS: LABELS_LINE, START: START_LINE, TAUGHT: SOFT_LINE}
         found.append(Point("", 100 * share, settings, stages))
         folds = [*settings, "teacher.folds=2", "teacher.trainer.max_steps=200", "stages=[teacher,distill]"]
-        found.append(Point("folds", 100 * share, folds, {TAUGHT: "soft targets, teachers of folds"}))
+        found.append(Point("folds", 100 * share, folds, {TAUGHT: FOLDS_LINE}))
         trusting = [*folds, "distillation=label_trust"]
-        found.append(Point("trust", 100 * share, trusting, {TAUGHT: "label_trust, teachers of folds"}))
+        found.append(Point("trust", 100 * share, trusting, {TAUGHT: TRUST_LINE}))
     return found
 
 
@@ -299,26 +299,29 @@ def of_recipes() -> Curves:
     }
 
 
-def training_seconds(name: str, stage: str, lengths: tuple[int, int] = (50, 150)) -> float:
+def training_seconds(name: str, stage: str) -> float:
     """Return how long a recipe's stage takes on one core, its validations included.
 
-    Two short trainings are timed after one to warm up, and what their difference says of a step is multiplied: whole
-    trainings ran beside others. The teacher's answers must be stored already.
+    After one to warm up, three short trainings are timed: what one with more steps, and one with more validations,
+    take longer says what these cost, since whole trainings ran beside others. The teacher's answers must be stored
+    already.
     """
     torch.set_num_threads(1)
-    job = recipe_jobs(name)[0]
-    steps = pipeline(job.overrides).cfg["trainer"]["max_steps"]
+    job, teachers = recipe_jobs(name)[0], trained_teachers(name)
+    cfg = pipeline(job.overrides).cfg
 
-    def seconds(length: int) -> float:
+    def seconds(steps: int, validations: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            own = [f"shared_dir={folder}/shared", f"stages=[{stage}]", f"trainer.max_steps={length}"]
-            short = Job(job.name, (*job.settings, *own, "teacher.cache=require"), Path(folder) / "run", job.seed)
+            length = [f"trainer.max_steps={steps}", f"validations={validations}"]
+            own = [f"shared_dir={folder}/shared", f"stages=[{stage}]", "teacher.cache=require", *length]
+            short = Job(job.name, (*job.settings, *teachers, *own), Path(folder) / "run", job.seed)
             pipeline(short.overrides).run()
             return float(short.record(stage)["seconds"])
 
-    seconds(10)
-    short, long = (seconds(length) for length in lengths)
-    return short + (long - short) / (lengths[1] - lengths[0]) * (steps - lengths[0])
+    seconds(10, 1)
+    short, longer, checked = seconds(30, 1), seconds(90, 1), seconds(30, 3)
+    step, validation = (longer - short) / 60, (checked - short) / 2
+    return short + step * (cfg["trainer"]["max_steps"] - 30) + validation * (cfg["validations"] - 1)
 
 
 STUDIES = {
@@ -488,7 +491,8 @@ def document() -> None:
         "sentences without views. Those of the recipes train for up to ten times as long, on views, and gain more from "
         "their teacher (README). The studies of labels and levers take the learning rate that is best for so short a "
         "training, 0.008; others that of the recipe, 0.002, at which teachers add less, and for transformers 0.001. "
-        "Where there are several rates, or recipes as they stand, the study says so. "
+        "Where there are several rates, or recipes as they stand, the study says so. What follows a ± counts seeds "
+        "alone; all of them are scored on one test split. "
         "Written by `python scripts/study.py --docs` from `results/studies/*.json`.", "",
     ]  # fmt: skip
     for name, study in STUDIES.items():

@@ -149,6 +149,8 @@ def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> 
     """
     from kd_lightning.models.answers import answers
 
-    run = pipeline([*job.overrides, "teacher.precision=float32", "teacher.cache=off"])
+    run = pipeline(job.overrides)
+    for one in (run, *getattr(run, "parts", {}).values()):  # its folder holds a training below the rounded answers
+        one.cfg["teacher"].update(precision="float32", cache="off")
     data = run.data.select(tokens="both")
     return answers(run.answering_teacher, data.test_dataloader() if split == "test" else data.val_dataloader())

@@ -251,6 +251,8 @@ def test_a_student_told_to_start_fresh_is_distilled_so(composed: Composed, overr
     pipeline, report, _ = run(composed(*chosen, *student, "student.initialise=random"))
     assert set(report["models"]) == {"teacher", "baseline", "distilled"}, "there is no other start to compare with"
     assert network_digest(pipeline._student(0, "teacher")[0]) == network_digest(usual._student(0, "random")[0])
+    stage = json.loads((pipeline.folder / "seed_0/distill/stage.json").read_text())
+    assert stage["settings"]["network"]["initialise"] == "random"
 
 
 def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
