@@ -115,8 +115,9 @@ def recipes() -> str:
         f"Test accuracy in %{others}, mean and standard deviation of {content['seeds']} seeds; *gap closed* is the "
         "distillation ratio (S_kd - S) / (T - S) against labels, and then against labels from the same start, which is "
         "what the teacher's answers alone close, on text also those to views and transfer sentences, which students "
-        "from labels do not see (they see the views of images, which keep their labels). One seed: `kd-train experiment=NAME`; all: `python "
-        "scripts/recipes.py`, then `--final`, which reads the test split, and `scripts/update_readme.py`; on "
+        "from labels do not see (they see the views of images, which keep their labels). One seed: `kd-train "
+        "experiment=NAME`; all: `python scripts/recipes.py`, then `--final`, which reads the test split, and "
+        "`scripts/update_readme.py`; on "
         f"{where} (`results/quality.json`).",
         "",
         *_details(content["recipes"]),
