@@ -125,6 +125,19 @@ def recipes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _repeated() -> str:
+    """Return what the best recipe keeps in results/studies/best_recipe.json, which measured it again."""
+    file = ROOT / "results" / "studies" / "best_recipe.json"
+    if not file.is_file():
+        return ""
+    content = _read(file)
+    again = content["curves"]["distilled"][0]
+    return (
+        f"; measured again on {content['environment']['cpu']}, below a teacher fine-tuned anew "
+        f"({100 * again['teacher']:.1f} %), {100 * again['test']['mean'] / again['teacher']:.1f} %"
+    )
+
+
 def _closed_from_start(row: dict[str, Any]) -> str:
     """Return which share of the gap is closed by the teacher's answers, and not by what the student starts from."""
     if "baseline_initialised" not in row:
@@ -140,7 +153,7 @@ def _details(rows: dict[str, Any]) -> list[str]:
     for name, row in rows.items():
         if "latency" in row["goal"]:
             kept = 100 * row["distilled"]["mean"] / row["teacher"]["mean"]
-            said.append(f"* `{name}` keeps {kept:.2f} % at {row['latency_share']:.2f} of the latency.")
+            said.append(f"* `{name}` keeps {kept:.2f} % at {row['latency_share']:.2f} of the latency{_repeated()}.")
         if "feature strategy" in row["goal"]:
             best = row["best_features"]
             test = row["variants"][best]["test"]

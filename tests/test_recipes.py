@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kd_lightning.config import conf_dir
 from kd_lightning.errors import ConfigError
-from tests.conftest import write_toy_csv
+from kd_lightning.models.answers import answers, network_answers
+from tests.conftest import tiny_overrides, write_toy_csv
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,6 +150,36 @@ def test_the_test_split_is_read_whatever_else_is_in_the_folder_of_the_experiment
     own.write_text("name: quickstart\nalpha: 0.123\n")
     assert len(list(trainings._test_loader((*settings, *more)))) > 0
     assert own.read_text() == "name: quickstart\nalpha: 0.123\n"
+
+
+def test_a_teacher_is_scored_in_float32_whatever_its_students_were_told(
+    recipes: Any, toy_csv: Path, own_home: Path, tmp_path: Path
+) -> None:
+    trainings = sys.modules["trainings"]
+    more = ("stages=[teacher,distill]", "teacher.precision=bf16")
+    job = trainings.Job("toy", (*tiny_overrides(toy_csv, tmp_path / "run"), *more), tmp_path / "run", 0)
+    run = trainings.pipeline(job.overrides)
+    run.run()
+    batches = run.data.select(tokens="teacher").test_dataloader()
+    scored = trainings.teacher_answers(job).logits
+    torch.testing.assert_close(scored, network_answers(run.teacher.network, batches).logits, rtol=0, atol=1e-6)
+    assert (scored - answers(run.answering_teacher, batches).logits).abs().max() > 1e-4, (
+        "what they were told is rounded"
+    )
+
+
+def test_a_recipe_that_trains_its_teachers_gives_them_to_another_run(
+    recipes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recipes, "RUNS", tmp_path)
+    for task in ("sentiment", "rating", "domain"):
+        (tmp_path / "multi_task/0/tasks" / task / ("" if task == "sentiment" else "teacher")).mkdir(parents=True)
+    folder = tmp_path / "multi_task/0/tasks"
+    assert recipes.trained_teachers("multi_task") == [
+        f"+tasks.domain.teacher.checkpoint={folder}/domain", f"+tasks.rating.teacher.checkpoint={folder}/rating",
+    ]  # fmt: skip
+    assert recipes.trained_teachers("fashion_resnet") == [f"teacher.checkpoint={tmp_path}/fashion_resnet/0"]
+    assert recipes.trained_teachers("reviews_bow") == []
 
 
 def test_trainings_that_fail_are_told_and_the_others_are_done(
