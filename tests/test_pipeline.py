@@ -212,6 +212,14 @@ def test_a_student_that_reads_other_tokens_is_not_made_from_the_teacher(
     assert student(torch.tensor([[1, 2]])).logits.shape == (1, 3), "it takes the classifier, which reads no tokens"
 
 
+def test_a_fresh_classifier_is_not_left_untrained(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
+    chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
+    chosen += ["model@student=simkd", "distillation=simkd", "student.initialise=random"]
+    with pytest.raises(ConfigError, match=r"^student\.initialise=random makes a fresh classifier, which distillation="):
+        Pipeline(composed(*chosen)).run()
+    assert not (tmp_path / "run" / "teacher").exists(), "before anything is trained"
+
+
 def test_baselines_of_students_of_other_teachers_are_no_one_baseline(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:
