@@ -13,15 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
+from trainings import (
+    ROOT,
+    Job,
+    closed,
+    gain,
+    pipeline,
+    spread,
+    teacher_answers,
+    test_answers,
+    train_all,
+    without_traceback,
+)
 
 RUNS = ROOT / "runs" / "recipes"
 RESULT = ROOT / "results" / "quality.json"
@@ -65,11 +74,10 @@ def _layers(row: Row) -> bool:
 
 
 def _fashion(row: Row) -> bool:
-    gains = [a - b for a, b in zip(row["distilled"]["values"], row["baseline"]["values"], strict=True)]
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    better, error = gain(row["distilled"]["values"], row["baseline"]["values"])
     features = row["variants"].get(row.get("best_features"))
     best = features is not None and features["test"]["mean"] > row["distilled"]["mean"]
-    return statistics.mean(gains) >= 3 * error and best and row["parameters"] <= 60_000
+    return better >= 3 * error and best and row["parameters"] <= 60_000
 
 
 def _multi_task(row: Row) -> bool:
@@ -178,8 +186,7 @@ def measure(name: str) -> Row:
             **{stage: spread([job.validation(stage) for job in own]) for stage in by_stage},
         },
     }  # fmt: skip
-    pairs = zip(row["baseline"]["values"], row["distilled"]["values"], strict=True)
-    row["ratio"] = spread([(after - before) / (row["teacher"]["mean"] - before) for before, after in pairs])
+    row["ratio"] = closed(row["baseline"]["values"], row["distilled"]["values"], row["teacher"]["mean"])
     if parts := [key for key in above if "/" in key]:
         row["tasks"] = {
             key: {"teacher": above[key]} | {stage: spread([one[key] for one in by_stage[stage]]) for stage in by_stage}

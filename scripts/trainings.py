@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -140,6 +141,17 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, standard deviation and the values themselves."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "std": deviation, "values": list(values)}
+
+
+def gain(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Return how much better one is than the other, seed by seed, and the standard error of that."""
+    gains = [a - b for a, b in zip(one, other, strict=True)]
+    return statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+
+
+def closed(before: Sequence[float], after: Sequence[float], above: float) -> dict[str, Any]:
+    """Return the distillation ratio (S_kd - S) / (T - S), seed by seed, as `spread` does."""
+    return spread([(taught - alone) / (above - alone) for alone, taught in zip(before, after, strict=True)])
 
 
 def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shutil
 import statistics
@@ -23,9 +22,9 @@ from typing import Any
 
 from kd_lightning.export.benchmark import markdown
 from kd_lightning.report import load_report, markdown_table, summary
+from trainings import closed, gain
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTED = ("baseline_initialised", "distilled")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -142,9 +141,8 @@ def _closed_from_start(row: dict[str, Any]) -> str:
     """Return which share of the gap is closed by the teacher's answers, and not by what the student starts from."""
     if "baseline_initialised" not in row:
         return ""
-    above, pairs = row["teacher"]["mean"], zip(*(row[key]["values"] for key in STARTED), strict=True)
-    ratios = [(after - before) / (above - before) for before, after in pairs]
-    return f"{statistics.mean(ratios):.2f} ± {statistics.stdev(ratios):.2f}"
+    ratio = closed(row["baseline_initialised"]["values"], row["distilled"]["values"], row["teacher"]["mean"])
+    return f"{ratio['mean']:.2f} ± {ratio['std']:.2f}"
 
 
 def _details(rows: dict[str, Any]) -> list[str]:
@@ -157,11 +155,10 @@ def _details(rows: dict[str, Any]) -> list[str]:
         if "feature strategy" in row["goal"]:
             best = row["best_features"]
             test = row["variants"][best]["test"]
-            gains = [100 * (a - b) for a, b in zip(test["values"], row["distilled"]["values"], strict=True)]
-            error = statistics.stdev(gains) / math.sqrt(len(gains))
+            more, error = gain(test["values"], row["distilled"]["values"])
             said.append(
                 f"* The feature strategy that is best for `{name}` on validation, `{best}`: {_percent(test)}, "
-                f"{statistics.mean(gains):.2f} ± {error:.2f} (standard error) more than plain distillation."
+                f"{100 * more:.2f} ± {100 * error:.2f} (standard error) more than plain distillation."
             )
         if "tasks" in row:
             main = {key.split("/")[0]: key for key in reversed(row["tasks"])}  # a task's first metric is its main one

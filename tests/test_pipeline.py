@@ -26,6 +26,10 @@ from tests.conftest import tiny_overrides
 
 Composed = Callable[..., DictConfig]
 
+STARTED = [
+    "model@student=embeddings_from_teacher", "student.network.embedding_size=8", "student.network.hidden_size=8",
+]  # fmt: skip
+
 
 @pytest.fixture
 def overrides(toy_csv: Path, tmp_path: Path, own_home: Path) -> list[str]:
@@ -169,12 +173,7 @@ def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothin
     composed: Composed, overrides: list[str]
 ) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    student = [
-        "model@student=embeddings_from_teacher",
-        "student.network.embedding_size=8",
-        "student.network.hidden_size=8",
-    ]
-    pipeline = Pipeline(composed(*chosen, *student))
+    pipeline = Pipeline(composed(*chosen, *STARTED))
     random, _ = pipeline._student(0, "random")
     initialised, _ = pipeline._student(0, "teacher")
     again, _ = pipeline._student(0, "teacher")
@@ -239,24 +238,14 @@ def test_baselines_of_students_of_other_teachers_are_no_one_baseline(
 
 def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    student = [
-        "model@student=embeddings_from_teacher",
-        "student.network.embedding_size=8",
-        "student.network.hidden_size=8",
-    ]
-    _, report, _ = run(composed(*chosen, *student))
+    _, report, _ = run(composed(*chosen, *STARTED))
     assert {"baseline", "baseline_initialised", "distilled"} < set(report["models"])
 
 
 def test_a_student_told_to_start_fresh_is_distilled_so(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    student = [
-        "model@student=embeddings_from_teacher",
-        "student.network.embedding_size=8",
-        "student.network.hidden_size=8",
-    ]
-    usual = Pipeline(composed(*chosen, *student))
-    pipeline, report, _ = run(composed(*chosen, *student, "student.initialise=random"))
+    usual = Pipeline(composed(*chosen, *STARTED))
+    pipeline, report, _ = run(composed(*chosen, *STARTED, "student.initialise=random"))
     assert set(report["models"]) == {"teacher", "baseline", "distilled"}, "there is no other start to compare with"
     assert network_digest(pipeline._student(0, "teacher")[0]) == network_digest(usual._student(0, "random")[0])
     stage = json.loads((pipeline.folder / "seed_0/distill/stage.json").read_text())
