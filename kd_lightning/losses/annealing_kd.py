@@ -15,6 +15,7 @@ from kd_lightning.losses.term import (
     check_same_shape,
     compared_logits,
     in_float32,
+    only_counted,
     reduce,
 )
 from kd_lightning.types import Batch, ModelOutput
@@ -58,7 +59,8 @@ def annealing_kd(
     if not 1 <= temperature <= max_temperature:
         raise ValueError(f"temperature={temperature} must be between 1 and max_temperature={max_temperature}")
     factor = 1.0 - (temperature - 1) / max_temperature
-    values = F.mse_loss(student_logits, factor * teacher_logits.detach(), reduction="none").mean(-1)
+    student, teacher = only_counted(student_logits, mask), only_counted(teacher_logits.detach(), mask)
+    values = F.mse_loss(student, factor * teacher, reduction="none").mean(-1)
     return reduce(values, mask, reduction)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import same_size
-from kd_lightning.losses.relations import counting_examples, patterns, unit
-from kd_lightning.losses.term import Averages, Reduction, check_same_shape, in_float32, reduce
+from kd_lightning.losses.relations import SHORTEST, counting_examples, patterns, unit
+from kd_lightning.losses.term import Averages, Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
 
 
 @in_float32
@@ -50,14 +51,23 @@ def attention_transfer(
         raise ValueError(f"power must be at least 1, got {power}")
     if student_feature.ndim != teacher_feature.ndim:
         check_same_shape(student_feature, teacher_feature, "feature")
-    student, teacher = same_size(_attention(student_feature, power), _attention(teacher_feature.detach(), power))
+    pair = (_attention(feature, power, mask) for feature in (student_feature, teacher_feature.detach()))
+    student, teacher = same_size(*pair)
     check_same_shape(student, teacher, "attention map")
     difference = unit(patterns(student, mask)) - unit(patterns(teacher, mask))
     return reduce(difference.square().sum((1, 2)), counting_examples(mask), reduction)
 
 
-def _attention(feature: Tensor, power: float) -> Tensor:
-    """Return Q, with the one channel left where the channels were."""
+def _attention(feature: Tensor, power: float, mask: Tensor | None) -> Tensor:
+    """Return Q, with the one channel left where the channels were; of an example scaled to a largest entry of 1.
+
+    Q is compared at length 1, and powers of small entries would be too small for a float32.
+    """
+    if mask is not None and feature.ndim == 3:
+        check_mask(mask, feature.shape[:2])
+        feature = only_counted(feature, mask)
+    largest = feature.detach().flatten(1).abs().amax(1).view(-1, *[1] * (feature.ndim - 1))
+    feature = feature / largest.masked_fill(largest < SHORTEST, torch.inf)
     return feature.abs().pow(power).sum(1 if feature.ndim == 4 else -1, keepdim=True)
 
 

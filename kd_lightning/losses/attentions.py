@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, reduce
+from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, only_counted, reduce
 
 SMALLEST = 1e-12
 """Probabilities below it count as it in a logarithm: it bounds the divergence where the student has none at all."""
@@ -43,6 +43,13 @@ def check_attentions(student: Tensor, teacher: Tensor, mask: Tensor | None, reme
     check_mask(mask, (student.shape[0], student.shape[2]))
 
 
+def without_padding(attentions: Tensor, mask: Tensor | None) -> Tensor:
+    """Return attentions `(B, H, L, L)` with zeros at queries and keys that do not count by the mask `(B, L)`."""
+    if mask is None:
+        return attentions
+    return attentions.masked_fill(~(mask[:, None, :, None] & mask[:, None, None, :]), 0.0)
+
+
 def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
     r"""Return KL(teacher || student) of attention rows in nats, averaged over heads and over queries that count.
 
@@ -58,10 +65,7 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None, reductio
         ValueError: As `check_attentions`.
     """
     check_attentions(student, teacher, mask)
-    teacher = teacher.detach()
-    if mask is not None:
-        padding = ~mask[:, None, None, :]
-        student, teacher = student.masked_fill(padding, 0.0), teacher.masked_fill(padding, 0.0)
+    student, teacher = without_padding(student, mask), without_padding(teacher.detach(), mask)
     gap = teacher.clamp(min=SMALLEST).log() - student.clamp(min=SMALLEST).log()
     return reduce((teacher * gap).sum(-1).mean(1), mask, reduction)
 
@@ -88,8 +92,8 @@ def relation_kl(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | Non
             "and positions"
         )
     check_mask(mask, student.shape[:2])
-    student_log_probs = _relation(student, heads, mask, "student")
-    teacher_log_probs = _relation(teacher.detach(), heads, mask, "teacher")
+    student_log_probs = _relation(only_counted(student, mask), heads, mask, "student")
+    teacher_log_probs = _relation(only_counted(teacher.detach(), mask), heads, mask, "teacher")
     values = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True)
     return reduce(values.sum(-1).mean(1), mask, reduction)
 

@@ -19,6 +19,7 @@ from kd_lightning.losses.term import (
     check_same_shape,
     in_float32,
     masked_mean,
+    reduce,
 )
 from kd_lightning.types import Batch, ModelOutput
 
@@ -71,7 +72,8 @@ def byot(
         raise ValueError(f"hint_weight must not be negative, got {hint_weight}")
     ce = cross_entropy(exit_logits, labels)
     kl = soft_target(exit_logits, deepest_logits, temperature)
-    return (1 - alpha) * ce + alpha * kl + hint_weight * F.mse_loss(exit_feature, deepest_feature.detach())
+    squares = F.mse_loss(exit_feature, deepest_feature.detach(), reduction="none")
+    return (1 - alpha) * ce + alpha * kl + hint_weight * reduce(squares.mean(-1), None, "mean")
 
 
 class BYOTLoss(Term):

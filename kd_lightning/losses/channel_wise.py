@@ -56,8 +56,8 @@ def channel_wise(
     """
     check_same_shape(student_feature, teacher_feature, "feature")
     check_positive("temperature", temperature)
-    student, teacher = _positions(student_feature, mask), _positions(teacher_feature.detach(), mask)
-    log_probs_s, log_probs_t = F.log_softmax(student / temperature, 2), F.log_softmax(teacher / temperature, 2)
+    pair = student_feature / temperature, teacher_feature.detach() / temperature
+    log_probs_s, log_probs_t = (F.log_softmax(_positions(feature, mask), 2) for feature in pair)
     divergence = F.kl_div(log_probs_s, log_probs_t, reduction="none", log_target=True)
     if mask is not None:
         divergence = divergence.masked_fill(~mask.unsqueeze(1), 0.0)

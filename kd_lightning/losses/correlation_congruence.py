@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from kd_lightning.losses.relations import RelationTerm, check_examples, unit
-from kd_lightning.losses.term import check_positive, in_float32
+from kd_lightning.losses.term import check_positive, in_float32, reduce
 
 
 @in_float32
@@ -44,7 +44,7 @@ def correlation_congruence(
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
     student, teacher = (_kernel(feature, gamma, order) for feature in (student_feature, teacher_feature.detach()))
-    return (student - teacher).square().mean()
+    return reduce((student - teacher).square(), None, "mean")
 
 
 def _kernel(feature: Tensor, gamma: float, order: int) -> Tensor:

@@ -17,6 +17,7 @@ from kd_lightning.losses.term import (
     check_same_shape,
     in_float32,
     masked_mean,
+    only_counted,
     reduce,
 )
 from kd_lightning.types import IGNORE, Batch, ModelOutput
@@ -75,6 +76,9 @@ def crd(
         )
     check_positive("temperature", temperature)
     check_mask(mask, (batch,))
+    student_embedding, teacher_embedding, student_negatives, teacher_negatives = (
+        only_counted(x, mask) for x in (student_embedding, teacher_embedding, student_negatives, teacher_negatives)
+    )
     positive = (student_embedding * teacher_embedding).sum(1) / temperature
     values = torch.zeros_like(positive)
     sides = ((student_embedding, teacher_negatives), (teacher_embedding, student_negatives))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import check_labels
-from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, only_counted, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -44,15 +44,16 @@ def cross_entropy(
     check_mask(mask, labels.shape)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    counts = labels != IGNORE
+    counts = counts if mask is None else counts & mask
     values = F.cross_entropy(
-        logits.flatten(0, -2),
+        only_counted(logits, counts).flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE,
         label_smoothing=label_smoothing,
         reduction="none",
     ).view(labels.shape)
-    counts = labels != IGNORE
-    return reduce(values, counts if mask is None else counts & mask, reduction)
+    return reduce(values, counts, reduction)
 
 
 class CrossEntropyLoss(Term):

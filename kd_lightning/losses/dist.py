@@ -30,7 +30,8 @@ def dist(
     teacher: a positive affine map of p costs nothing, and one of the logits next to nothing at a high temperature.
     Correlations do not shrink with T, so there is no factor T^2 (the published code has one, the paper's formula not).
 
-    Where either side is constant there is nothing to correlate: the distance is defined as 0, without a gradient. So
+    Where either side is constant, but for rounding, there is nothing to correlate: the distance is defined as 0,
+    without a gradient. A class that is unlikely for all examples counts as much as any, however unlikely it is. So
     with one example the intra-class part is 0. With *two classes* every inter-class correlation is 1 or -1, without a
     gradient, and the student learns from the intra-class part alone. Positions of all sequences are examples of one
     batch. The intra-class part depends on the batch: microbatches do not average to the whole. The teacher's logits get
@@ -55,27 +56,43 @@ def dist(
         0.0
     """
     log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
-    p_s, p_t = log_s.exp().flatten(0, -2), log_t.exp().flatten(0, -2)
-    rows = torch.ones_like(p_s[:, 0], dtype=torch.bool) if mask is None else mask.flatten()
-    counts = rows.unsqueeze(1).expand_as(p_s)
-    inter = reduce(_distance(p_s, p_t, counts, dim=1), rows, "mean")
-    return inter_weight * inter + intra_weight * _distance(p_s, p_t, counts, dim=0).mean()
+    log_s, log_t = log_s.flatten(0, -2), log_t.flatten(0, -2)
+    if not len(log_s):
+        return log_s.sum()
+    rows = torch.ones_like(log_s[:, 0], dtype=torch.bool) if mask is None else mask.flatten()
+    counts = rows.unsqueeze(1).expand_as(log_s)
+    inter = reduce(_distance(log_s, log_t, counts, dim=1), rows, "mean")
+    return inter_weight * inter + intra_weight * _distance(log_s, log_t, counts, dim=0).mean()
 
 
 def _distance(student: Tensor, teacher: Tensor, counts: Tensor, dim: int) -> Tensor:
-    """Return 1 - Pearson's correlation along an axis, of the entries that count; 0 where a side does not vary."""
+    """Return 1 - Pearson's correlation of probabilities along an axis, of those that count; 0 where a side is constant.
+
+    Args:
+        student: Log-probabilities `(B, C)`.
+        teacher: The same.
+        counts: `(B, C)` bool.
+        dim: The axis.
+    """
     (unit_s, varies_s), (unit_t, varies_t) = (_centred_unit(x, counts, dim) for x in (student, teacher))
     # of unit vectors, 1 - u.v is |u - v|^2 / 2, which loses nothing to cancellation where they nearly agree
     return ((unit_s - unit_t).square().sum(dim) / 2).masked_fill(~(varies_s & varies_t).squeeze(dim), 0.0)
 
 
-def _centred_unit(x: Tensor, counts: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return x less its mean, scaled to length 1, and whether it varies by more than rounding."""
-    x = x.masked_fill(~counts, 0.0)
+def _centred_unit(log_x: Tensor, counts: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return x less its mean, scaled to length 1, and whether it varies by more than rounding.
+
+    First x is scaled to a largest entry of 1: a class that is far below the top for all examples has probabilities
+    whose squares are no float32, and the square root of a subnormal has no finite gradient.
+    """
+    log_x = log_x.masked_fill(~counts, -torch.inf)
+    largest = log_x.detach().amax(dim, keepdim=True).masked_fill(~counts.any(dim, keepdim=True), 0.0)
+    x = (log_x - largest).exp()
     mean = x.sum(dim, keepdim=True) / counts.sum(dim, keepdim=True).clamp(min=1)
     deviation = (x - mean).masked_fill(~counts, 0.0)
     square = deviation.square().sum(dim, keepdim=True)
-    varies = square > (10 * torch.finfo(x.dtype).eps) ** 2 * x.square().sum(dim, keepdim=True)
+    # not `>`, by which NaN would be a constant
+    varies = ~(square <= (10 * torch.finfo(x.dtype).eps) ** 2 * x.square().sum(dim, keepdim=True))
     return deviation / square.masked_fill(~varies, 1.0).sqrt(), varies
 
 

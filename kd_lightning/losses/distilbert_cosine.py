@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from kd_lightning.losses.layers import LayerwiseTerm
 from kd_lightning.losses.projectors import Projection
 from kd_lightning.losses.relations import unit
-from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
 
 
 @in_float32
@@ -37,7 +37,8 @@ def distilbert_cosine(
     """
     check_same_shape(student_hidden, teacher_hidden, "hidden states")
     check_mask(mask, student_hidden.shape[:-1])
-    cosine = (unit(student_hidden) * unit(teacher_hidden.detach())).sum(-1)
+    student, teacher = only_counted(student_hidden, mask), only_counted(teacher_hidden.detach(), mask)
+    cosine = (unit(student) * unit(teacher)).sum(-1)
     return reduce(1.0 - cosine, mask, reduction)
 
 

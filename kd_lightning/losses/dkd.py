@@ -63,8 +63,8 @@ def dkd(
         >>> round(dkd(student, teacher, torch.tensor([0]), non_target_weight=1.0).item(), 6)
         0.192745
     """
-    log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
     labels, counts = labelled(labels, student_logits, mask)
+    log_s, log_t = softened(student_logits, teacher_logits, temperature, counts)
     target = kl(_label_or_not(log_t, labels), _label_or_not(log_s, labels))
     non_target = kl(log_probs_of_others(log_t, labels), log_probs_of_others(log_s, labels))
     return temperature**2 * reduce(target_weight * target + non_target_weight * non_target, counts, reduction)

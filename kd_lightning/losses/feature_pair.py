@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector, same_size
-from kd_lightning.losses.term import Averages, Term, token_mask
+from kd_lightning.losses.term import Averages, Term, only_counted, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -52,4 +52,4 @@ class FeaturePairTerm(Term):
             raise ValueError(f"{type(self).__name__}: the projector is not built; call Objective.connect first")
         of_student, of_teacher = self.features(student, teacher)
         mask = token_mask(batch, of_student, of_teacher)
-        return *same_size(self.projector(of_student), of_teacher.detach()), mask
+        return *same_size(self.projector(only_counted(of_student, mask)), of_teacher.detach()), mask

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector, same_size
 from kd_lightning.losses.relations import counting_examples, patterns
-from kd_lightning.losses.term import Reduction, Term, check_same_shape, in_float32, reduce, token_mask
+from kd_lightning.losses.term import Reduction, Term, check_same_shape, in_float32, only_counted, reduce, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -103,6 +103,6 @@ class FSPLoss(Term):
         of_teacher = [teacher.features[name] for name in self.needs_teacher]
         of_student = [student.features[name] for name in self.needs_student]
         mask = token_mask(batch, of_student[0], of_teacher[0])
-        projected = [projector(x) for projector, x in zip(self.projectors, of_student, strict=True)]
+        projected = [projector(only_counted(x, mask)) for projector, x in zip(self.projectors, of_student, strict=True)]
         flows = zip(pairwise(projected), pairwise(of_teacher), strict=True)
         return torch.stack([fsp(of_s, of_t, mask) for of_s, of_t in flows]).mean()

@@ -17,6 +17,7 @@ from kd_lightning.losses.term import (
     check_mask,
     check_same_shape,
     in_float32,
+    only_counted,
     reduce,
     token_mask,
 )
@@ -64,16 +65,18 @@ def hint(
         raise ValueError(f"distance={distance!r}: expected one of {', '.join(get_args(Distance))}")
     student, teacher = same_size(student_feature, teacher_feature.detach())
     check_same_shape(student, teacher, "feature")
-    if student.ndim == 4:
+    is_map = student.ndim == 4
+    check_mask(mask, student.shape[:1] if is_map else student.shape[:-1])
+    student, teacher = only_counted(student, mask), only_counted(teacher, mask)
+    if is_map:
         student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
     if distance == "cosine":
         values = 1 - (unit(student) * unit(teacher)).sum(-1)
     else:
         entries = F.mse_loss if distance == "mse" else F.smooth_l1_loss
         values = entries(student, teacher, reduction="none").mean(-1)
-    if student.ndim == 4:
+    if is_map:
         values = values.mean((1, 2))
-    check_mask(mask, values.shape)
     return reduce(values, mask, reduction)
 
 
@@ -121,7 +124,7 @@ class HintLoss(Term):
             raise ValueError("HintLoss: the projector is not built; call Objective.connect first")
         of_student, of_teacher = self._features(student, teacher)
         mask = token_mask(batch, of_student, of_teacher)
-        return hint(self.projector(of_student), of_teacher, self.distance, mask)
+        return hint(self.projector(only_counted(of_student, mask)), of_teacher, self.distance, mask)
 
     def _features(self, student: ModelOutput, teacher: ModelOutput) -> tuple[Tensor, Tensor]:
         return student.features[self.needs_student[0]], teacher.features[self.needs_teacher[0]]

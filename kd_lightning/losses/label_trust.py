@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import LogitTerm, at_label, kl, labelled, softened
@@ -52,8 +51,9 @@ def label_trust(
     """
     log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
     labels, known = labelled(labels, student_logits, None)
-    belief = at_label(F.softmax(teacher_logits.detach(), dim=-1), labels) * known
-    cross_entropy = -at_label(F.log_softmax(student_logits, dim=-1), labels)
+    plain_s, plain_t = softened(student_logits, teacher_logits, 1.0, mask)
+    belief = at_label(plain_t, labels).exp() * known
+    cross_entropy = -at_label(plain_s, labels)
     return reduce(belief * cross_entropy + (1 - belief) * temperature**2 * kl(log_t, log_s), mask, reduction)
 
 

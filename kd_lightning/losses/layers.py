@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector
-from kd_lightning.losses.term import Averages, Depth, Term, at_least_float32, token_mask
+from kd_lightning.losses.term import Averages, Depth, Term, at_least_float32, only_counted, token_mask
 from kd_lightning.types import Batch, ModelOutput
 
 Kind = Literal["hidden", "attention", "qkv", "feature_maps"]
@@ -177,5 +177,5 @@ class LayerwiseTerm(Term):
         of_teacher = at_least_float32(teacher.features[self.feature(t)]).detach()
         mask = token_mask(batch, of_student, of_teacher, axis=-1 if self.kind == "attention" else 1)
         if self.projection is not None:
-            of_student = self.projectors[str(s)](of_student)
+            of_student = self.projectors[str(s)](only_counted(of_student, mask))
         return self.compare(of_student, of_teacher, mask)

@@ -13,6 +13,7 @@ from kd_lightning.losses.term import (
     check_same_shape,
     compared_logits,
     in_float32,
+    only_counted,
     reduce,
 )
 from kd_lightning.types import Batch, ModelOutput
@@ -46,7 +47,8 @@ def logit_mse(
     """
     check_same_shape(student_logits, teacher_logits)
     check_mask(mask, student_logits.shape[:-1])
-    values = F.mse_loss(student_logits, teacher_logits.detach(), reduction="none").mean(-1)
+    student, teacher = only_counted(student_logits, mask), only_counted(teacher_logits.detach(), mask)
+    values = F.mse_loss(student, teacher, reduction="none").mean(-1)
     return reduce(values, mask, reduction)
 
 

@@ -20,6 +20,7 @@ from kd_lightning.losses.term import (
     check_positive,
     check_same_shape,
     compared_logits,
+    only_counted,
 )
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
@@ -71,7 +72,7 @@ class LogitTerm(Term):
 def softened(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return log softmax(z / T) of both sides, the teacher's without a graph.
+    """Return log softmax(z / T) of both sides, the teacher's without a graph; of zeros where `mask` is False.
 
     Raises:
         ValueError: Shapes that differ, a mask of another shape, or a temperature that is not positive and finite.
@@ -79,7 +80,7 @@ def softened(
     check_same_shape(student_logits, teacher_logits)
     check_mask(mask, student_logits.shape[:-1])
     check_positive("temperature", temperature)
-    student, teacher = student_logits / temperature, teacher_logits.detach() / temperature
+    student, teacher = (only_counted(z, mask) / temperature for z in (student_logits, teacher_logits.detach()))
     return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
 
 
@@ -112,6 +113,7 @@ def labelled(labels: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tenso
         ValueError: Labels of another shape, or fewer than two classes.
     """
     check_labels(labels, logits)
+    check_mask(mask, labels.shape)
     if logits.shape[-1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)}: a label's class and others need two classes or more")
     known = labels != IGNORE

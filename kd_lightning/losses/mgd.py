@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.feature_pair import FeaturePairTerm
 from kd_lightning.losses.projectors import Projection
-from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -48,11 +48,12 @@ def mgd(
         2.5
     """
     check_same_shape(student_feature, teacher_feature, "feature")
-    generated = generate(student_feature.masked_fill(~kept, 0.0))
+    is_map = student_feature.ndim == 4
+    check_mask(mask, student_feature.shape[:1] if is_map else student_feature.shape[:-1])
+    generated = generate(only_counted(student_feature, mask).masked_fill(~kept, 0.0))
     check_same_shape(generated, teacher_feature, "generated feature")
-    values = (generated - teacher_feature.detach()).square()
-    values = values.mean((1, 2, 3) if values.ndim == 4 else -1)
-    check_mask(mask, values.shape)
+    values = (generated - only_counted(teacher_feature.detach(), mask)).square()
+    values = values.mean((1, 2, 3) if is_map else -1)
     return reduce(values, mask, reduction)
 
 

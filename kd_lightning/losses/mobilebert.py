@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kd_lightning.losses.attentions import attention_kl
 from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import Projection
-from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
 
 EPS = 1e-5
 """Added to variances, as in a layer normalisation."""
@@ -54,7 +54,7 @@ def mobilebert_feature_map(
     """
     check_same_shape(student_hidden, teacher_hidden, "hidden states")
     check_mask(mask, student_hidden.shape[:-1])
-    teacher_hidden = teacher_hidden.detach()
+    student_hidden, teacher_hidden = only_counted(student_hidden, mask), only_counted(teacher_hidden.detach(), mask)
     statistics: Tensor | float = 0.0
     if decomposed:
         student_hidden, student_mean, student_deviation = _standardised(student_hidden)

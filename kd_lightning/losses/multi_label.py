@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import LogitTerm, kl
-from kd_lightning.losses.term import Reduction, check_mask, check_positive, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import (
+    Reduction,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    in_float32,
+    only_counted,
+    reduce,
+)
 from kd_lightning.types import Batch
 
 
@@ -47,7 +55,8 @@ def multi_label(
     check_same_shape(student_logits, teacher_logits)
     check_mask(mask, student_logits.shape[:-1])
     check_positive("temperature", temperature)
-    yes_or_no_s, yes_or_no_t = (_log_bernoulli(z / temperature) for z in (student_logits, teacher_logits.detach()))
+    pair = only_counted(student_logits, mask), only_counted(teacher_logits.detach(), mask)
+    yes_or_no_s, yes_or_no_t = (_log_bernoulli(z / temperature) for z in pair)
     return temperature**2 * reduce(kl(yes_or_no_t, yes_or_no_s).sum(-1), mask, reduction)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import LogitTerm, at_label, labelled, log_probs_of_others, softened
@@ -49,9 +48,9 @@ def nkd(
         >>> round(nkd(student, teacher, torch.tensor([0])).item(), 6)  # log(4) / 2
         0.693147
     """
-    log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
     labels, counts = labelled(labels, student_logits, mask)
-    plain_s, plain_t = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits.detach(), dim=-1)
+    log_s, log_t = softened(student_logits, teacher_logits, temperature, counts)
+    plain_s, plain_t = softened(student_logits, teacher_logits, 1.0, counts)
     target = -at_label(plain_t, labels).exp() * at_label(plain_s, labels)
     others_s, others_t = log_probs_of_others(log_s, labels), log_probs_of_others(log_t, labels)
     non_target = -(others_t.exp() * others_s).sum(-1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from kd_lightning.losses.layers import LayerMap, LayerwiseTerm, layer_pairs
 from kd_lightning.losses.projectors import Projection
 from kd_lightning.losses.relations import unit
-from kd_lightning.losses.term import Averages, Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Averages, Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -39,7 +39,7 @@ def pkd(
     """
     check_same_shape(student_states, teacher_states, "states")
     check_mask(mask, student_states.shape[:-1])
-    gap = unit(student_states) - unit(teacher_states.detach())
+    gap = unit(only_counted(student_states, mask)) - unit(only_counted(teacher_states.detach(), mask))
     return reduce(gap.square().sum(-1), mask, reduction)
 
 

@@ -38,7 +38,7 @@ def pkt(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """
     check_examples(student_feature, teacher_feature)
     student, teacher = (_log_neighbours(feature) for feature in (student_feature, teacher_feature.detach()))
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) / len(student)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) / max(len(student), 1)
 
 
 def _log_neighbours(feature: Tensor) -> Tensor:

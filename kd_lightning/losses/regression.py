@@ -7,7 +7,16 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Reduction, Term, check_mask, check_positive, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import (
+    Reduction,
+    Term,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    in_float32,
+    only_counted,
+    reduce,
+)
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 Kind = Literal["mse", "smooth_l1"]
@@ -52,10 +61,11 @@ def regression(
     check_same_shape(scores, targets, "scores")
     check_mask(mask, scores.shape[:1])
     check_positive("threshold", threshold)
+    scores, targets = only_counted(scores, mask), only_counted(targets.detach(), mask)
     if kind == "mse":
-        values = F.mse_loss(scores, targets.detach(), reduction="none")
+        values = F.mse_loss(scores, targets, reduction="none")
     elif kind == "smooth_l1":
-        values = F.smooth_l1_loss(scores, targets.detach(), reduction="none", beta=threshold)
+        values = F.smooth_l1_loss(scores, targets, reduction="none", beta=threshold)
     else:
         raise ValueError(f"kind must be mse or smooth_l1, got {kind!r}")
     return reduce(values.flatten(1).mean(1) if values.ndim > 1 else values, mask, reduction)

@@ -7,8 +7,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from kd_lightning.losses.term import Term, check_mask, masked_mean
+from kd_lightning.losses.term import Term, check_mask, masked_mean, only_counted
 from kd_lightning.types import Batch, ModelOutput
+
+SHORTEST = 1e-18
+"""A vector that is shorter counts as zero, in every precision: its square and its gradient hardly are float32s."""
 
 
 class RelationTerm(Term):
@@ -59,17 +62,19 @@ def check_examples(student: Tensor, teacher: Tensor) -> None:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale vectors (the last axis) to length 1; a zero vector stays zero and gets no gradient.
+    """Scale vectors (the last axis) to length 1; one below `SHORTEST` becomes zero and gets no gradient.
 
     `F.normalize` would divide a zero vector's gradient by its tiny epsilon: 1e12 times what it should be.
     """
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.masked_fill(length == 0, torch.inf)
+    return x / length.masked_fill(length < SHORTEST, torch.inf)
 
 
 def off_diagonal(x: Tensor) -> Tensor:
     """Return `(B, B - 1)`: the entries of a square matrix that are not on its diagonal, row by row."""
     size = len(x)
+    if not size:
+        return x
     return x.flatten()[1:].view(size - 1, size + 1)[:, :-1].reshape(size, size - 1)
 
 
@@ -90,7 +95,7 @@ def patterns(feature: Tensor, mask: Tensor | None = None) -> Tensor:
             f"feature {tuple(feature.shape)}: expected a map (B, C, H, W) without a mask, or tokens (B, L, D)"
         )
     check_mask(mask, feature.shape[:2])
-    return (feature if mask is None else feature.masked_fill(~mask.unsqueeze(2), 0.0)).transpose(1, 2)
+    return only_counted(feature, mask).transpose(1, 2)
 
 
 def counting_examples(mask: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.relations import RelationTerm, check_examples, off_diagonal, unit
+from kd_lightning.losses.relations import SHORTEST, RelationTerm, check_examples, off_diagonal, unit
 from kd_lightning.losses.term import in_float32, reduce
 
 
@@ -80,7 +80,7 @@ def _relative_distances(feature: Tensor) -> Tensor:
     # Not by way of a product of matrices: its rounding would leave two equal examples a small distance apart.
     distances = off_diagonal(torch.cdist(feature, feature, compute_mode="donot_use_mm_for_euclid_dist"))
     mean = reduce(distances, None, "mean")
-    return distances / mean.masked_fill(mean == 0, torch.inf)
+    return distances / mean.masked_fill(mean < SHORTEST, torch.inf)
 
 
 def _angles(feature: Tensor) -> Tensor:

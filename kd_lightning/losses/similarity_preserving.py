@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kd_lightning.losses.relations import RelationTerm, check_examples, unit
-from kd_lightning.losses.term import in_float32
+from kd_lightning.losses.term import in_float32, reduce
 
 
 @in_float32
@@ -34,8 +34,9 @@ def similarity_preserving(student_feature: Tensor, teacher_feature: Tensor) -> T
     """
     check_examples(student_feature, teacher_feature)
     teacher_feature = teacher_feature.detach()
-    student, teacher = (unit(feature @ feature.T) for feature in (student_feature, teacher_feature))
-    return (student - teacher).square().mean()
+    # a row scaled is the same row at length 1, and no products of small numbers are lost
+    student, teacher = (unit(unit(feature) @ feature.T) for feature in (student_feature, teacher_feature))
+    return reduce((student - teacher).square(), None, "mean")
 
 
 class SimilarityPreservingLoss(RelationTerm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Reduction, Term, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Reduction, Term, check_mask, check_same_shape, in_float32, only_counted, reduce
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -37,7 +37,8 @@ def simkd(
     """
     check_same_shape(student_feature, teacher_feature, "feature")
     check_mask(mask, student_feature.shape[:-1])
-    return reduce(F.mse_loss(student_feature, teacher_feature.detach(), reduction="none").mean(-1), mask, reduction)
+    student, teacher = only_counted(student_feature, mask), only_counted(teacher_feature.detach(), mask)
+    return reduce(F.mse_loss(student, teacher, reduction="none").mean(-1), mask, reduction)
 
 
 class SimKDLoss(Term):

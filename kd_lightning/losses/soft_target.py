@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from kd_lightning.losses.logit_term import kl, softened
 from kd_lightning.losses.term import (
     Averages,
     Reduction,
     Scheduled,
     Term,
-    check_mask,
-    check_positive,
-    check_same_shape,
     compared_logits,
     in_float32,
     reduce,
@@ -52,13 +49,8 @@ def soft_target(
         >>> soft_target(z, z, temperature=4.0).item()
         0.0
     """
-    check_same_shape(student_logits, teacher_logits)
-    check_mask(mask, student_logits.shape[:-1])
-    check_positive("temperature", temperature)
-    student_log_probs = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher_log_probs = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
-    kl = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(dim=-1)
-    return temperature**2 * reduce(kl, mask, reduction)
+    log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * reduce(kl(log_t, log_s), mask, reduction)
 
 
 class SoftTargetLoss(Term):

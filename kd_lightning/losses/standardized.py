@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +33,10 @@ def standardized(logits: Tensor) -> Tensor:
         >>> standardized(torch.tensor([[1.0, 2.0, 3.0]]))
         tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    return F.layer_norm(logits, logits.shape[-1:], eps=1e-8)
+    finite = logits.isfinite().all(-1, keepdim=True)  # a row that is not may be one that does not count
+    z = logits.where(finite, 0.0)
+    z = z - z.detach().amax(-1, keepdim=True)  # without rounding, so that equal logits of any size are zeros
+    return F.layer_norm(z, z.shape[-1:], eps=1e-8).where(finite, torch.nan)
 
 
 class StandardizedLoss(Term):

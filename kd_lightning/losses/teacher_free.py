@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.logit_term import is_label, kl, labelled
+from kd_lightning.losses.logit_term import is_label, kl, labelled, softened
 from kd_lightning.losses.term import (
     Averages,
     Reduction,
@@ -69,7 +68,7 @@ def teacher_free(
     others = student_logits.shape[-1] - 1
     log_u = torch.full_like(student_logits, math.log((1 - correct_probability) / others))
     log_u = log_u.masked_fill(is_label(labels, others + 1), math.log(correct_probability))
-    log_t, log_s = (F.log_softmax(z / temperature, dim=-1) for z in (log_u, student_logits))
+    log_s, log_t = softened(student_logits, log_u, temperature, counts)
     return temperature**2 * reduce(kl(log_t, log_s), counts, reduction)
 
 

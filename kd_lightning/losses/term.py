@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, ParamSpec
 
 import torch
@@ -114,12 +114,18 @@ def in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor | list | tuple))
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(next(_tensors([*args, *kwargs.values()])).device.type, enabled=False):
             return function(*(_widened(x) for x in args), **{key: _widened(x) for key, x in kwargs.items()})
 
     return wrapped
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _widened(value: Any) -> Any:
@@ -158,6 +164,18 @@ def check_positive(name: str, value: float) -> None:
     """
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def only_counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x with zeros where `mask` is False, so that what stands there reaches neither value nor gradient.
+
+    To mask a loss's values is not enough: NaN times an upstream gradient of zero is NaN.
+
+    Args:
+        x: `(B, ...)`, for tokens `(B, L, ...)`.
+        mask: Of the first axes, True = counts; None = all count.
+    """
+    return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), 0.0)
 
 
 def reduce(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
@@ -287,4 +305,4 @@ def masked_mean(feature: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return feature.mean(1)
     check_mask(mask, feature.shape[:2])
-    return feature.masked_fill(~mask.unsqueeze(2), 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return only_counted(feature, mask).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

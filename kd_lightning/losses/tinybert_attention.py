@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.attentions import check_attentions
+from kd_lightning.losses.attentions import check_attentions, without_padding
 from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.term import Reduction, in_float32, masked_mean, reduce
 
@@ -46,7 +46,8 @@ def tinybert_attention(
     if average_heads and student_attention.ndim == teacher_attention.ndim == 4:
         student_attention, teacher_attention = (x.mean(1, keepdim=True) for x in (student_attention, teacher_attention))
     check_attentions(student_attention, teacher_attention, mask, ", or set average_heads=true")
-    squares = F.mse_loss(student_attention, teacher_attention.detach(), reduction="none").mean(1)
+    student, teacher = without_padding(student_attention, mask), without_padding(teacher_attention.detach(), mask)
+    squares = F.mse_loss(student, teacher, reduction="none").mean(1)
     return reduce(masked_mean(squares.mT, mask), mask, reduction)
 
 

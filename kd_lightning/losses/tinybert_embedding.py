@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector
-from kd_lightning.losses.term import Averages, Reduction, Term, check_same_shape, in_float32, token_mask
+from kd_lightning.losses.term import Averages, Reduction, Term, check_same_shape, in_float32, only_counted, token_mask
 from kd_lightning.losses.tinybert_hidden import tinybert_hidden
 from kd_lightning.types import Batch, ModelOutput
 
@@ -67,4 +67,4 @@ class TinyBERTEmbeddingLoss(Term):
         """Return the mean squared difference over the positions that count."""
         of_student, of_teacher = student.features["embeddings"], teacher.features["embeddings"]
         mask = token_mask(batch, of_student, of_teacher)
-        return tinybert_embedding(self.projector(of_student), of_teacher, mask)
+        return tinybert_embedding(self.projector(only_counted(of_student, mask)), of_teacher, mask)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.layers import LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import Projection
-from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
 
 
 @in_float32
@@ -36,7 +36,8 @@ def tinybert_hidden(
     """
     check_same_shape(student_hidden, teacher_hidden, "hidden states")
     check_mask(mask, student_hidden.shape[:-1])
-    values = F.mse_loss(student_hidden, teacher_hidden.detach(), reduction="none").mean(-1)
+    student, teacher = only_counted(student_hidden, mask), only_counted(teacher_hidden.detach(), mask)
+    values = F.mse_loss(student, teacher, reduction="none").mean(-1)
     return reduce(values, mask, reduction)
 
 

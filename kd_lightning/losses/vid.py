@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.feature_pair import FeaturePairTerm
 from kd_lightning.losses.projectors import Projection
-from kd_lightning.losses.term import Reduction, check_mask, check_positive, check_same_shape, in_float32, reduce
+from kd_lightning.losses.term import (
+    Reduction,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    in_float32,
+    only_counted,
+    reduce,
+)
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -52,10 +60,11 @@ def vid(
     width = student_mean.shape[channels]
     if variance.shape != (width,):
         raise ValueError(f"variance {tuple(variance.shape)} must have one entry for each of {width} channels")
+    check_mask(mask, student_mean.shape[:1] if is_map else student_mean.shape[:-1])
     variance = variance.view(-1, 1, 1) if is_map else variance
-    values = 0.5 * (variance.log() + (teacher_feature.detach() - student_mean).square() / variance)
+    difference = only_counted(teacher_feature.detach(), mask) - only_counted(student_mean, mask)
+    values = 0.5 * (variance.log() + difference.square() / variance)
     values = values.mean((1, 2, 3) if is_map else -1)
-    check_mask(mask, values.shape)
     return reduce(values, mask, reduction)
 
 

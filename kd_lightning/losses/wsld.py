@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import LogitTerm, at_label, kl, labelled, softened
@@ -47,10 +46,10 @@ def wsld(
         >>> round(wsld(student, teacher, torch.tensor([0])).item(), 6)  # (1 - e^-2) times 0.143841
         0.124374
     """
-    log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
     labels, counts = labelled(labels, student_logits, mask)
+    log_s, log_t = softened(student_logits, teacher_logits, temperature, counts)
     with torch.no_grad():
-        ce_s, ce_t = (-at_label(F.log_softmax(z, dim=-1), labels) for z in (student_logits, teacher_logits))
+        ce_s, ce_t = (-at_label(z, labels) for z in softened(student_logits, teacher_logits, 1.0, counts))
         weight = 1 - torch.exp(-ce_s / ce_t.clamp(min=torch.finfo(ce_t.dtype).tiny))
     return temperature**2 * reduce(weight * kl(log_t, log_s), counts, reduction)
 

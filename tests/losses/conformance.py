@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+
+from tests.losses.hostile import PATTERNS, Values, hostile
 
 Function = Callable[..., Tensor]
 
@@ -32,6 +36,8 @@ class Case:
         mean: It is a mean over examples, so that equal microbatches average to the whole.
         narrow: Also finite, and as float32 of the same numbers, for half-precision tensors.
         compiled: `torch.compile` takes it whole.
+        values: What its first two tensors may hold.
+        near: In float32 it is near float64's everywhere: its gradient has no jumps, where rounding decides.
     """
 
     name: str
@@ -43,13 +49,42 @@ class Case:
     mean: bool = True
     narrow: bool = True
     compiled: bool = True
+    values: Values = "free"
+    near: bool = True
 
     def __call__(self, *tensors: Tensor, **more: Any) -> Tensor:
         return self.function(*tensors, **{**self.options, **more})
 
+    def reads(self, side: int) -> Tensor:
+        """Return which entries of the student's (0) or the teacher's (1) tensor it reads."""
+        return torch.ones_like(self.tensors[side], dtype=torch.bool)
+
+    def counts(self, side: int) -> Tensor:
+        """Return the mask, as large as the student's (0) or the teacher's (1) tensor."""
+        assert self.mask is not None
+        tensor = self.tensors[side]
+        return self.mask.view(*self.mask.shape, *[1] * (tensor.ndim - self.mask.ndim)).expand_as(tensor)
+
+    def with_gradient(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the value and the student's gradient, computed in this precision, for so many of the examples."""
+        student = student.to(dtype).requires_grad_()
+        others = [x[: len(student)] for x in self.tensors[2:]]
+        options = {name: _as(x, dtype) for name, x in self.options.items()}
+        value = self.function(student, teacher.to(dtype), *(_as(x, dtype) for x in others), **options)
+        (gradient,) = torch.autograd.grad(value, student)
+        return value.detach(), gradient
+
+
+def _as(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
 
 def title(case: Case) -> str:
     return case.name
+
+
+SIZED = {"variance", "margin", "generate", "relation_heads"}
+"""Options that are made for one width."""
 
 
 class Conformance:
@@ -93,8 +128,7 @@ class Conformance:
         if case.mask is None:
             pytest.skip("takes no mask")
         student, teacher, *others = case.tensors
-        counts = case.mask.view(*case.mask.shape, *[1] * (student.ndim - case.mask.ndim)).expand_as(student)
-        counts_t = case.mask.view(*case.mask.shape, *[1] * (teacher.ndim - case.mask.ndim)).expand_as(teacher)
+        counts, counts_t = case.counts(0), case.counts(1)
         value = case(student, teacher, *others, mask=case.mask)
         noisy = torch.where(counts, student, 7.0).requires_grad_()
         again = case(noisy, torch.where(counts_t, teacher, -3.0), *others, mask=case.mask)
@@ -113,6 +147,64 @@ class Conformance:
         assert value.item() == 0.0
         assert student.grad is not None
         assert (student.grad == 0).all()
+
+    @pytest.mark.parametrize("filler", [torch.nan, torch.inf])
+    def test_what_is_masked_may_be_no_number(self, case: Case, filler: float) -> None:
+        if case.mask is None:
+            pytest.skip("takes no mask")
+        value, *given = case(*case.tensors, mask=case.mask), *case.tensors
+        for side in (0, 1):
+            given[side] = torch.where(case.counts(side), given[side], filler)
+        given[0].requires_grad_()
+        again = case(*given, mask=case.mask)
+        torch.testing.assert_close(again, value)
+        (gradient,) = torch.autograd.grad(again, given[0])
+        assert torch.isfinite(gradient).all()
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @given(
+        student=st.sampled_from(sorted(PATTERNS)), teacher=st.sampled_from(sorted(PATTERNS)),
+        seed=st.integers(0, 999), one=st.booleans(),
+    )  # fmt: skip
+    def test_a_finite_value_in_float32_has_a_finite_gradient_near_float64s(
+        self, case: Case, student: str, teacher: str, seed: int, one: bool
+    ) -> None:
+        """Values within 1e-4 of float64's and gradients within 1e-3 of its largest, and 1e-6 of the largest input."""
+        sizes = [x[: 1 if one else None].shape for x in case.tensors[:2]]
+        s, t = hostile(student, sizes[0], 2 * seed, case.values), hostile(teacher, sizes[1], 2 * seed + 1, case.values)
+        value, gradient = case.with_gradient(s, t, torch.float32)
+        assert torch.isfinite(value)
+        assert torch.isfinite(gradient).all()
+        if case.near:
+            exact, expected = case.with_gradient(s, t, torch.float64)
+            rounding = 1e-6 * max(1.0, s.abs().max().item(), t.abs().max().item())
+            torch.testing.assert_close(value, exact.float(), rtol=1e-4, atol=rounding)
+            atol = 1e-3 * expected.abs().max().item() + rounding
+            torch.testing.assert_close(gradient, expected.float(), rtol=0.0, atol=atol)
+
+    def test_of_one_class_or_entry_it_is_finite(self, case: Case) -> None:
+        if case.values != "free" or case.tensors[0].ndim > 3 or len(case.tensors) > 2 or case.options.keys() & SIZED:
+            pytest.skip("its last axis is no number of classes or entries of its own")
+        value, gradient = case.with_gradient(case.tensors[0][..., :1], case.tensors[1][..., :1], torch.float32)
+        assert torch.isfinite(value)
+        assert torch.isfinite(gradient).all()
+
+    def test_of_no_examples_it_is_a_zero_with_a_graph(self, case: Case) -> None:
+        value, gradient = case.with_gradient(*(x[:0] for x in case.tensors[:2]), torch.float32)
+        assert value.item() == 0.0
+        assert gradient.shape == case.tensors[0][:0].shape
+
+    @pytest.mark.parametrize("side", [0, 1])
+    def test_nan_in_is_nan_out(self, case: Case, side: int) -> None:
+        places = case.reads(side).nonzero()
+        if not len(places):
+            pytest.skip("does not read it")
+        for place in (None, *places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:5]]):
+            given = [x.float() for x in case.tensors[:2]]
+            given[side] = given[side].clone()
+            given[side][... if place is None else tuple(place)] = torch.nan
+            value, _ = case.with_gradient(*given, torch.float32)
+            assert torch.isnan(value), f"NaN at {place}"
 
     def test_microbatches_average_to_the_whole(self, case: Case) -> None:
         if not case.mean:

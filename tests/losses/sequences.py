@@ -68,6 +68,7 @@ def assert_padding_changes_nothing(term: Term, student: dict[str, Tensor], teach
     padded = term(said(lengthened(student)), said(lengthened(teacher)), {"attention_mask": padded_mask})
     torch.testing.assert_close(padded, value)
     assert value.item() > 0
+    assert_padding_may_be_no_number(term, student, teacher, value)
     gradients = torch.autograd.grad(value, list(student.values()))
     for x, gradient, again in zip(
         student.values(), gradients, torch.autograd.grad(padded, list(student.values())), strict=True
@@ -77,3 +78,20 @@ def assert_padding_changes_nothing(term: Term, student: dict[str, Tensor], teach
             MASK.view(4, 1, 3, 1) if x.ndim == 4 and x.shape[2:] == (3, 3) else MASK.view(4, 3, *[1] * (x.ndim - 2))
         )
         assert (gradient.masked_select(~counts) == 0).all()
+
+
+def assert_padding_may_be_no_number(
+    term: Term, student: dict[str, Tensor], teacher: dict[str, Tensor], value: Tensor
+) -> None:
+    """NaN at padding reaches neither the value nor a gradient, of the student or of what the term learns."""
+
+    def holed(x: Tensor) -> Tensor:
+        square = x.ndim == 4 and x.shape[2:] == (3, 3)
+        counts = MASK[:, None, :, None] & MASK[:, None, None, :] if square else MASK.view(4, 3, *[1] * (x.ndim - 2))
+        return torch.where(counts, x.detach(), torch.nan)
+
+    given = {name: holed(x).requires_grad_() for name, x in student.items()}
+    again = term(said(given), said({name: holed(x) for name, x in teacher.items()}), {"attention_mask": MASK.long()})
+    torch.testing.assert_close(again, value)
+    for gradient in torch.autograd.grad(again, [*given.values(), *term.parameters()]):
+        assert torch.isfinite(gradient).all()

@@ -26,7 +26,13 @@ NEGATIVES = unit(6, 3, 4, seed=3), unit(6, 3, 4, seed=4)
 OFFSETS = (0.7, 1.3)
 CASES = [  # a contrast has no zero
     Case(
-        "crd", crd, (*PAIR, *NEGATIVES), {"offsets": OFFSETS, "temperature": 0.5}, torch.arange(6) % 2 == 0, zero=False
+        "crd",
+        crd,
+        (*PAIR, *NEGATIVES),
+        {"offsets": OFFSETS, "temperature": 0.5},
+        torch.arange(6) % 2 == 0,
+        zero=False,
+        values="unit",
     )
 ]
 
@@ -58,6 +64,12 @@ def test_value_by_the_papers_formula() -> None:
                 score = math.exp(anchor[b] @ other / tau)
                 expected[b] -= math.log(1 - score / (score + noise))
     np.testing.assert_allclose(crd(*PAIR, *NEGATIVES, OFFSETS, tau, reduction="none"), expected, rtol=1e-10)
+
+
+def test_its_arguments_may_come_in_any_order() -> None:
+    names = ("student_embedding", "teacher_embedding", "student_negatives", "teacher_negatives")
+    given = dict(zip(names, (*PAIR, *NEGATIVES), strict=True))
+    assert torch.equal(crd(offsets=OFFSETS, temperature=0.5, **given), crd(*PAIR, *NEGATIVES, OFFSETS, 0.5))
 
 
 def test_a_pair_that_is_nearer_than_its_negatives_costs_less() -> None:

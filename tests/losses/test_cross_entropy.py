@@ -10,6 +10,29 @@ from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from kd_lightning.types import IGNORE, Batch, ModelOutput
+from tests.losses.conformance import Case, Conformance, randn, title
+
+
+def without_teacher(student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return cross_entropy(student, labels, **options)
+
+
+class OfLabels(Case):
+    def reads(self, side: int) -> Tensor:
+        return torch.full_like(self.tensors[side], side == 0, dtype=torch.bool)
+
+
+CASES = [
+    OfLabels("cross_entropy", without_teacher, (randn(6, 4, seed=1), randn(6, 4), torch.arange(6) % 4), {},
+             mask=torch.arange(6) % 2 == 0, zero=False),
+    OfLabels("tokens", without_teacher, (randn(4, 3, 5, seed=1), randn(4, 3, 5), torch.arange(12).view(4, 3) % 5),
+             {"label_smoothing": 0.1}, mask=torch.arange(12).view(4, 3) % 5 != 1, zero=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=title)
+class TestConformance(Conformance):
+    pass
 
 
 @pytest.fixture

@@ -13,15 +13,16 @@ from tests.losses.conformance import Case, Conformance, randn, title
 STUDENT, TEACHER = randn(6, 4, seed=1, scale=2.0), randn(6, 4, seed=2, scale=2.0)
 MASK = torch.arange(6) % 2 == 0
 INTER, INTRA = {"inter_weight": 1.0, "intra_weight": 0.0}, {"inter_weight": 0.0, "intra_weight": 1.0}
+# near=False: a class is constant where it is certain of all examples but for rounding
 # mean=False: the intra-class part correlates over the batch, so that a batch is more than its examples
 CASES = [
-    Case("dist", dist, (STUDENT, TEACHER), {"temperature": 2.0}, mask=MASK, mean=False),
-    Case("inter-class", dist, (STUDENT, TEACHER), INTER, mask=MASK),
-    Case("intra-class", dist, (STUDENT, TEACHER), INTRA, mask=MASK, mean=False),
-    Case("two classes", dist, (STUDENT[:, :2], TEACHER[:, :2]), {}, mask=MASK, mean=False),
+    Case("dist", dist, (STUDENT, TEACHER), {"temperature": 2.0}, mask=MASK, mean=False, near=False),
+    Case("inter-class", dist, (STUDENT, TEACHER), INTER, mask=MASK, near=False),
+    Case("intra-class", dist, (STUDENT, TEACHER), INTRA, mask=MASK, mean=False, near=False),
+    Case("two classes", dist, (STUDENT[:, :2], TEACHER[:, :2]), {}, mask=MASK, mean=False, near=False),
     Case(
         "tokens", dist, (randn(4, 3, 5, seed=1), randn(4, 3, 5, seed=2)), {},
-        mask=torch.arange(12).view(4, 3) % 5 != 1, mean=False,
+        mask=torch.arange(12).view(4, 3) % 5 != 1, mean=False, near=False,
     ),
 ]  # fmt: skip
 
@@ -93,6 +94,28 @@ def test_with_two_classes_only_the_second_part_has_a_gradient() -> None:
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0.0)
     disagree = (STUDENT[:, 0] > STUDENT[:, 1]) != (TEACHER[:, 0] > TEACHER[:, 1])
     assert inter.item() == pytest.approx(2 * disagree.double().mean().item())
+
+
+def test_the_gradient_where_a_class_is_far_below_the_top_in_all_examples() -> None:
+    student = torch.tensor([[0.0, 0.5, -47.0], [0.3, 0.0, -48.0]], requires_grad=True)
+    value = dist(student, torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, 1.0]]))
+    value.backward()
+    assert value.item() == pytest.approx(1.7961, abs=1e-4)
+    expected = torch.tensor([[0.2126, -0.2126, 0.0], [-0.2357, 0.2357, 0.0]])
+    torch.testing.assert_close(student.grad, expected, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("scale", [3.0, 10.0, 30.0])
+def test_many_classes_of_any_spread_in_float32_as_in_float64(scale: float) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        student = randn(32, 1000, seed=1, scale=scale).float().to(dtype).requires_grad_()
+        value = dist(student, randn(32, 1000, seed=2, scale=scale).float().to(dtype))
+        (gradient,) = torch.autograd.grad(value, student)
+        found.append((value.item(), gradient.double()))
+    (value, gradient), (exact, expected) = found
+    assert value == pytest.approx(exact, rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-3 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 4), (torch.float32, 11), (torch.float64, 7)])

@@ -13,7 +13,7 @@ from kd_lightning.types import ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 
 FACTORS = randn(4, 3, 2, 2, seed=1), randn(4, 3, 2, 2, seed=2)
-CASES = [Case("factor_transfer", factor_transfer, FACTORS, {})]
+CASES = [Case("factor_transfer", factor_transfer, FACTORS, {}, near=False)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=title)

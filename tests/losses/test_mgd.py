@@ -9,6 +9,7 @@ from kd_lightning.losses.mgd import MGDLoss, mgd
 from kd_lightning.types import ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 
+MAPS = randn(4, 3, 2, 5, seed=1), randn(4, 3, 2, 5, seed=2)
 WEIGHT = randn(5, 5, seed=9)
 
 
@@ -21,13 +22,18 @@ def kept(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) > 0.4
 
 
+class Holed(Case):
+    def reads(self, side: int) -> Tensor:
+        return self.tensors[2].expand_as(self.tensors[0]) if side == 0 else super().reads(side)
+
+
 CASES = [  # what is generated from the teacher's own feature, with holes, is not the teacher's feature: no zero
-    Case("vectors", mgd, (randn(6, 5, seed=1), randn(6, 5, seed=2), kept(6, 5)), {"generate": generate},
-         torch.arange(6) % 2 == 0, zero=False),
-    Case("tokens", mgd, (randn(4, 3, 5, seed=1), randn(4, 3, 5, seed=2), kept(4, 3, 5)), {"generate": generate},
-         torch.arange(12).view(4, 3) % 5 != 1, zero=False),
-    Case("maps", mgd, (randn(4, 3, 2, 5, seed=1), randn(4, 3, 2, 5, seed=2), kept(4, 1, 2, 5)), {"generate": generate},
-         torch.arange(4) != 1, zero=False),
+    Holed("vectors", mgd, (randn(6, 5, seed=1), randn(6, 5, seed=2), kept(6, 5)), {"generate": generate},
+          torch.arange(6) % 2 == 0, zero=False),
+    Holed("tokens", mgd, (randn(4, 3, 5, seed=1), randn(4, 3, 5, seed=2), kept(4, 3, 5)), {"generate": generate},
+          torch.arange(12).view(4, 3) % 5 != 1, zero=False),
+    Holed("maps", mgd, (*MAPS, kept(4, 1, 2, 5)), {"generate": generate},
+          torch.arange(4) != 1, zero=False),
 ]  # fmt: skip
 
 

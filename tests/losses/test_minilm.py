@@ -30,7 +30,7 @@ def by_values(student: Tensor, teacher: Tensor, attentions_s: Tensor, attentions
 CASES = [
     Case(
         "attentions", by_query(minilm), (STUDENT.transpose(1, 2), TEACHER.transpose(1, 2), VALUES_T, VALUES_T), {},
-        mask=MASK,
+        mask=MASK, values="attention",
     ),
     Case("values", by_values, (VALUES_S, VALUES_T, STUDENT, STUDENT), {}, mask=MASK),
     Case("values of one width", by_values, (randn(4, 3, 6, seed=5), VALUES_T, STUDENT, STUDENT), {}, mask=MASK),

@@ -32,7 +32,7 @@ CASES = [
     Case("decomposed", mobilebert_feature_map, (STUDENT, TEACHER), {"decomposed": True}, mask=MASK),
     Case(
         "attention", by_query(mobilebert_attention), (ATTENTION_S.transpose(1, 2), ATTENTION_T.transpose(1, 2)), {},
-        mask=MASK,
+        mask=MASK, values="attention",
     ),
 ]  # fmt: skip
 

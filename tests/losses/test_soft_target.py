@@ -10,8 +10,21 @@ from torch import Tensor
 from kd_lightning.losses.soft_target import SoftTargetLoss, soft_target
 from kd_lightning.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
+from tests.losses import conformance
+from tests.losses.conformance import Case, Conformance, title
 
 NO_BATCH: Batch = {}
+CASES = [
+    Case("soft_target", soft_target, (conformance.randn(6, 4, seed=1), conformance.randn(6, 4, seed=2)),
+         {"temperature": 2.0}, mask=torch.arange(6) % 2 == 0),
+    Case("tokens", soft_target, (conformance.randn(4, 3, 5, seed=1), conformance.randn(4, 3, 5, seed=2)), {},
+         mask=torch.arange(12).view(4, 3) % 5 != 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=title)
+class TestConformance(Conformance):
+    pass
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:

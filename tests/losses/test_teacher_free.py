@@ -24,13 +24,18 @@ def without_teacher(student: Tensor, teacher: Tensor, labels: Tensor, **options:
     return teacher_free(student, labels, **options)
 
 
+class WithoutTeacher(Case):
+    def reads(self, side: int) -> Tensor:
+        return torch.full_like(self.tensors[side], side == 0, dtype=torch.bool)
+
+
 # zero=False: there is no teacher to be equal to
 CASES = [
-    Case(
+    WithoutTeacher(
         "teacher_free", without_teacher, (LOGITS, LOGITS, LABELS), {"temperature": 2.0},
         mask=torch.arange(6) % 2 == 0, zero=False,
     ),
-    Case(
+    WithoutTeacher(
         "tokens", without_teacher, (randn(4, 3, 5, seed=1), randn(4, 3, 5), torch.arange(12).view(4, 3) % 5), {},
         mask=torch.arange(12).view(4, 3) % 5 != 1, zero=False,
     ),

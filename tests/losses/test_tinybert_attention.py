@@ -20,8 +20,15 @@ from tests.losses.sequences import (
 STUDENT, TEACHER, MORE_HEADS = attention(4, 2, 3, 1), attention(4, 2, 3, 2), attention(4, 3, 3, 3)
 QUERIES_S, QUERIES_T, QUERIES_M = (x.transpose(1, 2) for x in (STUDENT, TEACHER, MORE_HEADS))
 CASES = [
-    Case("tinybert_attention", by_query(tinybert_attention), (QUERIES_S, QUERIES_T), {}, mask=MASK),
-    Case("averaged", by_query(tinybert_attention), (QUERIES_S, QUERIES_M), {"average_heads": True}, mask=MASK),
+    Case("tinybert_attention", by_query(tinybert_attention), (QUERIES_S, QUERIES_T), {}, mask=MASK, values="attention"),
+    Case(
+        "averaged",
+        by_query(tinybert_attention),
+        (QUERIES_S, QUERIES_M),
+        {"average_heads": True},
+        mask=MASK,
+        values="attention",
+    ),
 ]
 
 
