@@ -1,22 +1,21 @@
 """How good a model is, and how near it is to its teacher.
 
 Each measure of fidelity is a pure function beside a `torchmetrics` class that accumulates it over batches and
-processes; what torchmetrics already has (accuracy, F1, calibration error) is called, not rewritten.
+processes; what torchmetrics already has (accuracy, F1) is called, not rewritten. A prediction that counts and is NaN
+makes every score NaN: its largest entry is no class.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_f1_score,
-)
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from kd_lightning.types import IGNORE, is_labelled
 
@@ -32,7 +31,7 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | N
         labels: `(...)`; positions labelled `IGNORE` (padding) are not counted. None counts every position.
 
     Returns:
-        Scalar in [0, 1]; nan when there is nothing to count.
+        Scalar in [0, 1]; nan when there is nothing to count, or a logit that counts is.
 
     Raises:
         ValueError: If the shapes differ.
@@ -42,8 +41,8 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | N
     >>> agreement(student, teacher)
     tensor(0.7500)
     """
-    equal, count = _agreement_sums(student_logits, teacher_logits, labels)
-    return equal / count
+    equal, count, invalid = _agreement_sums(student_logits, teacher_logits, labels)
+    return _unless(invalid, equal / count)
 
 
 def teacher_student_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -60,7 +59,7 @@ def teacher_student_kl(student_logits: Tensor, teacher_logits: Tensor, labels: T
         labels: `(...)`; positions labelled `IGNORE` (padding) are not counted. None counts every position.
 
     Returns:
-        Scalar, 0 where the two distributions are equal; nan when there is nothing to count.
+        Scalar, 0 where the two distributions are equal; nan when there is nothing to count, or a logit that counts is.
 
     Raises:
         ValueError: If the shapes differ.
@@ -77,26 +76,27 @@ def teacher_student_kl(student_logits: Tensor, teacher_logits: Tensor, labels: T
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     r"""Expected calibration error: how far confidence is from accuracy (Guo et al. 2017, arXiv 1706.04599).
 
-    $$ \sum_b \frac{n_b}{N} |\mathrm{accuracy}_b - \mathrm{confidence}_b| $$ over `bins` equal bins of the predicted
-    class's probability.
+    $$ \sum_b \frac{n_b}{N} |\mathrm{accuracy}_b - \mathrm{confidence}_b| $$ over M = `bins` equal bins
+    ((b - 1) / M, b / M] of the predicted class's probability. (torchmetrics has one more, of confidence 1.)
 
     Args:
-        logits: `(N, C)`; turned into probabilities here (torchmetrics would take logits that all lie in [0, 1] for
-            probabilities).
+        logits: `(N, C)`; turned into probabilities here.
         labels: `(N,)`; `IGNORE` is not counted.
         bins: Number of bins.
 
     Returns:
-        Scalar in [0, 1].
+        Scalar in [0, 1]; nan when there is nothing to count, or a logit that counts is.
 
     >>> logits = torch.log(torch.tensor([[0.8, 0.2], [0.8, 0.2]]))
     >>> expected_calibration_error(logits, torch.tensor([0, 1]))  # confidence 0.8, accuracy 0.5
     tensor(0.3000)
     """
-    probabilities = F.softmax(_precise(logits), dim=-1)
-    return multiclass_calibration_error(
-        probabilities, labels, num_classes=logits.shape[-1], n_bins=bins, norm="l1", ignore_index=IGNORE
-    )
+    known = labels != IGNORE
+    confidence, predicted = F.softmax(_precise(logits[known]), dim=-1).max(dim=-1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=logits.device)[1:-1]
+    excess = confidence - (predicted == labels[known]).to(confidence.dtype)
+    by_bin = confidence.new_zeros(bins).index_add_(0, torch.bucketize(confidence, edges), excess)
+    return by_bin.abs().sum() / len(confidence)
 
 
 def distillation_ratio(teacher: float, baseline: float, distilled: float) -> float:
@@ -133,7 +133,8 @@ def evaluate_logits(
 
     Returns:
         `accuracy`, `macro_f1` (over the classes that occur among labels or predictions), `ece`, `cross_entropy` (nats),
-        and with a teacher `agreement` and `kl_to_teacher`. A score without a single example to count is nan.
+        and with a teacher `agreement` and `kl_to_teacher`. A score without a single example to count is nan, and so is
+        one of logits that are.
 
     Raises:
         ValueError: If the shapes do not fit each other or `num_classes`.
@@ -152,7 +153,7 @@ def evaluate_logits(
         raise ValueError(f"the logits have {classes} classes, the data has {num_classes}")
     known = labels != IGNORE
     scores = dict.fromkeys(("accuracy", "macro_f1", "ece", "cross_entropy"), math.nan)
-    if known.any():
+    if known.any() and not logits[known].isnan().any():
         z, y = _precise(logits[known]), labels[known]
         predicted = z.argmax(dim=-1)
         scores = {
@@ -210,6 +211,51 @@ def _rms(differences: Tensor) -> Tensor:
     return differences.square().mean().sqrt()
 
 
+class _OfNumbers(MulticlassStatScores):
+    """A metric of predicted classes that is nan where a row of logits that counts has a nan."""
+
+    invalid: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_state("invalid", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: logits `(B, C)` and labels `(B,)`."""
+        self.invalid += (preds.isnan().any(-1) & (target != IGNORE)).sum()
+        super().update(preds, target)
+
+    def compute(self) -> Tensor:
+        """Return the score over everything added so far."""
+        return _unless(self.invalid, super().compute())
+
+
+class Accuracy(_OfNumbers, MulticlassAccuracy):
+    """Share of labelled examples whose largest logit is the label's.
+
+    >>> metric = Accuracy(2)
+    >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), torch.tensor([1, 1]))
+    >>> metric.compute()
+    tensor(nan)
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="micro", ignore_index=IGNORE)
+
+
+class MacroF1(_OfNumbers, MulticlassF1Score):
+    """F1, averaged over the classes that occur among labels or predictions.
+
+    >>> metric = MacroF1(2)
+    >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), torch.tensor([1, -100]))
+    >>> metric.compute()
+    tensor(1.)
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="macro", ignore_index=IGNORE)
+
+
 class Agreement(Metric):
     """`agreement` accumulated over batches and processes.
 
@@ -226,21 +272,24 @@ class Agreement(Metric):
 
     equal: Tensor
     count: Tensor
+    invalid: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("equal", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("invalid", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch: logits `(..., C)` of both and, to leave padding out, labels `(...)`."""
-        equal, count = _agreement_sums(student_logits, teacher_logits, labels)
+        equal, count, invalid = _agreement_sums(student_logits, teacher_logits, labels)
         self.equal += equal
         self.count += count
+        self.invalid += invalid
 
     def compute(self) -> Tensor:
         """Return the share over everything added so far."""
-        return self.equal / self.count
+        return _unless(self.invalid, self.equal / self.count)
 
 
 class TeacherStudentKL(Metric):
@@ -275,6 +324,11 @@ class TeacherStudentKL(Metric):
         return self.divergence / self.count
 
 
+def _unless(invalid: Tensor, score: Tensor) -> Tensor:
+    """Return the score, or nan where anything that counted is not valid."""
+    return torch.where(invalid > 0, torch.nan, score)
+
+
 def _precise(logits: Tensor) -> Tensor:
     """Return the logits in float32, or in float64 where they already are."""
     return logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
@@ -294,11 +348,14 @@ def _counted(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | No
     return labels != IGNORE
 
 
-def _agreement_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return how many counted positions agree, and how many there are."""
+def _agreement_sums(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how many counted positions agree, how many there are, and how many have a nan on either side."""
     counted = _counted(student_logits, teacher_logits, labels)
     equal = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
-    return (equal & counted).sum(), counted.sum()
+    invalid = student_logits.isnan().any(dim=-1) | teacher_logits.isnan().any(dim=-1)
+    return (equal & counted).sum(), counted.sum(), (invalid & counted).sum()
 
 
 def _kl_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -307,7 +364,7 @@ def _kl_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | No
     log_student = F.log_softmax(_precise(student_logits), dim=-1)
     log_teacher = F.log_softmax(_precise(teacher_logits), dim=-1)
     p_teacher = log_teacher.exp()
-    # 0 * (-inf) is nan, but the limit of p log p is 0
-    terms = torch.where(p_teacher > 0, p_teacher * (log_teacher - log_student), 0)
+    # 0 * (-inf) is nan, but the limit of p log p is 0; a nan of either side stays one
+    terms = torch.where((p_teacher == 0) & ~log_student.isnan(), 0, p_teacher * (log_teacher - log_student))
     # `where` rather than a product, so that a nan at a padded position does not spread
     return torch.where(counted, terms.sum(dim=-1), 0).sum(), counted.sum()

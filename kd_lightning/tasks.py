@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from kd_lightning.errors import KDError
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.task import TaskTerm
 from kd_lightning.losses.term import Term
-from kd_lightning.metrics import Agreement, TeacherStudentKL, evaluate_logits, evaluate_scores
+from kd_lightning.metrics import Accuracy, Agreement, MacroF1, TeacherStudentKL, evaluate_logits, evaluate_scores
 from kd_lightning.models.answers import Answers
-from kd_lightning.types import IGNORE, Batch, ModelOutput, is_labelled
+from kd_lightning.types import Batch, ModelOutput, is_labelled
 
 
 class Scores(nn.Module):
@@ -124,10 +124,7 @@ class Classification(Task):
 
     def scores(self) -> Scores:
         """Return accuracy and macro F1."""
-        return Scores({
-            "accuracy": MulticlassAccuracy(self.outputs, average="micro", ignore_index=IGNORE),
-            "macro_f1": MulticlassF1Score(self.outputs, average="macro", ignore_index=IGNORE),
-        })  # fmt: skip
+        return Scores({"accuracy": Accuracy(self.outputs), "macro_f1": MacroF1(self.outputs)})
 
     def fidelity(self) -> Scores:
         """Return agreement with the teacher, and the divergence from it."""
@@ -142,7 +139,12 @@ class Classification(Task):
         return logits.softmax(-1)
 
     def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Return the most probable class and all probabilities."""
+        """Return the most probable class and all probabilities.
+
+        Raises:
+            KDError: There is no most probable class.
+        """
+        _refuse_nan(logits)
         probabilities = logits.softmax(0).tolist()
         label = names[probabilities.index(max(probabilities))]
         return {"label": label, "probabilities": dict(zip(names, probabilities, strict=True))}
@@ -153,8 +155,8 @@ class Classification(Task):
         return self.outputs
 
     def correct(self, said: Answers) -> list[bool]:
-        """Return whether the most probable class is the label."""
-        found: list[bool] = (said.logits.argmax(1) == said.labels).tolist()
+        """Return whether the most probable class is the label; where the logits are NaN there is none."""
+        found: list[bool] = ((said.logits.argmax(1) == said.labels) & ~said.logits.isnan().any(1)).tolist()
         return found
 
     def guess(self, labels: Tensor) -> float:
@@ -177,14 +179,19 @@ class Regression(Task):
 
     def fidelity(self) -> Scores:
         """Return the root of the mean squared difference from the teacher."""
-        return _Differences({"rmse_to_teacher": MeanSquaredError(squared=False)})
+        return _Differences({"rmse_to_teacher": MeanSquaredError(squared=False)}, labels=False)
 
     def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
         """Return what `metrics.evaluate_scores` does."""
         return evaluate_scores(said.logits, said.labels, teacher)
 
     def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Return the score."""
+        """Return the score.
+
+        Raises:
+            KDError: It is NaN.
+        """
+        _refuse_nan(logits)
         return {"score": float(logits)}
 
     @property
@@ -194,13 +201,24 @@ class Regression(Task):
 
 
 class _Differences(Scores):
-    """Scores of one number an example, over those that have something to be held against."""
+    """Scores of one number an example.
+
+    Args:
+        metrics: By name.
+        labels: They are against labels, and over those examples that have one.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric], labels: bool = True) -> None:
+        super().__init__(metrics)
+        self.labels = labels
 
     def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
         """Add a batch, in float32 whatever it was computed in."""
         said, against = logits.reshape(-1).float(), against.reshape(-1).float()
-        known = is_labelled(against)
-        return super().forward(said[known], against[known], batch) if known.any() else dict(self.metrics)  # type: ignore[arg-type]
+        if self.labels:
+            known = is_labelled(against)
+            said, against = said[known], against[known]
+        return super().forward(said, against, batch) if len(said) else dict(self.metrics)  # type: ignore[arg-type]
 
 
 class MultiTask(Task):
@@ -271,6 +289,11 @@ class MultiTask(Task):
     def description(self) -> dict[str, Any]:
         """Each task's, by its name."""
         return {name: task.description for name, task in self.tasks.items()}
+
+
+def _refuse_nan(logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise KDError("the network predicts NaN, which is no class and no score: its weights or this input are damaged")
 
 
 def task_of(description: int | str | dict[str, Any]) -> Task:

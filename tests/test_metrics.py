@@ -5,12 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import Tensor
+from torchmetrics import Metric
 
 from kd_lightning.metrics import (
+    Accuracy,
     Agreement,
+    MacroF1,
     TeacherStudentKL,
     agreement,
     distillation_ratio,
@@ -91,7 +96,7 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) ->
     """Guo et al.'s definition, bin by bin."""
     probabilities = softmax(logits, axis=1)
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    bin_of = np.ceil(confidence * bins).astype(int) - 1
     total = 0.0
     for b in range(bins):
         inside = bin_of == b
@@ -127,6 +132,61 @@ def test_calibration_error_of_logits_between_0_and_1() -> None:
     logits, labels = torch.tensor([[0.9, 0.1], [0.2, 0.6]]), torch.tensor([0, 0])
     expected = calibration_error(float64(logits), labels.numpy())
     assert expected_calibration_error(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_confidence_of_1_is_in_the_last_of_15_bins() -> None:
+    margins = torch.cat([torch.full((500,), 40.0), torch.full((500,), 3.5)])
+    labels = (torch.arange(1000) < 60).long()
+    logits = torch.stack([margins, torch.zeros(1000)], dim=1)
+    assert torch.softmax(logits[0], 0)[0] == 1.0
+    assert expected_calibration_error(logits, labels).item() == pytest.approx(0.0453, abs=5e-5)
+    assert evaluate_logits(logits, labels)["ece"] == pytest.approx(0.0453, abs=5e-5)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.floats(-60, 60), min_size=6, max_size=60), st.integers(1, 20), st.integers(0, 99))
+def test_calibration_error_is_guos_for_any_logits(values: list[float], bins: int, seed: int) -> None:
+    logits = torch.tensor(values[: len(values) // 3 * 3], dtype=torch.float64).view(-1, 3)
+    labels = torch.randint(3, (len(logits),), generator=torch.Generator().manual_seed(seed))
+    at = softmax(logits.numpy(), axis=1).max(1) * bins
+    assume((np.abs(at - at.round()) > 1e-9)[at < bins].all())  # at an edge rounding decides
+    expected = calibration_error(logits.numpy(), labels.numpy(), bins)
+    assert expected_calibration_error(logits, labels, bins).item() == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(row=st.integers(0, 199), column=st.integers(0, 4), of_teacher=st.booleans(), every=st.booleans())
+def test_nan_in_is_nan_out_of_every_score(row: int, column: int, of_teacher: bool, every: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 200, 5, generator=generator)
+    labels = torch.arange(200) % 5
+    damaged = teacher if of_teacher else student
+    damaged[slice(None) if every else row, column] = torch.nan
+    scores = evaluate_logits(student, labels, teacher)
+    hit = {"agreement", "kl_to_teacher"} if of_teacher else set(scores)
+    assert {name for name, value in scores.items() if math.isnan(value)} == hit
+    assert math.isnan(expected_calibration_error(student, labels)) is not of_teacher
+    streamed: list[tuple[Metric, Tensor]] = [
+        (Accuracy(5), labels), (MacroF1(5), labels), (Agreement(), teacher), (TeacherStudentKL(), teacher)
+    ]  # fmt: skip
+    for metric, against in streamed:
+        for rows in torch.arange(200).split(64):
+            metric.update(student[rows], against[rows])
+        assert math.isnan(metric.compute()) == (against is teacher or not of_teacher)
+        metric.reset()
+        metric.update(torch.eye(5), torch.eye(5) if against is teacher else torch.arange(5))
+        assert not math.isnan(metric.compute())
+
+
+def test_unlabelled_nan_counts_nowhere(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, _, labels = logits
+    expected = evaluate_logits(student[:100], labels[:100])
+    student, labels = student.clone(), labels.clone()
+    student[100:], labels[100:] = torch.nan, IGNORE
+    assert evaluate_logits(student, labels) == pytest.approx(expected)
+    for metric, name in ((Accuracy(5), "accuracy"), (MacroF1(5), "macro_f1")):
+        metric.update(student, labels)
+        assert float(metric.compute()) == pytest.approx(expected[name])
 
 
 def test_unlabelled_examples_count_in_fidelity_only(logits: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr
 from torch import Tensor
 
+from kd_lightning.errors import KDError
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.metrics import evaluate_logits, evaluate_scores
 from kd_lightning.models.answers import Answers
@@ -114,6 +115,38 @@ def test_a_constant_has_no_correlation_and_what_is_not_finite_is_said() -> None:
     assert all(np.isnan(list(evaluate_scores(labels, torch.full((3,), torch.nan)).values())))
     with pytest.raises(ValueError, match=r"expected scores \(N,\) and labels \(N,\), got \(3, 2\) and \(3,\)"):
         evaluate_scores(torch.zeros(3, 2), labels)
+
+
+@pytest.mark.parametrize("of_teacher", [False, True])
+def test_a_nan_prediction_makes_every_score_of_its_task_nan(said: Answers, of_teacher: bool) -> None:
+    teacher = said.logits.flip(0).clone()
+    for row in (3, 4, 5):  # one of each task
+        (teacher if of_teacher else said.logits)[row] = torch.nan
+    whole = WHOLE.evaluate(said, teacher)
+    found = streamed(WHOLE.scores(), said, said.labels, [7, 1, 2, 50])
+    found |= streamed(WHOLE.fidelity(), said, teacher, [7, 1, 2, 50])
+    near = ("agreement", "kl_to_teacher", "rmse_to_teacher")
+    for scores in (whole, found):
+        assert {name for name, value in scores.items() if np.isnan(value)} == {
+            name for name in scores if not of_teacher or name.endswith(near)
+        }
+
+
+def test_a_teachers_score_of_minus_100_is_a_score() -> None:
+    task, scores = Regression(), torch.tensor([[0.0], [1.0]])
+    teacher = torch.tensor([[-100.0], [1.0]])
+    said = Answers(torch.arange(2), scores, torch.zeros(2))
+    found = streamed(task.fidelity(), said, teacher, [2])
+    assert found["rmse_to_teacher"] == pytest.approx(task.evaluate(said, teacher)["rmse_to_teacher"]) == 100 / 2**0.5
+
+
+def test_a_nan_prediction_is_read_as_nothing() -> None:
+    logits = torch.tensor([torch.nan, 0.0, 1.0])
+    with pytest.raises(KDError, match="the network predicts NaN"):
+        Classification(3).read(logits, ["a", "b", "c"])
+    with pytest.raises(KDError, match="the network predicts NaN"):
+        Regression().read(logits[:1], ["score"])
+    assert Classification(3).correct(Answers(torch.arange(1), logits.view(1, 3), torch.tensor([0]))) == [False]
 
 
 def test_a_classification() -> None:
