@@ -1,0 +1,1 @@
+"""The trials of scripts/fault_campaign.py, a file each kind."""
