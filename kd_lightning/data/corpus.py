@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd_lightning.errors import ConfigError, DataError, did_you_mean
-from kd_lightning.types import IGNORE
+from kd_lightning.data.labels import NO_LABEL, check_unicode, folded, found_names, given_names, positions_in
+from kd_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+MOST_SHOWN = 3
+"""Of examples in a message."""
 
 Sentence = tuple[str, ...]
 """One text, or the two texts of a pair."""
@@ -77,24 +80,15 @@ def text_of(value: object, where: str) -> str:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: expected a text, got the {type(value).__name__} {value!r}")
     text = (value or "").strip()
-    if not text:
+    if is_blank(text):
         raise DataError(f"{where}: the text is empty; fill it in or remove the example")
+    check_unicode(text, where)
     return text
 
 
-def label_of(value: object, where: str) -> str:
-    """Return a label cell as text: a name, or a whole number in digits; anything else is a DataError."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(
-            f"{where}: the label is missing ({IGNORE} says that only the teacher labels a training sentence)"
-        )
-    if not isinstance(value, str | int):
-        raise DataError(
-            f"{where}: the label {value!r} is neither a name nor a whole number (only classes are supported)"
-        )
-    return str(value).strip()
+def is_blank(text: str) -> bool:
+    """Return whether there is nothing to see in a text, as in a zero-width space."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 
 def assemble(
@@ -122,12 +116,16 @@ def assemble(
     """
     train, unlabelled = _set_apart(train)
     transfer = [*unlabelled, *transfer]
-    names = _class_names(train, class_names)
-    examples = encode_labels(train, names)
+    numbered = class_names is not None
+    names = found_names(train.labels, train.where, train.source) if class_names is None else given_names(class_names)
+    examples = encode_labels(train, names, numbered)
+    if len(set(examples.labels)) < 2:
+        raise DataError(f"{train.source}: all {len(examples)} labels are {train.labels[0]!r}; need two classes or more")
     held = {
-        "validation": (encode_labels(validation, names) if validation else None, validation_fraction),
-        "test": (encode_labels(test, names) if test else None, test_fraction),
+        "validation": (encode_labels(validation, names, numbered) if validation else None, validation_fraction),
+        "test": (encode_labels(test, names, numbered) if test else None, test_fraction),
     }
+    _warn_of_contrary(train, examples, bool(validation and test))
     missing = {part: fraction for part, (given, fraction) in held.items() if given is None}
     given = {part: examples for part, (examples, _) in held.items() if examples is not None}
     parts = dict(given)
@@ -147,17 +145,17 @@ def assemble(
 
 def _set_apart(train: RawExamples) -> tuple[RawExamples, list[Sentence]]:
     """Return the examples that have a label, and the sentences of those that have none."""
-    labelled = [i for i, label in enumerate(train.labels) if label != str(IGNORE)]
+    labelled = [i for i, label in enumerate(train.labels) if label != NO_LABEL]
     kept = RawExamples(
         [train.texts[i] for i in labelled], [train.labels[i] for i in labelled], train.source,
         lambda i: train.where(labelled[i]),
     )  # fmt: skip
-    return kept, [text for text, label in zip(train.texts, train.labels, strict=True) if label == str(IGNORE)]
+    return kept, [text for text, label in zip(train.texts, train.labels, strict=True) if label == NO_LABEL]
 
 
 def normalise(text: Sentence) -> str:
     """Return the form in which two texts count as the same: Unicode, case and white space made alike."""
-    return "\x1f".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in text)
+    return "\x1f".join(map(folded, text))
 
 
 def stratified_split(
@@ -191,42 +189,33 @@ def stratified_split(
     return [sorted(part) for part in parts]
 
 
-def _class_names(train: RawExamples, given: Sequence[str] | None) -> list[str]:
-    found = set(train.labels)
-    if given is not None:
-        names = [str(name) for name in given]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ConfigError(f"data.class_names={names}: expected two or more different names")
-    elif all(_is_integer(label) for label in found):
-        names = sorted(found, key=int)
-    else:
-        names = sorted(found)
-    if not train.labels:
-        raise DataError(f"{train.source}: there are no examples")
-    if len(found) < 2:
-        raise DataError(
-            f"{train.source}: all {len(train.labels)} labels are {train.labels[0]!r}; need two classes or more"
-        )
-    return names
-
-
-def encode_labels(raw: RawExamples, names: Sequence[str]) -> Examples:
-    """Turn labels into positions in `names`; whole numbers are positions where the names themselves are words."""
-    codes = {name: code for code, name in enumerate(names)}
-    if not any(_is_integer(name) for name in names):
-        codes |= {str(code): code for code in range(len(names))}
-    labels = []
-    for i, label in enumerate(raw.labels):
-        if label not in codes:
-            raise DataError(f"{raw.where(i)}: unknown label {label!r}{did_you_mean(label, names)}")
-        labels.append(codes[label])
-    if not labels:
+def encode_labels(raw: RawExamples, names: Sequence[str], numbered: bool = True) -> Examples:
+    """Turn labels into positions in `names`; see `positions_in`."""
+    if not raw.labels:
         raise DataError(f"{raw.source}: there are no examples")
-    return Examples(raw.texts, labels)
+    return Examples(raw.texts, positions_in(raw.labels, names, raw.where, numbered))
 
 
-def _is_integer(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
+def _warn_of_contrary(raw: RawExamples, examples: Examples, kept: bool) -> None:
+    """Say which sentences come with several labels, of which only one can be right."""
+    first: dict[str, int] = {}
+    contrary: dict[str, tuple[int, int]] = {}
+    for i, text in enumerate(examples.texts):
+        form = normalise(text)
+        if examples.labels[first.setdefault(form, i)] != examples.labels[i]:
+            contrary.setdefault(form, (first[form], i))
+    if not contrary:
+        return
+    which = [
+        f"{' / '.join(raw.texts[one])[:60]!r} is {raw.labels[one]!r} ({raw.where(one)}) and {raw.labels[other]!r} "
+        f"({raw.where(other)})"
+        for one, other in list(contrary.values())[:MOST_SHOWN]
+    ]
+    log.warning(
+        "%s: %d sentences come with contrary labels, and %s: %s%s", raw.source, len(contrary),
+        "all are trained on" if kept else "the first of each stays", "; ".join(which),
+        "; ..." if len(contrary) > len(which) else "",
+    )  # fmt: skip
 
 
 def _drop_duplicates(examples: Examples, source: str) -> Examples:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.data.corpus import Corpus, RawExamples, Sentence, assemble, label_of, text_of
-from kd_lightning.data.files import FileReader
+from kd_lightning.data.corpus import Corpus, RawExamples, Sentence, assemble, text_of
+from kd_lightning.data.files import FileReader, data_key
+from kd_lightning.data.labels import given_names, is_missing, label_of
+from kd_lightning.data.records import check_columns
 from kd_lightning.data.text import TextData
 from kd_lightning.errors import ConfigError, DataError, did_you_mean
 
@@ -22,6 +24,9 @@ GLUE: dict[str, tuple[str, str | None]] = {
     "wnli": ("sentence1", "sentence2"),
 }
 """The text columns of GLUE's classification tasks."""
+
+VALIDATION = ("validation", "validation_matched", "valid", "val", "dev")
+"""What a split to select on may be called."""
 
 PREFIX = "hf:"
 """Of an entry of `data.transfer` that is a data set and no file."""
@@ -106,7 +111,7 @@ class HFDataset(TextData):
 
     def _roles(self, splits: Mapping[str, Any]) -> tuple[str | None, str | None]:
         """Return the splits to select and to report on; None for one to hold out of training."""
-        matched = (name for name in ("validation", "validation_matched") if name in splits)
+        matched = (name for name in VALIDATION if name in splits)
         validation = self.validation_split or next(matched, None)
         test = self.test_split
         if test is None and "test" in splits and _is_labelled(splits["test"], self.label_column):
@@ -115,15 +120,35 @@ class HFDataset(TextData):
             return None, validation
         return (None if validation == test else validation), test
 
+    def _names_of(self, table: Any) -> list[str] | None:
+        """Return what the numbers of a split stand for, if they stand for names: those stored, unless others are given.
+
+        Raises:
+            ConfigError: As many names are given as there are not stored.
+        """
+        stored = _stored_names(table, self.label_column)
+        if stored is None or self.given_class_names is None:
+            return stored
+        given = given_names(self.given_class_names)
+        if len(given) != len(stored):
+            raise ConfigError(
+                f"data.class_names={given}: {self.dataset_name} has {len(stored)} classes, {', '.join(stored)}"
+            )
+        return stored if set(given) == set(stored) else given
+
     def _examples(self, splits: Mapping[str, Any], split: str) -> RawExamples:
         table = splits[split]
         source = f"{self.dataset_name}, split {split!r}"
-        _check_columns(table, [*self.text_columns, self.label_column], source)
+        check_columns(table.column_names, [*self.text_columns, self.label_column], f"{source}: ", data_key)
 
         def where(i: int) -> str:
             return f"{source}: row {i + 1}, column {self.label_column!r}"
 
-        labels = [label_of(cell, where(i)) for i, cell in enumerate(table[self.label_column])]
+        names = self._names_of(table) or []
+        labels = [
+            names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else label_of(cell, where(i))
+            for i, cell in enumerate(table[self.label_column])
+        ]
         return RawExamples(list(_sentences(table, self.text_columns, source)), labels, source, where)
 
 
@@ -141,16 +166,9 @@ def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
     found: list[Sentence] = []
     for split, table in _load(dataset, config_name or None).items():
         source = f"{dataset}, split {split!r}"
-        _check_columns(table, columns, source)
+        check_columns(table.column_names, columns, f"{source}: ", data_key)
         found += _sentences(table, columns, source)
     return found
-
-
-def _check_columns(table: Any, columns: Sequence[str], source: str) -> None:
-    for column in columns:
-        if column not in table.column_names:
-            keys = "set data.text_column, data.text_pair_column or data.label_column"
-            raise DataError(f"{source}: no column {column!r}{did_you_mean(column, table.column_names)} ({keys})")
 
 
 def _sentences(table: Any, columns: Sequence[str], source: str) -> Iterator[Sentence]:
@@ -175,7 +193,7 @@ def _load(name: str, config_name: str | None) -> Mapping[str, Any]:
 
 
 def _is_labelled(table: Any, label_column: str) -> bool:
-    return label_column in table.column_names and any(label not in (None, -1) for label in table[label_column])
+    return label_column in table.column_names and not all(map(is_missing, table[label_column]))
 
 
 def _stored_names(table: Any, label_column: str) -> list[str] | None:

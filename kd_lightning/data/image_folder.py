@@ -10,6 +10,7 @@ import numpy as np
 
 from kd_lightning.data.image_store import ImageFormat, read_image, store_images
 from kd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageCorpus, ImageData
+from kd_lightning.data.labels import key_of, label_of, number_of, sort_names
 from kd_lightning.errors import DataError, did_you_mean
 from kd_lightning.shared import stamps
 from kd_lightning.types import IGNORE
@@ -58,7 +59,7 @@ class ImageFolder(ImageData):
         there = {part: next((path for path in paths if path.is_dir()), None) for part, paths in folders.items()}
         if there["train"] is None:
             raise DataError(f"data.folder={self.folder} has no folder 'train' with a folder of images for each class")
-        class_names = _classes(there["train"])
+        class_names = sort_names(_folders(there["train"]))
         if len(class_names) < 2:
             raise DataError(f"{there['train']}: expected a folder for each of two classes or more, found {class_names}")
         files: list[Path] = []
@@ -67,7 +68,7 @@ class ImageFolder(ImageData):
         for part, path in there.items():
             if path is not None:
                 start = len(files)
-                for label, found in enumerate(_files(path, class_names)):
+                for label, found in enumerate(_files(path, class_names, must_have_all=part == "train")):
                     files += found
                     labels += [label] * len(found)
                 rows[part] = range(start, len(files))
@@ -86,19 +87,35 @@ class ImageFolder(ImageData):
         return ImageCorpus(class_names, images, np.array(labels, np.int64), rows, held_out)
 
 
-def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of the classes by the names that they spell."""
+    found: dict[str, Path] = {}
+    keys: dict[object, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            name = label_of(path.name, str(path))
+            if number_of(name) in (-1, IGNORE):
+                raise DataError(
+                    f"{path}: {name} stands for a missing label; images without one are put in "
+                    f"{folder.parent / 'unlabelled'} (data.transfer_examples)"
+                )
+            if (other := keys.setdefault(key_of(name), path)) != path:
+                raise DataError(f"{path}: {other} is the same class; put their images in one folder")
+            found[name] = path
+    return found
 
 
-def _files(folder: Path, class_names: Sequence[str]) -> list[list[Path]]:
+def _files(folder: Path, class_names: Sequence[str], must_have_all: bool) -> list[list[Path]]:
     """Return the image files of each class, sorted; a class may be without any in all parts but `train`."""
-    if unknown := [name for name in _classes(folder) if name not in class_names]:
-        raise DataError(
-            f"{folder / unknown[0]}: not a class of the training images{did_you_mean(unknown[0], class_names)}"
-        )
-    found = [_images(folder / name) for name in class_names]
-    empty = [folder / name for name, files in zip(class_names, found, strict=True) if not files]
-    if empty and (folder.name == "train" or len(empty) == len(found)):
+    folders = {key_of(name): path for name, path in _folders(folder).items()}
+    keys = [key_of(name) for name in class_names]
+    if unknown := [path for key, path in folders.items() if key not in keys]:
+        raise DataError(f"{unknown[0]}: not a class of the training images{did_you_mean(unknown[0].name, class_names)}")
+    found = [_images(folders[key]) if key in folders else [] for key in keys]
+    empty = [
+        folders.get(key, folder / name) for key, name, files in zip(keys, class_names, found, strict=True) if not files
+    ]
+    if empty and (must_have_all or len(empty) == len(found)):
         raise DataError(f"{empty[0]}: there are no images ({', '.join(SUFFIXES)})")
     return found
 

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from kd_lightning.data.corpus import Corpus, assemble
-from kd_lightning.data.files import FileReader, Format
+from kd_lightning.data.files import FileReader
 from kd_lightning.data.hf_dataset import unlabelled
+from kd_lightning.data.records import Format
 from kd_lightning.data.text import TextData
 
 
 class TextFiles(TextData):
-    """Sentences or pairs in CSV, TSV, JSON lines or Parquet files; for `transfer` also one sentence a line (.txt).
+    """Sentences or pairs in CSV, TSV, JSON or Parquet files; for `transfer` also one sentence a line (.txt).
 
-    Labels may be names or whole numbers; a training sentence labelled -100 has none, and only the teacher says what it
-    is. Where a validation or test file is not given, a stratified part of the
-    training file is held out, after exact duplicates are dropped from it.
+    Files may be compressed (.csv.gz); a CSV file's cells may be separated by commas, semicolons, tabs or bars; JSON is
+    an object a line or one array of objects. Labels may be names or whole numbers, which are the same class however a
+    file spells them (1, 1.0, 01). A training sentence labelled -100 has none, and only the teacher says what it is; an
+    empty label or NaN is refused, and so is -1 unless `class_names` has it. Where a validation or test file is not
+    given, a stratified part of the training file is held out, after exact duplicates are dropped from it.
 
     Args:
         train_file: The labelled sentences to train on.
@@ -25,7 +28,8 @@ class TextFiles(TextData):
         text_column: The column with the sentence.
         text_pair_column: The column with the second sentence of a pair.
         label_column: The column with the class.
-        class_names: The classes in the order of their numbers; by default the labels found, sorted.
+        class_names: The classes in the order of their numbers, by which files may then name them; by default the labels
+            found, sorted.
         format: The files' format; by default told from the suffix.
         encoding: Of the text formats.
         quotes: Whether `"` opens a quoted field in CSV and TSV (the TSV files of GLUE have none).

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +67,12 @@ def test_encoding_is_the_users(tmp_path: Path) -> None:
     [
         ("", "a.csv: the file is empty"),
         ("sentence,label\nx,1\n", "a.csv: line 1: no column 'text'; valid: label, sentence (set data.text_column"),
-        ("txet,label\nx,1\n", "a.csv: line 1: no column 'text'; did you mean 'txet'?"),
+        ("txet,label\nx,1\n", "a.csv: line 1: no column 'text'; did you mean 'txet'?; it has txet, label (set data."),
+        ("text;target;no\nx;1;2\n", "no column 'label'; valid: no, target, text (set data.text_column"),
         ("text,labels\nx,1\n", "a.csv: line 1: no column 'label'; did you mean 'labels'?"),
         ("text,text,label\nx,y,1\n", "a.csv: line 1: there are several columns 'text'"),
         ("text,label\nx,1\n\n  ,1\n", "a.csv: line 4, column 'text': the text is empty"),
+        ("text,label\nx,1\n\u200b\ufeff,1\n", "a.csv: line 3, column 'text': the text is empty"),
         ('text,label\n"x\ny",1\nz,\n', "a.csv: line 4, column 'label': the label is missing"),
         ("text,label\nx,1\na, b,1\n", "a.csv: line 3: 3 cells, but the header has 2; quote a text"),
         ("text,label\nx\n", "a.csv: line 2: 1 cells, but the header has 2; a cell is missing"),
@@ -78,7 +81,7 @@ def test_encoding_is_the_users(tmp_path: Path) -> None:
 )
 def test_errors_of_csv(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.csv"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(DataError) as caught:
         FileReader().examples(path)
     assert message in str(caught.value)
@@ -94,7 +97,10 @@ def test_errors_of_csv(tmp_path: Path, content: str, message: str) -> None:
         ('{"text": 5, "label": 1}', "line 2, column 'text': expected a text, got the int 5"),
         ('{"text": null, "label": 1}', "line 2, column 'text': the text is empty"),
         ('{"text": "x", "label": null}', "line 2, column 'label': the label is missing"),
-        ('{"text": "x", "label": 0.5}', "line 2, column 'label': the label 0.5 is neither"),
+        ('{"text": "x", "label": NaN}', "line 2, column 'label': the label is missing (nan)"),
+        ('{"text": "x", "label": Infinity}', "line 2, column 'label': the label inf is neither"),
+        ('{"text": "x", "label": ' + "9" * 5000 + "}", "line 2: not JSON that can be read"),
+        ("[" * 100_000, "line 2: not JSON that can be read"),
         ('{"text": "x", "label": [1]}', "line 2, column 'label': the label [1] is neither"),
     ],
 )
@@ -143,3 +149,81 @@ def test_a_bad_byte_far_into_the_file_is_found(tmp_path: Path) -> None:
     path.write_bytes(b"text\n" + b"a sentence like any other\n" * 5000 + b"\xff\n")
     with pytest.raises(DataError, match=r"long\.csv: line 5002: byte 0xff at offset 130005 is not utf-8"):
         FileReader().sentences(path)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_cells_may_be_separated_by_other_marks(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'\n"text"{delimiter}label\n"one, two{delimiter} three"{delimiter}neg\nfour, five{delimiter}pos\n')
+    raw = FileReader().examples(path)
+    assert raw.texts == [(f"one, two{delimiter} three",), ("four, five",)]
+    assert raw.labels == ["neg", "pos"]
+    assert raw.where(1).startswith(f"{path}: line 4")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_files_may_be_compressed(tmp_path: Path, kind: str) -> None:
+    plain = written(tmp_path / f"rows.{kind}", kind)
+    zipped = tmp_path / f"rows.{kind}.gz"
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    assert FileReader().examples(zipped).texts == FileReader().examples(plain).texts
+    zipped.write_bytes(gzip.compress(plain.read_bytes())[:-20])
+    with pytest.raises(DataError, match=r"rows\..*\.gz: cannot be read: "):
+        FileReader().examples(zipped)
+    zipped.write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"rows\..*\.gz: cannot be read: Not a gzipped file"):
+        FileReader().examples(zipped)
+    zipped.write_bytes(gzip.compress(b"text,label\n\xff,1\n"))
+    with pytest.raises(DataError, match="line 2: byte 0xff at offset 11 is not utf-8"):
+        FileReader(format="csv").examples(zipped)
+
+
+def test_json_may_be_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    pd.DataFrame(ROWS, columns=["text", "label"]).to_json(path, orient="records", indent=2)
+    raw = FileReader().examples(path)
+    assert list(zip([text for (text,) in raw.texts], raw.labels, strict=True)) == ROWS
+    assert raw.where(3) == f"{path}: entry 4, column 'label'"
+    path.write_text('[{"text": "x", "label": 1},\n 5]')
+    with pytest.raises(DataError, match=r"entry 2: expected an object like .*, got 5"):
+        FileReader().examples(path)
+    path.write_text('{"rows": [\n1]}')
+    with pytest.raises(DataError, match=r"line 1, character 11: not JSON: .*; expected an object a line, or one array"):
+        FileReader().examples(path)
+    path.write_text('[{"text": "x"},\n {"text": ]')
+    with pytest.raises(DataError, match=r"rows\.json: line 2, character 11: not JSON"):
+        FileReader().sentences(path)
+
+
+def test_a_text_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    text = "long " * 60_000
+    path.write_text(f"text,label\n{text},1\n")
+    assert FileReader().sentences(path) == [(text.strip(),)]
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"text": "fine \\ud83d\\ude00", "label": "neg"}\n{"text": "cut \\ud83d", "label": "pos"}\n')
+    with pytest.raises(DataError, match=r"half\.jsonl: line 2, column 'text': '\\ud83d' is half a character"):
+        FileReader().examples(path)
+    path.write_text('{"text": "fine", "label": "neg\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"half\.jsonl: line 1, column 'label': '\\ud83d' is half a character"):
+        FileReader().examples(path)
+
+
+def test_sentences_line_up_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\n\u200b\nfour\n\n", encoding="utf-8")
+    assert FileReader().sentences_and_gaps(path) == [("one",), None, None, ("four",), None]
+    assert FileReader().sentences(path) == [("one",), ("four",)]
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\none,1\n,2\nthree,3\n", encoding="utf-8")
+    assert FileReader().sentences_and_gaps(path) == [("one",), None, ("three",)]
+
+
+def test_whoever_reads_names_the_options_as_they_are_called(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("sentence,label\n")
+    with pytest.raises(DataError, match=r"set --text_column or --text_pair_column or --label_column"):
+        FileReader(key="--{}".format).examples(path)

@@ -119,3 +119,46 @@ def test_a_data_set_to_label_has_the_column(tmp_path: Path) -> None:
         make(name, transfer=[f"hf:{more}"]).read()
     with pytest.raises(DataError, match=r"cannot load the data set .*nowhere \(sst2\)"):
         make(name, transfer=[f"hf:{tmp_path / 'nowhere'}:sst2"]).read()
+
+
+def labelled(labels: list[Any], names: list[str] | None = None, start: int = 0) -> Any:
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("float64")
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": kind})
+    texts = [f"text {i}" for i in range(start, start + len(labels))]
+    return datasets.Dataset.from_dict({"sentence": texts, "label": labels}, features=features)
+
+
+def test_a_split_called_dev_is_for_validation(tmp_path: Path) -> None:
+    name = saved(tmp_path / "d", train=table(100), dev=table(20, 100), test=table(30, 200))
+    corpus = make(name).read()
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [100, 20, 30]
+
+
+def test_numbers_of_a_class_label_are_positions_in_its_names_whatever_these_are(tmp_path: Path) -> None:
+    names = ["2", "1", "nan"]
+    parts = {part: labelled([0, 1, 2] * 5, names, start) for part, start in (("train", 0), ("validation", 20))}
+    corpus = make(saved(tmp_path / "d", **parts, test=labelled([2, 1], names, 40))).read()
+    assert (corpus.class_names, corpus.test.labels) == (names, [2, 1])
+    corpus = make(str(tmp_path / "d"), class_names=["1", "nan", "2"]).read()
+    assert corpus.test.labels == [1, 0], "the same names in another order stay whose they are"
+    corpus = make(str(tmp_path / "d"), class_names=["two", "one", "none"]).read()
+    assert corpus.test.labels == [2, 1], "other names take the places of those stored"
+    with pytest.raises(ConfigError, match=r"data\.class_names=\['a', 'b'\]: .* has 3 classes, 2, 1, nan"):
+        make(str(tmp_path / "d"), class_names=["a", "b"]).read()
+
+
+def test_labels_are_read_as_those_of_files(tmp_path: Path) -> None:
+    train, dev = labelled([1.0, 2.0, -100.0, 3.0]), labelled([2.0, 3.0], start=90)
+    corpus = make(saved(tmp_path / "d", train=train, dev=dev, test=dev)).read()
+    assert (corpus.class_names, corpus.test.labels) == (["1", "2", "3"], [1, 2])
+    assert corpus.transfer == [("text 2",)]
+    name = saved(tmp_path / "e", train=labelled([1.0, float("nan")]), dev=dev, test=dev)
+    with pytest.raises(DataError, match=r"split 'train': row 2, column 'label': the label is missing"):
+        make(name).read()
+    name = saved(
+        tmp_path / "f",
+        train=labelled([1.0, 2.0, 3.0] * 4),
+        validation=dev,
+        test=labelled([float("nan"), -1.0], start=200),
+    )
+    assert make(name).read().test.texts == [("text 90",), ("text 91",)], "a test split without labels is none"

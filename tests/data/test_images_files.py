@@ -239,3 +239,36 @@ def test_the_yaml_lists_every_option_with_its_default(source: type, name: str) -
     parser.add_class_arguments(source)
     assert "type: Any" not in parser.format_help()
     assert set(given) - {"_target_"} == set(parser.get_defaults().keys()) == set(parameters(source))
+
+
+def image_folders(root: Path, **parts: list[str]) -> ImageFolder:
+    for part, names in parts.items():
+        for name in names:
+            (root / part / name).mkdir(parents=True)
+            for number in range(4):
+                pixels = np.full((8, 8, 3), 40 * number, np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    return ImageFolder(str(root), image_size=8)
+
+
+def test_folders_named_by_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
+    corpus = image_folders(tmp_path, train=["1", "2", "10"], val=["1.0", "02"], test=["10", "1"]).read()
+    assert corpus.class_names == ["1", "2", "10"]
+    assert {part: sorted(set(corpus.labels[run].tolist())) for part, run in corpus.rows.items()} == {
+        "train": [0, 1, 2], "validation": [0, 1], "test": [0, 2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"train": ["a", "nan"]}, r"train/nan: the label is missing"),
+        ({"train": ["0", "-1"]}, r"train/-1: -1 stands for a missing label; .* are put in .*unlabelled"),
+        ({"train": ["0", "-100.0"]}, r"train/-100\.0: -100 stands for a missing label"),
+        ({"train": ["1", "01"]}, r"train/1: .*train/01 is the same class"),
+        ({"train": ["1", "2"], "val": ["3"]}, r"val/3: not a class of the training images"),
+    ],
+)
+def test_folders_that_are_no_classes(tmp_path: Path, parts: dict[str, list[str]], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        image_folders(tmp_path, **parts).read()
