@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/levers.md from results/*.json.
+"""Write the tables of README.md, docs/levers.md and docs/reliability.md from results/*.json.
 
 They stand between `<!-- table: NAME -->` and `<!-- end -->`.
 
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from faults.page import table as fault_table
 from kd_lightning.export.benchmark import markdown
 from kd_lightning.report import load_report, markdown_table, summary
 from trainings import closed, gain
@@ -240,6 +241,12 @@ def sweep() -> str:
     )
 
 
+def faults() -> str:
+    """Return what killed, damaged, misconfigured and misled commands came to, from results/faults.json."""
+    file = ROOT / "results" / "faults.json"
+    return fault_table(_read(file)) if file.is_file() else "Not tried yet: `python scripts/fault_campaign.py`.\n"
+
+
 def _percent(spread: dict[str, Any]) -> str:
     return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f}"
 
@@ -274,6 +281,7 @@ def picture() -> None:
 
 TABLES = {
     "benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep, "recipes": recipes,
+    "faults": faults,
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 
@@ -317,7 +325,7 @@ def main() -> None:
         record(given.record)
     if given.picture:
         picture()
-    for path in (ROOT / "README.md", ROOT / "docs" / "levers.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "levers.md", ROOT / "docs" / "reliability.md"):
         old = path.read_text(encoding="utf-8")
         new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)
         if new == old:

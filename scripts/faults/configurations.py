@@ -31,7 +31,7 @@ SYNTAX = (
     "model@student=", "model@nowhere=bilstm", "student=bilstm", "model=bilstm", "optimizer@student=adamw", "data=null",
     "student=null", "teacher=null", "trainer=null", "distillation=null", "optimizer=null", "logger=null", "--nothing",
     "callbacks=null", "hydra=null", "name=a:b", "name=(a)", "name=a\\", "name=%", "stages=teacher,distill", "a b c=1",
-    "alpha=0.5 temperature", "data.train_file=", "name=", "run_dir=", "name='{'", "stages=[teacher,]", "alpha=[0.5",
+    "alpha=0.5 temperature", "data.train_file=", "name=", "run_dir=", "name={", "stages=[teacher,]", "alpha=[0.5",
     "teacher.seeds=two", "student._target_=", "student._target_=os.system", "student._target_=nothing.Nothing",
     "optimizer._target_=torch.optim.Nothing", "distillation.terms=null", "distillation.weights=null", "+x.y.z",
     "experiment=nothing", "sweep=nothing", "logger=nothing", "callbacks=nothing", "hydra/launcher=nothing",
@@ -55,7 +55,7 @@ TOGETHER = (
     "teacher.folds=0", "teacher.features=[hidden[9]]", "teacher.features=[nothing]", "teacher.cache_top_k=0",
     "teacher.cache_top_k=99", "teacher.sharded=true", "teacher.precision=float16", "teacher.precision=int8-dynamic",
     "teacher.combine=median", "stages=[]", "stages=[distill]", "stages=[finetune]", "stages=[distill,teacher]",
-    "stages=[teacher,teacher]", "stages=[baseline,finetune]", "peers='[${student}]'", "peers=[{}]", "assistants=[{}]",
+    "stages=[teacher,teacher]", "stages=[baseline,finetune]", "peers=[${student}]", "peers=[{}]", "assistants=[{}]",
     "assistants=[7]", "+trainer.fast_dev_run=true", "+trainer.limit_val_batches=0", "+trainer.overfit_batches=1",
     "trainer.max_steps=0", "+trainer.limit_train_batches=0", "+trainer.limit_train_batches=1",
     "+trainer.max_time=nonsense", "+trainer.enable_checkpointing=false", "+trainer.gradient_clip_algorithm=nothing",
@@ -79,8 +79,8 @@ TOGETHER = (
     "data.cache_dir=DATA", "run_dir=/proc/x", "run_dir=DATA", "run_dir=/", "name=LONG", "shared_dir=DATA",
     "shared_dir=/proc/x", "resume=never", "resume=always", "balance=nothing", "balance=gradnorm", "compile=maybe",
     "balance=uncertainty", "temperature=0", "temperature=-1", "temperature={_target_:kd_lightning.schedules.Linear}",
-    "temperature='{_target_: kd_lightning.schedules.Linear, start: 4, end: 0}'", "alpha=2", "alpha=-0.5",
-    "alpha='{_target_: kd_lightning.schedules.Linear, start: 2, end: 0}'", "distillation.weights.kd=nan",
+    "temperature={_target_: kd_lightning.schedules.Linear, start: 4, end: 0}", "alpha=2", "alpha=-0.5",
+    "alpha={_target_: kd_lightning.schedules.Linear, start: 2, end: 0}", "distillation.weights.kd=nan",
     "distillation.weights.kd=-1", "distillation.weights={}", "distillation.weights={nothing:1}", "validations=100000",
     "+distillation.terms.more={_target_:torch.nn.ReLU}", "optimizer.lr=-1", "optimizer.lr=null", "optimizer.lr=inf",
     "optimizer.weight_decay=nan", "optimizer.betas=[2,3]", "optimizer.betas=[0.9]", "teacher.optimizer.lr=nan",
@@ -203,7 +203,7 @@ def trial(root: Path, data: Path, given: str) -> dict[str, Any]:
     """Train with one setting more, and see whether that is refused, how, and when."""
     place = new_place(root)
     line = ["kd-train", *SETTINGS, f"data.train_file={data}", "run_dir=runs/run"]
-    ended = command([*line, given], place.work, place.home, prepare=prepared, limit=90)
+    ended = command([*line, given], place.work, place.home, prepare=prepared, limit=60)
     begun = [str(file.relative_to(root)) for file in root.rglob("settings.json")]
     said = {
         "group": "configurations", "what": "kd-train", "how": given, "command": f"kd-train ... {given}",
