@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd_lightning.errors import KDError
+from kd_lightning.run_files import data_settings, file_options, is_numbered, reader_for
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from kd_lightning.data.corpus import Sentence
+    from kd_lightning.data.files import FileReader
     from kd_lightning.runs import TrainedModel
 
 
@@ -36,6 +38,7 @@ def text_logits(model: TrainedModel, sentences: Sequence[Sentence], batch_size: 
     """
     import torch
 
+    from kd_lightning.data.tokens import encode_batch
     from kd_lightning.models.adapt import run_network
 
     tokenizer = _tokenizer(model)
@@ -44,9 +47,8 @@ def text_logits(model: TrainedModel, sentences: Sequence[Sentence], batch_size: 
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            columns = [list(column) for column in zip(*(sentences[i] for i in chosen), strict=True)]
-            batch = tokenizer(*columns, padding=True, truncation=True, max_length=model.max_length, return_tensors="pt")
-            logits[chosen] = run_network(model.network, dict(batch)).logits.float()
+            batch = encode_batch(tokenizer, [sentences[i] for i in chosen], model.max_length)
+            logits[chosen] = run_network(model.network, batch).logits.float()
     return logits
 
 
@@ -87,12 +89,21 @@ def _tokenizer(model: TrainedModel) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
-def evaluate_file(model: TrainedModel, file: str, text: str, pair: str | None, label: str) -> dict[str, float]:
-    """Score a model on a labelled file: CSV, TSV, JSON lines or Parquet."""
+def evaluate_file(model: TrainedModel, file: str, reader: FileReader, numbered: bool = False) -> dict[str, float]:
+    """Score a model on a labelled file: CSV, TSV, JSON or Parquet.
+
+    Args:
+        model: A classifier of texts.
+        file: The file.
+        reader: Reads it.
+        numbered: Whether its labels may be the classes' numbers where these are called by words.
+
+    Raises:
+        KDError: The model is another, or the file is not for it.
+    """
     import torch
 
     from kd_lightning.data.corpus import encode_labels
-    from kd_lightning.data.files import FileReader
     from kd_lightning.metrics import evaluate_logits
     from kd_lightning.tasks import Classification
 
@@ -101,10 +112,10 @@ def evaluate_file(model: TrainedModel, file: str, text: str, pair: str | None, l
         raise KDError(
             f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
         )
-    if model.texts != (2 if pair else 1):
+    if model.texts != len(reader.text_columns):
         reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
         raise KDError(f"the model in {model.folder} reads {reads}")
-    examples = encode_labels(FileReader(text, pair, label).examples(file), model.class_names)
+    examples = encode_labels(reader.examples(file), model.class_names, numbered)
     labels = torch.tensor(examples.labels)
     return evaluate_logits(text_logits(model, examples.texts), labels) | {"examples": float(len(labels))}
 
@@ -140,10 +151,8 @@ def run_parser(name: str, description: str) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-eval`."""
     parser = run_parser("kd-eval", "Score a finished run on its test split, or on another file.")
-    parser.add_argument("--file", help="a labelled CSV, TSV, JSONL or Parquet file instead of the run's own data")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--text-pair-column")
-    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--file", help="a labelled CSV, TSV, JSON or Parquet file instead of the run's own data")
+    file_options(parser, labelled=True)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
@@ -152,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         model = load_model(given.run, given.seed)
         if given.file:
-            scores = evaluate_file(model, given.file, given.text_column, given.text_pair_column, given.label_column)
+            data = data_settings(given.run)
+            scores = evaluate_file(model, given.file, reader_for(data, given), is_numbered(data))
         else:
             scores = evaluate_split(model, given.run, given.split)
     except KDError as error:

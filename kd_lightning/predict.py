@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from kd_lightning.errors import KDError
 from kd_lightning.evaluate import image_logits, run_parser, text_logits
+from kd_lightning.run_files import data_settings, file_options, flag, reader_for
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from kd_lightning.data.corpus import Sentence
+    from kd_lightning.data.files import FileReader
     from kd_lightning.runs import TrainedModel
 
 
@@ -22,38 +23,71 @@ MOST_COLUMNS = 4
 """Of more classes the table shows only the likeliest one's probability."""
 
 
-def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """Return the sentences (or image files) of the command line, of a file or of standard input, one a line.
+def read_given(texts: Sequence[str], encoding: str) -> list[str]:
+    """Return the lines (sentences or image files) of the command line or of standard input.
 
     Raises:
-        KDError: There are none, or the file cannot be read.
+        KDError: There are none, or they are not written so.
     """
-    if texts and file:
-        raise KDError("give sentences or --file, not both")
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise KDError(f"{file} cannot be read as UTF-8 text: {error}") from error
-    elif texts:
-        lines = list(texts)
-    elif sys.stdin.isatty():
+    from kd_lightning.data.labels import check_unicode
+
+    if texts:
+        for number, text in enumerate(texts, start=1):
+            check_unicode(text, f"text {number} of the command line")
+        return list(texts)
+    if sys.stdin.isatty():
         raise KDError("no sentences: give them as arguments, with --file, or on standard input")
-    else:
-        lines = sys.stdin.read().splitlines()
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise KDError("no sentences: every line is empty")
+    from kd_lightning.data.records import Manner, decoded
+
+    content = decoded(sys.stdin.buffer.read(), Manner(encoding, True, flag), "standard input")
+    return content.removesuffix("\n").split("\n") if content else []
+
+
+def read_file(model: TrainedModel, file: Path, reader: FileReader) -> list[Sentence | None]:
+    """Return what to predict for each record of a table, or for each line of any other file; None where it is empty.
+
+    Raises:
+        KDError: The file cannot be read so.
+    """
+    from dataclasses import replace
+
+    from kd_lightning.data.records import format_of, lines_of
+
+    kind = "txt" if model.images is not None else reader.format or format_of(file) or "txt"
+    if kind == "txt":
+        return inputs_of(model, [line.rstrip("\n") for line in lines_of(file, reader.manner)])
+    if len(reader.text_columns) != model.texts:
+        reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
+        raise KDError(f"the model in {model.folder} reads {reads}")
+    return replace(reader, format=kind).sentences_and_gaps(file)
+
+
+def inputs_of(model: TrainedModel, lines: Sequence[str]) -> list[Sentence | None]:
+    """Return the text of each line, or two with a tab between for a model of pairs; None where there is none."""
+    from kd_lightning.data.corpus import is_blank
+
+    found: list[Sentence | None] = []
+    for line in lines:
+        texts = tuple(text.strip() for text in (line.split("\t") if model.texts == 2 else [line]))
+        if len(texts) != (model.texts or 1) and not is_blank(line):
+            raise KDError(f"the model in {model.folder} reads pairs, two texts with a tab between: {line!r} is none")
+        found.append(None if is_blank(line) else texts)
     return found
 
 
-def _logits(model: TrainedModel, texts: Sequence[str]) -> Tensor:
+def predictions(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict[str, Any]]:
+    """Return what a model predicts of each input; of an empty one nothing, under the same names."""
+    given = [sentence for sentence in inputs if sentence is not None]
+    if not given:
+        raise KDError("no sentences: every line is empty")
     if model.images is not None:
-        return image_logits(model, [Path(text).expanduser() for text in texts])
-    sentences = [tuple(text.split("\t")) if model.texts == 2 else (text,) for text in texts]
-    if wrong := [texts[i] for i, sentence in enumerate(sentences) if len(sentence) != model.texts]:
-        raise KDError(f"the model in {model.folder} reads pairs, two texts with a tab between: {wrong[0]!r} is none")
-    return text_logits(model, sentences)
+        logits = image_logits(model, [Path(path).expanduser() for (path,) in given])
+    else:
+        logits = text_logits(model, given)
+    said = iter([model.task.read(row, model.class_names) for row in logits])
+    rows = [None if sentence is None else next(said) for sentence in inputs]
+    names = next(row for row in rows if row is not None)
+    return [dict.fromkeys(names) if row is None else row for row in rows]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,20 +96,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "texts", nargs="*", metavar="text", help="sentences, or image files; none: one a line from standard input"
     )
-    parser.add_argument("--file", type=Path, help="a file with one sentence, or the path of one image, a line")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--file", type=Path,
+        help="a CSV, TSV, JSON or Parquet file; or any other with one sentence, or the path of one image, a line",
+    )  # fmt: skip
+    file_options(parser, labelled=False)
+    given = parser.parse_intermixed_args(arguments)  # options may stand before the sentences
     sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
-        texts = read_texts(given.texts, given.file)
+        if given.texts and given.file:
+            raise KDError("give sentences or --file, not both")
+        lines = None if given.file else read_given(given.texts, given.encoding or "utf-8")
+        if lines is not None and not any(map(str.strip, lines)):
+            raise KDError("no sentences: every line is empty")
         from kd_lightning.export.load import load_model
 
         model = load_model(given.run, given.seed)
-        logits = _logits(model, texts)
+        if lines is None:
+            inputs = read_file(model, given.file, reader_for(data_settings(given.run), given))
+        else:
+            inputs = inputs_of(model, lines)
+        said = predictions(model, inputs)
     except KDError as error:
         sys.exit(f"kd-predict: {error}")
     kind = "text" if model.images is None else "image"
-    said = [model.task.read(row, model.class_names) for row in logits]
-    rows = [{kind: text, **one} for text, one in zip(texts, said, strict=True)]
+    rows = [{kind: "\t".join(text or ("",)), **one} for text, one in zip(inputs, said, strict=True)]
     if given.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
@@ -93,6 +138,8 @@ def _print_tasks(rows: Sequence[dict[str, Any]]) -> None:
     from rich.text import Text
 
     def cell(said: Any) -> str:
+        if said is None:  # of an empty line
+            return ""
         if isinstance(said, dict):
             return (
                 f"{said['label']} {max(said['probabilities'].values()):.3f}" if "label" in said else cell(said["score"])
@@ -117,6 +164,9 @@ def _print_table(rows: Sequence[dict[str, object]], kind: str, class_names: Sequ
     for title in [f"p({name})" for name in few] or ["p"]:
         table.add_column(title, justify="right")
     for row in rows:
+        if row["label"] is None:  # of an empty line
+            table.add_row()
+            continue
         probabilities = row["probabilities"]
         assert isinstance(probabilities, dict)
         shown = [f"{probabilities[name]:.3f}" for name in few or [str(row["label"])]]

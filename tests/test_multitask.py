@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from kd_lightning.checks import validate
 from kd_lightning.compare import compare
+from kd_lightning.data.files import FileReader
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.evaluate import evaluate_file, evaluate_split
 from kd_lightning.multitask import MultiTaskPipeline, pipeline_of
@@ -115,7 +116,7 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
     rating = evaluate_split(load_run(folder / "tasks/rating/teacher"), folder / "tasks/rating/teacher", "test")
     assert rating["pearson"] == pytest.approx(models["teacher"]["test"]["rating/pearson"]["mean"], abs=1e-6)
     with pytest.raises(KDError, match="predicts more than a class"):
-        evaluate_file(load_run(folder), "x.csv", "text", None, "label")
+        evaluate_file(load_run(folder), "x.csv", FileReader())
 
     predict([str(folder), "a superb film actor tonight", "--json"])
     said = json.loads(capsys.readouterr().out)

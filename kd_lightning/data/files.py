@@ -64,7 +64,7 @@ class FileReader:
         place, records = self._records(path)
         return [
             None
-            if all(_is_gap(record.get(name)) for name in self.text_columns)
+            if all(_is_gap(record.get(name)) for name in self.text_columns.values())
             else self._sentence(record, f"{place} {number}")
             for number, record in records
         ]
@@ -80,7 +80,7 @@ class FileReader:
                 f"{path}: plain text has no labels; use it in data.transfer, or give CSV, TSV, JSONL or Parquet"
             )
         texts, labels, numbers = [], [], []
-        place, records = self._records(path, self.label_column)
+        place, records = self._records(path, labelled=True)
         column = f", column {self.label_column!r}"
         for number, record in records:
             texts.append(self._sentence(record, f"{place} {number}"))
@@ -89,9 +89,15 @@ class FileReader:
         return RawExamples(texts, labels, str(path), lambda i: f"{place} {numbers[i]}{column}")
 
     @property
-    def text_columns(self) -> list[str]:
-        """The one column of the sentences, or the two of the pairs."""
-        return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
+    def text_columns(self) -> dict[str, str]:
+        """The column of the sentences, or the two of the pairs, by the option that names it."""
+        pair = {"text_pair_column": self.text_pair_column} if self.text_pair_column else {}
+        return {"text_column": self.text_column} | pair
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Those of the sentences and of the labels."""
+        return self.text_columns | {"label_column": self.label_column}
 
     @property
     def manner(self) -> Manner:
@@ -113,11 +119,11 @@ class FileReader:
         return found
 
     def _sentence(self, record: dict[str, Any], place: str) -> Sentence:
-        return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self.text_columns])
+        return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self.text_columns.values()])
 
-    def _records(self, path: str | Path, *more: str) -> tuple[str, Iterator[Record]]:
+    def _records(self, path: str | Path, labelled: bool = False) -> tuple[str, Iterator[Record]]:
         """Return where a record stands, but for its number, and the records."""
-        kind, columns = self.kind(Path(path)), [*self.text_columns, *more]
+        kind, columns = self.kind(Path(path)), self.columns if labelled else self.text_columns
         if kind == "txt" and len(columns) > 1:
             raise DataError(f"{path}: plain text holds one sentence a line, and this task has pairs; give CSV or JSONL")
         word, records = records_of(Path(path), kind, columns, self.manner)

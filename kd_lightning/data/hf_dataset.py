@@ -78,10 +78,8 @@ class HFDataset(TextData):
         self.train_split = train_split
         self.validation_split = validation_split
         self.test_split = test_split
-        self.text_columns = [text_column or columns[0]]
-        if pair := text_pair_column or (None if text_column else columns[1]):
-            self.text_columns.append(pair)
-        self.label_column = label_column
+        pair = text_pair_column or (None if text_column else columns[1])
+        self.reader = FileReader(text_column or columns[0], pair, label_column)
         self.given_class_names = class_names
         self.validation_fraction = validation_fraction
         self.test_fraction = test_fraction
@@ -96,8 +94,7 @@ class HFDataset(TextData):
                     f"data.{key}={chosen!r} is no split of {self.dataset_name}{did_you_mean(chosen, splits)}"
                 )
         validation, test = self._roles(splits)
-        reader = FileReader(self.text_columns[0], self.text_columns[1] if len(self.text_columns) > 1 else None)
-        names = self.given_class_names or _stored_names(splits[self.train_split], self.label_column)
+        names = self.given_class_names or _stored_names(splits[self.train_split], self.reader.label_column)
         return assemble(
             self._examples(splits, self.train_split),
             self._examples(splits, validation) if validation else None,
@@ -106,7 +103,7 @@ class HFDataset(TextData):
             validation_fraction=self.validation_fraction,
             test_fraction=self.test_fraction,
             split_seed=self.split_seed,
-            transfer=[text for name in self.transfer for text in unlabelled(name, reader)],
+            transfer=[text for name in self.transfer for text in unlabelled(name, self.reader)],
         )
 
     def _roles(self, splits: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -114,7 +111,7 @@ class HFDataset(TextData):
         matched = (name for name in VALIDATION if name in splits)
         validation = self.validation_split or next(matched, None)
         test = self.test_split
-        if test is None and "test" in splits and _is_labelled(splits["test"], self.label_column):
+        if test is None and "test" in splits and _is_labelled(splits["test"], self.reader.label_column):
             test = "test"
         if test is None and self.validation_split is None:
             return None, validation
@@ -126,7 +123,7 @@ class HFDataset(TextData):
         Raises:
             ConfigError: As many names are given as there are not stored.
         """
-        stored = _stored_names(table, self.label_column)
+        stored = _stored_names(table, self.reader.label_column)
         if stored is None or self.given_class_names is None:
             return stored
         given = given_names(self.given_class_names)
@@ -139,17 +136,17 @@ class HFDataset(TextData):
     def _examples(self, splits: Mapping[str, Any], split: str) -> RawExamples:
         table = splits[split]
         source = f"{self.dataset_name}, split {split!r}"
-        check_columns(table.column_names, [*self.text_columns, self.label_column], f"{source}: ", data_key)
+        check_columns(table.column_names, self.reader.columns, f"{source}: ", data_key)
 
         def where(i: int) -> str:
-            return f"{source}: row {i + 1}, column {self.label_column!r}"
+            return f"{source}: row {i + 1}, column {self.reader.label_column!r}"
 
         names = self._names_of(table) or []
         labels = [
             names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else label_of(cell, where(i))
-            for i, cell in enumerate(table[self.label_column])
+            for i, cell in enumerate(table[self.reader.label_column])
         ]
-        return RawExamples(list(_sentences(table, self.text_columns, source)), labels, source, where)
+        return RawExamples(list(_sentences(table, self.reader.text_columns, source)), labels, source, where)
 
 
 def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
@@ -171,9 +168,9 @@ def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
     return found
 
 
-def _sentences(table: Any, columns: Sequence[str], source: str) -> Iterator[Sentence]:
-    for i, cells in enumerate(zip(*(table[column] for column in columns), strict=True), 1):
-        pairs = zip(cells, columns, strict=True)
+def _sentences(table: Any, columns: Mapping[str, str], source: str) -> Iterator[Sentence]:
+    for i, cells in enumerate(zip(*(table[column] for column in columns.values()), strict=True), 1):
+        pairs = zip(cells, columns.values(), strict=True)
         yield tuple([text_of(cell, f"{source}: row {i}, column {column!r}") for cell, column in pairs])
 
 

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -57,7 +57,7 @@ def format_of(path: Path) -> Format | None:
     return SUFFIXES.get(name.suffix.lower())
 
 
-def records_of(path: Path, kind: Format, columns: Sequence[str], manner: Manner) -> tuple[str, Iterator[Record]]:
+def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Manner) -> tuple[str, Iterator[Record]]:
     """Return what a file counts its records by (its lines, rows or entries), and the records, which have the columns.
 
     Raises:
@@ -72,7 +72,7 @@ def records_of(path: Path, kind: Format, columns: Sequence[str], manner: Manner)
         return "row", _parquet_records(path, columns, manner)
     lines = lines_of(path, manner, newline="" if kind in ("csv", "tsv") else None)
     if kind == "txt":
-        return "line", ((line, {columns[0]: text}) for line, text in enumerate(lines, start=1))
+        return "line", ((line, {columns["text_column"]: text}) for line, text in enumerate(lines, start=1))
     first = list(_first_lines(lines))
     everything = chain(first, lines)
     if kind != "jsonl":
@@ -109,6 +109,23 @@ def unknown_encoding(manner: Manner) -> str:
     return f"{manner.key('encoding')}={manner.encoding!r} is not an encoding Python knows; e.g. utf-8, gb18030"
 
 
+def decoded(content: bytes, manner: Manner, source: str) -> str:
+    """Return a text with plain line ends.
+
+    Raises:
+        DataError: It is not in this encoding.
+        ConfigError: There is no such encoding.
+    """
+    try:
+        text = content.decode(manner.encoding)
+    except LookupError as error:
+        raise ConfigError(unknown_encoding(manner)) from error
+    except UnicodeError as error:
+        key = manner.key("encoding")
+        raise DataError(f"{source}: {bad_byte(content, manner.encoding)}; set {key} to its own") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _opened(path: Path, encoding: str, newline: str | None) -> IO[str]:
     if path.suffix.lower() == ZIPPED:
         return gzip.open(path, "rt", encoding=encoding, newline=newline)
@@ -131,25 +148,30 @@ def bad_byte(content: bytes, encoding: str) -> str:
     return f"there is no byte order mark, which {encoding} needs"
 
 
-def check_columns(header: Sequence[str], columns: Sequence[str], place: str, key: Callable[[str], str]) -> None:
+def check_columns(header: Sequence[str], columns: Mapping[str, str], place: str, key: Callable[[str], str]) -> None:
     """Refuse a table without one of the columns, or with two of that name.
+
+    Args:
+        header: The columns there are.
+        columns: Those that are needed, by the option that names them.
+        place: Where the header stands, with a colon.
+        key: Turns the option into what the user can set.
 
     Raises:
         DataError: Names all columns there are.
     """
     there = [str(name) for name in header]
-    for name in columns:
+    for option, name in columns.items():
         if name not in there:
             near = did_you_mean(name, there)
-            listed = "" if "?" not in near else f"; it has {', '.join(there)}"
-            keys = " or ".join(key(column) for column in ("text_column", "text_pair_column", "label_column"))
-            raise DataError(f"{place}no column {name!r}{near}{listed} (set {keys})")
+            listed = f"; it has {', '.join(there)}" if "?" in near else ""
+            raise DataError(f"{place}no column {name!r}{near}{listed} (set {key(option)})")
         if there.count(name) > 1:
             raise DataError(f"{place}there are several columns {name!r}; rename all but one")
 
 
 def _csv_records(
-    path: Path, lines: Iterable[str], columns: Sequence[str], manner: Manner, delimiter: str
+    path: Path, lines: Iterable[str], columns: Mapping[str, str], manner: Manner, delimiter: str
 ) -> Iterator[Record]:
     quoting: Any = csv.QUOTE_MINIMAL if manner.quotes else csv.QUOTE_NONE
     rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
@@ -183,10 +205,10 @@ def _first_lines(lines: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _delimiter(header: Sequence[str], columns: Sequence[str]) -> str:
+def _delimiter(header: Sequence[str], columns: Mapping[str, str]) -> str:
     """Return what separates the cells of a header: what makes the columns of it, else what makes most cells."""
     cells = {mark: [cell.strip() for cell in next(csv.reader(header, delimiter=mark), [])] for mark in DELIMITERS}
-    fits = (mark for mark in DELIMITERS if set(columns) <= set(cells[mark]))
+    fits = (mark for mark in DELIMITERS if set(columns.values()) <= set(cells[mark]))
     return next(fits, max(DELIMITERS, key=lambda mark: len(cells[mark])))
 
 
@@ -209,23 +231,25 @@ def _parsed(path: Path, content: str, line: int) -> Any:
 
 
 def _objects(
-    path: Path, word: str, found: Iterable[tuple[int, Any]], columns: Sequence[str], manner: Manner
+    path: Path, word: str, found: Iterable[tuple[int, Any]], columns: Mapping[str, str], manner: Manner
 ) -> Iterator[Record]:
     for number, record in found:
         if not isinstance(record, dict):
             shown = json.dumps(record, ensure_ascii=False)[:40]
-            raise DataError(f"{path}: {word} {number}: expected an object like {{{columns[0]!r}: ...}}, got {shown}")
+            raise DataError(
+                f"{path}: {word} {number}: expected an object like {{{columns['text_column']!r}: ...}}, got {shown}"
+            )
         check_columns(list(record), columns, f"{path}: {word} {number}: ", manner.key)
         yield number, record
 
 
-def _parquet_records(path: Path, columns: Sequence[str], manner: Manner) -> Iterator[Record]:
+def _parquet_records(path: Path, columns: Mapping[str, str], manner: Manner) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         check_columns(pyarrow.parquet.read_schema(path).names, columns, f"{path}: ", manner.key)
-        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys(columns.values())))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
     yield from enumerate(table.to_pylist(), start=1)

@@ -23,7 +23,7 @@ from kd_lightning.errors import ConfigError
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -241,8 +241,12 @@ def _write_store(
     lengths = [np.zeros(1, np.int64)]
     truncated = 0
     for start in range(0, len(sentences), CHUNK):
-        columns = _columns(tokenizer, sentences[start : start + CHUNK])
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+        chunk = sentences[start : start + CHUNK]
+        options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
+        encoded = tokenizer(*_columns(tokenizer, chunk), **options)
+        if not all(encoded["input_ids"]):
+            chunk = _readable(tokenizer, chunk, encoded["input_ids"])
+            encoded = tokenizer(*_columns(tokenizer, chunk), **options)
         truncated += sum(bool(sentence.overflowing) for sentence in encoded.encodings or ())
         lengths.append(np.array([len(sentence) for sentence in encoded["input_ids"]]))
         for name, (path, dtype) in files.items():
@@ -256,21 +260,38 @@ def _write_store(
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def mask_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
+def mask_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return what a tokenizer masks words with: its mask, else its token for what it does not know."""
     token: str | None = tokenizer.mask_token or tokenizer.unk_token
     return token
 
 
-def _columns(tokenizer: PreTrainedTokenizerFast, sentences: Iterable[Sentence]) -> list[list[str]]:
+def _columns(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[Sentence]) -> list[list[str]]:
     """Return the first texts, and the second ones of pairs, as the tokenizer takes them."""
     mask = mask_token(tokenizer) or ""
     return [[text.replace(MASK, mask) for text in texts] for texts in zip(*sentences, strict=True)]
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int) -> Batch:
+def _readable(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], found: Iterable[Any]
+) -> list[Sentence]:
+    """Return sentences with a token that means so in place of those in which a tokenizer found none.
+
+    Args:
+        tokenizer: It adds none of its own; U+200B has none in many.
+        sentences: Texts or pairs.
+        found: Whether it found any in each.
+    """
+    nothing = str(tokenizer.unk_token or tokenizer.eos_token or tokenizer.pad_token)
+    return [text if any_token else (nothing, *text[1:]) for text, any_token in zip(sentences, found, strict=True)]
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_length: int | None) -> Batch:
     """Return sentences encoded now, with the same entries that `TokenStore.batch` gives."""
-    columns = _columns(tokenizer, sentences)
-    options = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "pt"}
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length, **options)
-    return {name: entry for name, entry in encoded.items() if len(columns) == 2 or name != "token_type_ids"}
+    options: dict[str, Any] = {"padding": True, "padding_side": "right", "return_attention_mask": True}
+    options |= {"truncation": max_length is not None, "max_length": max_length, "return_tensors": "pt"}
+    encoded = tokenizer(*_columns(tokenizer, sentences), **options)
+    found = encoded["attention_mask"].bool().any(1)
+    if not found.all():
+        encoded = tokenizer(*_columns(tokenizer, _readable(tokenizer, sentences, found.tolist())), **options)
+    return {name: entry for name, entry in encoded.items() if len(sentences[0]) == 2 or name != "token_type_ids"}

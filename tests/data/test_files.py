@@ -68,7 +68,7 @@ def test_encoding_is_the_users(tmp_path: Path) -> None:
         ("", "a.csv: the file is empty"),
         ("sentence,label\nx,1\n", "a.csv: line 1: no column 'text'; valid: label, sentence (set data.text_column"),
         ("txet,label\nx,1\n", "a.csv: line 1: no column 'text'; did you mean 'txet'?; it has txet, label (set data."),
-        ("text;target;no\nx;1;2\n", "no column 'label'; valid: no, target, text (set data.text_column"),
+        ("text;target;no\nx;1;2\n", "no column 'label'; valid: no, target, text (set data.label_column"),
         ("text,labels\nx,1\n", "a.csv: line 1: no column 'label'; did you mean 'labels'?"),
         ("text,text,label\nx,y,1\n", "a.csv: line 1: there are several columns 'text'"),
         ("text,label\nx,1\n\n  ,1\n", "a.csv: line 4, column 'text': the text is empty"),
@@ -225,5 +225,5 @@ def test_sentences_line_up_with_the_file(tmp_path: Path) -> None:
 def test_whoever_reads_names_the_options_as_they_are_called(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("sentence,label\n")
-    with pytest.raises(DataError, match=r"set --text_column or --text_pair_column or --label_column"):
+    with pytest.raises(DataError, match=r"set --text_column"):
         FileReader(key="--{}".format).examples(path)
