@@ -80,7 +80,7 @@ class AttentionTransferLoss(LayerwiseTerm):
         power: p >= 1.
     """
 
-    averages: Averages = "examples"
+    averages: Averages = "sequences"
 
     def __init__(self, kind: Kind = "feature_maps", layers: LayerMap = "uniform", power: float = 2.0) -> None:
         super().__init__(layers)

@@ -64,6 +64,22 @@ def byot(
         >>> round(byot(z, z, torch.tensor([2]), f, f + 1.0, alpha=0.5, hint_weight=1.0).item(), 6)  # log(4) / 2 + 1
         1.693147
     """
+    return _parts(
+        exit_logits, deepest_logits, labels, exit_feature, deepest_feature, alpha, temperature, hint_weight
+    ).sum()
+
+
+def _parts(
+    exit_logits: Tensor,
+    deepest_logits: Tensor,
+    labels: Tensor,
+    exit_feature: Tensor,
+    deepest_feature: Tensor,
+    alpha: float,
+    temperature: float,
+    hint_weight: float,
+) -> Tensor:
+    """Return what is a mean over the labelled examples, and what is one over all, `(2,)`; see `byot`."""
     check_same_shape(exit_logits, deepest_logits)
     check_same_shape(exit_feature, deepest_feature, "features")
     if not 0.0 <= alpha <= 1.0:
@@ -73,7 +89,7 @@ def byot(
     ce = cross_entropy(exit_logits, labels)
     kl = soft_target(exit_logits, deepest_logits, temperature)
     squares = F.mse_loss(exit_feature, deepest_feature.detach(), reduction="none")
-    return (1 - alpha) * ce + alpha * kl + hint_weight * reduce(squares.mean(-1), None, "mean")
+    return torch.stack([(1 - alpha) * ce, alpha * kl + hint_weight * reduce(squares.mean(-1), None, "mean")])
 
 
 class BYOTLoss(Term):
@@ -140,19 +156,27 @@ class BYOTLoss(Term):
         """Return the scheduled values now in force."""
         return {"alpha": self.now(self.alpha), "temperature": self.now(self.temperature)}
 
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+        """Return how many examples are labelled, and how many there are."""
+        return torch.cat([self.count(batch, per_position, "labels"), self.count(batch, per_position, "examples")])
+
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the sum over the exits."""
+        return self.parts(student, teacher, batch).sum()
+
+    def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return what is a mean over the labelled examples and what is one over all, summed over the exits."""
         *lower, deepest = (self._pooled(student.features[name], batch) for name in self.needs_student)
         losses = []
         for vector, bottleneck, classifier in zip(lower, self.bottlenecks, self.classifiers, strict=True):
             feature = bottleneck(vector)
             losses.append(
-                byot(
+                _parts(
                     classifier(feature), student.logits, batch["labels"], feature, deepest,
                     self.now(self.alpha), self.now(self.temperature), self.hint_weight,
                 )
             )  # fmt: skip
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(0)
 
     def _pooled(self, feature: Tensor, batch: Batch) -> Tensor:
         mask = batch.get("attention_mask") if feature.ndim == 3 else None

@@ -88,7 +88,7 @@ class ChannelWiseLoss(FeaturePairTerm):
         temperature: T > 0, or a schedule over training progress; the paper's is 4.
     """
 
-    averages: Averages = "examples"
+    averages: Averages = "sequences"
 
     def __init__(
         self,

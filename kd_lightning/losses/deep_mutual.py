@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.soft_target import soft_target
-from kd_lightning.losses.term import Averages, Scheduled, Term, check_mask, counted_positions, in_float32
+from kd_lightning.losses.term import Scheduled, Term, check_mask, counted_positions, in_float32
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -43,6 +43,13 @@ def deep_mutual(
         >>> deep_mutual(z, z.unsqueeze(1), torch.tensor([0])).item()  # the peers agree: log(1 + exp(-2))
         0.12692804634571075
     """
+    return _parts(student_logits, peer_logits, labels, temperature, mask).sum()
+
+
+def _parts(
+    student_logits: Tensor, peer_logits: Tensor, labels: Tensor, temperature: float, mask: Tensor | None
+) -> Tensor:
+    """Return the cross-entropy, a mean over what is labelled, and the divergence, one over all that count, `(2,)`."""
     if peer_logits.ndim != student_logits.ndim + 1 or peer_logits[:, 0].shape != student_logits.shape:
         raise ValueError(
             f"student logits {tuple(student_logits.shape)} and peers' logits {tuple(peer_logits.shape)}: expected the "
@@ -52,7 +59,8 @@ def deep_mutual(
     everyone = student_logits.unsqueeze(1).expand_as(peer_logits)
     counts = None if mask is None else mask.unsqueeze(1).expand(peer_logits.shape[:-1])
     labelled = labels if mask is None else labels.masked_fill(~mask, IGNORE)
-    return cross_entropy(student_logits, labelled) + soft_target(everyone, peer_logits, temperature, counts)
+    divergence = soft_target(everyone, peer_logits, temperature, counts)
+    return torch.stack([cross_entropy(student_logits, labelled), divergence])
 
 
 class DeepMutualLoss(Term):
@@ -65,7 +73,6 @@ class DeepMutualLoss(Term):
         temperature: T > 0, or a schedule over training progress; the paper's is 1.
     """
 
-    averages: Averages = "logits"
     uses_teacher = False
     needs_student = ("peers",)
 
@@ -77,8 +84,16 @@ class DeepMutualLoss(Term):
         """Return the temperature now in force."""
         return {"temperature": self.now(self.temperature)}
 
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+        """Return how many logits are labelled, and how many there are."""
+        return torch.cat([self.count(batch, per_position, "labels"), self.count(batch, per_position, "logits")])
+
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean of the peers' losses."""
+        return self.parts(student, teacher, batch).sum()
+
+    def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over the peers of their cross-entropies, and that of their divergences."""
         peers = student.features["peers"]
         count = peers.shape[1]
         if count < 2:
@@ -87,5 +102,5 @@ class DeepMutualLoss(Term):
         losses = []
         for k in range(count):
             others = torch.cat([peers[:, :k], peers[:, k + 1 :]], dim=1).detach()
-            losses.append(deep_mutual(peers[:, k], others, batch["labels"], self.now(self.temperature), mask))
-        return torch.stack(losses).mean()
+            losses.append(_parts(peers[:, k], others, batch["labels"], self.now(self.temperature), mask))
+        return torch.stack(losses).mean(0)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.projectors import Projection, projector, same_size
 from kd_lightning.losses.relations import counting_examples, patterns
-from kd_lightning.losses.term import Reduction, Term, check_same_shape, in_float32, only_counted, reduce, token_mask
+from kd_lightning.losses.term import (
+    Averages,
+    Reduction,
+    Term,
+    check_same_shape,
+    in_float32,
+    only_counted,
+    reduce,
+    token_mask,
+)
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -72,6 +81,8 @@ class FSPLoss(Term):
     Raises:
         ValueError: Fewer than two layers, or more on one side.
     """
+
+    averages: Averages = "sequences"
 
     def __init__(
         self, student_layers: Sequence[str], teacher_layers: Sequence[str], projector: Projection = "linear"

@@ -189,6 +189,10 @@ class FusedLinearKDLoss(Term):
         """Return the temperature now in force."""
         return {"temperature": self.now(self.temperature)}
 
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+        """Return how many positions count, whatever stands for the logits."""
+        return super().counts(batch, per_position=True)
+
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the weighted sum, averaged over valid positions."""
         for side, output in (("student", student), ("teacher", teacher)):

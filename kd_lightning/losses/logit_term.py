@@ -97,6 +97,8 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Refuse labels that are not one class for each row of logits.
 
+    On a GPU classes that do not exist are left to torch, whose kernels stop at them: to look would be to wait.
+
     Raises:
         ValueError: Names both shapes, or says that they are no classes.
     """
@@ -104,6 +106,14 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         raise ValueError("labels are scores, and this loss reads classes: use kd_lightning.losses.regression")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")
+    classes = logits.shape[-1]
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise ValueError(
+                f"label {int(wrong[0])} does not exist: the logits have {classes} classes, labelled 0 to "
+                f"{classes - 1}, and {IGNORE} says that there is no label"
+            )
 
 
 def labelled(labels: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,10 +122,10 @@ def labelled(labels: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tenso
     Raises:
         ValueError: Labels of another shape, or fewer than two classes.
     """
-    check_labels(labels, logits)
-    check_mask(mask, labels.shape)
     if logits.shape[-1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)}: a label's class and others need two classes or more")
+    check_labels(labels, logits)
+    check_mask(mask, labels.shape)
     known = labels != IGNORE
     return labels.masked_fill(~known, 0), known if mask is None else known & mask
 

@@ -81,7 +81,7 @@ class NSTLoss(LayerwiseTerm):
         kernel: `polynomial`, `linear` or `gaussian`.
     """
 
-    averages: Averages = "examples"
+    averages: Averages = "sequences"
 
     def __init__(
         self, kind: Kind = "feature_maps", layers: LayerMap = "uniform", kernel: Kernel = "polynomial"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from kd_lightning.losses.term import (
     only_counted,
     reduce,
 )
-from kd_lightning.types import IGNORE, Batch, ModelOutput
+from kd_lightning.types import Batch, ModelOutput, is_labelled
 
 Kind = Literal["mse", "smooth_l1"]
 
@@ -97,17 +98,27 @@ class RegressionLoss(Term):
         self.uses_teacher = target == "teacher"
         self.averages = "examples" if self.uses_teacher else "labels"
 
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+        """Return how many examples have a target."""
+        if self.uses_teacher or "labels" not in batch:
+            return super().counts(batch, per_position)
+        return _known(_scores(batch["labels"])).sum(dtype=torch.float32).view(1)
+
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean over the examples that have a target."""
         scores = _scores(student.logits)
         if self.uses_teacher:
             return regression(scores, _scores(teacher.logits), self.kind, self.threshold)
         if "labels" not in batch:
-            return 0.0 * scores.sum()
+            return scores[:0].sum()
         labels = _scores(batch["labels"]).to(scores.dtype)
-        missing = labels.isnan() | (labels == IGNORE)
-        known = ~missing if labels.ndim == 1 else ~missing.any(-1)
-        return regression(scores, labels.masked_fill(missing, 0.0), self.kind, self.threshold, known)
+        return regression(scores, labels, self.kind, self.threshold, _known(labels))
+
+
+def _known(labels: Tensor) -> Tensor:
+    """Return which examples have all their scores, `(B,)`."""
+    known = is_labelled(labels)
+    return known if labels.ndim == 1 else known.all(-1)
 
 
 def _scores(values: Tensor) -> Tensor:

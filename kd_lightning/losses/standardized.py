@@ -71,9 +71,13 @@ class StandardizedLoss(Term):
             )
         self.term.connect(student, teacher, examples)
 
-    def counts(self, batch: Batch) -> Tensor:
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
         """Return the wrapped term's."""
-        return self.term.counts(batch)
+        return self.term.counts(batch, per_position)
+
+    def share(self, own: Tensor, mean: Tensor) -> Tensor:
+        """Return the wrapped term's."""
+        return self.term.share(own, mean)
 
     def settings(self) -> dict[str, float]:
         """Return what the wrapped term has scheduled."""
@@ -82,9 +86,12 @@ class StandardizedLoss(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the wrapped term's value for z-scores."""
+        return self.parts(student, teacher, batch).sum()
+
+    def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the wrapped term's parts for z-scores."""
         self.term.progress = self.progress
-        value: Tensor = self.term(self._standardized(student), self._standardized(teacher), batch)
-        return value
+        return self.term.parts(self._standardized(student), self._standardized(teacher), batch)
 
     def _standardized(self, output: ModelOutput) -> ModelOutput:
         classes = getattr(self.term, "classes", None)

@@ -47,10 +47,10 @@ class TaskTerm(Term):
         """Let the term build what it sizes by the task's logits."""
         self.term.connect(self._of(student, slice(None)), self._of(teacher, slice(None)), examples)
 
-    def counts(self, batch: Batch) -> Tensor:
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
         """Return what the term counts among the task's rows, B_k and B."""
         rows = batch["task"] == self.number
-        own = self.term.counts({name: value[rows] for name, value in batch.items()})
+        own = self.term.counts({name: value[rows] for name, value in batch.items()}, per_position)
         return torch.cat([own, torch.stack([rows.sum(), torch.ones_like(rows).sum()])])
 
     def share(self, own: Tensor, mean: Tensor) -> Tensor:
@@ -66,18 +66,22 @@ class TaskTerm(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the term's mean over the task's rows, times their share of the batch."""
+        return self.parts(student, teacher, batch).sum()
+
+    def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the term's parts for the task's rows, times their share of the batch; none where it has no rows."""
         rows = (batch["task"] == self.number).nonzero().squeeze(1)
         if not len(rows):
-            return student.logits[rows].sum()
+            return student.logits[rows].sum().view(1)
         own = {name: value[rows] for name, value in batch.items()}
         if not self.scores:
             own["labels"] = own["labels"].long()
         self.term.progress = self.progress
         try:
-            value: Tensor = self.term(self._of(student, rows), self._of(teacher, rows), own)
+            parts = self.term.parts(self._of(student, rows), self._of(teacher, rows), own)
         except ValueError as error:
             raise ValueError(f"task {self.name}: {error}") from error
-        return value * (len(rows) / len(batch["task"]))
+        return parts * (len(rows) / len(batch["task"]))
 
     def _of(self, output: ModelOutput, rows: Tensor | slice) -> ModelOutput:
         return ModelOutput(output.logits[rows][:, self.columns])

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kd_lightning.losses.logit_term import is_label, kl, labelled, softened
+from kd_lightning.losses.logit_term import kl, labelled, softened
 from kd_lightning.losses.term import (
     Averages,
     Reduction,
@@ -67,7 +67,7 @@ def teacher_free(
     labels, counts = labelled(labels, student_logits, mask)
     others = student_logits.shape[-1] - 1
     log_u = torch.full_like(student_logits, math.log((1 - correct_probability) / others))
-    log_u = log_u.masked_fill(is_label(labels, others + 1), math.log(correct_probability))
+    log_u = log_u.scatter(-1, labels.unsqueeze(-1), math.log(correct_probability))
     log_s, log_t = softened(student_logits, log_u, temperature, counts)
     return temperature**2 * reduce(kl(log_t, log_s), counts, reduction)
 

@@ -19,7 +19,7 @@ from kd_lightning.types import IGNORE, Batch, ModelOutput, is_labelled
 Reduction = Literal["mean", "sum", "none"]
 Scheduled = float | Callable[[float], float]
 """A number, or a function of training progress (0 at the first step, 1 at the last)."""
-Averages = Literal["examples", "labels", "logits", "tokens"]
+Averages = Literal["examples", "sequences", "labels", "logits", "tokens"]
 Depth = Callable[[str], int]
 """How many layers a network has of a kind: `hidden`, `attention`, `qkv` or `feature_maps`."""
 P = ParamSpec("P")
@@ -36,8 +36,9 @@ class Term(nn.Module, ABC):
         needs_student: Names of the student's features it reads; see `kd_lightning.features`.
         needs_teacher: The same of the teacher.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
-        averages: What its mean is over: `examples`; those with `labels`; `logits`, which are one an example or one a
-            position; `tokens` that are no padding. What the mean over several processes is weighted by; see `counts`.
+        averages: What its mean is over: `examples`; `sequences`, examples with any token that is no padding; examples
+            or positions with `labels`; `logits`, which are one an example or one a position; `tokens` that are no
+            padding. What the mean over several batches is weighted by; see `counts`.
         causal: Position t answers for token t + 1, so that the first token is not counted.
     """
 
@@ -60,19 +61,27 @@ class Term(nn.Module, ABC):
             examples: How many examples the data has: every `index` is below.
         """
 
-    def counts(self, batch: Batch) -> Tensor:
-        """Return how many things the mean over a batch is over, `(1,)` float32.
+    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+        """Return how many things each of its means over a batch is over, `(P,)` float32; see `parts`.
 
-        `logits` are one a position where `labels` are `(B, L)`, or where there are none and an `attention_mask` is.
+        Args:
+            batch: The batch.
+            per_position: The student's logits are one a position, `(B, L, V)`, and not one an example.
         """
+        return self.count(batch, per_position, self.averages)
+
+    def count(self, batch: Batch, per_position: bool, averages: Averages) -> Tensor:
+        """Return how many things a mean over a batch is over, `(1,)` float32."""
         labels, mask = batch.get("labels"), batch.get("attention_mask")
-        positions = mask if labels is None else labels
+        positions = labels if labels is not None and labels.ndim == 2 else mask
         counted = None
-        if self.averages == "tokens":
+        if averages == "tokens":
             counted = mask
-        elif self.averages != "examples" and positions is not None and positions.ndim == 2:
+        elif averages == "sequences" and mask is not None:
+            counted = mask.any(1)
+        elif averages in ("labels", "logits") and per_position and positions is not None:
             counted = counted_positions(positions.unsqueeze(2), batch, self.causal)[1]
-        elif self.averages == "labels" and labels is not None:
+        elif averages == "labels" and labels is not None:
             counted = is_labelled(labels)
         if counted is None:
             first = next(iter(batch.values()))
@@ -80,13 +89,22 @@ class Term(nn.Module, ABC):
         return counted.sum(dtype=torch.float32).view(1)
 
     def share(self, own: Tensor, mean: Tensor) -> Tensor:
-        """Return what the value is multiplied by so that the average over all batches of a step is a mean over it.
+        """Return what the `parts` are multiplied by so that their averages over a step's batches are means over it.
 
         Args:
             own: The batch's `counts`.
             mean: Their average over the batches of the step.
         """
-        return (own / mean.clamp(min=torch.finfo(torch.float32).tiny))[0]
+        return own / mean.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the means that the value is the sum of, `(P,)`, one for each of `counts`.
+
+        Most terms are one mean. One that is built of means over different things, as over the labelled examples and
+        over all, overrides this.
+        """
+        value: Tensor = self(student, teacher, batch)
+        return value.view(1)
 
     def now(self, value: Scheduled) -> float:
         """Return a scheduled value at the present progress."""

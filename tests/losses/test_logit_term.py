@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.adaptive_kl import AdaptiveKLLoss, adaptive_kl
+from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.dist import DISTLoss, dist
 from kd_lightning.losses.dkd import DKDLoss, dkd
 from kd_lightning.losses.generalized_jsd import GeneralizedJSDLoss, generalized_jsd
+from kd_lightning.losses.label_trust import label_trust
 from kd_lightning.losses.logit_term import LogitTerm, labelled, log_mixture
 from kd_lightning.losses.multi_label import MultiLabelLoss, multi_label
 from kd_lightning.losses.nkd import NKDLoss, nkd
 from kd_lightning.losses.reverse_kl import ReverseKLLoss, reverse_kl
 from kd_lightning.losses.skew_kl import SkewKLLoss, skew_kl
+from kd_lightning.losses.teacher_free import teacher_free
 from kd_lightning.losses.total_variation import TotalVariationLoss, total_variation
 from kd_lightning.losses.wsld import WSLDLoss, wsld
 from kd_lightning.schedules import Linear
@@ -155,3 +158,33 @@ def test_labelled() -> None:
 def test_log_mixture(share: float) -> None:
     p, q = randn(4, 3, seed=1).softmax(-1), randn(4, 3, seed=2).softmax(-1)
     torch.testing.assert_close(log_mixture(p.log(), q.log(), share), (share * p + (1 - share) * q).log())
+
+
+def of_labels(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function of student, teacher and labels, for those that have no teacher."""
+    return lambda student, teacher, labels: function(student, labels)
+
+
+OF_LABELS = [dkd, nkd, wsld, of_labels(cross_entropy), of_labels(teacher_free)]
+
+
+@pytest.mark.parametrize("loss", OF_LABELS)
+def test_nan_in_a_row_without_a_label_reaches_neither_value_nor_gradient(loss: Callable[..., Tensor]) -> None:
+    student, teacher, labels = randn(6, 4, seed=1), randn(6, 4, seed=2), torch.tensor([0, 3, IGNORE, 2, IGNORE, 1])
+    value = loss(student, teacher, labels)
+    missing = (labels == IGNORE).unsqueeze(1)
+    holed = student.masked_fill(missing, torch.nan).requires_grad_()
+    again = loss(holed, teacher.masked_fill(missing, torch.nan), labels)
+    torch.testing.assert_close(again, value)
+    again.backward()
+    assert holed.grad is not None
+    assert (holed.grad.masked_select(missing) == 0).all()
+    assert torch.isfinite(holed.grad).all()
+
+
+@pytest.mark.parametrize("wrong", [4, 99, -1, -5])
+@pytest.mark.parametrize("loss", [*OF_LABELS, label_trust])
+def test_a_label_that_does_not_exist_is_refused(loss: Callable[..., Tensor], wrong: int) -> None:
+    labels = torch.tensor([0, wrong, IGNORE, 2, 0, 1])
+    with pytest.raises(ValueError, match=rf"label {wrong} does not exist: the logits have 4 classes, labelled 0 to 3"):
+        loss(randn(6, 4, seed=1), randn(6, 4, seed=2), labels)
