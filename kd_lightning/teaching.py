@@ -220,7 +220,12 @@ class Answering:
         compile, sharded = self.settings["compile"], self.settings["sharded"]
         if compile or sharded:  # refuses what cannot be; compiles when called
             FrozenTeacher(network, precision, features, compile, sharded)
-        return self._frozen(network, compile=False)
+        teacher_on_device = self._frozen(network, compile=False)
+        device = torch.device(self.settings["device"] or self.device)
+        teacher_on_device.check(device)
+        if precision == "float16":  # the rehearsal is on a CPU, which does not compute in it
+            return FrozenTeacher(network, "bf16", features)
+        return teacher_on_device
 
     def calibrated(self, asked: Teacher) -> Teacher:
         """Return a teacher with the temperature that fits its answers, if that is asked for.

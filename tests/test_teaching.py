@@ -428,3 +428,24 @@ def test_scores_have_no_probabilities_to_average() -> None:
     with pytest.raises(ConfigError, match=r"teacher\.weights=learned needs probabilities"):
         check_scores("learned", "logits")
     check_scores([1.0, 2.0], "logits")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [
+        ("cuda", "int8-dynamic", r"teacher\.precision=int8-dynamic needs a CPU"),
+        ("cpu", "float16", r"teacher\.precision=float16 needs a GPU"),
+        ("cuda", "float16", None),
+    ],
+)
+def test_a_precision_is_held_against_the_device_before_the_teacher_is_trained(
+    device: str, precision: str, message: str | None, distil: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsal is on a CPU, whatever the run is on."""
+    pipeline = distil("teacher.checkpoint=null", "stages=[teacher,distill]", f"teacher.precision={precision}")
+    monkeypatch.setattr(Pipeline, "device", torch.device(device))
+    if message is None:
+        pipeline._rehearse()
+        return
+    with pytest.raises(ConfigError, match=message):
+        pipeline._rehearse()

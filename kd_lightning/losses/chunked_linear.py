@@ -5,8 +5,11 @@ Shape suffixes: N positions, n of a chunk or block, V words, H the width of a si
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from kd_lightning.losses.term import at_least_float32
 from kd_lightning.types import IGNORE
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of one side's logits of a chunk: with much fewer tokens the matrix products are slow, more only cost memory."""
+"""Size of one side's logits of a chunk: with much fewer tokens the matrix products are slow, more only cost memory.
+
+On a GPU four times as much: each chunk adds to a gradient as large as the matrix, through the same memory."""
 
 BLOCK_BYTES = 2**20
 """On a CPU, softmax math is done on so many bytes of logits a thread at a time: its passes then stay in the cache."""
@@ -135,7 +140,8 @@ def _all_chunks(
     count = len(student.hidden) if rows is None else len(rows)
     vocabulary, dtype = len(student.matrix), student.matrix.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    chunk = _evenly(count, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    at_most = CHUNK_BYTES * (4 if student.matrix.is_cuda else 1)
+    chunk = _evenly(count, at_most // (vocabulary * dtype.itemsize))
     z_s = student.matrix.new_empty(chunk, vocabulary)
     z_t = teacher.matrix.new_empty(chunk, options.classes)
     ce, kd = student.matrix.new_zeros(2, count, dtype=wide)
@@ -149,7 +155,8 @@ def _all_chunks(
         inputs, z, zt = student.inputs(pick), z_s[: stop - start], z_t[: stop - start]
         student.logits(inputs, out=z)
         teacher.logits(teacher.inputs(pick), out=zt)
-        ce[start:stop], kd[start:stop] = _values_and_gradient(z, zt, None if labels is None else labels[pick], options)
+        chosen = None if labels is None else labels[pick]
+        ce[start:stop], kd[start:stop], z = _values_and_gradient(z, zt, chosen, options)
         if d_hidden is not None:
             d_hidden[pick] = (z @ student.matrix).to(wide)
         if d_matrix is not None and dtype == wide:
@@ -167,28 +174,53 @@ def _evenly(count: int, at_most: int) -> int:
     return max(math.ceil(count / parts), 1)
 
 
-def _values_and_gradient(z_s: Tensor, z_t: Tensor, labels: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """Return CE and T^2 D of each row, `(n,)`, and write the gradient of their weighted sum over the logits `z_s`."""
-    block = len(z_s)
-    if z_s.device.type == "cpu":
-        threads = torch.get_num_threads()
-        block = threads * max(BLOCK_BYTES // (4 * z_s.shape[1]), 1)
+def _values_and_gradient(
+    z_s: Tensor, z_t: Tensor, labels: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return CE and T^2 D of each row, `(n,)`, and their weighted sum's gradient by `z_s`, which may be overwritten."""
+    labels = None if options.ce_weight == 0 else labels
+    numbers = astuple(options)
+    if z_s.is_cuda and HAS_TRITON:
+        return _compiled_block()(z_s, z_t, labels, *numbers)
+    block = torch.get_num_threads() * max(BLOCK_BYTES // (4 * z_s.shape[1]), 1)
     values = []
     for at in (slice(start, start + block) for start in range(0, len(z_s), block)):
-        z = at_least_float32(z_s[at])
-        if labels is None or options.ce_weight == 0:
-            ce, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
-        else:
-            ce, gradient = _cross_entropy(z, labels[at], options.label_smoothing)
-            gradient *= options.ce_weight
-        a_s = _divided(z[:, : options.classes], options.temperature)
-        a_t = _divided(z_t[at].to(z.dtype), options.temperature)
-        kd, by_scaled = _divergence(a_s, a_t, options)
-        gradient[:, : options.classes].add_(by_scaled, alpha=options.kd_weight * options.temperature)
+        ce, kd, gradient = _block(z_s[at], z_t[at], None if labels is None else labels[at], *numbers)
         z_s[at] = gradient
-        values.append(torch.stack([ce, options.temperature**2 * kd]))
+        values.append(torch.stack([ce, kd]))
     ce, kd = torch.cat(values, dim=1)
-    return ce, kd
+    return ce, kd, z_s
+
+
+def _block(
+    z_s: Tensor, z_t: Tensor, labels: Tensor | None, ce_weight: float, kd_weight: float, temperature: float,
+    divergence: str, beta: float, label_smoothing: float, classes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `_values_and_gradient`; numbers are arguments of their own, so that compiled code serves all of a schedule."""
+    z = at_least_float32(z_s)
+    if labels is None:
+        ce, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+    else:
+        ce, gradient = _cross_entropy(z, labels, label_smoothing)
+        gradient *= ce_weight
+    a_s = _divided(z[:, :classes], temperature)
+    a_t = _divided(z_t.to(z.dtype), temperature)
+    kd, by_scaled = _divergence(a_s, a_t, divergence, beta)
+    gradient[:, :classes] += by_scaled.mul_(kd_weight * temperature)  # as `alpha` each value would be compiled anew
+    return ce, temperature**2 * kd, gradient.to(z_s.dtype)
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""What `torch.compile` needs on a GPU, and does not have everywhere."""
+
+
+@cache  # when it is first called: torch.compile is slow to import
+def _compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return `_block` in few passes over a GPU's memory in place of twenty.
+
+    It writes into none of its arguments: compiled by torch 2.11 it would read what it has written.
+    """
+    return torch.compile(_block, dynamic=True)
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -201,8 +233,9 @@ def _cross_entropy(z: Tensor, labels: Tensor, label_smoothing: float) -> tuple[T
     value = log_sum + (1 - label_smoothing) * (top - right) + smoothing
     if label_smoothing:
         p -= label_smoothing / z.shape[1]
-    p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), label_smoothing - 1.0))
-    return value, p
+    if torch.compiler.is_compiling():  # it goes through all of p anyway, and a scatter would need p in memory
+        return value, p - (1 - label_smoothing) * (torch.arange(p.shape[1], device=p.device) == labels[:, None])
+    return value, p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), label_smoothing - 1.0))
 
 
 def _divided(z: Tensor, temperature: float) -> Tensor:
@@ -210,18 +243,17 @@ def _divided(z: Tensor, temperature: float) -> Tensor:
     return (z - z.amax(-1, keepdim=True)).div_(temperature)
 
 
-def _divergence(a_s: Tensor, a_t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _divergence(a_s: Tensor, a_t: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
     """Return D of each row `(n,)` and its gradient by `a_s` `(n, V)`, from logits / T whose maximum is 0."""
     p_s, p_t = a_s.softmax(-1), a_t.softmax(-1)
     top_s, top_t = (p.amax(-1, keepdim=True).log() for p in (p_s, p_t))  # so that log p = a + top
-    if options.divergence == "forward_kl":
+    if divergence == "forward_kl":
         kl = torch.linalg.vecdot(p_t, a_t - a_s) + (top_t - top_s)[:, 0]
         return kl, p_s.sub_(p_t)
-    if options.divergence == "reverse_kl":
+    if divergence == "reverse_kl":
         ratio = (a_s - a_t).add_(top_s - top_t)
         kl = torch.linalg.vecdot(p_s, ratio)
         return kl, ratio.sub_(kl[:, None]).mul_(p_s)
-    beta = options.beta
     log_s, log_t = a_s.add_(top_s), a_t.add_(top_t)
     log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
     ratio = log_s.sub_(log_m)

@@ -115,7 +115,7 @@ class FrozenTeacher(nn.Module, Teacher):
         Raises:
             ConfigError: The device cannot compute in the teacher's precision.
         """
-        self._check(device)
+        self.check(device)
         return super().to(device)
 
     def shard(self, mesh: DeviceMesh) -> None:
@@ -131,7 +131,7 @@ class FrozenTeacher(nn.Module, Teacher):
         if own:
             batch = own
         device = next(iter(batch.values())).device
-        self._check(device)
+        self.check(device)
         half = _HALF.get(self.precision, torch.bfloat16)
         # Disabled, it also keeps the student's autocast out.
         with torch.inference_mode(), torch.autocast(device.type, half, enabled=self.precision in _HALF):
@@ -143,7 +143,12 @@ class FrozenTeacher(nn.Module, Teacher):
     def flush(self) -> None:
         """Do nothing: a network that runs keeps no answers."""
 
-    def _check(self, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
+        """Refuse a device that cannot compute in the teacher's precision.
+
+        Raises:
+            ConfigError: Names the precision and those that the device can compute in.
+        """
         if self.precision == "float16" and device.type == "cpu":
             raise ConfigError("teacher.precision=float16 needs a GPU; on a CPU use bf16, float32 or int8-dynamic")
         if self.precision == "int8-dynamic" and device.type == "cuda":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ ON_GPU = DEVICE.type == "cuda"
 WORDS, CLASSES = 30_522, 2
 
 
+@cache
+def _built(layers: int, width: int) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_heads": max(width // 64, 1)}
+    return transformer(CLASSES, WORDS, num_layers=layers, **sizes)
+
+
 @dataclass(frozen=True)
 class Shape:
     """A BERT-style encoder and what it reads."""
@@ -47,11 +55,7 @@ class Shape:
     @property
     def network(self) -> nn.Module:
         """Such a network, with the weights of seed 0."""
-        torch.manual_seed(0)
-        return transformer(
-            CLASSES, WORDS, hidden_size=self.width, num_layers=self.layers, num_heads=max(self.width // 64, 1),
-            intermediate_size=4 * self.width,
-        )  # fmt: skip
+        return copy.deepcopy(_built(self.layers, self.width))
 
     def flop(self, passes: int) -> float:
         """FLOP of a batch: `passes` 1 is the forward pass, 3 a training step."""
@@ -123,7 +127,7 @@ def train(module: NetworkModule, given: list[Batch], warm: int, steps: int, *, c
     with tempfile.TemporaryDirectory() as folder:
         loggers = [CSVLogger(folder, "csv", flush_logs_every_n_steps=20), TensorBoardLogger(folder, "tensorboard")]
         callbacks: list[L.Callback] = [StageProgress("", quiet), ResumeCheckpoint(Path(folder) / "resume.ckpt", 10**6)]
-        callbacks += [LearningRateMonitor("step"), *([Compilation()] if compile else []), clock]
+        callbacks += [LearningRateMonitor("step"), *([Compilation()] if compile and ON_GPU else []), clock]
         trainer = L.Trainer(
             accelerator="gpu" if ON_GPU else "cpu", devices=1, precision="bf16-mixed", max_steps=steps, max_epochs=-1,
             gradient_clip_val=1.0, log_every_n_steps=10, logger=loggers, limit_val_batches=0,

@@ -14,8 +14,8 @@ WEIGHT = randn(5, 5, seed=9)
 
 
 def generate(x: Tensor) -> Tensor:
-    """Mixes the last axis, whatever the precision."""
-    return torch.tanh(x) @ WEIGHT.to(x.dtype)
+    """Mixes the last axis, whatever the precision and the device."""
+    return torch.tanh(x) @ WEIGHT.to(x)
 
 
 def kept(*shape: int) -> Tensor:
