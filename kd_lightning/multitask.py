@@ -14,9 +14,10 @@ from kd_lightning.config import build, lookup
 from kd_lightning.data.multi_task import MultiTaskData
 from kd_lightning.errors import ConfigError
 from kd_lightning.losses.term import Scheduled, Term
+from kd_lightning.models.fits import check_length
 from kd_lightning.objective import Objective
 from kd_lightning.pipeline import Pipeline
-from kd_lightning.rehearsal import try_out
+from kd_lightning.rehearsal import check_batches, try_out
 from kd_lightning.runs import digest
 from kd_lightning.schedules import Times
 from kd_lightning.tasks import MultiTask
@@ -116,6 +117,7 @@ class MultiTaskPipeline(Pipeline):
             return
         given = {"teacher": networks[0][0]} if networks else {}
         student, _ = self.build_network(self.cfg["student"], "student", **given)
+        check_batches(self, student)
         if "distill" not in self.stages:
             return
         objective = self.objective(student, None)
@@ -128,6 +130,7 @@ class MultiTaskPipeline(Pipeline):
     def _network(self, part: Pipeline) -> tuple[nn.Module, TeacherNetwork | None]:
         """Return a task's teacher to rehearse with: untrained, unless a finished one is given."""
         if part.cfg["teacher"]["checkpoint"] is not None:
+            check_length(part.teacher.network, part.data.input_format.get("max_length"), "teacher")
             return part.teacher.network, part.teacher
         return part.build_network(part.cfg["teacher"]["network"], "teacher")[0], None
 

@@ -22,6 +22,7 @@ from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
+from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_run import from_run
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.rebuild import describe
@@ -427,6 +428,7 @@ class Pipeline:
                 f"{role}: {settings['_target_']} makes a {type(network).__name__} from the teacher, which could not be "
                 "rebuilt without it: give it a constructor of plain values, and copy weights in a script of your own"
             )
+        check_length(network, self.data.input_format.get("max_length"), role)
         return network, self.filled(settings, role)
 
     def _check_reading(self) -> None:

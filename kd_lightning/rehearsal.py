@@ -8,16 +8,18 @@ import torch
 from torch import nn
 
 from kd_lightning.checks import number_of_teachers
-from kd_lightning.config import build, lookup, parameters
+from kd_lightning.config import build, lookup, parameters, processes
 from kd_lightning.errors import ConfigError
 from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import evaluating
 from kd_lightning.models.cohort import joined
+from kd_lightning.models.fits import check_length, check_single
 from kd_lightning.objective import Objective
 from kd_lightning.teachers import EnsembleNetwork, SideBySide, Teacher
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
+    from kd_lightning.data import ClassificationData
     from kd_lightning.pipeline import Pipeline
 
 
@@ -33,11 +35,13 @@ def rehearse(pipeline: Pipeline) -> None:
     trained = cfg["teacher"]["checkpoint"] is not None
     if pipeline.has_teacher:
         given["teacher"] = pipeline.teacher.network if trained else _untrained(pipeline)
+        check_length(given["teacher"], pipeline.data.input_format.get("max_length"), "teacher")
     elif needs_teacher(cfg):
         raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
     if pipeline.stages == ["teacher"]:
         return
     student, _ = pipeline.build_network(cfg["student"], "student", **given)
+    check_batches(pipeline, student)
     if "distill" not in pipeline.stages:
         return
     peers = [pipeline.build_network(peer, "student", **given)[0] for peer in cfg["peers"]]
@@ -52,16 +56,40 @@ def rehearse(pipeline: Pipeline) -> None:
             answering = pipeline.answerings[number]
             answering.needs = objective.needs_teacher
             teacher = answering.check(above, pipeline.teacher if trained and number == 0 else None)
-        data = pipeline.data_of(number).select(tokens="both").with_batches(eval_batch_size=4)
-        try_out(objective, network, teacher, next(iter(data.val_dataloader())), data.num_examples)
+        data = pipeline.data_of(number).select(tokens="both")
+        try_out(objective, network, teacher, _few(data), data.num_examples)
 
 
 def _untrained(pipeline: Pipeline) -> nn.Module:
     """Return a network as the teacher's will be; one member stands for all of an ensemble."""
     settings = pipeline.cfg["teacher"]
     network, _ = pipeline.build_network(settings["network"], "teacher")
+    if "teacher" in pipeline.stages:
+        data = pipeline.data.select(tokens="teacher", pool=False).with_batches(batch_size=settings["batch_size"])
+        workers = processes({**pipeline.cfg["trainer"], **settings["trainer"]})
+        check_single(network, _few(data), data.smallest_batch(workers), data.batch_size, "teacher.batch_size")
     members = number_of_teachers(settings)
     return network if members == 1 else EnsembleNetwork([network] * members)
+
+
+def _few(data: ClassificationData) -> Batch:
+    """Return some examples."""
+    few: Batch = next(iter(data.with_batches(eval_batch_size=4).val_dataloader()))
+    return few
+
+
+def check_batches(pipeline: Pipeline, student: nn.Module) -> None:
+    """Refuse a student that cannot learn from the smallest of its batches.
+
+    Raises:
+        ConfigError: Names the key to change.
+    """
+    for pool in (False, True):
+        if pool and "distill" not in pipeline.stages:
+            return
+        data = pipeline.data.select(tokens="student", pool=pool)
+        smallest = data.smallest_batch(processes(pipeline.cfg["trainer"]))
+        check_single(student, _few(data), smallest, data.batch_size, "data.batch_size")
 
 
 def needs_teacher(cfg: dict[str, Any]) -> bool:

@@ -374,6 +374,12 @@ class ClassificationData(L.LightningDataModule, ABC):
             loader = self.around(loader)
         return loader
 
+    def smallest_batch(self, processes: int) -> int:
+        """Return how many examples the smallest training batch of a process has."""
+        data = self._training_dataset()
+        sampler = BucketBatchSampler(data.turn, self.batch_size, shuffle=True, rank=0, world_size=processes)
+        return sampler.smallest
+
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the validation examples, sorted by length."""
         return self._evaluation_loader("validation", "validation")

@@ -95,6 +95,21 @@ def test_resuming_leaves_out_batches_of_one_epoch_only() -> None:
     assert len(list(sampler)) == len(whole)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_no_batch_is_a_single_example_where_that_can_be(world: int, batch_size: int) -> None:
+    for count in (*range(world, 40), min(50 * batch_size * world + world, len(LENGTHS))):
+        shared = ranks(count, world, batch_size)
+        sizes = [len(batch) for batches in shared for batch in batches]
+        seen = np.concatenate([np.concatenate(batches) for batches in shared])
+        assert set(seen) == set(range(count))
+        assert len(seen) == count + -count % world
+        assert max(sizes) <= batch_size
+        sampler = BucketBatchSampler(LENGTHS[:count], batch_size, shuffle=True, rank=0, world_size=world)
+        assert sampler.smallest == min(sizes)
+        assert min(sizes) > 1 or batch_size < 3 or count <= world
+
+
 def test_errors() -> None:
     with pytest.raises(ConfigError, match=r"data\.batch_size=0"):
         BucketBatchSampler(LENGTHS, 0, shuffle=True)

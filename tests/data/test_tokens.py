@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kd_lightning.data.augment import MASK
 from kd_lightning.data.corpus import Sentence
@@ -168,3 +170,18 @@ def test_a_saved_tokenizer_is_loaded_from_its_folder(tokenizer, tmp_path: Path) 
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(WORDS)["input_ids"] == tokenizer(WORDS)["input_ids"]
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_text_without_any_token_has_one(tmp_path: Path) -> None:
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
+    inner.normalizer = normalizers.Replace("-", "")
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+    sentences = [("-",), ("a a",), ("- -",)]
+    expected = [[1, 0], [2, 2], [1, 0]]
+    store = encode_store(tokenizer, sentences, sentences_digest(sentences).hexdigest(), 8, tmp_path)
+    assert store.batch(np.arange(3))["input_ids"].tolist() == expected
+    found = encode_batch(tokenizer, sentences, 8)
+    assert found["input_ids"].tolist() == expected
+    assert found["attention_mask"].sum(1).tolist() == [1, 2, 1]
+    assert encode_batch(tokenizer, [("-",)], None)["input_ids"].tolist() == [[1]]
