@@ -87,7 +87,7 @@ def features(seed: int) -> dict[str, Tensor]:
         return randn(SIZE, *shape, seed=seed + len(shape))
 
     attention = (of(2, LENGTH, LENGTH) + randn(1, seed=seed)).softmax(-1)
-    found = {f"hidden[{i}]": of(LENGTH, WIDTH) + i for i in range(3)} | {f"attention[{i}]": attention for i in range(2)}
+    found = {f"hidden[{i}]": of(LENGTH, WIDTH) + i for i in range(3)} | {f"attention[{i}]": attention.clone() for i in range(2)}
     found |= {f"feature_maps[{i}]": of(WIDTH, 4, 4) * (i + 2) for i in (0, 1, -1, -2)}
     return found | {
         "attention[-1]": attention, "qkv[-1]": of(LENGTH, 3, WIDTH), "embeddings": of(LENGTH, WIDTH),
@@ -212,3 +212,38 @@ def test_no_term_is_forgotten() -> None:
         if issubclass(found, Term) and not inspect.isabstract(found) and not issubclass(found, RelationTerm)
     }  # fmt: skip
     assert terms - {FeaturePairTerm} == {type(make()) for make, _, _ in cases()}
+
+
+def holed(output: ModelOutput) -> ModelOutput:
+    """The output with NaN at padding, of whatever has positions."""
+
+    def of(name: str, x: Tensor) -> Tensor:
+        if name == "head" or x.ndim < 3 or x.shape[1] not in (LENGTH, 2) or "map" in name or name == "peers":
+            return x
+        if name.startswith("attention"):
+            return torch.where(PADDING[:, None, :, None] & PADDING[:, None, None, :], x, torch.nan)
+        return torch.where(PADDING.view(SIZE, LENGTH, *[1] * (x.ndim - 2)), x, torch.nan)
+
+    return ModelOutput(of("logits", output.logits), {name: of(name, x) for name, x in output.features.items()})
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "batch"), [case for case in cases() if "attention_mask" in case[2] and case[0] is not PKDLoss]
+)
+def test_nan_at_padding_reaches_neither_value_nor_gradient(
+    make: Callable[..., Term], size: tuple[int, ...], batch: Batch
+) -> None:
+    torch.manual_seed(0)
+    term = make()
+    term.plan(lambda kind: 2, lambda kind: 2)
+    objective = Objective({"term": term}, {"term": 1.0})
+    objective.connect(*(narrowed(output) for output in outputs(size)), SIZE)
+    objective.double().eval()
+    found = []
+    for student, teacher in (outputs(size), map(holed, outputs(size))):
+        leaves = [x.requires_grad_() for x in (student.logits, *student.features.values())]
+        torch.manual_seed(0)
+        value, _ = objective(student, teacher, batch, 0.2)
+        found.append([value, *torch.autograd.grad(value, [*leaves, *term.parameters()], materialize_grads=True)])
+    for again, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(again, expected)
