@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
+
+Given = ParamSpec("Given")
 
 
 class KDError(Exception):
@@ -39,3 +44,25 @@ def did_you_mean(given: str, valid: Iterable[str], limit: int = 3) -> str:
     if near:
         return "; did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     return "; valid: " + ", ".join(names) if names else ""
+
+
+def interruptible(command: str, kept: str) -> Callable[[Callable[Given, None]], Callable[Given, None]]:
+    """Have Ctrl-C end a command with one line and the shell's code for it, 130.
+
+    Args:
+        command: Its name.
+        kept: What of its work stays, for the line.
+    """
+
+    def wrapped(main: Callable[Given, None]) -> Callable[Given, None]:
+        @functools.wraps(main)
+        def run(*arguments: Given.args, **named: Given.kwargs) -> None:
+            try:
+                main(*arguments, **named)
+            except KeyboardInterrupt:
+                print(f"{command}: interrupted; {kept}", file=sys.stderr)
+                sys.exit(130)
+
+        return run
+
+    return wrapped

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 from kd_lightning.run_files import data_settings, file_options, is_numbered, reader_for
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def run_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@interruptible("kd-eval", "nothing was changed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-eval`."""
     parser = run_parser("kd-eval", "Score a finished run on its test split, or on another file.")

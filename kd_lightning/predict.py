@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 from kd_lightning.evaluate import image_logits, run_parser, text_logits
 from kd_lightning.run_files import data_settings, file_options, flag, reader_for
 
@@ -90,6 +90,7 @@ def predictions(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[
     return [dict.fromkeys(names) if row is None else row for row in rows]
 
 
+@interruptible("kd-predict", "nothing was changed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-predict`."""
     parser = run_parser("kd-predict", "Classify sentences or images with a distilled student.")

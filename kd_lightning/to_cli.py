@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.errors import ConfigError, KDError, interruptible
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,6 +58,7 @@ def write(cfg: DictConfig, folder: Path, command: str) -> list[Path]:
     return list(texts)
 
 
+@interruptible("kd-config", "nothing was written")
 def main() -> None:
     """Entry point of `kd-config`."""
     about, _, examples = __doc__.partition("\n\n")

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import CacheError, KDError
+from kd_lightning.errors import CacheError, KDError, interruptible
 
 if TYPE_CHECKING:
     from kd_lightning.cache.manifest import Manifest
 
 
+@interruptible("kd-cache", "what was stored stays, and the same command goes on from it")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-cache`."""
     given = _parser().parse_args(arguments)

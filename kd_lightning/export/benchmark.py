@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
 
@@ -304,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruptible("kd-benchmark", "nothing was written")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-benchmark`."""
     given = _parser().parse_args(arguments)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.formats import FORMATS, QUANTIZE
 
 
@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruptible("kd-export", "nothing was written")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-export`."""
     given = _parser().parse_args(arguments)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 
 EXAMPLES = """\
 examples:
@@ -16,6 +16,7 @@ examples:
 """
 
 
+@interruptible("kd-report", "the report is as it was, or the new one")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-report`."""
     parser = argparse.ArgumentParser(
