@@ -52,6 +52,7 @@ def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator
         OSError: The lock cannot be made.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))  # where nothing can be made, filelock waits
     held = filelock.FileLock(lock, thread_local=False, is_singleton=True)
     try:
         held.acquire(timeout=0)

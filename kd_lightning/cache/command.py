@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import CacheError, KDError, interruptible
+from kd_lightning.errors import CacheError, ConfigError, KDError, interruptible
 
 if TYPE_CHECKING:
     from kd_lightning.cache.manifest import Manifest
@@ -100,23 +101,24 @@ def _verify(given: argparse.Namespace) -> int:
 def _prune(given: argparse.Namespace) -> int:
     from rich.filesize import decimal
 
-    from kd_lightning.assets import discard_folder
     from kd_lightning.cache.manifest import is_cache
-    from kd_lightning.cache.upkeep import locked, remains
+    from kd_lightning.cache.upkeep import locked, remains, remove_cache, unread
 
+    if given.older_than is not None and not given.older_than > 0:
+        raise ConfigError(f"--older-than {given.older_than:g}: give days, more than 0; --all removes every cache")
     verb, freed = ("would remove" if given.dry_run else "removed"), 0
     for folder in given.paths or _everywhere():
         if not is_cache(folder):
             raise CacheError(f"{folder} holds no teacher outputs, so nothing of it is removed")
         try:
-            with locked(folder, wait=False):
+            with locked(folder, wait=False), unread(folder):
                 reason = _why_removed(folder, given)
                 found = [folder] if reason else remains(folder)
                 for path in found:
                     size = _size(path)
                     freed += size
                     if not given.dry_run and reason:
-                        discard_folder(path)
+                        remove_cache(path)
                     elif not given.dry_run:
                         path.unlink()
                     print(f"{verb} {path}, {decimal(size)} ({reason or 'left by a process that was killed'})")
@@ -196,15 +198,22 @@ def _root() -> Path:
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    from kd_lightning.cache.manifest import own_files
+
+    return sum(file.lstat().st_size for file in (own_files(path) if path.is_dir() else [path]))
 
 
 def _age(folder: Path) -> float:
     """Return the seconds since anything in the folder was written."""
     import time
 
-    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    from kd_lightning.cache.manifest import own_files
+
+    written = [folder.stat().st_mtime]
+    for path in own_files(folder):
+        with suppress(FileNotFoundError):  # a killed process's, swept this very moment
+            written.append(path.lstat().st_mtime)
+    return time.time() - max(written)
 
 
 def _spoken(seconds: float) -> str:

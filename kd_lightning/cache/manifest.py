@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,12 @@ REFRESH = "refresh.json"
 """The manifest of a cache that is being built anew; it takes the other's name when it is complete."""
 
 
+SHARD_NAME = re.compile(r"shard-([0-9]{5,12})\.safetensors")
+"""Files of a cache have names of this form and lie in its folder: what a manifest names is read and deleted."""
+
+_OURS = re.compile(rf"(manifest|refresh)\.json|{SHARD_NAME.pattern}|\.(manifest|refresh|shard-[0-9]+)\.\w+\.[\w-]+")
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """A shard as it was written.
@@ -31,12 +38,19 @@ class ShardRecord:
         examples: How many examples it answers.
         bytes: Of the file.
         sha256: Of the file.
+
+    Raises:
+        ValueError: The file could not be a shard of this cache.
     """
 
     file: str
     examples: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not SHARD_NAME.fullmatch(self.file):
+            raise ValueError(f"{self.file!r} is no name of a shard")
 
 
 @dataclass
@@ -156,8 +170,21 @@ class Manifest:
 
 
 def is_cache(folder: Path) -> bool:
-    """Return whether a folder is a cache, whole or not."""
-    return (folder / MANIFEST).is_file() or (folder / REFRESH).is_file()
+    """Return whether a folder is a cache, whole or not: other programs' files are called manifest.json, too."""
+    manifests = [folder / name for name in (MANIFEST, REFRESH) if (folder / name).is_file()]
+    if not manifests:
+        return False
+    return not foreign_files(folder) or any(b'"num_examples"' in path.read_bytes() for path in manifests)
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Return what in a cache's folder is the cache's, the manifest first."""
+    return sorted(path for path in folder.iterdir() if _OURS.fullmatch(path.name) and not path.is_dir())
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """Return what in a cache's folder is somebody else's."""
+    return sorted(set(folder.iterdir()) - set(own_files(folder)))
 
 
 def remedy(folder: Path) -> str:

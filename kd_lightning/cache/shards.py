@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd_lightning.cache.manifest import ShardRecord, cannot_write, remedy
+from kd_lightning.cache.manifest import SHARD_NAME, ShardRecord, cannot_write, remedy
 from kd_lightning.cache.outputs import Spec
 from kd_lightning.errors import CacheError
 from kd_lightning.files import replacing
 
-_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 _TEMPORARY = (".shard-*.safetensors.*", ".manifest.json.*", ".refresh.json.*")
 
 Raw = NDArray[Any]
@@ -104,7 +102,7 @@ def write_shard(folder: Path, tensors: dict[str, Tensor], fingerprint: str) -> S
     Raises:
         CacheError: The disk is full or cannot be written; nothing half-written stays.
     """
-    taken = [int(match[1]) for path in folder.glob("shard-*") if (match := _NAME.fullmatch(path.name))]
+    taken = [int(match[1]) for path in folder.glob("shard-*") if (match := SHARD_NAME.fullmatch(path.name))]
     path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
     try:
         with replacing(path) as temporary:
@@ -156,8 +154,11 @@ def open_shard(folder: Path, record: ShardRecord) -> Segment:
     path = folder / record.file
     if (wrong := _size_problem(path, record)) is not None:
         raise CacheError(f"{wrong}; {remedy(folder)}")
-    with safe_open(path, framework="pt") as file:
-        return Segment.of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Segment.of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:  # removed this very moment, or never a shard
+        raise CacheError(f"{path} cannot be read ({error}); {remedy(folder)}") from error
 
 
 def shard_problem(folder: Path, record: ShardRecord) -> str | None:
@@ -188,7 +189,7 @@ def leftovers(folder: Path, used: set[str], fingerprint: str) -> list[Path]:
     """
     found = [path for pattern in _TEMPORARY for path in folder.glob(pattern)]
     for path in folder.glob("shard-*"):
-        if _NAME.fullmatch(path.name) and path.name not in used and _fingerprint(path) == fingerprint:
+        if SHARD_NAME.fullmatch(path.name) and path.name not in used and _fingerprint(path) == fingerprint:
             found.append(path)
     return sorted(found)
 

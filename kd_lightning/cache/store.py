@@ -19,7 +19,7 @@ from kd_lightning.cache.manifest import MANIFEST, REFRESH, Manifest, remedy
 from kd_lightning.cache.outputs import Spec, Storage, check_shapes, decode, encode, named, specs_of
 from kd_lightning.cache.places import NOWHERE, Places, read
 from kd_lightning.cache.shards import Limits, Segment, cooked, empty, join, open_shard, shard_problem, write_shard
-from kd_lightning.cache.upkeep import Say, locked, log, problems, shard_files, sweep
+from kd_lightning.cache.upkeep import InUse, Say, locked, log, problems, shard_files, sweep
 from kd_lightning.errors import CacheError
 from kd_lightning.types import ModelOutput
 
@@ -39,11 +39,14 @@ class TeacherCache:
         manifest: As read from the folder.
         limits: When shards are written and what is held in memory.
         manifest_name: `refresh.json` while an older cache in the same folder is still in force.
+        in_use: Held since before the manifest was read, so that nobody removes the files.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, limits: Limits, manifest_name: str = MANIFEST) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, limits: Limits, manifest_name: str = MANIFEST, *, in_use: InUse
+    ) -> None:
         self.folder, self.manifest, self.limits = folder, manifest, limits
-        self._manifest_name = manifest_name
+        self._manifest_name, self._in_use = manifest_name, in_use
         self._device = torch.device("cpu")
         self._segments: dict[int, Segment] = {}
         self._mapped: set[str] = set()  # names of the shards among them
@@ -83,11 +86,12 @@ class TeacherCache:
         """
         folder = Path(folder)
         manifest = Manifest(key, num_examples, storage, teacher=teacher, data=data)
+        in_use = InUse(folder, make=True)
         if not (folder / MANIFEST).exists():
             with locked(folder):
                 if not (folder / MANIFEST).exists():
                     manifest.write(folder / MANIFEST)
-        found = cls.open(folder, key, num_examples, limits=limits)
+        found = cls.open(folder, key, num_examples, limits=limits, in_use=in_use)
         if found.manifest.storage != storage:
             raise CacheError(
                 f"{folder} was stored as {found.manifest.storage}, now {storage} is asked for: give another path, "
@@ -98,7 +102,7 @@ class TeacherCache:
     @classmethod
     def open(
         cls, folder: Path, key: dict[str, Any] | None = None, num_examples: int | None = None, *,
-        repair: bool = False, say: Say = log.warning, limits: Limits = DEFAULT_LIMITS,
+        repair: bool = False, say: Say = log.warning, limits: Limits = DEFAULT_LIMITS, in_use: InUse | None = None,
     ) -> Self:  # fmt: skip
         """Open a cache after checking all of it: the manifest, each shard's size and sha256, what it answers for.
 
@@ -109,11 +113,13 @@ class TeacherCache:
             repair: Drop damaged shards, so that their examples are asked about again, instead of refusing the cache.
             say: Told which shards were dropped and how many answers went with each.
             limits: When shards are written and what is held in memory.
+            in_use: Of a caller who holds one already.
 
         Raises:
             CacheError: There is none, it is damaged (names the file), or it answers for something else (names what).
         """
         folder = Path(folder)
+        in_use = in_use or InUse(folder)
         manifest = Manifest.read(folder / MANIFEST)
         manifest.check(folder, key, num_examples)
         wrong = problems(folder, manifest)
@@ -132,7 +138,7 @@ class TeacherCache:
                 for record, problem in wrong.items():
                     say(f"{problem}: dropped, its {record.examples} examples will be asked about again")
                     (folder / record.file).unlink(missing_ok=True)
-        return cls(folder, manifest, limits)
+        return cls(folder, manifest, limits, in_use=in_use)
 
     @classmethod
     @contextlib.contextmanager
@@ -151,9 +157,10 @@ class TeacherCache:
         folder = Path(folder)
         manifest = Manifest(key, num_examples, storage, teacher=teacher, data=data)
         with locked(folder, say):
+            in_use = InUse(folder, make=True)
             sweep(folder)
             manifest.write(folder / REFRESH)
-            cache = cls(folder, manifest, limits, REFRESH)
+            cache = cls(folder, manifest, limits, REFRESH, in_use=in_use)
             try:
                 yield cache
                 cache.flush()
@@ -177,9 +184,12 @@ class TeacherCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the files. Their sizes are checked; the checksums were by whoever sent this."""
+        in_use = InUse(state["folder"])
         manifest = Manifest.read(state["folder"] / state["name"])
         manifest.check_same(state["folder"], state["fingerprint"])
-        self.__init__(state["folder"], manifest, state["limits"], state["name"])  # type: ignore[misc]
+        self.__init__(  # type: ignore[misc]
+            state["folder"], manifest, state["limits"], state["name"], in_use=in_use
+        )
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
