@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ class Objective(nn.Module):
         connected: Whether the terms have built what they size by the networks.
 
     Raises:
-        ConfigError: No terms, names that do not pair up, a negative weight, or an unknown policy.
+        ConfigError: No terms, names that do not pair up, a weight that is negative or not finite, or an unknown policy.
     """
 
     def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, Scheduled], balance: str = "fixed") -> None:
@@ -51,8 +52,11 @@ class Objective(nn.Module):
                 "give each term its weight"
             )
         for name, weight in weights.items():
-            if (least := min(_at(weight, step / 100) for step in range(101))) < 0:
-                raise ConfigError(f"objective.weights.{name} must not be negative, got {least:g}")
+            values = [_at(weight, step / 100) for step in range(101)]
+            if bad := [value for value in values if not math.isfinite(value)]:
+                raise ConfigError(f"objective.weights.{name} must be a finite number, got {bad[0]:g}")
+            if min(values) < 0:
+                raise ConfigError(f"objective.weights.{name} must not be negative, got {min(values):g}")
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
         self.balance = make_balance(balance, list(self.terms))

@@ -100,6 +100,12 @@ def test_refuses_a_negative_weight() -> None:
         Objective({"ce": CrossEntropyLoss()}, {"ce": -0.1})
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), Linear(start=0.0, end=float("nan"))])
+def test_refuses_a_weight_that_is_no_finite_number(weight: float | Linear) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.weights\.ce must be a finite number, got (nan|inf)"):
+        Objective({"ce": CrossEntropyLoss()}, {"ce": weight})
+
+
 def test_a_schedule_that_turns_negative_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"weights\.ce must not be negative, got -5"):
         Objective({"ce": CrossEntropyLoss()}, {"ce": Linear(start=0.0, end=-5.0)})

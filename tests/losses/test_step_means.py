@@ -87,7 +87,9 @@ def features(seed: int) -> dict[str, Tensor]:
         return randn(SIZE, *shape, seed=seed + len(shape))
 
     attention = (of(2, LENGTH, LENGTH) + randn(1, seed=seed)).softmax(-1)
-    found = {f"hidden[{i}]": of(LENGTH, WIDTH) + i for i in range(3)} | {f"attention[{i}]": attention.clone() for i in range(2)}
+    found = {f"hidden[{i}]": of(LENGTH, WIDTH) + i for i in range(3)} | {
+        f"attention[{i}]": attention.clone() for i in range(2)
+    }
     found |= {f"feature_maps[{i}]": of(WIDTH, 4, 4) * (i + 2) for i in (0, 1, -1, -2)}
     return found | {
         "attention[-1]": attention, "qkv[-1]": of(LENGTH, 3, WIDTH), "embeddings": of(LENGTH, WIDTH),
