@@ -17,6 +17,7 @@ from torch import nn
 from kd_lightning.callbacks import CacheFilling, MeanTeacher
 from kd_lightning.checks import check_folder, number_of_teachers, validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
+from kd_lightning.data.places import absolute
 from kd_lightning.data.tokens import tokenizer_fingerprint
 from kd_lightning.errors import ConfigError
 from kd_lightning.files import write_file
@@ -69,6 +70,7 @@ class Pipeline:
     def __init__(self, cfg: DictConfig, console: Console | None = None, data: ClassificationData | None = None) -> None:
         validate(cfg)
         self.cfg: dict[str, Any] = to_dict(cfg)
+        self.cfg["data"] = absolute(self.cfg["data"])
         self.console = console or Console()
         self.folder = Path(self.cfg["run_dir"])
         self.stages: list[str] = self.cfg["stages"]
@@ -96,7 +98,10 @@ class Pipeline:
             if "finetune" in self.stages:
                 self.finetune(seed)
         if rank() == 0:
-            write_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.cfg)))
+            write_file(
+                self.folder / "config.yaml",
+                OmegaConf.to_yaml(OmegaConf.create(self.cfg | {"run_dir": str(self.folder.absolute())})),
+            )
 
     def _rehearse(self) -> None:
         """Refuse before any training what does not fit."""
