@@ -231,10 +231,10 @@ def gradnorm_step(weight: Tensor, norm: Tensor, progress: Tensor, alpha: float, 
 
 
 def loss_shares(parts: Parts, weights: Weights) -> dict[str, Tensor]:
-    r"""Return each term's share :math:`|w_i L_i| / \sum_j |w_j L_j|` of the loss; zeros where all terms are zero."""
+    r"""Return shares :math:`|w_i L_i| / \sum_j |w_j L_j|` of the loss: zeros where all are, NaN where one is."""
     weighted = {name: (weights[name] * part.detach()).abs() for name, part in parts.items()}
     total = torch.stack(list(weighted.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return {name: (value / total).nan_to_num(0.0) for name, value in weighted.items()}
+    return {name: value / total for name, value in weighted.items()}
 
 
 def gradient_report(parts: Parts, weights: Weights) -> dict[str, float]:

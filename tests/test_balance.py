@@ -68,6 +68,7 @@ def test_loss_shares() -> None:
     assert {name: float(share) for name, share in shares.items()} == pytest.approx(
         {"ce": 0.2 / 2.0, "kd": 1.8 / 2.0, "off": 0.0}
     )
+    assert loss_shares({"ce": torch.tensor(1.0), "kd": torch.tensor(torch.nan)}, {"ce": 1.0, "kd": 1.0})["kd"].isnan()
     nothing = loss_shares({"ce": torch.tensor(0.0)}, {"ce": 1.0})
     assert float(nothing["ce"]) == 0.0
 
