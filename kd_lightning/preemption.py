@@ -1,4 +1,4 @@
-"""What a signal to stop (SIGUSR1, SIGUSR2, SIGTERM) does to a command: nothing at once while a network trains.
+"""What a signal to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) does to a command: nothing at once while a network trains.
 
 The handler only notes the signal. A training saves at the end of an optimizer step that all its processes agree on (see
 `callbacks.preemption`) and the command then leaves; outside of trainings, where nothing is half done that a kill could
@@ -8,6 +8,8 @@ lose, it leaves at once. How, depends on who started it:
   itself decides whether the job goes on (a preemption) or not (scancel), so we wait for that;
 - submitit: it handled these signals before us and does what it always does, after the training has saved;
 - no cluster: the command ends in one line, and the same command goes on.
+
+Ctrl-C is somebody who wants it to end: nothing is put back in a queue, and a second one ends the command at once.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from kd_lightning.errors import Interrupted
 from kd_lightning.processes import rank
 from kd_lightning.slurm.logs import job_id
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """The later one counts, should several come."""
 
 _before: dict[int, Any] = {}
@@ -38,10 +40,7 @@ _held = False
 
 
 def watch() -> None:
-    """Handle the signals from now on, and those that were blocked until now (`env --block-signal`).
-
-    Also takes them back from Lightning, whose handler of SIGTERM waits for other processes.
-    """
+    """Handle the signals from now on, and those that were blocked until now (`env --block-signal`)."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
@@ -105,12 +104,18 @@ def _heard(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGTERM and callable(_before[number]):
         _before[number](number, frame)  # submitit's, which lets it pass: another signal follows
         return
+    if number == signal.SIGINT == _asked:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     ask(signal.Signals(number))
     if _held:
+        if number == signal.SIGINT and rank() == 0:
+            os.write(2, b"kd-train: saving at the end of this step; another Ctrl-C ends it at once\n")
         for child in multiprocessing.active_children():
             if isinstance(child, SpawnProcess) and child.pid is not None:  # the training's own (ddp_spawn)
-                os.kill(child.pid, number)
-    elif rank() > 0:
+                # A terminal sends Ctrl-C to all of them, and a second one would end them.
+                os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
+    elif rank() > 0 and number != signal.SIGINT:
         _wait_for_the_first()
     elif number != signal.SIGTERM or job_id() is None:
         _leave("nothing was being trained")
@@ -126,6 +131,10 @@ def _leave(where: str) -> NoReturn:
     assert _asked is not None
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if _asked is signal.SIGINT:
+        if rank() == 0:
+            print(f"kd-train: interrupted: {where}; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
     theirs = _submitit()
     if theirs is not None:
         _hand_over(theirs)

@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from kd_lightning import config, points, preemption
-from kd_lightning.errors import Interrupted, KDError
+from kd_lightning.errors import Interrupted, KDError, interruptible
 from kd_lightning.processes import rank
 from kd_lightning.slurm.logs import link_logs
 
@@ -71,6 +71,7 @@ def _train(cfg: DictConfig) -> Pipeline:
     return pipeline
 
 
+@interruptible("kd-train", "nothing was being trained; the same command goes on")
 def main() -> None:
     """Entry point: a user's mistake ends in one line, anything else in its traceback."""
     config.register_resolvers()

@@ -27,7 +27,7 @@ from kd_lightning.errors import Interrupted
 from tests.conftest import tiny_overrides, write_toy_csv
 
 ROOT = Path(__file__).parent.parent
-TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+INT, TERM, USR1, USR2 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
 
 @pytest.fixture
@@ -96,6 +96,58 @@ def test_without_a_cluster_a_command_ends_in_one_line(number: signal.Signals) ->
     with pytest.raises(SystemExit) as ended:
         tell(number)
     assert ended.value.code == f"kd-train: {number.name}: nothing was being trained; the same command goes on"
+
+
+@pytest.mark.usefixtures("watched")
+def test_ctrl_c_ends_a_command_in_one_line_after_the_step(
+    scontrol: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = scontrol("")  # in a job, too, somebody wants it to end
+    with pytest.raises(SystemExit) as ended:
+        train(INT, Interrupted("distill is saved at step 5"))
+    assert ended.value.code == 130
+    line = capsys.readouterr().err.splitlines()[-1]  # the first one, to the terminal itself, says that it waits
+    assert line == "kd-train: interrupted: distill is saved at step 5; the same command goes on"
+    preemption._asked = None
+    with pytest.raises(SystemExit) as ended:
+        tell(INT)
+    assert ended.value.code == 130
+    assert told.read_text() == ""
+
+
+def test_a_second_ctrl_c_ends_a_training_at_once() -> None:
+    program = (
+        "import os, signal, time; from kd_lightning import preemption; preemption.watch(); preemption.hold();"
+        "os.kill(os.getpid(), signal.SIGINT); print('goes on', flush=True);"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(1); print('still there')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -INT
+    assert ended.stdout == "goes on\n"
+    assert ended.stderr == "kd-train: saving at the end of this step; another Ctrl-C ends it at once\n"
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_lightning_handles_no_signal_of_a_command(
+    number: signal.Signals, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a SIGTERM between its handler and the first step would end the training as if it were finished."""
+    load = TextFiles.train_dataloader
+
+    def told(self: TextFiles) -> Any:  # Lightning asks for it then
+        if preemption.asked() is None:
+            os.kill(os.getpid(), number)
+        return load(self)
+
+    handlers = signal.getsignal(TERM), signal.getsignal(INT)
+    preemption.hold()
+    monkeypatch.setattr(TextFiles, "train_dataloader", told)
+    learner = fit(write_toy_csv(tmp_path / "toy.csv", rows=60), tmp_path / "run", 1)
+    assert preemption.asked() is number
+    assert len(learner.seen) == 1
+    assert not learner.trainer.received_sigterm
+    assert (signal.getsignal(TERM), signal.getsignal(INT)) == handlers
 
 
 @pytest.mark.usefixtures("watched")
@@ -275,7 +327,9 @@ def test_what_another_process_heard_counts_here(watched: None, tmp_path: Path, m
         world_size=2, strategy=SimpleNamespace(root_device="cpu"), global_step=1, max_steps=9
     )
     callback = Preemption(tmp_path / "resume.ckpt", 1000, "distill")
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, _: tensor.fill_(2))
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda tensor, _: tensor.fill_(1 + preemption.SIGNALS.index(USR1))
+    )
     assert callback.is_due(trainer)
     assert preemption.asked() is USR1
 

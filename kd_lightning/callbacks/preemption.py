@@ -35,15 +35,15 @@ class Preemption(ResumeCheckpoint):
         self._stopping = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Handle signals in a process that was spawned for this training, too."""
-        if self._watching and not preemption.watching():
-            preemption.hold()
-            preemption.watch()
+        """Handle signals in a process that was spawned for this training, too, and keep Lightning from handling any.
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM back from Lightning."""
-        super().on_train_start(trainer, pl_module)
-        if self._watching:
+        Its handler of SIGTERM waits for other processes, and the training that it ends leaves as if it were finished.
+        """
+        if not self._watching:
+            return
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        if not preemption.watching():
+            preemption.hold()
             preemption.watch()
 
     def on_train_batch_start(

@@ -59,6 +59,8 @@ class ResumeCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         self._waiting = False
+        for logger in trainer.loggers:  # nobody logs again what came before the checkpoint
+            logger.save()
         if trainer.world_size == 1:
             with replacing(self.path) as temporary:
                 trainer.save_checkpoint(temporary, weights_only=False)

@@ -144,7 +144,7 @@ def read_curve(
 
     Its rows are sparse: each holds what was logged together at one step, the other cells are empty. A step that occurs
     twice (a resumed run logs the steps after its checkpoint again) counts with its last value. A row cut short by a
-    kill is skipped with a logged warning.
+    kill is skipped with a logged warning; a file that a kill left empty has no rows.
 
     Args:
         path: The CSV file.
@@ -164,6 +164,8 @@ def read_curve(
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader(file)
         columns = rows.fieldnames or []
+        if not columns:  # a kill came between the file and its first line
+            return Curve(seed, {}, {})
         if "step" not in columns:
             raise DataError(
                 f"{path}: no column 'step'; expected Lightning's metrics.csv, found columns {list(columns)}"

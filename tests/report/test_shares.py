@@ -113,3 +113,8 @@ def test_what_is_not_finite_is_left_out() -> None:
     figure = shares_figure(report)
     assert figure is not None
     assert list(figure.axes[0].lines[0].get_xdata()) == [0]
+
+
+def test_a_log_that_a_kill_left_empty_has_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").touch()
+    assert read_curve(tmp_path / "metrics.csv", seed=0) == Curve(0, {}, {})
