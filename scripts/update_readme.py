@@ -50,6 +50,22 @@ def benchmarks() -> str:
     return "\n".join([*lines, "", f"Measured with `python scripts/benchmark.py NAME` on {where}."]) + "\n"
 
 
+def gpu() -> str:
+    """Return docs/processes.md's table of what was timed on a GPU, from results/gpu.json."""
+    content = _read(ROOT / "results" / "gpu.json")
+    lines = ["| part | figure | median | goal | met |", "| :-- | :-- | --: | :-- | :-- |"]
+    for name, part in content["parts"].items():
+        for figure in part["figures"]:
+            unit = "" if figure["unit"] == "ratio" else f" {figure['unit']}"
+            met = {None: "", True: "yes", False: "**no**"}[figure["met"]]
+            median = f"{figure['median']:,.0f}" if figure["median"] >= 1000 else f"{figure['median']:.3g}"
+            lines.append(f"| `{name}` | {figure['name']} | {median}{unit} | {figure['goal'] or ''} | {met} |")
+    machine = content["environment"]
+    card = ", ".join(machine["cuda_devices"])
+    lines += ["", f"`{content['command']}`, {card}, torch {machine['versions']['torch']}, {machine['date'][:10]}."]
+    return "\n".join(lines) + "\n"
+
+
 def strategies() -> str:
     """Return the README's table of what every text strategy is worth to one student, from results/strategies.json."""
     content = _read(ROOT / "results" / "strategies.json")
@@ -280,8 +296,8 @@ def picture() -> None:
 
 
 TABLES = {
-    "benchmarks": benchmarks, "strategies": strategies, "export": exports, "sweep": sweep, "recipes": recipes,
-    "faults": faults,
+    "benchmarks": benchmarks, "gpu": gpu, "strategies": strategies, "export": exports, "sweep": sweep,
+    "recipes": recipes, "faults": faults,
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 
@@ -325,7 +341,10 @@ def main() -> None:
         record(given.record)
     if given.picture:
         picture()
-    for path in (ROOT / "README.md", ROOT / "docs" / "levers.md", ROOT / "docs" / "reliability.md"):
+    for path in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("levers", "processes", "reliability")),
+    ):
         old = path.read_text(encoding="utf-8")
         new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)
         if new == old:

@@ -218,9 +218,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _compiled_block() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Return `_block` in few passes over a GPU's memory in place of twenty.
 
-    It writes into none of its arguments: compiled by torch 2.11 it would read what it has written.
+    The number of words stays a constant of the compiled code, so that a GPU reads many of them at a time; numbers that
+    change become variables. It writes into none of its arguments: compiled by torch 2.11 it would read what it wrote.
     """
-    return torch.compile(_block, dynamic=True)
+    return torch.compile(_block)
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,6 @@ class AheadTeacher(Teacher):
     Order and number of the batches stay as they are, so a position that the trainer counts leads to the same batch
     after a resume.
 
-    It has not run on a GPU: order, values and end of epoch are tested on a CPU, the streams are not.
-
     Args:
         teacher: Answers without drawing random numbers, such as `FrozenTeacher`.
         device: The teacher's own GPU; by default it goes where the student is.

@@ -3,7 +3,7 @@
 Times are the device's after warm-ups, in rounds in turn; sizes are small on a CPU, where only that the parts run is of
 interest. FLOP are counted as usual: 2 a weight and token forwards, 4 more backwards, and attention's products.
 
-python -m gpu.timings PART    on the device that GPU_CHECK_DEVICE names
+python -m gpu.timings PART...    on the device that GPU_CHECK_DEVICE names
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -248,13 +249,13 @@ PARTS: dict[str, Callable[[], Iterable[Measure]]] = {
 }
 
 
-def main(part: str) -> None:
-    """Run a part; print each figure as soon as it is there."""
+def main(parts: list[str]) -> None:
+    """Run parts; print each figure as soon as it is there."""
     silence()
-    for measure in PARTS[part]():
+    for measure in chain.from_iterable(PARTS[part]() for part in parts):
         measure.goal = measure.goal if ON_GPU else None
         print("figure " + json.dumps(measure.to_dict()), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -33,6 +33,8 @@ from kd_lightning.types import Batch, ModelOutput
 
 DEVICE = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
+WARMING = os.environ.get("GPU_CHECK_WARMING") == "1"
+"""Whether only code is to be compiled, for a later process: two steps of each training, nothing in turn."""
 WORDS, CLASSES = 30_522, 2
 
 
@@ -120,6 +122,7 @@ class Clock(L.Callback):
 
 def train(module: NetworkModule, given: list[Batch], warm: int, steps: int, *, compile: bool = False) -> float:
     """Train as the pipeline does on a GPU, logging on; return the seconds of a step after the first `warm`."""
+    warm, steps = (1, 2) if WARMING else (warm, steps)
     data, teacher = Data(given), getattr(module, "teacher", None)
     if isinstance(teacher, AheadTeacher):
         data.around = teacher.around
@@ -193,7 +196,7 @@ def in_turn(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, list
     """Time several pieces of work in turn, each round beginning with another one."""
     found: dict[str, list[float]] = {name: [] for name in work}
     names = list(work)
-    for turn in range(rounds if ON_GPU else 1):
+    for turn in range(rounds if ON_GPU and not WARMING else 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             found[name].append(work[name]())
     return found

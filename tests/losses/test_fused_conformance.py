@@ -13,12 +13,12 @@ from tests.losses.conformance import Case, Conformance, randn, title
 
 
 def of_logits(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    matrix = torch.eye(student.shape[-1], dtype=student.dtype)
+    matrix = torch.eye(student.shape[-1], dtype=student.dtype, device=student.device)
     return chunked_soft_target(student, teacher, matrix, matrix, **options)
 
 
 def with_labels(student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    matrix = torch.eye(student.shape[-1], dtype=student.dtype)
+    matrix = torch.eye(student.shape[-1], dtype=student.dtype, device=student.device)
     return fused_linear_kd(student, teacher, matrix, matrix, labels, **options).loss
 
 

@@ -549,17 +549,17 @@ def test_the_term_names_a_feature_that_is_missing(case: Case) -> None:
     ("divergence", "dtype"), [("forward_kl", torch.bfloat16), ("reverse_kl", torch.float32), ("jsd", torch.bfloat16)]
 )
 def test_what_a_gpu_compiles_is_what_a_cpu_computes(divergence: str, dtype: torch.dtype) -> None:
-    """One compiled piece of code for all temperatures, weights and numbers of rows."""
+    """Temperatures, weights and numbers of rows that change are compiled once more, and not each time."""
     torch.compiler.reset()
-    block = torch.compile(chunked_linear._block, dynamic=True)
-    for rows, temperature, weight in ((37, 2.0, 0.5), (50, 3.3, 0.1), (12, 1.0, 0.7)):
+    chunked_linear._compiled_block.cache_clear()
+    for rows, temperature, weight in ((37, 2.0, 0.5), (50, 3.3, 0.1), (12, 1.5, 0.7), (21, 2.5, 0.2), (44, 1.0, 0.3)):
         generator = torch.Generator().manual_seed(rows)
         z_s, z_t = ((torch.randn(rows, 90, generator=generator) * 10).to(dtype) for _ in range(2))
         labels = torch.randint(90, (rows,), generator=generator)
         numbers = (weight, 1 - weight, temperature, divergence, 0.4, 0.0, 80)
         given = z_s.clone()
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            found = block(given, z_t[:, :80], labels, *numbers)
+        with torch._dynamo.config.patch(error_on_recompile=rows not in (37, 50)):
+            found = chunked_linear._compiled_block()(given, z_t[:, :80], labels, *numbers)
         assert torch.equal(given, z_s), "it writes into none of its arguments"
         expected = chunked_linear._block(z_s, z_t[:, :80], labels, *numbers)
         for value, other in zip(found, expected, strict=True):
