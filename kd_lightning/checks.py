@@ -17,7 +17,7 @@ from kd_lightning.balance import make_balance
 from kd_lightning.config import build, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.processes import launched
-from kd_lightning.runs import differences
+from kd_lightning.runs import check_stage, differences, read_config
 from kd_lightning.teachers.ensemble import Combine, shares_of
 from kd_lightning.teachers.frozen import Precision
 
@@ -384,11 +384,13 @@ def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: Names the first keys that differ.
+        KDError: Names the first file of a finished stage that is damaged or missing.
     """
-    known = folder / "config.yaml"
-    if not known.is_file():
+    for place in sorted({*folder.glob("*/stage.json"), *folder.glob("*/*/stage.json")}):
+        check_stage(place.parent)
+    if not (folder / "config.yaml").is_file():
         return
-    old, new = to_dict(OmegaConf.load(known)), dict(cfg)
+    old, new = to_dict(read_config(folder)), dict(cfg)
     if not set(old["stages"]) - {"teacher"}:
         return
     for key in ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps"):

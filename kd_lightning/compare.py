@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd_lightning import measure
+from kd_lightning.errors import DataError
 from kd_lightning.models.answers import Answers, answers, network_answers
 from kd_lightning.report import (
     Curve,
@@ -20,7 +21,7 @@ from kd_lightning.report import (
     read_curve,
     write_report,
 )
-from kd_lightning.runs import digest, load_run, read_json
+from kd_lightning.runs import digest, is_finished, load_run, read_stage
 from kd_lightning.training import say
 from kd_lightning.types import Batch
 
@@ -43,12 +44,10 @@ def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
     A report of these very trainings is printed again, not made again: the test split is read once.
     """
     folders = _finished(pipeline)
-    records = [read_json(folder / "stage.json") for found in folders.values() for folder in found]
-    trainings = digest(sorted(record["fingerprint"] for record in records))
-    path = pipeline.folder / "report.json"
-    if path.is_file() and (known := load_report(path))["settings"].get("trainings") == trainings:
-        report = known
-    else:
+    records = [read_stage(folder) for found in folders.values() for folder in found]
+    trainings = digest(sorted(record["fingerprint"] + record["files"]["model.safetensors"] for record in records))
+    report = _known_report(pipeline, trainings)
+    if report is None:
         report = _make(pipeline, folders, command, trainings)
         write_report(report, pipeline.folder)
     print_table(report, pipeline.console)
@@ -56,13 +55,29 @@ def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
     return report
 
 
+def _known_report(pipeline: Pipeline, trainings: str) -> dict[str, Any] | None:
+    """Return the report of these trainings, if it is there and whole; `report.md` is written again where it is gone."""
+    if not (pipeline.folder / "report.json").is_file():
+        return None
+    try:
+        report = load_report(pipeline.folder)
+    except DataError as error:
+        say(pipeline.console, f"{error}; it is made anew")
+        return None
+    if report["settings"].get("trainings") != trainings:
+        return None
+    if not (pipeline.folder / "report.md").is_file():
+        write_report(report, pipeline.folder)
+    return report
+
+
 def _finished(pipeline: Pipeline) -> dict[str, list[Path]]:
     """Return the finished stage folders by stage: the assistants', and the students' of this run, one folder a seed."""
     names = [f"assistant_{number}" for number in range(1, len(pipeline.cfg["assistants"]) + 1)]
-    found = {name: [folder] for name in names if ((folder := pipeline.folder / name) / "stage.json").is_file()}
+    found = {name: [folder] for name in names if is_finished(folder := pipeline.folder / name)}
     for stage in TITLES:
         folders = [pipeline.folder / f"seed_{seed}" / stage for seed in pipeline.seeds]
-        if all((folder / "stage.json").is_file() for folder in folders):
+        if all(map(is_finished, folders)):
             found[stage] = folders
     if "teacher" in pipeline.stages:
         teachers = pipeline.teacher.members or [pipeline.teacher]
@@ -82,7 +97,7 @@ def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trai
     if teacher is not None:
         results.insert(0, _teacher(pipeline, teacher, speeds.get("teacher", (None, None))))
     labels = torch.cat([batch["labels"] for batch in data.test_dataloader()])
-    records = {stage: [read_json(folder / "stage.json") for folder in found] for stage, found in folders.items()}
+    records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
     return build_report(
         results,
         run=str(pipeline.folder),
@@ -129,7 +144,7 @@ def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> Mode
         size=measure.size(pipeline.teacher.network),
         latency=speed[0],
         throughput=speed[1],
-        training_seconds=[sum(read_json(folder / "stage.json")["seconds"] for folder in folders)] if folders else [],
+        training_seconds=[sum(read_stage(folder)["seconds"] for folder in folders)] if folders else [],
         curves=[_curve(folder, pipeline.seeds[0], task.main) for folder in folders] if len(teachers) == 1 else [],
         correct=list(filter(None, [task.correct(said["test"])])),
     )
@@ -156,7 +171,7 @@ def _student(
         size=measure.size(network, folders[-1] / "model.safetensors"),
         latency=speed[0],
         throughput=speed[1],
-        training_seconds=[read_json(folder / "stage.json")["seconds"] for folder in folders],
+        training_seconds=[read_stage(folder)["seconds"] for folder in folders],
         curves=[
             _curve(folder, seed, pipeline.task.main) for seed, folder in zip(pipeline.seeds, folders, strict=False)
         ],

@@ -122,18 +122,13 @@ def evaluate_file(model: TrainedModel, file: str, reader: FileReader, numbered: 
 
 def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, float]:
     """Score a model on the validation or test split of the run it came from."""
-    from omegaconf import DictConfig, OmegaConf
-
-    from kd_lightning.config import build
+    from kd_lightning.export.exported import is_export
+    from kd_lightning.export.source import role_of, run_data
     from kd_lightning.models.answers import network_answers
-    from kd_lightning.runs import read_json
 
-    root = next((folder for folder in (run, *run.parents) if (folder / "config.yaml").is_file()), None)
-    if root is None:
-        raise KDError(f"{run}: neither it nor a folder above it has the config.yaml of a finished run; give --file")
-    cfg = OmegaConf.load(root / "config.yaml")
-    assert isinstance(cfg, DictConfig)
-    data = build(cfg["data"]).select(tokens=read_json(model.folder / "task.json")["role"])
+    if is_export(model.folder):
+        raise KDError(f"{run} is an export, which knows no data: give the run folder, or --file")
+    data = run_data(model.folder, "score the file with --file").select(tokens=role_of(model.folder))
     said = network_answers(model.network, data.val_dataloader() if split == "validation" else data.test_dataloader())
     scores: dict[str, float] = data.task.evaluate(said)
     return scores | {"examples": float(len(said.labels))}

@@ -2,28 +2,102 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+import shutil
 import socket
+import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
+_LONG_AGO = 86_400.0
+"""Seconds after which nobody on another machine writes a temporary file still."""
+_numbers = itertools.count()
+
+
+def temporary_name(name: str) -> str:
+    """Return a name for what becomes `name` when it is whole: this process's own, and known to `remove_temporary`."""
+    return f".{name}.{next(_numbers)}.{os.getpid()}@{socket.gethostname()}.tmp"
+
+
+def remove_temporary(folder: Path, alone: bool = False) -> None:
+    """Remove what killed processes have half written in a folder, files and folders.
+
+    Args:
+        folder: Where to look; nothing below its folders.
+        alone: Whether no other process writes there, as for the holder of its lock. Otherwise what a living process
+            of this machine may be writing stays, and what one of another machine has begun within a day.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and (alone or not _may_be_written(path, int(match[1]), match[2])):
+            with suppress(FileNotFoundError):  # another process of this command was faster
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _may_be_written(path: Path, process: int, host: str) -> bool:
+    if host != socket.gethostname():
+        with suppress(FileNotFoundError):
+            return time.time() - path.lstat().st_mtime < _LONG_AGO
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a new folder, to be moved to where it belongs; what is still there at the end is removed.
+
+    What killed processes left of the kind in `parent` is removed first.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    remove_temporary(parent)
+    folder = parent / temporary_name(name)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, to be written; afterwards it takes `path`'s place in one step.
 
-    Whatever goes wrong (a full disk, Ctrl-C), `path` stays as it was and nothing half-written stays beside it.
+    Whatever goes wrong (a full disk, Ctrl-C), `path` stays as it was and nothing half-written stays beside it. Its mode
+    is what the umask makes of a new file, whoever writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
+        mode = _mode_of_new(temporary)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode_of_new(path: Path) -> int:
+    """Return the mode of a file that is made now."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
 
 
 def write_file(path: Path, content: str | bytes) -> None:

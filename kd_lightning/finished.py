@@ -15,7 +15,7 @@ from torch import nn
 from kd_lightning.data import ClassificationData, MultiTaskData
 from kd_lightning.errors import ConfigError
 from kd_lightning.module import DistillationModule
-from kd_lightning.runs import load_run
+from kd_lightning.runs import is_finished, load_run
 from kd_lightning.teachers import AheadTeacher, CalibratedTeacher, MultiTaskTeacher, SideBySide, Teacher
 from kd_lightning.teachers.ensemble import Combine
 from kd_lightning.teachers.frozen import Precision
@@ -34,7 +34,7 @@ def finished_network(checkpoint: str, num_classes: int | None = None) -> nn.Modu
         ConfigError: A Hugging Face name without `num_classes`, or whatever `models.hf.finished` refuses.
     """
     with torch.random.fork_rng():
-        if (Path(checkpoint) / "stage.json").is_file():
+        if is_finished(Path(checkpoint)):
             return load_run(checkpoint).network.train()
         if num_classes is None:
             raise ConfigError(

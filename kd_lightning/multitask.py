@@ -18,7 +18,7 @@ from kd_lightning.models.fits import check_length
 from kd_lightning.objective import Objective
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.rehearsal import check_batches, try_out
-from kd_lightning.runs import digest
+from kd_lightning.runs import digest, is_finished
 from kd_lightning.schedules import Times
 from kd_lightning.tasks import MultiTask
 from kd_lightning.teachers import MultiTaskTeacher, SideBySide, Teacher
@@ -143,7 +143,7 @@ class MultiTaskPipeline(Pipeline):
     def has_teacher(self) -> bool:
         """True when this run trains, loads or holds a teacher for every task."""
         return "teacher" in self.stages or all(
-            part.cfg["teacher"]["checkpoint"] is not None or (part.folder / "teacher" / "stage.json").is_file()
+            part.cfg["teacher"]["checkpoint"] is not None or is_finished(part.folder / "teacher")
             for part in self.parts.values()
         )
 

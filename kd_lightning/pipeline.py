@@ -20,7 +20,6 @@ from kd_lightning.config import build, in_sweep, lookup, parameters, processes, 
 from kd_lightning.data.places import absolute
 from kd_lightning.data.tokens import tokenizer_fingerprint
 from kd_lightning.errors import ConfigError
-from kd_lightning.files import write_file
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.fits import check_length
@@ -31,7 +30,17 @@ from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.objective import Objective
 from kd_lightning.processes import first, rank
 from kd_lightning.rehearsal import has_start, rehearse, source_of, takes_from_teacher
-from kd_lightning.runs import digest, file_digest, find_stage, load_run, read_json, validation_score
+from kd_lightning.runs import (
+    digest,
+    file_digest,
+    find_stage,
+    is_finished,
+    load_run,
+    read_json,
+    read_stage,
+    validation_score,
+    write_config,
+)
 from kd_lightning.shared import shared, stamps
 from kd_lightning.teachers import (
     AheadTeacher,
@@ -98,10 +107,8 @@ class Pipeline:
             if "finetune" in self.stages:
                 self.finetune(seed)
         if rank() == 0:
-            write_file(
-                self.folder / "config.yaml",
-                OmegaConf.to_yaml(OmegaConf.create(self.cfg | {"run_dir": str(self.folder.absolute())})),
-            )
+            kept = self.cfg | {"run_dir": str(self.folder.absolute())}
+            write_config(self.folder, OmegaConf.to_yaml(OmegaConf.create(kept)))
 
     def _rehearse(self) -> None:
         """Refuse before any training what does not fit."""
@@ -116,7 +123,7 @@ class Pipeline:
             else:
                 said = network_answers(self.teacher.network, data.val_dataloader(), self.device)
             return self.task.evaluate(said)[self.task.main]
-        records = [read_json(self._folder(seed, self.stages[-1]) / "stage.json") for seed in self.seeds]
+        records = [read_stage(self._folder(seed, self.stages[-1])) for seed in self.seeds]
         return sum(map(validation_score, records)) / len(records)
 
     # -- the stages ---------------------------------------------------------------------------------------------------
@@ -148,7 +155,7 @@ class Pipeline:
         return read_teacher(self.folder / name, self.data)
 
     def _is_tuned(self, number: int) -> bool:
-        return (self.folder / teacher_name(number) / "stage.json").is_file()
+        return is_finished(self.folder / teacher_name(number))
 
     def baseline(self, seed: int, name: str) -> None:
         """Train the student from labels alone, for as many steps as the distillation takes."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from kd_lightning.config import in_sweep
 from kd_lightning.errors import Interrupted
-from kd_lightning.files import write_file
 from kd_lightning.processes import rank
+from kd_lightning.seals import write_sealed
 
 OVERRIDES, SCORE, FAILURE = "overrides.json", "score.json", "failure.json"
 GRID = "BasicSweeper"
@@ -84,5 +84,5 @@ def recorded(cfg: DictConfig) -> Iterator[Point]:
         _write(place / SCORE, {"score": point.score, "metric": point.metric})
 
 
-def _write(path: Path, content: object) -> None:
-    write_file(path, json.dumps(content, indent=2) + "\n")
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_sealed(path, content)

@@ -2,26 +2,40 @@
 
 A stage folder (`RUN/teacher`, `RUN/seed_0/distill`) is finished once it holds `stage.json`, which is written last.
 Beside it: `model.json` (how to rebuild the network), `model.safetensors` (its weights), `task.json` and `tokenizer/`
-(what goes in and which classes come out), and while it trains `checkpoints/`.
+(what goes in and which classes come out), and while it trains `checkpoints/`. `stage.json` holds the sha256 of these
+files and of itself; whatever is read back is held against them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import replacing, write_file
+from kd_lightning.seals import check_seal, read_sealed, seal, sha256, write_sealed
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from kd_lightning.data.image_store import ImageFormat
     from kd_lightning.tasks import Task
+
+NETWORK = ("model.json", "model.safetensors", "task.json", "tokenizer")
+"""What a finished stage's network is read from."""
+
+LOGS = ("csv",)
+"""What its learning curves are read from."""
+
+BASELINES = ("baseline_initialised", "baseline")
+TAUGHT = ("finetune", "distill")
+"""The stages of a student, the last ones first."""
 
 
 @dataclass
@@ -69,8 +83,7 @@ def digest(settings: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """Return a fingerprint of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path)[:16]
 
 
 def network_digest(network: nn.Module) -> str:
@@ -107,6 +120,42 @@ def save_network(
         save_file(state, temporary)
 
 
+def finish_stage(folder: Path, record: dict[str, Any]) -> None:
+    """Write `stage.json`, with which a stage is finished: its record, and the sha256 of its files."""
+    write_sealed(folder / "stage.json", {**record, "files": seal(folder, (*NETWORK, *LOGS))})
+
+
+def read_stage(folder: Path) -> dict[str, Any]:
+    """Read the record of a finished stage.
+
+    Raises:
+        KDError: It is missing or damaged.
+    """
+    return read_sealed(folder / "stage.json", train_again(folder))
+
+
+def check_stage(folder: Path, names: Iterable[str] = (*NETWORK, *LOGS)) -> dict[str, Any]:
+    """Read the record of a finished stage, whose files must be those it was finished with.
+
+    Raises:
+        KDError: Names the file that is missing, damaged or from elsewhere.
+    """
+    record = read_stage(folder)
+    check_seal(folder, record["files"], names, train_again(folder))
+    return record
+
+
+def read_task(folder: Path) -> dict[str, Any]:
+    """Read what goes into a stage's network and what comes out, and on which examples it was trained (`data`)."""
+    task: dict[str, Any] = read_json(folder / "task.json")
+    return task
+
+
+def train_again(folder: Path) -> str:
+    """Return what can be done about a finished stage that is damaged."""
+    return f"restore it, or remove {folder} and run the same kd-train again, which trains that stage anew"
+
+
 def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
     """Read a trained student (or any stage's network) back.
 
@@ -118,7 +167,7 @@ def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
         seed: Which seed of a run with several; None takes the one with the best validation accuracy.
 
     Raises:
-        KDError: The folder holds no finished network.
+        KDError: The folder holds no finished network, or a damaged one.
     """
     from safetensors.torch import load_file
 
@@ -126,10 +175,11 @@ def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
     from kd_lightning.models.rebuild import from_description, is_description
 
     stage = find_stage(Path(folder), seed)
+    check_stage(stage, NETWORK)
     settings = read_json(stage / "model.json")
     network = from_description(settings) if is_description(settings) else build(settings)
     network.load_state_dict(load_file(stage / "model.safetensors"))
-    task = read_json(stage / "task.json")
+    task = read_task(stage)
     tokenizer = None
     if (stage / "tokenizer").is_dir():
         from transformers import AutoTokenizer
@@ -152,22 +202,109 @@ def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
 def find_stage(folder: Path, seed: int | None = None) -> Path:
     """Return the stage folder that a user means by `folder`: itself, or the run's student that is best on validation.
 
-    Distilled and fine-tuned students come before baselines, whatever their scores.
+    Distilled and fine-tuned students come before baselines, whatever their scores. Of a run that is to have them and
+    lacks one, no other student is taken in its place.
+
+    Raises:
+        KDError: There is no finished student, or the run is unfinished.
     """
-    if (folder / "stage.json").is_file():
+    if is_finished(folder):
         return folder
-    seeds = sorted(folder.glob("seed_*" if seed is None else f"seed_{seed}"))
-    for stages in (("finetune", "distill"), ("baseline_initialised", "baseline")):
-        found = [root / stage for root in seeds for stage in stages if (root / stage / "stage.json").is_file()]
-        if found:
-            return max(found, key=lambda stage: validation_score(read_json(stage / "stage.json")))
-    which = "" if seed is None else f" of seed {seed}"
-    raise KDError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
+    if (folder / "settings.json").is_file():
+        raise KDError(f"{folder} is unfinished, it has no stage.json: {GO_ON}")
+    seeds = [root for root in sorted(folder.glob("seed_*" if seed is None else f"seed_{seed}")) if root.is_dir()]
+    taught, baselines = (
+        [root / stage for root in seeds for stage in stages if is_finished(root / stage)]
+        for stages in (TAUGHT, BASELINES)
+    )
+    found = taught or baselines
+    if unfinished := _unfinished(folder, seeds, seed):
+        place = unfinished[-1]
+        how = f"{place.relative_to(folder)} {'has begun' if place.is_dir() else 'is missing'}"
+        instead = f"; or name on purpose one that is finished: {', '.join(map(str, found))}" if found else ""
+        raise KDError(f"{folder} is unfinished ({how}): {GO_ON}{instead}")
+    if not found:
+        which = "" if seed is None else f" of seed {seed}"
+        raise KDError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
+    return max(found, key=lambda stage: validation_score(read_stage(stage)))
+
+
+GO_ON = "run the same kd-train again, and it goes on where it stopped"
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a stage's training has ended."""
+    return (folder / "stage.json").is_file()
+
+
+def _unfinished(folder: Path, seeds: Sequence[Path], seed: int | None) -> list[Path]:
+    """Return which distillations and fine-tunings a run is to have, or has begun, and does not have."""
+    if (folder / "config.yaml").is_file():
+        cfg = read_config(folder)
+        asked = set(cfg.get("stages", ()))
+        if seeds and seed is None and "seed" in cfg and "seeds" in cfg:
+            known = {folder / f"seed_{cfg.seed + number}" for number in range(cfg.seeds)}
+            seeds = sorted({*seeds, *known})
+    else:  # it is written at the end of a run
+        asked = {"distill"}
+    wanted = [(root / stage, stage in asked) for root in seeds for stage in reversed(TAUGHT)]
+    return [place for place, is_asked in wanted if not is_finished(place) and (is_asked or place.is_dir())]
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Write the configuration of a finished run, `config.yaml`, with a checksum in its first line."""
+    write_file(folder / "config.yaml", f"{CONFIG_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Read the configuration of a finished run.
+
+    Raises:
+        KDError: It is missing or damaged.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    path = folder / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        first, _, rest = text.partition("\n")
+        if first.startswith(CONFIG_SEAL) and first != CONFIG_SEAL + hashlib.sha256(rest.encode()).hexdigest():
+            raise KDError(
+                f"{path} was damaged or changed since the run: restore it, or remove it and run the same kd-train "
+                "again, which writes it anew; if the change is meant, remove its first line"
+            )
+        cfg = OmegaConf.create(text)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise KDError(f"{path} cannot be read ({reason}): remove it and run the same kd-train again") from error
+    if not isinstance(cfg, DictConfig):
+        raise KDError(f"{path} is no configuration: remove it and run the same kd-train again")
+    return cfg
+
+
+CONFIG_SEAL = "# sha256 of what follows: "
+
+
+def run_root(stage: Path) -> Path | None:
+    """Return the folder with the configuration of the run that a stage is of, if it is finished."""
+    above = [stage, *stage.absolute().parents[:2]]  # RUN/teacher, RUN/seed_0/distill
+    return next((folder for folder in above if (folder / "config.yaml").is_file()), None)
 
 
 def teacher_stage(folder: Path) -> Path | None:
-    """Return the finished teacher that `teacher.checkpoint` means by a folder: the run's, or the stage itself."""
-    return next((place for place in (folder / "teacher", folder) if (place / "stage.json").is_file()), None)
+    """Return the finished teacher that `teacher.checkpoint` means by a folder: the run's, or the stage itself.
+
+    Raises:
+        KDError: It has begun and is not finished.
+    """
+    for place in (folder / "teacher", folder):
+        if is_finished(place):
+            return place
+        if (place / "settings.json").is_file():
+            raise KDError(f"{place} is unfinished, it has no stage.json: {GO_ON}")
+    return None
 
 
 def validation_score(record: dict[str, Any]) -> float:
@@ -180,19 +317,27 @@ def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) 
 
     Raises:
         ConfigError: The folder belongs to other settings; says which differ.
+        KDError: A file of the finished stage is damaged or missing.
     """
-    finished = folder / "stage.json"
-    known = finished if finished.is_file() else folder / "settings.json"
-    if not known.is_file():
+    finished = is_finished(folder)
+    if not finished and not (folder / "settings.json").is_file():
         return False
-    record = read_json(known)
+    record = check_stage(folder) if finished else read_sealed(folder / "settings.json", remove_it(folder))
     if record["fingerprint"] == fingerprint:
-        return finished.is_file()
-    changed = sorted(differences(record["settings"], settings))
+        return finished
+    changed = [
+        "data: examples, labels, splits, tokenizer or max_length changed" if key.startswith("data was ") else key
+        for key in sorted(differences(record["settings"], settings))
+    ]
     raise ConfigError(
-        f"{folder} holds a {'finished' if finished.is_file() else 'begun'} training with other settings "
+        f"{folder} holds a {'finished' if finished else 'begun'} training with other settings "
         f"({'; '.join(changed[:3])}): choose another name=... or remove it"
     )
+
+
+def remove_it(folder: Path) -> str:
+    """Return what can be done about a stage that has begun and is damaged."""
+    return f"remove {folder} and run the same kd-train again, which begins that stage anew"
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -26,7 +26,16 @@ from kd_lightning.config import tokenizer_beside
 from kd_lightning.errors import CacheError, ConfigError, KDError
 from kd_lightning.models.answers import answers
 from kd_lightning.models.rebuild import describe
-from kd_lightning.runs import differences, digest, file_digest, load_run, network_digest, read_json, teacher_stage
+from kd_lightning.runs import (
+    differences,
+    digest,
+    file_digest,
+    is_finished,
+    load_run,
+    network_digest,
+    read_json,
+    teacher_stage,
+)
 from kd_lightning.shared import shared, stamps
 from kd_lightning.tasks import Regression
 from kd_lightning.teachers import (
@@ -75,7 +84,7 @@ def load_teacher(checkpoint: str | list[str], data: ClassificationData, console:
         return ensemble([_load_member(one, data, console) for one in checkpoint])
     stage = teacher_stage(Path(checkpoint))
     if stage is not None:
-        if stage == Path(checkpoint, "teacher") and Path(checkpoint, "teacher_1", "stage.json").is_file():
+        if stage == Path(checkpoint, "teacher") and is_finished(Path(checkpoint, "teacher_1")):
             say(
                 console,
                 f"teacher  {checkpoint} holds several: this is the first, a list takes all of them",

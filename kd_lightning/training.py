@@ -20,12 +20,14 @@ from torch import nn
 
 from kd_lightning import preemption
 from kd_lightning.callbacks import Compilation, Preemption, StageProgress
+from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints
 from kd_lightning.config import build, lookup, processes
 from kd_lightning.errors import Interrupted, KDError
-from kd_lightning.files import alone
+from kd_lightning.files import alone, remove_temporary
 from kd_lightning.models.answers import network_answers
 from kd_lightning.processes import environment, first, rank
-from kd_lightning.runs import check_fingerprint, digest, read_json, save_network, write_json
+from kd_lightning.runs import check_fingerprint, digest, finish_stage, read_stage, save_network
+from kd_lightning.seals import write_sealed
 
 if TYPE_CHECKING:
     from kd_lightning.base import NetworkModule
@@ -104,30 +106,42 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
             fingerprint = digest(stage.settings)
             finished = check_fingerprint(stage.folder, fingerprint, stage.settings)
             if rank() == 0 and not finished:
-                write_json(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
+                _clean_up(stage, fingerprint, console)
+                write_sealed(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
         if finished:
             say(console, f"{stage.name}  finished before, reused from {stage.folder}")
         else:
             with preemption.holding():
                 _fit(stage, fingerprint, console)
-    record: dict[str, Any] = read_json(stage.folder / "stage.json")
-    return record
+    return read_stage(stage.folder)
 
 
 def _say_waiting(console: Console, stage: Stage, line: str) -> None:
     say(console, f"{stage.name}  {line}, which trains it in {stage.folder}")
 
 
+def _clean_up(stage: Stage, fingerprint: str, console: Console) -> None:
+    """Remove what cannot be gone on from: files that killed processes half wrote, damaged or foreign checkpoints."""
+    checkpoints = stage.folder / "checkpoints"
+    for folder in (stage.folder, checkpoints):
+        remove_temporary(folder, alone=True)
+    wrong = problem(checkpoints, fingerprint)
+    if wrong is not None:
+        say(console, f"{stage.name}  {wrong}: it is removed, and the stage begins again")
+    if wrong is not None or not (checkpoints / RESUME).is_file():
+        remove_checkpoints(checkpoints)
+
+
 def _fit(stage: Stage, fingerprint: str, console: Console) -> None:
     """Train, in all processes; then keep the best weights, in the first."""
     steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
-    resume = stage.folder / "checkpoints" / "resume.ckpt"
+    resume = stage.folder / "checkpoints" / RESUME
     best, timer, started = _best(stage), Timer(), time.monotonic()
     callbacks = [StageProgress(stage.name, console), timer, best, *stage.more_callbacks]
     if stage.compile:
         callbacks.append(Compilation())
     module = stage.module(stage.network)
-    trainer = _trainer(stage, steps, callbacks, resume)
+    trainer = _trainer(stage, steps, callbacks, resume, fingerprint)
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise Interrupted(f"{stage.name} was interrupted; the same command goes on from {resume}")
@@ -158,7 +172,7 @@ def _keep(
         raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower optimizer.lr")
     task = {
         "class_names": stage.data.class_names, "predicts": stage.data.task.description, **stage.data.input_format,
-        "role": stage.role,
+        "role": stage.role, "data": stage.data.labelled,
     }  # fmt: skip
     tokenizer = stage.data.tokenizer_of(stage.role)
     save_network(stage.folder, network, stage.network_settings, task, tokenizer)
@@ -172,9 +186,8 @@ def _keep(
         "selected_by": stage.data.task.main,
         **stage.notes,
     }
-    write_json(stage.folder / "stage.json", record)
-    for file in (stage.folder / "checkpoints").glob("*.ckpt"):
-        file.unlink()
+    finish_stage(stage.folder, record)
+    remove_checkpoints(stage.folder / "checkpoints")
 
 
 def say(console: Console, line: str) -> None:
@@ -195,7 +208,7 @@ def averages(callbacks: dict[str, Any]) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, WeightAveraging) for kind in kinds)
 
 
-def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
+def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path, fingerprint: str) -> L.Trainer:
     """Build the trainer; the callbacks that the pipeline relies on come before the user's."""
     accumulate = int(stage.trainer.get("accumulate_grad_batches", 1))
     callbacks = [*callbacks, Preemption(resume, stage.checkpoint_every, stage.name)]
@@ -213,6 +226,6 @@ def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path
     trainer: L.Trainer = build(
         settings, callbacks=callbacks, logger=loggers or False, default_root_dir=str(stage.folder),
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
-        plugins=[*plugins, environment()],
+        plugins=[*plugins, environment(), SealedCheckpoints(fingerprint)],
     )  # fmt: skip
     return trainer

@@ -21,6 +21,7 @@ from kd_lightning.compare import compare
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.predict import main as predict
+from kd_lightning.report import load_report
 from kd_lightning.runs import load_run, network_digest
 from tests.conftest import tiny_overrides
 
@@ -55,7 +56,7 @@ def test_every_stage_leaves_a_network_and_the_report_compares_them(
     assert models["distilled"]["test"]["accuracy"]["mean"] > 0.5
     assert len(models["baseline"]["test"]["accuracy"]["values"]) == 2
     assert report["seeds"] == [0, 1]
-    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    assert load_report(tmp_path / "run") == report
     steps = [
         json.loads((tmp_path / "run" / "seed_0" / stage / "stage.json").read_text())["steps"]
         for stage in ("baseline", "distill")

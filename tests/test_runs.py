@@ -19,11 +19,12 @@ from kd_lightning.runs import (
     check_fingerprint,
     digest,
     find_stage,
+    finish_stage,
     load_run,
     network_digest,
     save_network,
-    write_json,
 )
+from kd_lightning.seals import write_sealed
 from kd_lightning.training import planned_steps
 
 
@@ -48,7 +49,7 @@ def data(toy_csv: Path, own_home: Path) -> TextFiles:
 def save(folder: Path, data: TextFiles, network: nn.Module, accuracy: float = 0.5, **settings: object) -> None:
     task = {"class_names": data.class_names, "max_length": 16, "texts": 1, "role": "student"}
     save_network(folder, network, dict(settings), task, data.student_tokenizer)
-    write_json(folder / "stage.json", {"fingerprint": "f", "settings": {}, "validation": {"accuracy": accuracy}})
+    finish_stage(folder, {"fingerprint": "f", "settings": {}, "validation": {"accuracy": accuracy}})
 
 
 @pytest.fixture
@@ -96,12 +97,12 @@ def test_a_users_network_is_rebuilt_from_its_settings(tmp_path: Path, data: Text
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     settings = {"optimizer": {"lr": 0.1}, "steps": 5}
     assert check_fingerprint(tmp_path, digest(settings), settings) is False
-    write_json(tmp_path / "settings.json", {"fingerprint": digest(settings), "settings": settings})
+    write_sealed(tmp_path / "settings.json", {"fingerprint": digest(settings), "settings": settings})
     assert check_fingerprint(tmp_path, digest(settings), settings) is False
     other = {"optimizer": {"lr": 0.2}, "steps": 5}
     with pytest.raises(ConfigError, match=r"begun training with other settings \(optimizer.lr was 0.1, now 0.2\)"):
         check_fingerprint(tmp_path, digest(other), other)
-    write_json(tmp_path / "stage.json", {"fingerprint": digest(settings), "settings": settings})
+    finish_stage(tmp_path, {"fingerprint": digest(settings), "settings": settings})
     assert check_fingerprint(tmp_path, digest(settings), settings) is True
 
 

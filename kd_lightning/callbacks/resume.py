@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kd_lightning.callbacks.checkpoints import SealedCheckpoints
 from kd_lightning.files import replacing
 
 
@@ -61,6 +62,9 @@ class ResumeCheckpoint(Checkpoint):
         self._waiting = False
         for logger in trainer.loggers:  # nobody logs again what came before the checkpoint
             logger.save()
+        if isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):  # which replaces the file itself
+            trainer.save_checkpoint(self.path, weights_only=False)
+            return
         if trainer.world_size == 1:
             with replacing(self.path) as temporary:
                 trainer.save_checkpoint(temporary, weights_only=False)

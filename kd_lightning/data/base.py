@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import lightning as L
@@ -166,6 +166,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         self.fingerprint = ""
         self._without_pool: tuple[str, ...] = ("train", "validation", "test")  # the parts that are no pool
         self._fingerprints: dict[bool, str] = {}  # with the pool and without
+        self._labelled = ""
         self.teacher_key: dict[str, Any] = {}
         self.around: Callable[[DataLoader[Batch]], Any] | None = None
         self._tokens: Literal["student", "teacher", "both"] = "both"
@@ -265,6 +266,18 @@ class ClassificationData(L.LightningDataModule, ABC):
     def input_format(self) -> dict[str, Any]:
         """What a saved network must be given besides its weights, as JSON-able values (`task.json` of a run)."""
 
+    @property
+    def labelled(self) -> str:
+        """Names the labelled examples, their splits and classes, whoever reads them and whatever fold is left out."""
+        return self._labelled or self._fingerprints.get(False, self.fingerprint)
+
+    def read_with(self, tokenizers: Mapping[Role, str]) -> None:
+        """Read texts with these tokenizers instead of those that the options name; to be called before `prepare`.
+
+        Args:
+            tokenizers: Folders, by who reads with them.
+        """
+
     def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast | None:
         """Return the tokenizer of a network's inputs; None where they are no texts."""
         return None
@@ -324,7 +337,7 @@ class ClassificationData(L.LightningDataModule, ABC):
     def without_fold(self, fold: int, count: int) -> Self:
         """Return the same data of which one of `count` folds, with its views, is not trained on."""
         chosen = self._copy()
-        chosen._left_out = self.folds(count) == fold
+        chosen._left_out, chosen._labelled = self.folds(count) == fold, self.labelled
         for pool, parts in ((True, PARTS), (False, self._without_pool)):
             bits = np.packbits(self._of(chosen._left_out, parts)).tobytes()
             marked = hashlib.sha256(self._fingerprints.get(pool, self.fingerprint).encode() + bits).hexdigest()

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_lightning.assets import discard_folder, new_folder
-from kd_lightning.errors import ConfigError, DataError
+from kd_lightning.errors import ConfigError, DataError, KDError
+from kd_lightning.seals import check_seal, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when the files of a stored image array change, so that older ones are not read."""
 
 
@@ -95,17 +96,22 @@ class ImageStore:
     digest: str
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_images, (self.folder,)  # processes share the file, not copies of the array
+        return open_images, (self.folder, False)  # processes share the file, not copies of the array
 
 
-def open_images(folder: Path) -> ImageStore:
+def open_images(folder: Path, checked: bool = True) -> ImageStore:
     """Open stored images.
 
+    Args:
+        folder: Where they are stored.
+        checked: Whether to hold the pixels against their checksum.
+
     Raises:
-        ValueError: The files do not fit each other.
-        OSError: A file is missing.
+        KDError: A file is missing or damaged.
     """
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = read_sealed(folder / "meta.json", "it is written anew")
+    if checked:
+        check_seal(folder, {"pixels.uint8": meta["digest"]}, ["pixels.uint8"], "it is written anew")
     pixels = np.memmap(folder / "pixels.uint8", np.uint8, "r", shape=tuple(meta["shape"]))
     return ImageStore(folder, np.asarray(pixels), meta["digest"])  # as a plain array it is indexed faster
 
@@ -122,9 +128,9 @@ def store_images(cache: Path, key: Any, shape: tuple[int, ...], images: Iterable
     folder = cache / hashlib.sha256(json.dumps([LAYOUT, shape, key]).encode()).hexdigest()
     try:
         return open_images(folder)
-    except (OSError, ValueError, KeyError):
+    except (KDError, OSError, ValueError, KeyError) as error:
         if folder.exists():
-            log.warning("%s is damaged: reading the images again", folder)
+            log.warning("%s; reading the images again", error)
             discard_folder(folder)
     log.info("reading %d images into %s", shape[0], folder)
     with new_folder(folder) as temporary:
@@ -135,5 +141,5 @@ def store_images(cache: Path, key: Any, shape: tuple[int, ...], images: Iterable
                 digest.update(content)
                 file.write(content)
         meta = {"shape": shape, "digest": digest.hexdigest()}
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write_sealed(temporary / "meta.json", meta)
     return open_images(folder)

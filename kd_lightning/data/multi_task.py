@@ -104,6 +104,16 @@ class MultiTaskData(ClassificationData):
         return MultiTask({name: data.task for name, data in self.tasks.items()})
 
     @property
+    def labelled(self) -> str:
+        """Names the labelled examples of all tasks."""
+        return digest({name: data.labelled for name, data in self.tasks.items()})
+
+    def read_with(self, tokenizers: Mapping[Role, str]) -> None:
+        """Read every task's texts with the student's tokenizer; their teachers' are not one."""
+        for data in self.tasks.values():
+            data.read_with({role: folder for role, folder in tokenizers.items() if role == "student"})
+
+    @property
     def title(self) -> str:
         """The names of the tasks."""
         return ", ".join(self.tasks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -186,8 +186,16 @@ class TextData(ClassificationData):
         }
         self.fingerprint = self._name(digest, PARTS, prints)
         kept = [text for name in self._without_pool for text in texts[self._spans[name].start : self._spans[name].stop]]
-        without = self._name(sentences_digest(kept), self._without_pool, prints)
-        self._fingerprints = {True: self.fingerprint, False: without}
+        digest = sentences_digest(kept)
+        self._labelled = self._labelled_name(digest.copy())
+        self._fingerprints = {True: self.fingerprint, False: self._name(digest, self._without_pool, prints)}
+
+    def _labelled_name(self, digest: Any) -> str:
+        parts = self._without_pool
+        content = [self._of(self._labels, parts).tolist(), self.class_names, self._spans_of(parts)]
+        digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        found: str = digest.hexdigest()
+        return found
 
     def _name(self, digest: Any, parts: Sequence[str], prints: list[str]) -> str:
         """Return the fingerprint of some parts, whose sentences `digest` took in; `prints` are the tokenizers'."""
@@ -253,6 +261,12 @@ class TextData(ClassificationData):
     def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast:
         """Return the tokenizer of a network's inputs."""
         return self.student_tokenizer if role == "student" else self.teacher_tokenizer
+
+    def read_with(self, tokenizers: Mapping[Role, str]) -> None:
+        """Read with these tokenizers' folders; where teacher and student read alike, either's is both's."""
+        either = next(iter(tokenizers.values())) if tokenizers and not self.has_two_tokenizers else None
+        names = self.tokenizer_names
+        self.tokenizer_names = {role: either or tokenizers.get(role, names[role]) for role in ROLES}
 
     def reading(self, tokenizer: str) -> Self:
         """Return the same data for a teacher with another tokenizer; this very object if its teacher reads so already.

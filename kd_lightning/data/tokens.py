@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from kd_lightning.assets import discard_folder, fetch, new_folder
 from kd_lightning.data.augment import MASK
 from kd_lightning.data.corpus import Sentence
-from kd_lightning.errors import ConfigError
+from kd_lightning.errors import ConfigError, KDError
+from kd_lightning.seals import check_seal, read_sealed, seal, write_sealed
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 CHUNK = 10_000
 """Sentences encoded in one call: bounds the memory, long before it costs any time."""
 
-LAYOUT = 2
+LAYOUT = 3
 """Goes up when the files of a stored token array change, so that older ones are not read."""
 
 
@@ -146,7 +147,11 @@ class TokenStore:
     pad_token_id: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_store, (self.folder, self.pad_token_id)  # processes share the files, not copies of the arrays
+        return open_store, (
+            self.folder,
+            self.pad_token_id,
+            False,
+        )  # processes share the files, not copies of the arrays
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -175,14 +180,21 @@ class TokenStore:
         return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in entries.items()}
 
 
-def open_store(folder: Path, pad_token_id: int) -> TokenStore:
+def open_store(folder: Path, pad_token_id: int, checked: bool = True) -> TokenStore:
     """Open stored tokens.
 
+    Args:
+        folder: Where they are stored.
+        pad_token_id: What batches are padded with.
+        checked: Whether to hold the files against their checksums.
+
     Raises:
-        ValueError: The files do not fit each other.
-        OSError: A file is missing.
+        KDError: A file is missing or damaged.
+        ValueError: The files are of other tokens.
     """
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = read_sealed(folder / "meta.json", "it is written anew")
+    if checked:
+        check_seal(folder, meta["files"], meta["files"], "it is written anew")
     tokens = np.asarray(np.memmap(folder / "tokens.int32", np.int32, "r"))  # as a plain array it is indexed faster
     offsets = np.load(folder / "offsets.npy")
     types = np.asarray(np.memmap(folder / "types.int8", np.int8, "r")) if meta["types"] else None
@@ -222,9 +234,9 @@ def encode_store(
     pad_token_id = int(tokenizer.pad_token_id)
     try:
         return open_store(folder, pad_token_id)
-    except (OSError, ValueError, KeyError, EOFError):
+    except (KDError, OSError, ValueError, KeyError) as error:
         if folder.exists():
-            log.warning("%s is damaged: tokenising again", folder)
+            log.warning("%s; tokenising again", error)
             discard_folder(folder)
     with new_folder(folder) as temporary:
         _write_store(tokenizer, sentences, max_length, temporary, folder.name)
@@ -257,7 +269,8 @@ def _write_store(
     offsets = np.cumsum(np.concatenate(lengths))
     np.save(folder / "offsets.npy", offsets)
     meta = {"fingerprint": fingerprint, "types": typed, "sentences": len(sentences), "tokens": int(offsets[-1])}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    files_written = seal(folder, [*(path.name for path, _ in files.values()), "offsets.npy"])
+    write_sealed(folder / "meta.json", {**meta, "files": files_written})
 
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -86,13 +86,13 @@ def _teacher_of(run: Path) -> Path | None:
     from omegaconf import OmegaConf
 
     from kd_lightning.export.history import located
-    from kd_lightning.runs import teacher_stage
+    from kd_lightning.runs import is_finished, read_config, teacher_stage
 
-    if (run / "teacher" / "stage.json").is_file():
+    if is_finished(run / "teacher"):
         return run / "teacher"
     given = None
     if (run / "config.yaml").is_file():
-        given = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "teacher.checkpoint")
+        given = OmegaConf.select(read_config(run), "teacher.checkpoint")
     return teacher_stage(located(given, run)) if isinstance(given, str) else None
 
 

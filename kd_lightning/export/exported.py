@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.errors import KDError
-from kd_lightning.runs import read_json, write_json
+from kd_lightning.seals import check_seal, read_sealed, seal, write_sealed
 
 FILE = "export.json"
 VERSION = 1
@@ -38,6 +38,7 @@ class Exported:
         command: What made it.
         parity: How near it is to the student (`kd_lightning.export.parity`).
         environment: The versions that wrote it.
+        files: The sha256 of each file that it is read from.
         version: Of this description.
     """
 
@@ -60,6 +61,7 @@ class Exported:
     command: str
     parity: dict[str, Any]
     environment: dict[str, str | None]
+    files: dict[str, str]
     version: int = VERSION
 
     @property
@@ -68,8 +70,9 @@ class Exported:
         return self.format if self.quantize == "none" else f"{self.format} {self.quantize}"
 
     def write(self, folder: Path) -> None:
-        """Write `export.json`."""
-        write_json(folder / FILE, asdict(self))
+        """Write `export.json`, with the sha256 of all other files of the folder and of itself."""
+        names = [path.name for path in folder.iterdir() if path.name != FILE]
+        write_sealed(folder / FILE, {**asdict(self), "files": seal(folder, names)})
 
 
 def is_export(folder: Path) -> bool:
@@ -81,13 +84,14 @@ def read_exported(folder: Path) -> Exported:
     """Read `export.json`.
 
     Raises:
-        KDError: It is damaged, or of a version that this one does not know.
+        KDError: It or a file that it names is damaged, or it is of a version that this one does not know.
     """
-    content = read_json(folder / FILE)
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        found = content.get("version") if isinstance(content, dict) else None
+    content = read_sealed(folder / FILE, "export it again")
+    if content.get("version") != VERSION:
+        found = content.get("version")
         raise KDError(f"{folder / FILE} has version {found}, and this kd_lightning reads {VERSION}: export it again")
     names = [field.name for field in fields(Exported)]
     if missing := [name for name in names if name not in content]:
         raise KDError(f"{folder / FILE} lacks {', '.join(missing)}: export it again")
+    check_seal(folder, content["files"], content["files"], "export it again")
     return Exported(**{name: content[name] for name in names})

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.runs import find_stage, read_json, teacher_stage
+from kd_lightning.report import load_report
+from kd_lightning.runs import find_stage, is_finished, read_config, read_stage, run_root, teacher_stage
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
@@ -72,9 +73,9 @@ class History:
         self.stage, self.data = source.stage, source.data
         self.root = _root(self.stage)
         self.config = _config(self.root)
-        self.record: dict[str, Any] = read_json(self.stage / "stage.json")
+        self.record: dict[str, Any] = read_stage(self.stage)
         report = self.root / "report.json"
-        self.report: dict[str, Any] = read_json(report) if report.is_file() else {}
+        self.report: dict[str, Any] = load_report(report) if report.is_file() else {}
         self.teacher = teacher_of(self.config, self.root)
         self.taught = not self.from_labels and self.teacher is not None
         self.start = start_of(first_stage(self.stage), self.teacher)
@@ -128,7 +129,7 @@ class History:
     def recipe(self) -> list[str]:
         """How the student was trained, a line each."""
         first = first_stage(self.stage)
-        lines = [_training(stage) for stage in dict.fromkeys((first, self.stage)) if (stage / "stage.json").is_file()]
+        lines = [_training(stage) for stage in dict.fromkeys((first, self.stage)) if is_finished(stage)]
         objective = self.config.get("distillation") or {}
         terms = ", ".join(objective.get("terms", {})) if isinstance(objective, dict) else ""
         if terms and not self.from_labels:
@@ -144,7 +145,7 @@ def first_stage(stage: Path) -> Path:
 
 
 def _training(stage: Path) -> str:
-    record = read_json(stage / "stage.json")
+    record = read_stage(stage)
     settings = record["settings"]
     return (
         f"stage `{stage.name}`: {record['steps']} optimizer steps, weights of step {record['best_step']}, selected by "
@@ -154,19 +155,21 @@ def _training(stage: Path) -> str:
 
 
 def _root(stage: Path) -> Path:
-    return next(folder for folder in (stage, *stage.parents) if (folder / "config.yaml").is_file())
+    root = run_root(stage)
+    assert root is not None
+    return root
 
 
 def _config(root: Path) -> dict[Any, Any]:
     from omegaconf import OmegaConf
 
-    config = OmegaConf.to_container(OmegaConf.load(root / "config.yaml"))
+    config = OmegaConf.to_container(read_config(root))
     assert isinstance(config, dict)
     return config
 
 
 def _network(stage: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = read_json(first_stage(stage) / "stage.json")["settings"].get("network", {})
+    settings: dict[str, Any] = read_stage(first_stage(stage))["settings"].get("network", {})
     return settings
 
 
@@ -234,7 +237,7 @@ def followed(checkpoint: str, root: Path) -> Origin:
     network = _built(_network(stage))
     if stage.name.startswith("teacher"):
         return Origin(f"{checkpoint}, which is {network.text}", network.names)
-    own = next((path for path in stage.parents if (path / "config.yaml").is_file()), None)
+    own = run_root(stage.parent)
     above = None if own is None or stage.name.startswith("baseline") else teacher_of(_config(own), own)
     text = f"{checkpoint}, which is {network.text}" + (f", itself distilled from {above.text}" if above else "")
     start = start_of(stage, above)

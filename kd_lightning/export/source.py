@@ -7,11 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.errors import KDError
-from kd_lightning.runs import find_stage, load_run, read_json
+from kd_lightning.errors import DataError, KDError
+from kd_lightning.runs import (
+    NETWORK,
+    check_stage,
+    find_stage,
+    is_finished,
+    load_run,
+    read_config,
+    read_task,
+    run_root,
+)
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
+    from kd_lightning.data.base import Role
     from kd_lightning.runs import TrainedModel
     from kd_lightning.types import Batch
 
@@ -27,28 +37,13 @@ def find_student(run: Path, seed: int | None = None) -> Path:
     """
     if not run.is_dir():
         raise KDError(f"{run}: no such folder; give a run folder that kd-train wrote")
-    finished = (run / "stage.json").is_file()
-    if finished or (run / "settings.json").is_file():
-        if not finished:
-            raise KDError(f"{run} is unfinished: run the same kd-train again, and it goes on where it stopped")
-        if read_json(run / "task.json").get("role") == "teacher":
+    if is_finished(run):
+        if role_of(run) == "teacher":
             raise KDError(f"{run} is a teacher, and only students are exported: give the run folder, {run.parent}")
         return run
-    try:
-        return find_stage(run, seed)
-    except KDError:
-        stages = sorted(run.glob("seed_*" if seed is None else f"seed_{seed}"))
-        begun = [path.parent for stage in stages for path in sorted(stage.glob("*/settings.json"))]
-        if begun:
-            raise KDError(
-                f"{run} is unfinished ({begun[-1].relative_to(run)} has begun): run the same kd-train again, and it "
-                "goes on where it stopped"
-            ) from None
-        if seed is None and (run / "teacher" / "stage.json").is_file():
-            raise KDError(
-                f"{run} holds a teacher and no student: train one with kd-train stages=[teacher,distill]"
-            ) from None
-        raise
+    if seed is None and is_finished(run / "teacher") and not any(run.glob("seed_*")):
+        raise KDError(f"{run} holds a teacher and no student: train one with kd-train stages=[teacher,distill]")
+    return find_stage(run, seed)
 
 
 @dataclass
@@ -98,27 +93,52 @@ def open_source(stage: Path) -> Source:
 
 def role_of(stage: Path) -> Any:
     """Return whose tokens a stage's network reads."""
-    return read_json(stage / "task.json")["role"]
+    return read_task(stage)["role"]
 
 
-def run_data(stage: Path) -> ClassificationData:
-    """Return the data of the run that a stage is of.
+def run_data(stage: Path, remedy: str = "put them back as they were, or train again") -> ClassificationData:
+    """Return the data that a stage was trained on: its own splits and classes, in its run's own tokens.
+
+    Args:
+        stage: A finished stage folder.
+        remedy: What the user can do where the data are others now.
 
     Raises:
-        KDError: The run's configuration is gone, or the data cannot be read.
+        KDError: The run's configuration is gone, or the data cannot be read, or are not what the stage was trained on.
     """
-    from omegaconf import DictConfig, OmegaConf
+    from kd_lightning.config import build, to_dict
 
-    from kd_lightning.config import build
-
-    root = next((folder for folder in (stage, *stage.parents) if (folder / "config.yaml").is_file()), None)
+    root = run_root(stage)
     if root is None:
         raise KDError(
-            f"{stage}: no folder above it has the config.yaml of a finished run, which says what data an export is "
-            "held against: run the same kd-train again to its end"
+            f"{stage}: no folder above it has the config.yaml of a finished run, which says what its data are: run the "
+            "same kd-train again to its end"
         )
-    cfg = OmegaConf.load(root / "config.yaml")
-    assert isinstance(cfg, DictConfig)
-    data: ClassificationData = build(cfg["data"])
-    data.prepare()
+    settings = to_dict(read_config(root)["data"])
+    data: ClassificationData = build(settings)
+    data.read_with(saved_tokenizers(stage, root))
+    trained_on = read_task(stage)["data"]
+    try:
+        data.prepare()
+    except DataError as error:
+        raise KDError(f"{error} (has it changed since the training? {remedy})") from error
+    if data.labelled != trained_on:
+        raise KDError(f"the examples or labels in {_files(settings)} changed since the training: {remedy}")
     return data
+
+
+def saved_tokenizers(stage: Path, root: Path) -> dict[Role, str]:
+    """Return the folders of the tokenizers that a run has saved, by who reads with them."""
+    found: dict[Role, str] = {}
+    for place in (root / "teacher", stage):
+        if (place / "tokenizer").is_dir() and is_finished(place):
+            check_stage(place, NETWORK)
+            found[role_of(place)] = str(place / "tokenizer")
+    return found
+
+
+def _files(settings: dict[str, Any]) -> str:
+    """Return what data are read from, for people."""
+    named = [value for key, value in settings.items() if key.endswith(("_file", "folder", "path")) or key == "name"]
+    found = [str(value) for value in named if value]
+    return ", ".join(found) or str(settings["_target_"]).rpartition(".")[2]

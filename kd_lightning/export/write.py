@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +12,7 @@ from kd_lightning.errors import KDError
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.formats import Format, Written, check_choice
 from kd_lightning.export.source import Source, find_student, open_source
+from kd_lightning.files import temporary_folder
 
 if TYPE_CHECKING:
     from kd_lightning.export.parity import Parity
@@ -120,6 +118,7 @@ def describe(plan: Plan, source: Source, chosen: Format, written: Written, folde
         stage=str(plan.stage.relative_to(plan.run)) if plan.stage.is_relative_to(plan.run) else plan.stage.name,
         command=plan.command,
         parity={},
+        files={},
         environment=versions(chosen, environment()["versions"]),
     )
 
@@ -169,24 +168,18 @@ def filled(out: Path) -> Iterator[Path]:
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".kd-export-", dir=target.parent))
+        made = ExitStack()
+        temporary = made.enter_context(temporary_folder(target.parent, "kd-export"))
     except OSError as error:
         raise KDError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         try:
             temporary.rename(target)
         except OSError as error:
             raise KDError(f"--out {out} has been filled or removed meanwhile ({error.strerror})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        made.close()
         for folder in missing:
             with suppress(OSError):  # it holds something now
                 folder.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

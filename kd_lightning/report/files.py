@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.errors import DataError
+from kd_lightning.errors import DataError, KDError
 from kd_lightning.files import write_file
 from kd_lightning.report.build import SCHEMA_VERSION
 from kd_lightning.report.text import report_markdown
+from kd_lightning.seals import read_sealed, sealed_text
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
@@ -44,8 +44,7 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=150)
             contents[f"{name}.png"] = picture.getvalue()
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    contents["report.json"] = text.encode()
+    contents["report.json"] = sealed_text(report).encode()
     contents["report.md"] = report_markdown(report, pictures=tuple(contents)).encode()
     for name, content in contents.items():
         write_file(folder / name, content)
@@ -64,10 +63,10 @@ def load_report(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such report; a finished kd-train run writes one")
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not a JSON document ({error})") from error
-    version = report.get("schema_version") if isinstance(report, dict) else None
+        report = read_sealed(path, "remove it and run the same kd-train again, which writes it anew", required=False)
+    except KDError as error:
+        raise DataError(str(error)) from error
+    version = report.get("schema_version")
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema_version is {version!r}, this kd_lightning reads {SCHEMA_VERSION}")
     return report

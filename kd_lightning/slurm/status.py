@@ -10,6 +10,7 @@ from typing import Any
 from kd_lightning.errors import KDError
 from kd_lightning.points import FAILURE, OVERRIDES, SCORE
 from kd_lightning.runs import read_json, write_json
+from kd_lightning.seals import read_sealed
 from kd_lightning.slurm import queue
 from kd_lightning.slurm.sweep import recorded, varied
 
@@ -112,7 +113,7 @@ def _row(
     link = place / "slurm" / f"{job}.out" if place else None
     log = link.resolve() if link and link.exists() else None
     if place and finished(place):
-        record = read_json(place / SCORE)
+        record = read_sealed(place / SCORE, "start the same sweep again", required=False)
         return Row(name, "finished", f"{record['metric']} {record['score']:.4f}", job, log)
     if job is not None and job in waiting:
         state, reason = waiting[job]

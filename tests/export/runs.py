@@ -14,7 +14,7 @@ from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
-from kd_lightning.runs import save_network, write_json
+from kd_lightning.runs import finish_stage, save_network, write_json
 from tests.conftest import write_toy_csv
 from tests.data.images import write_folder
 from tests.toy_reviews import write_tokenizer
@@ -56,12 +56,13 @@ def write_run(
     spread_out(network)
     for stage, role in (("seed_0/distill", "student"), ("teacher", "teacher")):
         task = {"class_names": data.class_names, "predicts": data.task.description, **data.input_format, "role": role}
+        task["data"] = data.labelled
         save_network(folder / stage, network, more, task, data.tokenizer_of(role))
         how = {"batch_size": 16, "optimizer": {"lr": 0.1}, "network": MINILM if role == "teacher" else more}
         record = {"fingerprint": "f", "steps": 7, "settings": how}
         write_json(folder / stage / "settings.json", record)
         scores = {"validation": {data.task.main: 0.5}, "selected_by": data.task.main}
-        write_json(folder / stage / "stage.json", {**record, "best_step": 7, **scores})
+        finish_stage(folder / stage, {**record, "best_step": 7, **scores})
     config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9, "stages": ["teacher", "distill"]}
     config["distillation"] = {"terms": {"ce": {}, "kd": {}}}
     teacher = {"teacher": {"checkpoint": None, "ema": None, "network": MINILM}}

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from kd_lightning.data.tokens import load_tokenizer
 from kd_lightning.export.benchmark import main as kd_benchmark
 from kd_lightning.export.command import main as kd_export
+from kd_lightning.runs import finish_stage, read_stage
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -98,5 +99,6 @@ def test_runs_that_read_other_tokens_are_not_compared(bilstm: Path, tmp_path: Pa
     load_tokenizer("wordpiece:300", ["nothing of the kind"] * 3).save_pretrained(
         str(other / "seed_0/distill/tokenizer")
     )
+    finish_stage(other / "seed_0/distill", read_stage(other / "seed_0/distill"))
     with pytest.raises(SystemExit, match=r"other.*reads other tokens than .*: measure it with the run that it is of"):
         kd_benchmark([str(bilstm), str(other), "--out", str(tmp_path / "out")])

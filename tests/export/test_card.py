@@ -20,7 +20,8 @@ from kd_lightning.export.history import start_of, teacher_of
 from kd_lightning.export.hub import push_to_hub
 from kd_lightning.export.parity import intervals
 from kd_lightning.models.answers import Answers
-from kd_lightning.runs import write_json
+from kd_lightning.report.build import SCHEMA_VERSION
+from kd_lightning.runs import finish_stage, write_json
 from kd_lightning.tasks import Regression
 from tests.export.runs import cnn_run
 
@@ -48,7 +49,7 @@ def exported(bert: Path, tmp_path: Path) -> Path:
     shutil.copytree(bert, run)
     models = {"teacher": 0.875, "baseline": 0.75, "distilled": 0.8125}
     scores = {name: {"test": {"accuracy": {"values": [v]}, "ece": {"values": [0.03]}}} for name, v in models.items()}
-    report = {"command": "kd-train experiment=x", "seeds": [0], "models": scores}
+    report = {"command": "kd-train experiment=x", "seeds": [0], "models": scores, "schema_version": SCHEMA_VERSION}
     write_json(run / "report.json", report)
     kd_export([str(run), "--format", "huggingface", "--quantize", "fp16", "--out", str(tmp_path / "out")])
     return tmp_path / "out"
@@ -87,7 +88,7 @@ def card_of(bilstm: Path, tmp_path: Path) -> Written:
         for folder in (run / "seed_0").iterdir():
             record = json.loads((folder / "stage.json").read_text())
             record["settings"]["network"] = network or record["settings"]["network"]
-            write_json(folder / "stage.json", record)
+            finish_stage(folder, record)
         whole = OmegaConf.merge(OmegaConf.load(run / "config.yaml"), config)
         OmegaConf.save(whole, run / "config.yaml")
         out = tmp_path / "out"
@@ -178,7 +179,7 @@ def test_several_teachers_are_an_ensemble(card_of: Written, bert: Path, teacher:
 def test_of_several_teachers_the_first_gave_its_weights(
     tmp_path: Path, teacher: dict[str, Any], says: str, names: tuple[str, ...]
 ) -> None:
-    (tmp_path / "stage.json").write_text(json.dumps({"settings": {"network": {"initialise": "teacher"}}}))
+    finish_stage(tmp_path, {"settings": {"network": {"initialise": "teacher"}}})
     above = teacher_of({"teacher": {"network": {"name": "minilm"}, **teacher}, "stages": ["teacher"]}, tmp_path)
     found = start_of(tmp_path, above)
     assert found is not None

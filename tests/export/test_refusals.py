@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from kd_lightning.errors import KDError
 from kd_lightning.export import parity
 from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.load import load_export
 from kd_lightning.predict import main as kd_predict
+from kd_lightning.seals import write_sealed
 from tests.export.runs import Exotic, Undecided, own_run, pooled_run
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -173,10 +175,27 @@ def test_an_empty_folder_is_filled_and_a_damaged_export_named(bilstm: Path, tmp_
     kd_export([str(bilstm), "--format", "safetensors", "--out", str(out)])
     assert read_exported(out).stage == "seed_0/distill"
     content = json.loads((out / "export.json").read_text(encoding="utf-8"))
-    (out / "export.json").write_text(json.dumps({**content, "version": 99}))
+    write_sealed(out / "export.json", {**content, "version": 99})
     with pytest.raises(Exception, match="has version 99, and this kd_lightning reads 1"):
         load_export(out)
     del content["inputs"]
-    (out / "export.json").write_text(json.dumps(content))
+    write_sealed(out / "export.json", content)
     with pytest.raises(Exception, match="lacks inputs"):
         load_export(out)
+
+
+def test_a_flipped_byte_in_any_file_of_an_export_is_noticed(bilstm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kd_export([str(bilstm), "--format", "safetensors", "--out", str(out)])
+    for path in [path for path in out.iterdir() if path.name != "README.md"]:
+        whole = path.read_bytes()
+        for place in (len(whole) // 2, len(whole) - 2):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+            with pytest.raises(KDError, match=rf"{path.name}.*export it again"):
+                load_export(out)
+        path.unlink()
+        if path.name != "export.json":
+            with pytest.raises(KDError, match=rf"{path.name} is missing"):
+                load_export(out)
+        path.write_bytes(whole)
+    load_export(out)

@@ -11,14 +11,14 @@ from kd_lightning.data.tokens import load_tokenizer
 from kd_lightning.errors import ConfigError
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.from_run import from_run
-from kd_lightning.runs import save_network, write_json
+from kd_lightning.runs import finish_stage, save_network
 
 
 def write_student(folder: Path, network: nn.Module, accuracy: float = 0.5, tokenizer: Any = None, **more: Any) -> Path:
     """A finished student, as a run leaves it."""
     task = {"class_names": ["a", "b", "c"], "predicts": 3, "max_length": 16, "texts": 1, "role": "student"}
     save_network(folder, network, more, task, tokenizer)
-    write_json(folder / "stage.json", {"validation": {"accuracy": accuracy}})
+    finish_stage(folder, {"validation": {"accuracy": accuracy}})
     return folder
 
 

@@ -14,9 +14,11 @@ from matplotlib.colors import to_rgb
 
 from kd_lightning.errors import KDError
 from kd_lightning.report.command import main
+from kd_lightning.report.files import load_report
 from kd_lightning.report.sweep import build_sweep, headline, read_points, report_sweep
 from kd_lightning.report.sweep.page import sentences
 from kd_lightning.report.sweep.pictures import figures
+from kd_lightning.seals import write_sealed
 
 from .sweeps import begin, fail, finish, grid, searched, students
 
@@ -338,9 +340,9 @@ def test_students_that_are_alike_are_alike_fast(tmp_path: Path) -> None:
     for alpha, latency in ((0.1, 1.0), (0.5, 9.0), (0.9, 1.2)):
         folder = begin(tmp_path, alpha=alpha)
         finish(folder, 0.8)
-        report = json.loads((folder / "report.json").read_text())
+        report = load_report(folder)
         report["models"]["distilled"]["latency_ms"]["p50"] = latency
-        (folder / "report.json").write_text(json.dumps(report))
+        write_sealed(folder / "report.json", report)
     (axes,) = drawn(tmp_path)["latency"].axes
     assert {x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()} == {1.2}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1.20", "12.3"]
@@ -397,7 +399,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match=r"kd-report: .*nowhere: no such folder"):
         main([str(tmp_path / "nowhere")])
     (grid(tmp_path) / "temperature=1,alpha=0.1,seed=0" / "score.json").write_text('{"score": 0.')
-    with pytest.raises(SystemExit, match=r"kd-report: .*score\.json: not a JSON document"):
+    with pytest.raises(SystemExit, match=r"kd-report: .*score\.json cannot be read"):
         main([str(tmp_path)])
     with pytest.raises(SystemExit):
         main(["--help"])

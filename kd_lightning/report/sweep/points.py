@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,8 @@ from typing import Any
 from kd_lightning.errors import DataError, KDError
 from kd_lightning.points import FAILURE, GRID, OVERRIDES, SCORE
 from kd_lightning.report.files import load_report
+from kd_lightning.runs import read_config
+from kd_lightning.seals import read_sealed
 
 Value = float | str
 """What a point sets a parameter to: a number where its text is one."""
@@ -131,7 +132,7 @@ def _read(folder: Path) -> Point:
         return begun
     from omegaconf import OmegaConf
 
-    score, config = _json(folder / SCORE), OmegaConf.load(folder / "config.yaml")
+    score, config = _json(folder / SCORE), read_config(folder)
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
     return replace(
@@ -142,7 +143,6 @@ def _read(folder: Path) -> Point:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not a JSON document ({error})") from error
-    return content
+        return read_sealed(path, "start the same sweep again, which writes it anew", required=False)
+    except KDError as error:
+        raise DataError(str(error)) from error
