@@ -22,7 +22,7 @@ from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.predict import main as predict
 from kd_lightning.report import load_report
-from kd_lightning.runs import load_run, network_digest
+from kd_lightning.runs import finish_stage, load_run, network_digest, read_stage
 from tests.conftest import tiny_overrides
 
 Composed = Callable[..., DictConfig]
@@ -273,6 +273,7 @@ def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
     (tmp_path / "run/seed_0/distill/model.safetensors").write_bytes(
         (tmp_path / "second/seed_0/distill/model.safetensors").read_bytes()
     )
+    finish_stage(tmp_path / "run/seed_0/distill", read_stage(tmp_path / "run/seed_0/distill"))
     with pytest.raises(ConfigError, match=r"baseline_initialised holds a finished training .*start was"):
         run(composed(*chosen))
 
