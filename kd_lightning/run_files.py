@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.runs import read_config, run_root
+
 if TYPE_CHECKING:
     from kd_lightning.data.files import FileReader
 
@@ -29,11 +31,6 @@ def flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def run_root(folder: Path) -> Path | None:
-    """Return the run that a folder is or is in; None where there is none, as for an export that was moved."""
-    return next((place for place in (folder, *folder.absolute().parents) if (place / "config.yaml").is_file()), None)
-
-
 def data_settings(run: Path) -> dict[str, Any]:
     """Return the settings of the data that a run, or one of its stages, was trained on; empty if nothing tells them."""
     from omegaconf import OmegaConf
@@ -41,7 +38,7 @@ def data_settings(run: Path) -> dict[str, Any]:
     root = run_root(run)
     if root is None:
         return {}
-    settings = OmegaConf.to_container(OmegaConf.load(root / "config.yaml"))
+    settings = OmegaConf.to_container(read_config(root))
     data = settings.get("data") if isinstance(settings, dict) else None
     if not isinstance(data, dict):
         return {}

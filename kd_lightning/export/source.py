@@ -107,6 +107,7 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
         KDError: The run's configuration is gone, or the data cannot be read, or are not what the stage was trained on.
     """
     from kd_lightning.config import build, to_dict
+    from kd_lightning.data.places import found
 
     root = run_root(stage)
     if root is None:
@@ -114,7 +115,8 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
             f"{stage}: no folder above it has the config.yaml of a finished run, which says what its data are: run the "
             "same kd-train again to its end"
         )
-    settings = to_dict(read_config(root)["data"])
+    cfg = to_dict(read_config(root))
+    settings = found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root)
     data: ClassificationData = build(settings)
     data.read_with(saved_tokenizers(stage, root))
     trained_on = read_task(stage)["data"]
@@ -139,6 +141,7 @@ def saved_tokenizers(stage: Path, root: Path) -> dict[Role, str]:
 
 def _files(settings: dict[str, Any]) -> str:
     """Return what data are read from, for people."""
+    if "tasks" in settings:
+        return ", ".join(dict.fromkeys(map(_files, settings["tasks"].values())))
     named = [value for key, value in settings.items() if key.endswith(("_file", "folder", "path")) or key == "name"]
-    found = [str(value) for value in named if value]
-    return ", ".join(found) or str(settings["_target_"]).rpartition(".")[2]
+    return ", ".join(str(value) for value in named if value) or str(settings["_target_"]).rpartition(".")[2]
