@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from kd_lightning import evaluate, predict
 from kd_lightning.data import TextFiles
 from kd_lightning.models.bilstm import BiLSTM
-from kd_lightning.runs import save_network, write_json
+from kd_lightning.runs import finish_stage, save_network
 
 Run = Callable[..., Path]
 Said = Callable[..., list[dict[str, Any]]]
@@ -33,7 +33,7 @@ def make_run(tmp_path: Path, toy_csv: Path, own_home: Path) -> Run:
         stage = tmp_path / "run" / "seed_0" / "distill"
         task = {"class_names": read.class_names, "max_length": 16, "texts": texts, "role": "student"}
         save_network(stage, network, {}, task, read.student_tokenizer)
-        write_json(stage / "stage.json", {"fingerprint": "f", "settings": {}, "validation": {"accuracy": 1.0}})
+        finish_stage(stage, {"fingerprint": "f", "settings": {}, "validation": {"accuracy": 1.0}})
         OmegaConf.save(OmegaConf.create({"data": {"train_file": "train.csv", **data}}), tmp_path / "run/config.yaml")
         return tmp_path / "run"
 
