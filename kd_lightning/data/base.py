@@ -152,6 +152,9 @@ class ClassificationData(L.LightningDataModule, ABC):
         sets = 1 if view_sets is None else view_sets
         check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, view_sets=sets)
         check_least(0, views=views, seed=seed, split_seed=split_seed, num_workers=num_workers)
+        for name, number in (("seed", seed), ("split_seed", split_seed)):
+            if number >= 2**63:
+                raise ConfigError(f"data.{name}={number}: expected a number below 2**63")
         if pool_ratio is not None and not (pool_ratio > 0 and math.isfinite(pool_ratio)):
             raise ConfigError(f"data.pool_ratio={pool_ratio:g}: expected a positive number, or null for all")
         self.batch_size = batch_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd_lightning.data.labels import NO_LABEL, check_unicode, folded, found_names, given_names, positions_in
+from kd_lightning.data.labels import NO_LABEL, ClassNames, check_unicode, folded, found_names, given_names, positions_in
 from kd_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def assemble(
     validation: RawExamples | None,
     test: RawExamples | None,
     *,
-    class_names: Sequence[str] | None,
+    class_names: ClassNames | None,
     validation_fraction: float,
     test_fraction: float,
     split_seed: int,
@@ -192,7 +192,7 @@ def stratified_split(
 def encode_labels(raw: RawExamples, names: Sequence[str], numbered: bool = True) -> Examples:
     """Turn labels into positions in `names`; see `positions_in`."""
     if not raw.labels:
-        raise DataError(f"{raw.source}: there are no examples")
+        raise DataError(f"{raw.source}: there are no examples with a label")
     return Examples(raw.texts, positions_in(raw.labels, names, raw.where, numbered))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from kd_lightning.data.corpus import RawExamples, Sentence, is_blank, text_of
 from kd_lightning.data.labels import label_of
 from kd_lightning.data.records import SUFFIXES, Format, Manner, Record, format_of, records_of
-from kd_lightning.errors import DataError
+from kd_lightning.errors import ConfigError, DataError
 
 
 def data_key(option: str) -> str:
@@ -96,8 +96,16 @@ class FileReader:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Those of the sentences and of the labels."""
-        return self.text_columns | {"label_column": self.label_column}
+        """Those of the sentences and of the labels.
+
+        Raises:
+            ConfigError: Two of them are one, so that the label would be read as a text.
+        """
+        columns = self.text_columns | {"label_column": self.label_column}
+        if len(set(columns.values())) < len(columns):
+            named = ", ".join(f"{self.key(option)}={name}" for option, name in columns.items())
+            raise ConfigError(f"{named}: each must name a column of its own")
+        return columns
 
     @property
     def manner(self) -> Manner:
@@ -110,6 +118,8 @@ class FileReader:
         Raises:
             DataError: It cannot be told.
         """
+        if path.is_dir():
+            raise DataError(f"{str(path)!r} is a folder: expected a file")
         found = self.format or format_of(path)
         if found is None:
             raise DataError(

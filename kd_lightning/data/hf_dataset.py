@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_lightning.data.corpus import Corpus, RawExamples, Sentence, assemble, text_of
 from kd_lightning.data.files import FileReader, data_key
-from kd_lightning.data.labels import given_names, is_missing, label_of
+from kd_lightning.data.labels import ClassNames, given_names, is_missing, label_of
 from kd_lightning.data.records import check_columns
 from kd_lightning.data.text import TextData
 from kd_lightning.errors import ConfigError, DataError, did_you_mean
@@ -64,7 +64,7 @@ class HFDataset(TextData):
         text_column: str | None = None,
         text_pair_column: str | None = None,
         label_column: str = "label",
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.2,
         **options: Any,

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d*([eE][+-]?\d{1,2})?)?")
 _MISSING = ("", "nan", "+nan", "-nan")
+ClassNames = Sequence[str | int | float]
+"""Names of the classes as a configuration writes them."""
+
 NO_LABEL = str(IGNORE)
 """How `label_of` writes that only the teacher labels a training sentence."""
 
@@ -88,7 +91,7 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: number_of(name) or 0)
 
 
-def given_names(names: Sequence[object]) -> list[str]:
+def given_names(names: ClassNames) -> list[str]:
     """Return `data.class_names` as texts.
 
     Raises:

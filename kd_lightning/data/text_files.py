@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from kd_lightning.data.corpus import Corpus, assemble
 from kd_lightning.data.files import FileReader
 from kd_lightning.data.hf_dataset import unlabelled
+from kd_lightning.data.labels import ClassNames
 from kd_lightning.data.records import Format
 from kd_lightning.data.text import TextData
 
@@ -46,7 +46,7 @@ class TextFiles(TextData):
         text_column: str = "text",
         text_pair_column: str | None = None,
         label_column: str = "label",
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         format: Format | None = None,
         encoding: str = "utf-8",
         quotes: bool = True,

@@ -227,3 +227,20 @@ def test_whoever_reads_names_the_options_as_they_are_called(tmp_path: Path) -> N
     path.write_text("sentence,label\n")
     with pytest.raises(DataError, match=r"set --text_column"):
         FileReader(key="--{}".format).examples(path)
+
+
+def test_a_label_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nx,1\n")
+    for reader in (FileReader(text_column="label"), FileReader(text_pair_column="label")):
+        with pytest.raises(ConfigError, match=r"data\.label_column=label: each must name a column of its own"):
+            reader.examples(path)
+    assert FileReader(text_column="label").sentences(path) == [("1",)]
+
+
+@pytest.mark.parametrize("name", ["", "folder", "folder.csv"])
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name or "other").mkdir()
+    with pytest.raises(DataError, match=r"is a folder: expected a file"):
+        FileReader().examples(name)

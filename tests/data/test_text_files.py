@@ -11,6 +11,8 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from kd_lightning.checks import validate
+from kd_lightning.config import build
 from kd_lightning.data import HFDataset, Reviews, TextFiles
 from kd_lightning.errors import ConfigError, DataError
 from kd_lightning.types import IGNORE
@@ -151,6 +153,8 @@ def test_separate_files_are_used_as_given(toy_csv: Callable[..., Path]) -> None:
     [
         ({"views": -1}, r"data\.views=-1: expected 0 or more"),
         ({"batch_size": 0}, r"data\.batch_size=0: expected 1 or more"),
+        ({"seed": 2**63}, r"data\.seed=9223372036854775808: expected a number below 2\*\*63"),
+        ({"split_seed": 10**30}, r"data\.split_seed=1000000000000000000000000000000: expected a number below"),
         ({"max_length": 2}, r"data\.max_length=2"),
         ({"mask_probability": 1.5}, r"data\.mask_probability=1\.5"),
         ({"validation_fraction": 1.0}, r"data\.validation_fraction"),
@@ -203,3 +207,10 @@ def test_the_yaml_lists_every_option(source: type) -> None:
 def test_examples_are_plain_data(chinese: Path) -> None:
     corpus = make(chinese, text_column="评论", label_column="类别").read()
     assert dataclasses.asdict(corpus)["class_names"] == sorted(CHINESE)
+
+
+def test_class_names_may_be_numbers(write_csv: Callable[..., Path], composed: Callable[..., Any]) -> None:
+    path = write_csv("stars.csv", [(f"text {i}", str(i % 3 - 1)) for i in range(30)])
+    cfg = composed("data=text_files", f"data.train_file={path}", "data.class_names=[-1,0,1]")
+    validate(cfg)
+    assert build(cfg.data).read().class_names == ["-1", "0", "1"]
