@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
+from collections.abc import Callable
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,36 @@ from kd_lightning.cache.upkeep import locked, verify
 from kd_lightning.errors import CacheError
 from kd_lightning.types import Batch, ModelOutput
 from tests.cache.examples import KEY, MAPPED, SMALL, Known, count, full, reads_back, same
+from tests.waiting import end_of, wait_for
 
 SPAWN = multiprocessing.get_context("spawn")
 NUMBER = 600
 
 
-def build(folder: Path, seed: int, pause: float, refresh: bool = False) -> None:
-    """Fill a cache, slowly, and note each example that the teacher was asked about."""
+def killed_at(folder: Path, event: int) -> Callable[[], None]:
+    """Have this process kill itself when it has opened or renamed files in a folder, or called this, so often."""
+    number = numbers(1)
+
+    def happens() -> None:
+        if next(number) == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(what: str, arguments: tuple[Any, ...]) -> None:
+        if what in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(f"{folder}{os.sep}"):
+            happens()
+
+    sys.addaudithook(audit)
+    return happens
+
+
+def build(folder: Path, seed: int, pause: float, refresh: bool = False, event: int | None = None) -> None:
+    """Fill a cache, slowly, and note each example that the teacher was asked about; die at an event."""
     torch.set_num_threads(1)
     known = Known(NUMBER)
+    happens = killed_at(folder, event) if event is not None else lambda: None
 
     def ask(batch: Batch) -> ModelOutput:
+        happens()
         count(folder.parent, len(batch["index"]))
         time.sleep(pause)
         return known.ask(batch)
@@ -46,7 +68,7 @@ def share(folder: Path, seed: int, ready: Any) -> None:
     torch.set_num_threads(1)
     known = Known(NUMBER)
     cache = TeacherCache.create(folder, KEY, NUMBER, limits=SMALL)
-    ready.wait()
+    ready.wait(120)
     for batch in known.batches(10, seed):
         if not cache.known(batch["index"]).all():
             count(folder.parent, len(batch["index"]))
@@ -72,8 +94,7 @@ def started(*processes: Any) -> list[Any]:
 
 def joined(processes: list[Any]) -> None:
     for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+        assert end_of(process) == 0
 
 
 @pytest.mark.parametrize("refresh", [False, True])
@@ -85,15 +106,9 @@ def test_killed_at_any_moment_it_is_whole_and_gone_on_from(tmp_path: Path, refre
     draw = random.Random(int(refresh))
     stored = 0
     for _ in range(1 if refresh else 3):
-        (tmp_path / "asked").unlink(missing_ok=True)
-        process = SPAWN.Process(target=build, args=(folder, 0, 0.01, refresh))
-        process.start()
-        while not (tmp_path / "asked").exists():  # python has started
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.5))
-        assert process.is_alive()
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
+        event = draw.randrange(4, 280 if refresh else 100)  # of 300 or more; the third makes the manifest
+        [process] = started(SPAWN.Process(target=build, args=(folder, 0, 0.0, refresh, event)))
+        assert end_of(process) == -signal.SIGKILL, f"it did not come to event {event}"
         assert verify(folder) == []
         if refresh:
             reads_back(folder, old)
@@ -105,7 +120,7 @@ def test_killed_at_any_moment_it_is_whole_and_gone_on_from(tmp_path: Path, refre
         stored = len(index)
         if stored:
             assert same(cache.lookup(index, known.mask(index)), known.say(index, known.mask(index)))
-    (tmp_path / "asked").unlink()
+    (tmp_path / "asked").unlink(missing_ok=True)  # the kills may have come before the first batch
     build(folder, 3, 0.0, refresh)
     reads_back(folder, Known(NUMBER))
     asked = (tmp_path / "asked").stat().st_size if (tmp_path / "asked").exists() else 0  # all may be stored already
@@ -136,8 +151,8 @@ def test_spawned_processes_read_what_they_were_sent(tmp_path: Path) -> None:
     caches = [full(tmp_path / "cache", Known(NUMBER), limits) for limits in (SMALL, MAPPED)]
     answer = SPAWN.Queue()
     readers = started(*(SPAWN.Process(target=read, args=(cache, 0, answer)) for cache in caches))
-    assert [answer.get(timeout=120) for _ in readers] == [20, 20]
-    joined(readers)
+    joined(readers)  # which write no more than a pipe holds
+    assert [answer.get(timeout=10) for _ in readers] == [20, 20]
 
 
 def hold(folder: Path, held: Any, release: Any) -> None:
@@ -151,7 +166,7 @@ def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
     cache = TeacherCache.create(folder, KEY, 5)
     held, release = SPAWN.Event(), SPAWN.Event()
     [process] = started(SPAWN.Process(target=hold, args=(folder, held, release)))
-    assert held.wait(60)
+    wait_for(held.is_set, "the lock to be held", process)
     with pytest.raises(CacheError, match=f"is being written by process {process.pid} on "), locked(folder, wait=False):
         pass
     said: list[str] = []
@@ -160,7 +175,7 @@ def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
         said.append(line)
         release.set()
 
-    with cache.writing(say):
+    with cache.writing(say):  # for a minute at most: then the holder lets go
         assert len(said) == 1
         assert f"waiting for process {process.pid} on " in said[0]
     joined([process])
@@ -169,8 +184,8 @@ def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     held, release = SPAWN.Event(), SPAWN.Event()
     [process] = started(SPAWN.Process(target=hold, args=(tmp_path / "cache", held, release)))
-    assert held.wait(60)
+    wait_for(held.is_set, "the lock to be held", process)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    end_of(process)
     with locked(tmp_path / "cache", wait=False), locked(tmp_path / "cache", wait=False):  # and may be taken twice
         pass
