@@ -45,7 +45,7 @@ def ending(root: Path, note: Path, at: int, way: str, size: int) -> Callable[[],
         file = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
         def act(number: int, what: str) -> None:
-            if number != at:
+            if number != at or os.fstat(file).st_size:  # a fork that measures memory counts on from here
                 return
             os.write(file, what.encode("utf-8", errors="replace"))
             if way == "torn":
