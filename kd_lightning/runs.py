@@ -114,7 +114,9 @@ def save_network(
     write_json(folder / "model.json", describe(network) or settings)
     write_json(folder / "task.json", task)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder / "tokenizer")
+        from kd_lightning.data.tokens import write_tokenizer
+
+        write_tokenizer(tokenizer, folder / "tokenizer")
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(state, temporary)

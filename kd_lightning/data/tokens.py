@@ -121,11 +121,23 @@ def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a sha256 over everything that decides a tokenizer's output."""
+    backend = _unused(tokenizer)
+    more = [tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token, tokenizer.model_input_names]
+    return hashlib.sha256((backend.to_str() + json.dumps(more)).encode()).hexdigest()
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, the same ones whether or not it was used before."""
+    _unused(tokenizer)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _unused(tokenizer: Any) -> Any:
+    """Return a tokenizer's backend without the padding and truncation of its last call, which each call sets anew."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    more = [tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token, tokenizer.model_input_names]
-    return hashlib.sha256((backend.to_str() + json.dumps(more)).encode()).hexdigest()
+    return backend
 
 
 @dataclass(frozen=True)

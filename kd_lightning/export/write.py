@@ -132,11 +132,13 @@ def versions(chosen: Format, known: dict[str, str | None]) -> dict[str, str | No
 
 def save_tokenizer(source: Source, folder: Path) -> None:
     """Put the tokenizer beside the model, with the student's longest input as its own."""
+    from kd_lightning.data.tokens import write_tokenizer
+
     tokenizer = source.model.tokenizer
     if tokenizer is not None:
         if source.model.max_length is not None:
             tokenizer.model_max_length = source.model.max_length
-        tokenizer.save_pretrained(str(folder))
+        write_tokenizer(tokenizer, folder)
 
 
 def check_vacant(out: Path) -> None:

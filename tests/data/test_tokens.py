@@ -23,6 +23,7 @@ from kd_lightning.data.tokens import (
     load_tokenizer,
     sentences_digest,
     tokenizer_fingerprint,
+    write_tokenizer,
 )
 from kd_lightning.errors import ConfigError
 
@@ -170,6 +171,14 @@ def test_a_saved_tokenizer_is_loaded_from_its_folder(tokenizer, tmp_path: Path) 
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(WORDS)["input_ids"] == tokenizer(WORDS)["input_ids"]
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_tokenizer_that_was_used_is_written_as_one_that_was_not(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    write_tokenizer(tokenizer, tmp_path / "new")
+    tokenizer(["a", "b"], padding=True, truncation=True, max_length=3)
+    write_tokenizer(tokenizer, tmp_path / "used")
+    for file in (tmp_path / "new").iterdir():
+        assert (tmp_path / "used" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_text_without_any_token_has_one(tmp_path: Path) -> None:
