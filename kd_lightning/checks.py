@@ -20,6 +20,7 @@ from kd_lightning.processes import launched
 from kd_lightning.runs import check_stage, differences, read_config
 from kd_lightning.teachers.ensemble import Combine, shares_of
 from kd_lightning.teachers.frozen import Precision
+from kd_lightning.trust import trust_own
 
 STAGES = ("teacher", "baseline", "distill", "finetune")
 
@@ -34,6 +35,7 @@ def validate(cfg: DictConfig) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
     settings = to_dict(cfg)
+    trust_own(settings)
     _check_keys(settings)
     _check_values(settings)
     _check_schedules(settings)
@@ -390,7 +392,7 @@ def check_folder(folder: Path, cfg: dict[str, Any]) -> None:
         check_stage(place.parent)
     if not (folder / "config.yaml").is_file():
         return
-    old, new = to_dict(read_config(folder)), dict(cfg)
+    old, new = read_config(folder), dict(cfg)
     if not set(old["stages"]) - {"teacher"}:
         return
     for key in ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.run_files import data_settings, file_options, is_numbered, reader_for
+from kd_lightning.trust import trust_option, trusting_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,6 +140,7 @@ def run_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run folder, folder of one of its stages (RUN/teacher), or an export")
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    trust_option(parser)
     return parser
 
 
@@ -151,16 +152,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file_options(parser, labelled=True)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     given = parser.parse_args(arguments)
-    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
-        from kd_lightning.export.load import load_model
+        with trusting_command(given.trust):
+            from kd_lightning.export.load import load_model
 
-        model = load_model(given.run, given.seed)
-        if given.file:
-            data = data_settings(given.run)
-            scores = evaluate_file(model, given.file, reader_for(data, given), is_numbered(data))
-        else:
-            scores = evaluate_split(model, given.run, given.split)
+            model = load_model(given.run, given.seed)
+            if given.file:
+                data = data_settings(given.run)
+                scores = evaluate_file(model, given.file, reader_for(data, given), is_numbered(data))
+            else:
+                scores = evaluate_split(model, given.run, given.split)
     except KDError as error:
         sys.exit(f"kd-eval: {error}")
     if given.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.evaluate import image_logits, run_parser, text_logits
 from kd_lightning.run_files import data_settings, file_options, flag, reader_for
+from kd_lightning.trust import trusting_command
 
 if TYPE_CHECKING:
     from kd_lightning.data.corpus import Sentence
@@ -103,21 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     file_options(parser, labelled=False)
     given = parser.parse_intermixed_args(arguments)  # options may stand before the sentences
-    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     try:
-        if given.texts and given.file:
-            raise KDError("give sentences or --file, not both")
-        lines = None if given.file else read_given(given.texts, given.encoding or "utf-8")
-        if lines is not None and not any(map(str.strip, lines)):
-            raise KDError("no sentences: every line is empty")
-        from kd_lightning.export.load import load_model
+        with trusting_command(given.trust):
+            if given.texts and given.file:
+                raise KDError("give sentences or --file, not both")
+            lines = None if given.file else read_given(given.texts, given.encoding or "utf-8")
+            if lines is not None and not any(map(str.strip, lines)):
+                raise KDError("no sentences: every line is empty")
+            from kd_lightning.export.load import load_model
 
-        model = load_model(given.run, given.seed)
-        if lines is None:
-            inputs = read_file(model, given.file, reader_for(data_settings(given.run), given))
-        else:
-            inputs = inputs_of(model, lines)
-        said = predictions(model, inputs)
+            model = load_model(given.run, given.seed)
+            if lines is None:
+                inputs = read_file(model, given.file, reader_for(data_settings(given.run), given))
+            else:
+                inputs = inputs_of(model, lines)
+            said = predictions(model, inputs)
     except KDError as error:
         sys.exit(f"kd-predict: {error}")
     kind = "text" if model.images is None else "image"

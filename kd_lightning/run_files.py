@@ -33,13 +33,10 @@ def flag(option: str) -> str:
 
 def data_settings(run: Path) -> dict[str, Any]:
     """Return the settings of the data that a run, or one of its stages, was trained on; empty if nothing tells them."""
-    from omegaconf import OmegaConf
-
     root = run_root(run)
     if root is None:
         return {}
-    settings = OmegaConf.to_container(read_config(root))
-    data = settings.get("data") if isinstance(settings, dict) else None
+    data = read_config(root).get("data")
     if not isinstance(data, dict):
         return {}
     tasks = data.get("tasks") or {}

@@ -20,7 +20,6 @@ from kd_lightning.files import replacing, write_file
 from kd_lightning.seals import check_seal, read_sealed, seal, sha256, write_sealed
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -158,35 +157,40 @@ def train_again(folder: Path) -> str:
     return f"restore it, or remove {folder} and run the same kd-train again, which trains that stage anew"
 
 
-def load_run(folder: str | Path, seed: int | None = None) -> TrainedModel:
+def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -> TrainedModel:
     """Read a trained student (or any stage's network) back.
 
-    Networks of this package and of `transformers` are rebuilt from a description that reaches no other code. For your
-    own network the class named in `model.json` is imported and called: load such runs only from people you trust.
+    Networks of this package and of `transformers` are rebuilt from a description that reaches no other code. A network
+    of your own is a class named in `model.json`, which is imported and called only if you trust the folder.
 
     Args:
         folder: A run folder, or the folder of one of its stages.
         seed: Which seed of a run with several; None takes the one with the best validation accuracy.
+        trust: Whether the folder may run code that it names, as that of a network of your own: see docs/security.md.
 
     Raises:
-        KDError: The folder holds no finished network, or a damaged one.
+        KDError: The folder holds no finished network, a damaged one, or one that only a trusted folder may bring.
     """
     from safetensors.torch import load_file
 
-    from kd_lightning.config import build
     from kd_lightning.models.rebuild import from_description, is_description
+    from kd_lightning.trust import build_saved, trusting
 
     stage = find_stage(Path(folder), seed)
     check_stage(stage, NETWORK)
     settings = read_json(stage / "model.json")
-    network = from_description(settings) if is_description(settings) else build(settings)
+    with trusting(trust):
+        described = is_description(settings)
+        network = from_description(settings) if described else build_saved(settings, stage / "model.json")
     network.load_state_dict(load_file(stage / "model.safetensors"))
     task = read_task(stage)
     tokenizer = None
     if (stage / "tokenizer").is_dir():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(stage / "tokenizer"), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(stage / "tokenizer"), local_files_only=True, trust_remote_code=False
+        )
     images = None
     if "images" in task:
         from kd_lightning.data.image_store import ImageFormat
@@ -245,7 +249,7 @@ def _unfinished(folder: Path, seeds: Sequence[Path], seed: int | None) -> list[P
         cfg = read_config(folder)
         asked = set(cfg.get("stages", ()))
         if seeds and seed is None and "seed" in cfg and "seeds" in cfg:
-            known = {folder / f"seed_{cfg.seed + number}" for number in range(cfg.seeds)}
+            known = {folder / f"seed_{cfg['seed'] + number}" for number in range(cfg["seeds"])}
             seeds = sorted({*seeds, *known})
     else:  # it is written at the end of a run
         asked = {"distill"}
@@ -258,13 +262,13 @@ def write_config(folder: Path, text: str) -> None:
     write_file(folder / "config.yaml", f"{CONFIG_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
-def read_config(folder: Path) -> DictConfig:
-    """Read the configuration of a finished run.
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration of a finished run as plain values; nothing in it is resolved, imported or called.
 
     Raises:
         KDError: It is missing or damaged.
     """
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -277,13 +281,13 @@ def read_config(folder: Path) -> DictConfig:
                 f"{path} was damaged or changed since the run: restore it, or remove it and run the same kd-train "
                 "again, which writes it anew; if the change is meant, remove its first line"
             )
-        cfg = OmegaConf.create(text)
+        cfg = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise KDError(f"{path} cannot be read ({reason}): remove it and run the same kd-train again") from error
-    if not isinstance(cfg, DictConfig):
+    if not isinstance(cfg, dict):
         raise KDError(f"{path} is no configuration: remove it and run the same kd-train again")
-    return cfg
+    return {str(key): value for key, value in cfg.items()}
 
 
 CONFIG_SEAL = "# sha256 of what follows: "

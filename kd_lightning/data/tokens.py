@@ -55,12 +55,12 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     place = str(fetch("minilm")) if name == "minilm" else name
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             if Path(place).exists():
                 raise
             HfApi().model_info(place, timeout=10)  # fails at once without a network; what follows tries for a minute
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kinds = "'minilm', 'wordpiece:SIZE', a folder, or a Hugging Face name that can be reached"

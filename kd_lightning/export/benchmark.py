@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
+from kd_lightning.trust import trust_option, trusting_command, trusts_all
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
@@ -83,8 +84,6 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
 
 def _teacher_of(run: Path) -> Path | None:
     """Return the stage folder of a run's teacher: its own, or the one that `teacher.checkpoint` names."""
-    from omegaconf import OmegaConf
-
     from kd_lightning.export.history import located
     from kd_lightning.runs import is_finished, read_config, teacher_stage
 
@@ -92,7 +91,7 @@ def _teacher_of(run: Path) -> Path | None:
         return run / "teacher"
     given = None
     if (run / "config.yaml").is_file():
-        given = OmegaConf.select(read_config(run), "teacher.checkpoint")
+        given = (read_config(run).get("teacher") or {}).get("checkpoint")
     return teacher_stage(located(given, run)) if isinstance(given, str) else None
 
 
@@ -202,9 +201,10 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
     entries = {f"{i}/{name}": value.numpy() for i, batch in enumerate(batches) for name, value in batch.items()}
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "batches.npz", **entries)  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "kd_lightning.export.peak", kind, str(path), f"{folder}/batches.npz"]
+        command = [sys.executable, "-P", "-m", "kd_lightning.export.peak"]
+        command += [kind, str(path), f"{folder}/batches.npz", str(threads), str(trusts_all())]
         own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([*command, str(threads)], capture_output=True, text=True, env=own, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=own, check=False)
     if done.returncode != 0:
         raise KDError(f"{subject.name} could not be loaded in a process of its own: {done.stderr.strip()[-300:]}")
     return int(done.stdout)
@@ -301,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each; default: 1")
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--out", type=Path, help="folder for benchmark.json, .md and .png; default: RUN_DIR/benchmark")
+    trust_option(parser)
     return parser
 
 
@@ -308,19 +309,19 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-benchmark`."""
     given = _parser().parse_args(arguments)
-    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     typed = shlex.join(["kd-benchmark", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        from kd_lightning.export.write import check_vacant
+        with trusting_command(given.trust):
+            from kd_lightning.export.write import check_vacant
 
-        if given.threads < 1:
-            raise KDError(f"--threads {given.threads}: expected 1 or more")
-        run = next((folder for folder in given.folders if not is_export(folder)), given.folders[0])
-        out = given.out or run / "benchmark"
-        check_vacant(out)
-        subjects, stage = subjects_of(given.folders, given.threads, given.seed)
-        result = document(measure(subjects, stage, given.threads), typed, given.threads, str(run))
-        write(result, out)
+            if given.threads < 1:
+                raise KDError(f"--threads {given.threads}: expected 1 or more")
+            run = next((folder for folder in given.folders if not is_export(folder)), given.folders[0])
+            out = given.out or run / "benchmark"
+            check_vacant(out)
+            subjects, stage = subjects_of(given.folders, given.threads, given.seed)
+            result = document(measure(subjects, stage, given.threads), typed, given.threads, str(run))
+            write(result, out)
     except KDError as error:
         sys.exit(f"kd-benchmark: {error}")
     show(result, out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.formats import FORMATS, QUANTIZE
+from kd_lightning.trust import trust_option, trusting_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder to the Hugging Face hub too")
     parser.add_argument("--private", action="store_true", help="make that repository a private one")
+    trust_option(parser)
     return parser
 
 
@@ -31,26 +32,26 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-export`."""
     given = _parser().parse_args(arguments)
-    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
     typed = shlex.join(["kd-export", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        from kd_lightning.export.write import export, plan
+        with trusting_command(given.trust):
+            from kd_lightning.export.write import export, plan
 
-        if given.push_to_hub:
-            from kd_lightning.export.hub import check_repository, push_to_hub  # imports torch
+            if given.push_to_hub:
+                from kd_lightning.export.hub import check_repository, push_to_hub  # imports torch
 
-            check_repository(given.push_to_hub)
-        planned = plan(given.run, given.format, given.quantize, given.out, typed, given.seed)
-        from kd_lightning.report.table import file_size
-        from kd_lightning.threads import settle_threads
+                check_repository(given.push_to_hub)
+            planned = plan(given.run, given.format, given.quantize, given.out, typed, given.seed)
+            from kd_lightning.report.table import file_size
+            from kd_lightning.threads import settle_threads
 
-        settle_threads()
-        exported, parity = export(planned)
-        print(f"{given.out}: {exported.title} of {exported.network}, {exported.model} {file_size(exported.bytes)}")
-        for line in parity.lines():
-            print(f"  {line}")
-        if given.push_to_hub:
-            print(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
+            settle_threads()
+            exported, parity = export(planned)
+            print(f"{given.out}: {exported.title} of {exported.network}, {exported.model} {file_size(exported.bytes)}")
+            for line in parity.lines():
+                print(f"  {line}")
+            if given.push_to_hub:
+                print(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
     except KDError as error:
         sys.exit(f"kd-export: {error}")
 

@@ -160,12 +160,8 @@ def _root(stage: Path) -> Path:
     return root
 
 
-def _config(root: Path) -> dict[Any, Any]:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_container(read_config(root))
-    assert isinstance(config, dict)
-    return config
+def _config(root: Path) -> dict[str, Any]:
+    return read_config(root)
 
 
 def _network(stage: Path) -> dict[str, Any]:

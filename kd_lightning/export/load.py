@@ -8,28 +8,31 @@ from typing import TYPE_CHECKING
 from kd_lightning.errors import KDError
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.formats import format_named, require_packages
+from kd_lightning.trust import trusting
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.runs import TrainedModel
 
 
-def load_export(folder: Path, threads: int | None = None) -> TrainedModel:
+def load_export(folder: Path, threads: int | None = None, trust: bool = False) -> TrainedModel:
     """Read an export folder.
 
     Args:
         folder: What `kd-export` wrote.
         threads: CPU threads for onnxruntime; None: as many as torch uses.
+        trust: Whether it may run code that it brings or names: see docs/security.md.
 
     Raises:
-        KDError: It is damaged, or a package that it needs is missing.
+        KDError: It is damaged, a package that it needs is missing, or it is one that only a trusted folder may bring.
     """
     from kd_lightning.export.graph import reason
 
     exported = read_exported(folder)
     require_packages(exported.format, format_named(exported.format).READS)
     try:
-        return _load(folder, exported, threads)
+        with trusting(trust):
+            return _load(folder, exported, threads)
     except KDError:
         raise
     except Exception as error:  # each runtime raises kinds of its own
@@ -46,7 +49,7 @@ def _load(folder: Path, exported: Exported, threads: int | None) -> TrainedModel
     if exported.texts is not None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     images = None if exported.images is None else ImageFormat(**exported.images)
     return TrainedModel(
         network.eval(), tokenizer, exported.class_names, exported.max_length, exported.texts, folder,

@@ -1,8 +1,9 @@
 """How much memory it takes to answer: run as a process of its own, with no other runtime loaded than the model's.
 
-python -m kd_lightning.export.peak KIND FILE BATCHES.npz THREADS
+python -m kd_lightning.export.peak KIND FILE BATCHES.npz THREADS True|False
 
-KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package reads.
+KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package reads. The last word
+says whether they may bring code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kd_lightning.memory import peak_bytes
+from kd_lightning.trust import trusting
 
 Batch = dict[str, Any]
 
@@ -43,7 +45,9 @@ def answerer(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
 
     torch.set_num_threads(threads)
     if kind == "pt2":
-        graph = torch.export.load(path).module()
+        from kd_lightning.export.formats.pt2 import load_graph
+
+        graph = load_graph(Path(path))
         reads = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         return lambda batch: graph(**{name: torch.from_numpy(batch[name]) for name in reads})
     from kd_lightning.export.load import load_model
@@ -55,8 +59,9 @@ def answerer(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
 
 def main() -> None:
     """Answer every batch and print the process's largest resident size in bytes."""
-    kind, path, batches, threads = sys.argv[1:]
-    answer = answerer(kind, path, int(threads))
+    kind, path, batches, threads, trust = sys.argv[1:]
+    with trusting(trust == "True"):
+        answer = answerer(kind, path, int(threads))
     for batch in read_batches(batches):
         if kind == "onnx":
             answer(batch)

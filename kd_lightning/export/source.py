@@ -106,8 +106,8 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
     Raises:
         KDError: The run's configuration is gone, or the data cannot be read, or are not what the stage was trained on.
     """
-    from kd_lightning.config import build, to_dict
     from kd_lightning.data.places import found
+    from kd_lightning.trust import build_saved
 
     root = run_root(stage)
     if root is None:
@@ -115,9 +115,9 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
             f"{stage}: no folder above it has the config.yaml of a finished run, which says what its data are: run the "
             "same kd-train again to its end"
         )
-    cfg = to_dict(read_config(root))
+    cfg = read_config(root)
     settings = found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root)
-    data: ClassificationData = build(settings)
+    data: ClassificationData = build_saved(settings, root / "config.yaml")
     data.read_with(saved_tokenizers(stage, root))
     trained_on = read_task(stage)["data"]
     try:

@@ -13,6 +13,7 @@ from kd_lightning.export.exported import Exported
 from kd_lightning.export.formats import Format, Written, check_choice
 from kd_lightning.export.source import Source, find_student, open_source
 from kd_lightning.files import temporary_folder
+from kd_lightning.trust import trusting
 
 if TYPE_CHECKING:
     from kd_lightning.export.parity import Parity
@@ -67,7 +68,8 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
         written = chosen.write(source, plan.quantize, folder)
         save_tokenizer(source, folder)
         exported = describe(plan, source, chosen, written, folder)
-        loaded = chosen.load(folder, exported)
+        with trusting():  # this process wrote it
+            loaded = chosen.load(folder, exported)
         parity = following(
             f"{exported.title} cannot run what {exported.network} does",
             lambda: measure_parity(source.model.network, loaded, source.held_out, source.model.task, plan.quantize),

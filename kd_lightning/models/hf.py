@@ -89,6 +89,7 @@ def pretrained(
     dropout: float = 0.1,
     attn_implementation: str | None = None,
     frozen_layers: int = 0,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a pretrained encoder or a finished classifier, in float32 and training mode.
 
@@ -106,6 +107,7 @@ def pretrained(
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None: the fastest that is always there (sdpa).
         frozen_layers: Keep the embeddings and so many of the lowest layers as they were pretrained: their backward pass
             and optimizer steps are saved. 0: everything is trained.
+        trust_remote_code: Run the Python files that the checkpoint brings; nobody is asked otherwise.
 
     Returns:
         The Hugging Face model, or a `PooledClassifier` around it.
@@ -116,13 +118,15 @@ def pretrained(
     choices = ("checkpoint", *get_args(Pooling))
     if pooling not in choices:
         raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), choices)}")
+    check_attention(attn_implementation, "attn_implementation")
     source, local = _locate(name)
-    options: dict[str, Any] = {"local_files_only": local, "dtype": torch.float32}
+    found: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {**found, "dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
         with _quiet_loading(hide_bar=local):
-            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            config = _config(source, name, found)
             if pooling != "checkpoint":
                 encoder: PreTrainedModel = AutoModel.from_pretrained(source, **options)
                 log.info("%s: new %s-pooled classification head for %d classes", name, pooling, num_classes)
@@ -137,6 +141,37 @@ def pretrained(
     _log_head(name, config, num_classes)
     _freeze(network.base_model, frozen_layers)  # type: ignore[arg-type]
     return network.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
+
+
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""What `transformers` itself has. Any other name would be fetched from the hub as a kernel, which is code."""
+
+
+def check_attention(given: Any, key: str) -> None:
+    """Refuse an attention that is not part of `transformers`.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    if given is not None and given not in ATTENTIONS:
+        raise ConfigError(f"{key}={given!r}: expected {', '.join(ATTENTIONS)} or null")
+
+
+def check_attentions(settings: Any, where: str) -> None:
+    """Refuse a `config.json` that names such an attention, for any part of a network."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+            for one in value.values() if isinstance(value, dict) else [value]:
+                check_attention(one, f"{where}: {key}")
+        else:
+            check_attentions(value, where)
+
+
+def _config(source: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
+    settings, _ = PreTrainedConfig.get_config_dict(source, local_files_only=options["local_files_only"])
+    check_attentions(settings, f"config.json of {name!r}")
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
+    return config
 
 
 def layer_stack(network: PreTrainedModel) -> str:
@@ -177,7 +212,7 @@ def finished(name: str, num_classes: int) -> nn.Module:
     """
     source, local = _locate(name)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        config = _config(source, name, {"local_files_only": local, "trust_remote_code": False})
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_load(name, local, error)) from error
     if not _has_classifier(config) or config.num_labels != num_classes:

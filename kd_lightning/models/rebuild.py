@@ -22,7 +22,7 @@ from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
-from kd_lightning.models.hf import PooledClassifier, Pooling
+from kd_lightning.models.hf import PooledClassifier, Pooling, check_attention, check_attentions
 from kd_lightning.models.simkd import SimKDStudent
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.timm import timm_model
@@ -119,6 +119,8 @@ def hugging_face(
     Raises:
         ConfigError: `transformers` has no such model class.
     """
+    check_attention(attn_implementation, "attn_implementation of the network description")
+    check_attentions(config, "config of the network description")
     kind = _architecture(architecture)
     if kind is None:
         raise ConfigError(

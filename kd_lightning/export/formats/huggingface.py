@@ -80,5 +80,5 @@ def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Mod
     """Load it as anybody does."""
     images = exported.images is not None
     kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-    network: nn.Module = kind.from_pretrained(str(folder), local_files_only=True)
+    network: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return network.eval()

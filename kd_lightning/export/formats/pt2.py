@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.errors import KDError
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, trace
+from kd_lightning.trust import trusts_all
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
@@ -30,13 +35,71 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     """Trace the student and save the graph."""
     model = source.model
     program, axes = trace(model.network, source.held_out[0], model.max_length, DTYPES[quantize])
+    program.example_inputs = None  # they would be stored as a pickle
     torch.export.save(program, folder / FILE)
     return Written(list(axes))
 
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
     """Read the graph."""
-    return Pt2Network(torch.export.load(folder / FILE).module(), exported.inputs)
+    return Pt2Network(load_graph(folder / FILE), exported.inputs)
+
+
+def load_graph(file: Path) -> Any:
+    """Read an archive whose maker is trusted: `torch.export.load` evaluates expressions that it holds.
+
+    Raises:
+        KDError: Nobody said that it is trusted, or it holds what `write` does not write.
+    """
+    if not trusts_all():
+        raise KDError(
+            f"{file} may run code when it is loaded (torch.export evaluates expressions of it): if you trust whoever "
+            "made it, add --trust (in Python: load_export(..., trust=True)), or use the format onnx or safetensors"
+        )
+    check_archive(file)
+    return torch.export.load(file).module()
+
+
+_MEMBERS = re.compile(
+    r"[^/]+/(data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt|models/model\.json"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id))"
+)
+_EXPRESSION = re.compile(
+    r"(Symbol\('[a-z]+\d*'(, [a-z]+=(True|False))*\)|[A-Z][A-Za-z]+\(|True|False|[a-z]\d+|\d+|[ +\-*/%(),<>=&|~])*"
+)
+
+
+def check_archive(file: Path) -> None:
+    """Refuse an archive with a pickle in it, a library, or expressions that are no arithmetic of sizes.
+
+    Raises:
+        KDError: Names the member.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                known = _MEMBERS.fullmatch(entry.filename) and entry.compress_type == zipfile.ZIP_STORED
+                if not known or (entry.filename.endswith(".pt") and entry.file_size):
+                    raise KDError(f"{file} holds {entry.filename!r}, which kd-export does not write: export it again")
+                if entry.filename.endswith(".json"):
+                    _check_values(json.loads(archive.read(entry)), f"{file}: {entry.filename}")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise KDError(f"{file} is damaged and cannot be read ({error}): export it again") from error
+
+
+def _check_values(content: Any, place: str) -> None:
+    if isinstance(content, list):
+        for value in content:
+            _check_values(value, place)
+    elif isinstance(content, dict):
+        expression = content.get("expr_str")
+        if expression is not None and not _EXPRESSION.fullmatch(str(expression)):
+            raise KDError(f"{place} holds the expression {str(expression)[:80]!r}, which is no arithmetic of sizes")
+        if content.get("use_pickle"):
+            raise KDError(f"{place} names a pickle, which kd-export does not write: export it again")
+        for value in content.values():
+            _check_values(value, place)
 
 
 class Pt2Network(nn.Module):

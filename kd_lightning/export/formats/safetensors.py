@@ -43,11 +43,11 @@ def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Mod
     """Build the network in float32 and fill it: 16 bits are how the weights are kept, not how they are used."""
     from safetensors.torch import load_file
 
-    from kd_lightning.config import build
     from kd_lightning.models.rebuild import from_description, is_description
     from kd_lightning.runs import read_json
+    from kd_lightning.trust import build_saved
 
     settings = read_json(folder / "model.json")
-    network = from_description(settings) if is_description(settings) else build(settings)
+    network = from_description(settings) if is_description(settings) else build_saved(settings, folder / "model.json")
     network.load_state_dict(load_file(folder / FILE))
     return network.eval()

@@ -130,14 +130,10 @@ def _read(folder: Path) -> Point:
         return replace(begun, failure=_json(folder / FAILURE))
     if not (folder / SCORE).is_file():
         return begun
-    from omegaconf import OmegaConf
-
-    score, config = _json(folder / SCORE), read_config(folder)
-    plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
+    score = _json(folder / SCORE)
     return replace(
         begun, score=score["score"], metric=score["metric"], report=load_report(folder),
-        config={str(key): value for key, value in plain.items()},
+        config=read_config(folder),
     )  # fmt: skip
 
 
