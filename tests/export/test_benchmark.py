@@ -24,7 +24,7 @@ def test_everything_is_measured_and_written(bilstm: Path, tmp_path: Path, capsys
     for format, quantize in (("onnx", "int8-dynamic"), ("pt2", "none"), ("safetensors", "fp16")):
         exports.append(str(tmp_path / format))
         kd_export([str(bilstm), "--format", format, "--quantize", quantize, "--out", exports[-1]])
-    kd_benchmark([str(bilstm), *exports, "--threads", "1", "--out", str(tmp_path / "measured")])
+    kd_benchmark([str(bilstm), *exports, "--threads", "1", "--out", str(tmp_path / "measured"), "--trust"])
     result = json.loads((tmp_path / "measured" / "benchmark.json").read_text(encoding="utf-8"))
     assert [row["kind"] for row in result["rows"]] == ["teacher", "student", "onnx", "pt2", "safetensors"]
     assert result["threads"] == 1

@@ -35,7 +35,7 @@ SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal t
 
 
 def export(run: Path, out: Path, format: str, quantize: str = "none") -> Path:
-    kd_export([str(run), "--format", format, "--quantize", quantize, "--out", str(out)])
+    kd_export([str(run), "--format", format, "--quantize", quantize, "--out", str(out), "--trust"])
     return out
 
 
@@ -67,7 +67,7 @@ def test_a_bilstm_answers_alike(
     files = {exported.model, "export.json", "README.md", "tokenizer.json", "tokenizer_config.json"} | own
     assert {path.name for path in out.iterdir()} == files
     assert [path.name for path in out.parent.iterdir()] == ["out"], "something was left beside it"
-    kd_predict([str(out), *SENTENCES, "--json"])
+    kd_predict([str(out), *SENTENCES, "--json", "--trust"])
     said = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert said == [label for label, _ in expected(bilstm)]
 
@@ -201,7 +201,7 @@ def test_a_pair_of_texts_keeps_its_segments_where_they_are_read(home: Path, tmp_
 def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
     run = own_run(tmp_path / "run", Bag)  # torch's exporter takes an EmbeddingBag, for batches of two or more
     with pytest.raises(SystemExit, match=r"cannot run what Bag does.*need no graph: safetensors, huggingface"):
-        kd_export([str(run), "--format", "pt2", "--out", str(tmp_path / "out")])
+        kd_export([str(run), "--format", "pt2", "--out", str(tmp_path / "out"), "--trust"])
     assert not (tmp_path / "out").exists()
 
 
@@ -221,7 +221,7 @@ def test_images(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     image = str(tmp_path / "images" / "train" / "red" / "00.png")
     capsys.readouterr()
     kd_predict([str(run), image, "--json"])
-    kd_predict([str(out), image, "--json"])
+    kd_predict([str(out), image, "--json", "--trust"])
     before, after = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert before["label"] == after["label"]
 

@@ -139,7 +139,7 @@ def test_a_damaged_model_is_one_line(bilstm: Path, tmp_path: Path, format: str, 
     model = tmp_path / "out" / f"model.{format}"
     model.write_bytes(model.read_bytes()[:1000]) if damage == "truncated" else model.unlink()
     with pytest.raises(SystemExit, match=r"^kd-predict: .*out is damaged and cannot be read \(.*\): export it again$"):
-        kd_predict([str(tmp_path / "out"), "soup"])
+        kd_predict([str(tmp_path / "out"), "soup", "--trust"])
 
 
 def test_an_export_has_no_seeds(bilstm: Path, tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_an_export_has_no_seeds(bilstm: Path, tmp_path: Path) -> None:
 
 def test_operations_that_a_format_does_not_have(home: Path, tmp_path: Path) -> None:
     run = own_run(tmp_path / "run", Undecided)
-    assert "torch.export cannot follow Undecided" in refusal(tmp_path, run, "--format", "pt2")
+    assert "torch.export cannot follow Undecided" in refusal(tmp_path, run, "--format", "pt2", "--trust")
     run = own_run(tmp_path / "exotic", Exotic)
-    says = refusal(tmp_path, run, "--format", "onnx")
+    says = refusal(tmp_path, run, "--format", "onnx", "--trust")
     assert "ONNX has no operation for something in Exotic" in says
     assert "bessel_j0" in says
 

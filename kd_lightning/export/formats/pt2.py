@@ -76,16 +76,13 @@ def check_archive(file: Path) -> None:
     Raises:
         KDError: Names the member.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                known = _MEMBERS.fullmatch(entry.filename) and entry.compress_type == zipfile.ZIP_STORED
-                if not known or (entry.filename.endswith(".pt") and entry.file_size):
-                    raise KDError(f"{file} holds {entry.filename!r}, which kd-export does not write: export it again")
-                if entry.filename.endswith(".json"):
-                    _check_values(json.loads(archive.read(entry)), f"{file}: {entry.filename}")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise KDError(f"{file} is damaged and cannot be read ({error}): export it again") from error
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            known = _MEMBERS.fullmatch(entry.filename) and entry.compress_type == zipfile.ZIP_STORED
+            if not known or (entry.filename.endswith(".pt") and entry.file_size):
+                raise KDError(f"{file} holds {entry.filename!r}, which kd-export does not write: export it again")
+            if entry.filename.endswith(".json"):
+                _check_values(json.loads(archive.read(entry)), f"{file}: {entry.filename}")
 
 
 def _check_values(content: Any, place: str) -> None:
