@@ -168,9 +168,9 @@ def check_attentions(settings: Any, where: str) -> None:
 
 
 def _config(source: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
     settings, _ = PreTrainedConfig.get_config_dict(source, local_files_only=options["local_files_only"])
     check_attentions(settings, f"config.json of {name!r}")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
     return config
 
 
