@@ -138,7 +138,7 @@ def test_a_damaged_model_is_one_line(bilstm: Path, tmp_path: Path, format: str, 
     kd_export([str(bilstm), "--format", format, "--out", str(tmp_path / "out")])
     model = tmp_path / "out" / f"model.{format}"
     model.write_bytes(model.read_bytes()[:1000]) if damage == "truncated" else model.unlink()
-    with pytest.raises(SystemExit, match=r"^kd-predict: .*out is damaged and cannot be read \(.*\): export it again$"):
+    with pytest.raises(SystemExit, match=r"^kd-predict: .*(damaged|missing).*: export it again$"):
         kd_predict([str(tmp_path / "out"), "soup", "--trust"])
 
 
