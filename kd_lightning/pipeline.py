@@ -20,6 +20,7 @@ from kd_lightning.config import build, in_sweep, lookup, parameters, processes, 
 from kd_lightning.data.places import absolute
 from kd_lightning.data.tokens import tokenizer_fingerprint
 from kd_lightning.errors import ConfigError
+from kd_lightning.files import remove_temporary
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.fits import check_length
@@ -87,6 +88,8 @@ class Pipeline:
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
         check_folder(self.folder, self.cfg)
+        if rank() == 0:
+            remove_temporary(self.folder)
         self.data: ClassificationData = data or shared(
             "data", [digest(self.cfg["data"]), stamps(self.cfg["data"])], lambda: _prepared(self.cfg["data"])
         )

@@ -294,12 +294,16 @@ def test_pictures_are_read_once_and_shared(
     make().prepare()
 
 
-@pytest.mark.parametrize("damage", ["cut", "no meta"])
+@pytest.mark.parametrize("damage", ["cut", "no meta", "flipped"])
 def test_damaged_pictures_are_read_again(make: Callable[..., FashionMNIST], tmp_path: Path, damage: str) -> None:
     before = joined(list(make().all_dataloader()))
     (folder,) = (tmp_path / "home" / "images").iterdir()
     if damage == "cut":
         (folder / "pixels.uint8").write_bytes((folder / "pixels.uint8").read_bytes()[:-1])
+    elif damage == "flipped":
+        pixels = bytearray((folder / "pixels.uint8").read_bytes())
+        pixels[1000] ^= 128
+        (folder / "pixels.uint8").write_bytes(bytes(pixels))
     else:
         (folder / "meta.json").unlink()
     after = joined(list(make().all_dataloader()))

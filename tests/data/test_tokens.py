@@ -121,6 +121,27 @@ def test_a_damaged_cache_is_written_anew(tokenizer, tmp_path: Path, damage: str)
     assert [entry.name for entry in tmp_path.iterdir()] == [again.folder.name]
 
 
+def test_a_flipped_bit_in_any_file_is_noticed_and_said(
+    tokenizer,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = encode(tokenizer, TEXTS, 12, tmp_path)
+    content = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
+    assert set(content) == {"tokens.int32", "offsets.npy", "meta.json"}
+    for name, bytes_ in content.items():
+        for place in range(0, len(bytes_), max(len(bytes_) // 8, 1)):
+            damaged = bytearray(bytes_)
+            damaged[place] ^= 1 << place % 8
+            (whole.folder / name).write_bytes(bytes(damaged))
+            caplog.clear()
+            again = encode(tokenizer, TEXTS, 12, tmp_path)
+            assert name in caplog.text
+            assert "tokenising again" in caplog.text
+            assert np.array_equal(again.tokens, whole.tokens)
+            assert np.array_equal(again.offsets, whole.offsets)
+
+
 def test_other_content_has_another_folder(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     other = load_tokenizer("wordpiece:80", WORDS[:2])
     stores = [
