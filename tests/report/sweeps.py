@@ -14,6 +14,8 @@ import yaml
 
 from kd_lightning.config import folder_name
 from kd_lightning.measure import Latency, Size
+from kd_lightning.runs import write_config
+from kd_lightning.seals import write_sealed
 
 from .examples import model, report_of
 
@@ -28,14 +30,14 @@ def begin(sweep: Path, sweeper: str = "BasicSweeper", **values: Any) -> Path:
         "command": shlex.join(["kd-train", "data=reviews", *overrides]),
         "sweeper": sweeper,
     }
-    (folder / "overrides.json").write_text(json.dumps(record))
+    write_sealed(folder / "overrides.json", record)
     return folder
 
 
 def fail(folder: Path, error: str) -> None:
     record = json.loads((folder / "overrides.json").read_text())
     record |= {"error": error, "type": "ConfigError", "traceback": f"Traceback of\n{error}"}
-    (folder / "failure.json").write_text(json.dumps(record))
+    write_sealed(folder / "failure.json", record)
 
 
 def finish(folder: Path, score: float, baseline: float | None = 0.75, size: int = 4_000_000, seeds: int = 1) -> None:
@@ -50,7 +52,7 @@ def finish(folder: Path, score: float, baseline: float | None = 0.75, size: int 
         results.append(model("baseline", [baseline - 0.01] * seeds, **changes))
     results[1].test[:] = [{**entry, "accuracy": s - 0.1234} for entry, s in zip(results[1].test, scores, strict=True)]
     report = report_of(results, seeds=list(range(seeds)))
-    (folder / "report.json").write_text(json.dumps(report))
+    write_sealed(folder / "report.json", report)
     values = dict(o.split("=", 1) for o in json.loads((folder / "overrides.json").read_text())["overrides"])
     config = {
         "stages": ["teacher", "baseline", "distill"],
@@ -58,8 +60,8 @@ def finish(folder: Path, score: float, baseline: float | None = 0.75, size: int 
         "alpha": 0.9,
         "temperature": 2,
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "score.json").write_text(json.dumps({"score": score, "metric": "accuracy"}))
+    write_config(folder, yaml.safe_dump(config))
+    write_sealed(folder / "score.json", {"score": score, "metric": "accuracy"})
 
 
 def grid(sweep: Path) -> Path:

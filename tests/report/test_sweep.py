@@ -395,6 +395,21 @@ def test_folders_that_are_no_sweep(tmp_path: Path) -> None:
         report_sweep(tmp_path / "runs")
 
 
+@pytest.mark.parametrize("name", ["overrides.json", "score.json", "report.json", "config.yaml"])
+def test_a_flipped_digit_in_any_file_of_a_point_is_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = grid(tmp_path) / "temperature=1,alpha=0.1,seed=0" / name
+    whole = path.read_text(encoding="utf-8")
+    first = whole.index("\n") if name == "config.yaml" else 0
+    places = [match.start() for match in re.finditer(r"\d", whole[first:])][:20]
+    for place in places:
+        changed = "5" if whole[first + place] == "4" else "4"
+        path.write_text(whole[: first + place] + changed + whole[first + place + 1 :], encoding="utf-8")
+        with pytest.raises(SystemExit, match=rf"^kd-report: [^\n]*{name} [^\n]*damaged[^\n]*$"):
+            main([str(tmp_path)])
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"kd-report: .*nowhere: no such folder"):
         main([str(tmp_path / "nowhere")])
