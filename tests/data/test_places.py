@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from kd_lightning.data.places import absolute, found
+from kd_lightning.export.source import run_data
 from kd_lightning.pipeline import Pipeline
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -59,7 +60,7 @@ def test_moved_data_are_found_beside_the_run(tmp_path: Path) -> None:
     assert found({"train_file": str(tmp_path / "still.csv")}, was, now) == {"train_file": str(tmp_path / "still.csv")}
 
 
-def test_a_run_writes_down_where_its_data_lie(
+def test_a_runs_data_are_found_from_another_directory_and_after_a_move(
     composed: Callable[..., DictConfig], own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -69,3 +70,12 @@ def test_a_run_writes_down_where_its_data_lie(
     cfg = OmegaConf.load(tmp_path / "runs/mine/config.yaml")
     assert cfg.data.train_file == str(tmp_path / "toy.csv")
     assert cfg.run_dir == str(tmp_path / "runs/mine")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    stage = Path("seed_0/baseline")
+    expected = run_data(tmp_path / "runs/mine" / stage).fingerprint
+    (tmp_path / "new").mkdir()
+    for name in ("runs", "toy.csv"):
+        (tmp_path / name).rename(tmp_path / "new" / name)
+    assert run_data(tmp_path / "new/runs/mine" / stage).fingerprint == expected
