@@ -52,6 +52,7 @@ class NetworkModule(L.LightningModule):
         self.objective = objective or Objective(*self.task.terms())
         self.from_labels, self.val_scores = self.task.loss(), self.task.scores()
         self.skipped_steps = 0
+        self.norm_watched: Callable[[Tensor], None] | None = None  # shown the gradients' norm before they are clipped
         self._whole: tuple[nn.Module, ...] = ()  # a tuple hides it from nn.Module's registration
 
     @property
@@ -208,6 +209,8 @@ class NetworkModule(L.LightningModule):
             return
         given = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = full(torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]))
+        if self.norm_watched is not None:
+            self.norm_watched(norm)
         if self.device.type != "cpu" or not norm <= gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(given, gradient_clip_val, norm)
 

@@ -19,6 +19,10 @@ class Interrupted(KDError):
     """A training that was told to stop, and left what it takes to go on."""
 
 
+class Diverged(KDError):
+    """A training whose loss, gradient or validation score is no number any more."""
+
+
 class ConfigError(KDError):
     """A configuration key that is unknown, of the wrong type or value, or in conflict with another."""
 

@@ -498,6 +498,7 @@ class Pipeline:
             loggers=self.cfg["logger"],
             steps=steps,
             compile=self.cfg["compile"] and not name.startswith("teacher"),
+            rate=rate_of(name),
         )  # fmt: skip
 
 
@@ -520,6 +521,12 @@ def finetuning(cfg: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     own = cfg["finetune"]
     trainer = {**cfg["trainer"], "max_epochs": own["max_epochs"], "max_steps": -1}
     return {**cfg["optimizer"], "lr": own["lr"]}, trainer
+
+
+def rate_of(stage: str) -> str:
+    """Return the key of a stage's learning rate."""
+    own = {"teacher": "teacher.optimizer.lr", "finetune": "finetune.lr"}
+    return next((key for start, key in own.items() if stage.startswith(start)), "optimizer.lr")
 
 
 def cache_of_assistants(cache: str) -> str:

@@ -154,6 +154,11 @@ def try_out(objective: Objective, student: nn.Module, teacher: Teacher | None, b
     with evaluating(student), torch.no_grad():
         said = ask(batch)
         expected = said if teacher is None else teacher(batch)
+        if not all(x.isfinite().all() for x in (expected.logits, *expected.features.values())) and teacher is not None:
+            raise ConfigError(
+                "teacher: the teacher's outputs are not finite (NaN or infinite): its weights are damaged, or overflow "
+                "in its precision; give another teacher.checkpoint, or set teacher.precision=float32"
+            )
         try:
             objective.connect(said, expected, examples)
             objective.eval()(said, expected, batch)

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from kd_lightning import preemption
-from kd_lightning.callbacks import Compilation, Preemption, StageProgress
+from kd_lightning.callbacks import Compilation, Divergence, Preemption, StageProgress
 from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints
 from kd_lightning.config import build, lookup, processes
 from kd_lightning.errors import Interrupted, KDError
@@ -57,6 +57,7 @@ class Stage:
         compile: Whether to `torch.compile` the network and its peers, for batches of any shape.
         more_callbacks: Callbacks that the stage itself needs.
         notes: What else its record says.
+        rate: The key of its learning rate.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Stage:
     compile: bool = False
     more_callbacks: list[L.Callback] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    rate: str = "optimizer.lr"
 
 
 def planned_steps(trainer: dict[str, Any], batches: int) -> int:
@@ -137,7 +139,8 @@ def _fit(stage: Stage, fingerprint: str, console: Console) -> None:
     steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
     resume = stage.folder / "checkpoints" / RESUME
     best, timer, started = _best(stage), Timer(), time.monotonic()
-    callbacks = [StageProgress(stage.name, console), timer, best, *stage.more_callbacks]
+    watch = Divergence(stage.folder, stage.name, stage.rate)
+    callbacks = [StageProgress(stage.name, console), timer, watch, best, *stage.more_callbacks]
     if stage.compile:
         callbacks.append(Compilation())
     module = stage.module(stage.network)
@@ -169,7 +172,7 @@ def _keep(
     validation = network_answers(network, stage.data.val_dataloader(), device)
     scores = stage.data.task.evaluate(validation)
     if bad := [name for name, score in scores.items() if not math.isfinite(score)]:
-        raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower optimizer.lr")
+        raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower {stage.rate}")
     task = {
         "class_names": stage.data.class_names, "predicts": stage.data.task.description, **stage.data.input_format,
         "role": stage.role, "data": stage.data.labelled,

@@ -1,6 +1,7 @@
 """Lightning callbacks of the pipeline."""
 
 from kd_lightning.callbacks.compilation import Compilation
+from kd_lightning.callbacks.divergence import Divergence
 from kd_lightning.callbacks.filling import CacheFilling
 from kd_lightning.callbacks.mean_teacher import MeanTeacher
 from kd_lightning.callbacks.predictions import PredictionWriter
@@ -12,6 +13,7 @@ from kd_lightning.callbacks.stage_folder import StageFolder
 __all__ = [
     "CacheFilling",
     "Compilation",
+    "Divergence",
     "MeanTeacher",
     "PredictionWriter",
     "Preemption",
