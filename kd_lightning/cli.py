@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
@@ -75,6 +75,7 @@ def command_line() -> None:
     )  # fmt: skip
 
 
+@interruptible("kd-cli", "checkpoints that were saved stay; --ckpt_path=FILE goes on from one")
 def main() -> None:
     """Entry point: a user's mistake ends in a line or two, as the parser or we say it."""
     if sys.argv[1:] in ([], ["-h"], ["--help"]):

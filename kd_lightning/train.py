@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from kd_lightning import config, points, preemption
-from kd_lightning.errors import Interrupted, KDError, interruptible
+from kd_lightning.errors import Interrupted, KDError, environment_fault, interruptible
 from kd_lightning.processes import rank
 from kd_lightning.slurm.logs import link_logs
 
@@ -35,6 +35,11 @@ def _run(cfg: DictConfig) -> float:
         if config.in_sweep() and not isinstance(error, Interrupted):
             raise  # the sweep goes on, and raises it at its end
         _end(error)
+    except Exception as error:
+        fault = environment_fault(error)
+        if fault is None or config.in_sweep():
+            raise
+        _end(fault)
 
 
 def _end(reason: object) -> NoReturn:
@@ -84,7 +89,7 @@ def main() -> None:
     except Exception as error:
         from kd_lightning.explain import explain
 
-        explained = explain(error, sys.argv[1:])
+        explained = explain(error, sys.argv[1:]) or environment_fault(error)
         if explained is None:
             raise
         _end(explained)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, interruptible
 
 if TYPE_CHECKING:
     from kd_lightning.slurm.chain import Job
@@ -24,6 +24,7 @@ conf/hydra/launcher/slurm.yaml has the jobs' partition, time, CPUs, memory and G
 """
 
 
+@interruptible("kd-slurm", "squeue shows which jobs were submitted")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-slurm`."""
     parser = _parser()
