@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.balance import make_balance
-from kd_lightning.config import build, lookup, parameters, processes, to_dict
-from kd_lightning.errors import ConfigError, did_you_mean
-from kd_lightning.processes import launched
+from kd_lightning.config import build, first_line, lookup, parameters, processes, to_dict
+from kd_lightning.errors import ConfigError, KDError, did_you_mean
+from kd_lightning.files import can_write_to
+from kd_lightning.numbers import check_numbers
+from kd_lightning.objective import Objective
 from kd_lightning.runs import check_stage, differences, read_config
 from kd_lightning.teachers.ensemble import Combine, shares_of
 from kd_lightning.teachers.frozen import Precision
+from kd_lightning.trainer_checks import check_trainers, shards, try_trainers
 from kd_lightning.trust import trust_own
 
 STAGES = ("teacher", "baseline", "distill", "finetune")
@@ -37,13 +39,16 @@ def validate(cfg: DictConfig) -> None:
     settings = to_dict(cfg)
     trust_own(settings)
     _check_keys(settings)
-    _check_values(settings)
     _check_schedules(settings)
+    check_numbers(settings)
+    _check_values(settings)
     for path, node in _targets(settings):
         _check_node(path, node)
-    _check_trainers(settings)
-    if "distill" in settings["stages"]:
-        build(settings["distillation"], balance=settings["balance"])  # a loss's own checks
+    _check_node("teacher.trainer", {"_target_": settings["trainer"]["_target_"], **settings["teacher"]["trainer"]})
+    check_trainers(settings)
+    _check_loss(settings)
+    _check_places(settings)
+    try_trainers(settings)
 
 
 _ROOT = {
@@ -65,28 +70,39 @@ _TEACHER = {
 }  # fmt: skip
 _FINETUNE = {"lr": float, "max_epochs": int}
 _TASK = {"weight": float, "distillation": dict, "teacher": dict}
-_OURS = (
-    "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "use_distributed_sampler",
-    "enable_model_summary", "enable_progress_bar", "val_check_interval", "check_val_every_n_epoch",
-)  # fmt: skip
-"""Trainer arguments that the pipeline sets, and would set over what is given."""
 
 
 def _check_keys(cfg: dict[str, Any]) -> None:
     """Check names and types of the keys that belong to no class."""
     groups: dict[str, Any] = dict.fromkeys(_GROUPS, dict)
-    fixed = [
-        ("", cfg, _ROOT | groups), ("teacher.", cfg["teacher"], _TEACHER), ("finetune.", cfg["finetune"], _FINETUNE),
-    ]  # fmt: skip
-    tasks = ((f"tasks.{name}.", task, _TASK) for name, task in cfg["tasks"].items())
-    teachers = ((f"tasks.{name}.teacher.", task.get("teacher", {}), _TEACHER) for name, task in cfg["tasks"].items())
-    for prefix, node, known in chain(fixed, tasks, teachers):  # one after the other: each is checked before it is read
-        for key, value in node.items():
-            if key not in known:
-                raise ConfigError(f"{prefix}{key}: there is no such key{did_you_mean(str(key), known)}")
-            if value is None and NoneType not in get_args(known[key]):
-                raise ConfigError(f"{prefix}{key} needs a value")
-            _check_type(f"{prefix}{key}", value, known[key])
+    _check_group("", cfg, _ROOT | groups)
+    _check_group("teacher.", cfg["teacher"], _TEACHER)
+    _check_group("finetune.", cfg["finetune"], _FINETUNE)
+    for name, task in cfg["tasks"].items():
+        _check_group(f"tasks.{name}.", task, _TASK, whole=False)
+        _check_group(f"tasks.{name}.teacher.", task.get("teacher", {}), _TEACHER, whole=False)
+
+
+def _check_group(prefix: str, node: dict[str, Any], known: dict[str, Any], whole: bool = True) -> None:
+    """Check a node's keys: none unknown, and unless it only overrides others (`whole`) none missing."""
+    for key, value in node.items():
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: there is no such key{did_you_mean(str(key), known)}")
+        if value is None and NoneType not in get_args(known[key]):
+            raise ConfigError(f"{prefix}{key} needs a value")
+        if known[key] is dict and not isinstance(value, dict):
+            raise ConfigError(f"{prefix}{key}={value!r} is no group of keys; to choose one: {_choice(prefix + key)}")
+        _check_type(f"{prefix}{key}", value, known[key])
+    if whole and (lacking := [key for key in known if key not in node]):
+        raise ConfigError(f"{prefix}{lacking[0]} was removed (~{prefix}{lacking[0]}), and no run can do without it")
+
+
+def _choice(path: str) -> str:
+    """Return how a node is chosen on the command line."""
+    if path in ("student", "teacher.network"):
+        return f"model@{path}=NAME"
+    group, _, name = path.rpartition(".")
+    return f"{name}@{path}=NAME" if group else f"{path}=NAME"
 
 
 def _check_values(cfg: dict[str, Any]) -> None:
@@ -110,15 +126,11 @@ def _check_values(cfg: dict[str, Any]) -> None:
     if "finetune" in stages and "distill" not in stages:
         raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
     make_balance(cfg["balance"], [])  # refuses an unknown policy
-    if cfg["balance"] == "gradnorm" and _shards(cfg["trainer"]):
+    if cfg["balance"] == "gradnorm" and shards(cfg["trainer"]):
         raise ConfigError("balance=gradnorm compares whole gradients, and trainer=fsdp shards them: use fixed")
     if cfg["resume"] not in ("auto", "never"):
         raise ConfigError(f"resume={cfg['resume']!r} must be auto or never")
-    if (device := cfg["teacher"]["device"]) is not None:
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"teacher.device={device!r} is no device, such as cuda:1") from error
+    _check_device(cfg["teacher"]["device"])
     checkpoint, weights = cfg["teacher"]["checkpoint"], cfg["teacher"]["weights"]
     _check_folds(cfg["teacher"])
     members = number_of_teachers(cfg["teacher"])
@@ -134,13 +146,42 @@ def _check_values(cfg: dict[str, Any]) -> None:
     if members > 1 and weights != "learned":
         shares_of(weights, members, cfg["teacher"]["combine"])
     mode = cfg["teacher"]["cache"]
-    if mode not in CACHE_MODES and "/" not in mode:
+    if mode not in CACHE_MODES and ("/" not in mode or "://" in mode):
         raise ConfigError(
-            f"teacher.cache={mode!r} is neither a mode nor a path (which has a slash){did_you_mean(mode, CACHE_MODES)}"
+            f"teacher.cache={mode!r} is neither a mode nor a path on this machine (which has a slash)"
+            f"{did_you_mean(mode, CACHE_MODES)}"
         )
     _check_schemes(cfg)
     _check_tasks(cfg)
     _check_sharded(cfg)
+
+
+def _check_device(name: str | None) -> None:
+    """Check that a teacher can be put on a device, and can answer there."""
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"teacher.device={name!r} is no device, such as cuda:1") from error
+    if device.type == "meta":
+        raise ConfigError("teacher.device=meta holds no numbers: give a device that computes, such as cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ConfigError(f"teacher.device={name}: torch finds {there or 'no'} GPU{'s' * (there != 1)} here")
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend refuses with an exception of its own
+        raise ConfigError(f"teacher.device={name}: this machine has none ({first_line(error)})") from error
+
+
+def _check_places(cfg: dict[str, Any]) -> None:
+    """Check that files can be written where they are to go."""
+    places = {"run_dir": cfg["run_dir"], "shared_dir": cfg["shared_dir"]}
+    if cfg["teacher"]["cache"] not in CACHE_MODES:
+        places["teacher.cache"] = cfg["teacher"]["cache"]
+    for key, place in places.items():
+        if place is not None and (reason := can_write_to(Path(place).expanduser())):
+            raise ConfigError(f"{key}={place}: nothing can be written there ({reason})")
 
 
 def number_of_teachers(teacher: dict[str, Any]) -> int:
@@ -230,7 +271,7 @@ def _check_sharded(cfg: dict[str, Any]) -> None:
     teacher, trainer = cfg["teacher"], cfg["trainer"]
     if not teacher["sharded"]:
         return
-    if not (_shards(trainer) and processes(trainer) > 1):
+    if not (shards(trainer) and processes(trainer) > 1):
         raise ConfigError(
             "teacher.sharded=true shares the teacher's weights out to the processes that share the student's: use it "
             "with trainer=fsdp or trainer=fsdp2, on several trainer.devices"
@@ -266,6 +307,29 @@ def _check_schedules(cfg: dict[str, Any]) -> None:
                 raise ConfigError(f"{key}={value:g} must be {wanted}")
 
 
+def _check_loss(cfg: dict[str, Any]) -> None:
+    """Check the losses, by making them, and that some term counts."""
+    if "distill" not in cfg["stages"]:
+        return
+    losses = {"distillation": cfg["distillation"]}
+    losses |= {
+        f"tasks.{n}.distillation": task["distillation"] for n, task in cfg["tasks"].items() if "distillation" in task
+    }
+    for path, node in losses.items():
+        for part in ("terms", "weights"):
+            for name, value in (node.get(part) or {}).items():
+                if value is None:
+                    raise ConfigError(f"{path}.{part}.{name} needs a value; ~{path}.{part}.{name} leaves it out")
+        try:
+            objective = build(node, balance=cfg["balance"])
+        except KDError as error:
+            raise ConfigError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+        if not isinstance(objective, Objective):
+            raise ConfigError(f"{path}: {node['_target_']} is no objective: choose one, {path}=soft_target")
+        if not any(objective.weights.values()):
+            raise ConfigError(f"{path}.weights are all 0: nothing would be learned")
+
+
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(node, dict):
         if "_target_" in node:
@@ -278,6 +342,8 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:
+    if not isinstance(node["_target_"], str):
+        raise ConfigError(f"{path}._target_={node['_target_']!r} is no import path, such as torch.optim.AdamW")
     takes = parameters(lookup(node["_target_"]))
     for key, value in node.items():
         if key in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
@@ -301,7 +367,7 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
 
     if expected in (Any, dict, inspect.Parameter.empty) or key == "teacher.checkpoint":
         return
-    if value is None and expected in (int, float, bool, str):
+    if value is None and _needs_value(expected):
         raise ConfigError(f"{key}=null is not {_type_name(expected)}")
     parser = ArgumentParser(exit_on_error=False)
     try:
@@ -314,71 +380,33 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
         raise ConfigError(f"{key}={value!r} is not {_type_name(expected)}") from error
 
 
+def _needs_value(expected: Any) -> bool:
+    """Return whether a type has no None among its values."""
+    if get_origin(expected) in (Union, UnionType):
+        return all(map(_needs_value, get_args(expected)))
+    plain = isinstance(expected, type) and expected not in (object, NoneType)
+    return plain or get_origin(expected) in (Literal, list, tuple, Sequence)
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", tuple: "a list",
+    Sequence: "a list", Mapping: "a group of keys", dict: "a group of keys", NoneType: "null",
+}  # fmt: skip
+
+
 def _type_name(expected: Any) -> str:
-    if get_origin(expected) is Literal:
+    """Return what a type takes, in words of the command line."""
+    origin = get_origin(expected)
+    if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(expected)))
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return plain.get(expected) or "a " + str(getattr(expected, "__name__", expected)).replace("typing.", "")
-
-
-def _check_trainers(cfg: dict[str, Any]) -> None:
-    """Check the trainer's settings for the students, and as the teacher's own change them."""
-    _check_node("teacher.trainer", {"_target_": cfg["trainer"]["_target_"], **cfg["teacher"]["trainer"]})
-    for path, trainer in (("trainer", cfg["trainer"]), ("teacher.trainer", cfg["trainer"] | cfg["teacher"]["trainer"])):
-        for key in _OURS:
-            if key in trainer:
-                raise ConfigError(f"{path}.{key} is set by the pipeline; see callbacks, logger and validations")
-        if trainer.get("accelerator") == "cpu" and str(trainer.get("precision")) in ("16-mixed", "16-true"):
-            raise ConfigError(f"{path}.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
-        steps, epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
-        if steps in (-1, None) and epochs in (-1, None):
-            raise ConfigError(f"{path}.max_epochs or {path}.max_steps must be set: the baseline gets the same budget")
-        for key, value in (("max_steps", steps), ("max_epochs", epochs)):
-            if value is not None and value != -1 and value < 1:
-                raise ConfigError(f"{path}.{key}={value} must be at least 1, or -1 for no limit")
-        if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
-        _check_processes(path, trainer)
-        if cfg["compile"] and processes(trainer) > 1:
-            raise ConfigError(f"compile=true: the {processes(trainer)} processes of {path} would not compile; use one")
-
-
-def _check_processes(path: str, trainer: dict[str, Any]) -> None:
-    """Check that the processes a trainer wants are those that were started, or that it starts without this command."""
-    wanted, started = processes(trainer), launched()
-    name = _strategy(trainer)
-    if name.startswith("fsdp") or name.endswith("FSDPStrategy"):
-        raise ConfigError(
-            f"{path}.strategy={name} is torch's older sharding, which narrows losses' projectors to 16 bits and does "
-            "not clip by norm: use trainer=fsdp (GPUs) or trainer=fsdp2"
-        )
-    spawns = name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
-    if started > 1 and wanted != started:
-        raise ConfigError(
-            f"{started} processes were started for this command (srun or torchrun), and {path} wants {wanted}: set "
-            f"trainer.devices and trainer.num_nodes to match, such as trainer=ddp trainer.devices={started}"
-        )
-    if started > 1 and spawns:
-        raise ConfigError(
-            f"{path}.strategy={name} starts processes itself, and {started} are there already (srun or torchrun): use "
-            "strategy=ddp (trainer=ddp)"
-        )
-    if started == 1 and wanted > 1 and not spawns:
-        raise ConfigError(
-            f"{path}.strategy={name} with {wanted} processes would start the whole command (in a sweep, the whole "
-            "sweep) again in each of them: use trainer=ddp (ddp_spawn) on one machine, or start one process a device "
-            f"yourself: torchrun --nproc-per-node={wanted} -m kd_lightning.train ..., or srun under SLURM"
-        )
-
-
-def _strategy(trainer: dict[str, Any]) -> str:
-    strategy = trainer.get("strategy", "auto")
-    return str(strategy.get("_target_") if isinstance(strategy, dict) else strategy)
-
-
-def _shards(trainer: dict[str, Any]) -> bool:
-    """Return whether the weights are shared out to the processes."""
-    return _strategy(trainer).endswith("ModelParallelStrategy")
+    if origin in (Union, UnionType):  # what no command line can give (a tensor, an object) is left out
+        named = [_type_name(one) for one in get_args(expected) if one in _WORDS or get_origin(one)]
+        return " or ".join(dict.fromkeys(named)) or "what it takes"
+    if origin in (list, tuple, Sequence) and get_args(expected):
+        inside = [one for one in get_args(expected) if one is not ...]
+        names = " and ".join(_type_name(one) for one in inside)
+        return f"a list of {names}" if origin is not tuple or len(inside) == 1 else f"a list of {len(inside)} ({names})"
+    return _WORDS.get(origin or expected) or "a " + str(getattr(expected, "__name__", expected)).replace("typing.", "")
 
 
 def check_folder(folder: Path, cfg: dict[str, Any]) -> None:

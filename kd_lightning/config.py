@@ -189,7 +189,10 @@ def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
             hints = {}
         for name, parameter in signature.parameters.items():
             if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                found.setdefault(name, (hints.get(name, Any), parameter.default is parameter.empty))
+                hint = hints.get(name, Any)
+                if parameter.default is None and hint is not Any:
+                    hint = typing.Optional[hint]  # noqa: UP045 - any hint; older annotations leave it unsaid
+                found.setdefault(name, (hint, parameter.default is parameter.empty))
         if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
             break
     return found
@@ -205,7 +208,12 @@ def processes(trainer: Mapping[str, Any]) -> int:
 
         count = torch.cuda.device_count() if trainer.get("accelerator") != "cpu" else 1
     else:
-        count = int(devices)
+        try:
+            count = int(devices)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"trainer.devices={devices!r} is neither a number of devices, a list of them, nor auto"
+            ) from None
     return max(count, 1) * int(trainer.get("num_nodes", 1))
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kd_lightning.errors import ConfigError
+
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 
@@ -27,12 +29,19 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def _steps_of(warmup: float, total_steps: int) -> int:
+    """Return a warm-up's steps."""
+    if not 0 <= warmup <= 1:
+        raise ConfigError(f"warmup={warmup} must be a share of the training, between 0 and 1")
+    return round(warmup * total_steps)
+
+
 def warmup_linear(optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> LRScheduler:
     """Rise linearly to the configured learning rate over the first `warmup` share, then fall linearly to zero."""
     from transformers.optimization import get_linear_schedule_with_warmup
 
     schedule: LRScheduler = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
-        optimizer, round(warmup * total_steps), total_steps
+        optimizer, _steps_of(warmup, total_steps), total_steps
     )
     return schedule
 
@@ -41,7 +50,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -
     """Rise linearly to the configured learning rate over the first `warmup` share, then fall along half a cosine."""
     from transformers.optimization import get_cosine_schedule_with_warmup
 
-    schedule: LRScheduler = get_cosine_schedule_with_warmup(optimizer, round(warmup * total_steps), total_steps)
+    schedule: LRScheduler = get_cosine_schedule_with_warmup(optimizer, _steps_of(warmup, total_steps), total_steps)
     return schedule
 
 
@@ -49,5 +58,5 @@ def constant(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LRS
     """Rise linearly over the first `warmup` share, then stay at the configured learning rate."""
     from transformers.optimization import get_constant_schedule_with_warmup
 
-    schedule: LRScheduler = get_constant_schedule_with_warmup(optimizer, round(warmup * total_steps))
+    schedule: LRScheduler = get_constant_schedule_with_warmup(optimizer, _steps_of(warmup, total_steps))
     return schedule

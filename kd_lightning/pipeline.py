@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from kd_lightning.checks import check_folder, number_of_teachers, validate
 from kd_lightning.config import build, in_sweep, lookup, parameters, processes, to_dict
 from kd_lightning.data.places import absolute
 from kd_lightning.data.tokens import tokenizer_fingerprint
-from kd_lightning.errors import ConfigError
+from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import remove_temporary
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
@@ -95,9 +95,15 @@ class Pipeline:
         )
         self._assistants: dict[int, TeacherNetwork] = {}
 
-    def run(self) -> None:
-        """Train every stage that is asked for and not yet finished."""
+    def run(self, begin: Callable[[], None] | None = None) -> None:
+        """Train every stage that is asked for and not yet finished.
+
+        Args:
+            begin: Called once nothing is refused any more, and before anything is trained or written.
+        """
         self._rehearse()
+        if begin is not None:
+            begin()
         if "teacher" in self.stages:
             _ = self.teacher
         for seed in self.seeds:
@@ -437,7 +443,12 @@ class Pipeline:
             raise ConfigError(
                 f"{role}: {settings['_target_']} needs {', '.join(lacking)}; {source} gives {list(sizes)}"
             )
-        network: nn.Module = build(settings, **sizes, **given)
+        if (classes := settings.get("num_classes")) not in (None, sizes["num_classes"]):
+            raise ConfigError(f"{role}: num_classes={classes}, and the data have {sizes['num_classes']}: leave it out")
+        try:
+            network: nn.Module = build(settings, **sizes, **given)
+        except KDError as error:  # a constructor does not know whose network it makes
+            raise type(error)(f"{role}: {error}") from error
         if "teacher" in takes and describe(network) is None:
             raise ConfigError(
                 f"{role}: {settings['_target_']} makes a {type(network).__name__} from the teacher, which could not be "

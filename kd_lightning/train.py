@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
@@ -54,7 +53,6 @@ def _train(cfg: DictConfig) -> Pipeline:
     from kd_lightning.processes import first, join
 
     preemption.watch()
-    link_logs(Path(cfg.run_dir))
     validate(cfg)
     join()
     from kd_lightning.compare import compare
@@ -69,7 +67,7 @@ def _train(cfg: DictConfig) -> Pipeline:
     log.handlers = [logging.StreamHandler()]
     with first():
         pipeline = pipeline_of(cfg, Console(quiet=rank() > 0))
-    pipeline.run()
+    pipeline.run(begin=lambda: link_logs(pipeline.folder))
     with first():
         if rank() == 0:
             compare(pipeline, points.command(cfg))

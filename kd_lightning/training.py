@@ -148,6 +148,8 @@ def _fit(stage: Stage, fingerprint: str, console: Console) -> None:
     trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise Interrupted(f"{stage.name} was interrupted; the same command goes on from {resume}")
+    if not best.best_model_path and trainer.world_size == 1:
+        raise KDError(f"{stage.name} ended without a look at validation: a callback must have stopped it before one")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # else the next stage would log into the same run
@@ -213,21 +215,37 @@ def averages(callbacks: dict[str, Any]) -> bool:
 
 def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path, fingerprint: str) -> L.Trainer:
     """Build the trainer; the callbacks that the pipeline relies on come before the user's."""
-    accumulate = int(stage.trainer.get("accumulate_grad_batches", 1))
     callbacks = [*callbacks, Preemption(resume, stage.checkpoint_every, stage.name)]
     callbacks += [build(node) for node in stage.callbacks.values()]
     loggers = [build(node, save_dir=str(stage.folder)) for node in stage.loggers.values()]
-    plugins = [build(node) for node in stage.trainer.get("plugins") or ()]
+    every = validate_every(len(stage.data.train_dataloader()), steps, stage.validations, stage.trainer)
+    return make_trainer(stage.trainer, callbacks, loggers, str(stage.folder), steps, every)
+
+
+def validate_every(batches: int, steps: int, validations: int, trainer: dict[str, Any]) -> int:
+    """Return after how many batches of one process to look at the validation split.
+
+    Where an accumulation does not divide an epoch, the epoch's last step is over fewer batches, and so the training.
+    """
+    accumulate = int(trainer.get("accumulate_grad_batches", 1))
+    batches = math.ceil(batches / processes(trainer))
+    if batches % accumulate == 0:
+        return max(steps // validations, 1) * accumulate
+    epochs, rest = divmod(steps, math.ceil(batches / accumulate))
+    return max((epochs * batches + rest * accumulate) // validations, 1)
+
+
+def make_trainer(
+    settings: dict[str, Any], callbacks: list[L.Callback], loggers: list[Any], folder: str, steps: int, every: int
+) -> L.Trainer:
+    """Build a trainer from a configuration's settings and what the pipeline decides."""
+    plugins = [build(node) for node in settings.get("plugins") or ()]
     settings = {
-        **stage.trainer,
-        "plugins": None,
-        "max_steps": steps,
-        "max_epochs": -1,
-        "val_check_interval": max(steps // stage.validations, 1) * accumulate,
+        **settings, "plugins": None, "max_steps": steps, "max_epochs": -1, "val_check_interval": every,
         "check_val_every_n_epoch": None,
-    }
+    }  # fmt: skip
     trainer: L.Trainer = build(
-        settings, callbacks=callbacks, logger=loggers or False, default_root_dir=str(stage.folder),
+        settings, callbacks=callbacks, logger=loggers or False, default_root_dir=folder,
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
         plugins=[*plugins, environment(), SealedCheckpoints(fingerprint)],
     )  # fmt: skip
