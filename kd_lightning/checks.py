@@ -39,6 +39,7 @@ def validate(cfg: DictConfig) -> None:
     settings = to_dict(cfg)
     trust_own(settings)
     _check_keys(settings)
+    _check_terms(settings)
     _check_schedules(settings)
     check_numbers(settings)
     _check_values(settings)
@@ -134,6 +135,8 @@ def _check_values(cfg: dict[str, Any]) -> None:
     checkpoint, weights = cfg["teacher"]["checkpoint"], cfg["teacher"]["weights"]
     _check_folds(cfg["teacher"])
     members = number_of_teachers(cfg["teacher"])
+    if checkpoint == []:
+        raise ConfigError("teacher.checkpoint=[] names no teacher: give one, a list of several, or null")
     if checkpoint is not None and cfg["teacher"]["seeds"] > 1:
         raise ConfigError(
             f"teacher.seeds={cfg['teacher']['seeds']} are to be trained, and teacher.checkpoint to be loaded"
@@ -307,6 +310,21 @@ def _check_schedules(cfg: dict[str, Any]) -> None:
                 raise ConfigError(f"{key}={value:g} must be {wanted}")
 
 
+def _losses(cfg: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the losses of all tasks, each with its path."""
+    own = {name: task["distillation"] for name, task in cfg["tasks"].items() if "distillation" in task}
+    return [("distillation", cfg["distillation"]), *((f"tasks.{name}.distillation", own[name]) for name in own)]
+
+
+def _check_terms(cfg: dict[str, Any]) -> None:
+    """Check that no loss has a term without a class, or without a weight."""
+    for path, node in _losses(cfg):
+        for part in ("terms", "weights"):
+            for name, value in (node.get(part) or {}).items():
+                if value is None:
+                    raise ConfigError(f"{path}.{part}.{name} needs a value; ~{path}.{part}.{name} leaves it out")
+
+
 def _check_loss(cfg: dict[str, Any]) -> None:
     """Check the losses, by making them, and that some term counts."""
     if "distill" not in cfg["stages"]:
@@ -316,14 +334,11 @@ def _check_loss(cfg: dict[str, Any]) -> None:
         f"tasks.{n}.distillation": task["distillation"] for n, task in cfg["tasks"].items() if "distillation" in task
     }
     for path, node in losses.items():
-        for part in ("terms", "weights"):
-            for name, value in (node.get(part) or {}).items():
-                if value is None:
-                    raise ConfigError(f"{path}.{part}.{name} needs a value; ~{path}.{part}.{name} leaves it out")
         try:
             objective = build(node, balance=cfg["balance"])
         except KDError as error:
-            raise ConfigError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+            line = str(error).replace("objective.", f"{path}.")  # a constructor does not know where it stands
+            raise ConfigError(line if line.startswith(path) else f"{path}: {line}") from error
         if not isinstance(objective, Objective):
             raise ConfigError(f"{path}: {node['_target_']} is no objective: choose one, {path}=soft_target")
         if not any(objective.weights.values()):

@@ -92,7 +92,7 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
     """
     checkpoint = OmegaConf.select(_root_, "teacher.checkpoint")
     if OmegaConf.is_list(checkpoint):  # an ensemble: see `TextData.reading` for members with another tokenizer
-        checkpoint = checkpoint[0]
+        checkpoint = checkpoint[0] if checkpoint else None
     if checkpoint is not None:
         teacher = tokenizer_beside(checkpoint)
     else:

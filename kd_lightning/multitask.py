@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
@@ -17,7 +18,7 @@ from kd_lightning.losses.term import Scheduled, Term
 from kd_lightning.models.fits import check_length
 from kd_lightning.objective import Objective
 from kd_lightning.pipeline import Pipeline
-from kd_lightning.rehearsal import check_batches, try_out
+from kd_lightning.rehearsal import check_batches, step_taught, step_teacher, try_out
 from kd_lightning.runs import digest, is_finished
 from kd_lightning.schedules import Times
 from kd_lightning.tasks import MultiTask
@@ -109,10 +110,17 @@ class MultiTaskPipeline(Pipeline):
         return objective
 
     def _rehearse(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            self._compare()
+
+    def _compare(self) -> None:
         """Build the networks and compare the student with all teachers on a batch of every task's examples."""
         if not self.has_teacher and self._needs_teachers:
             raise ConfigError("a task lacks its teacher: add teacher to stages, or set tasks.NAME.teacher.checkpoint")
         networks = [self._network(part) for part in self.parts.values()] if self.has_teacher else []
+        for part, (network, finished) in zip(self.parts.values(), networks, strict=False):
+            if "teacher" in self.stages and finished is None:
+                step_teacher(part, network)
         if self.stages == ["teacher"]:
             return
         given = {"teacher": networks[0][0]} if networks else {}
@@ -125,7 +133,9 @@ class MultiTaskPipeline(Pipeline):
         for part, (network, finished) in zip(self.parts.values(), networks, strict=False):
             asked.append(part.answerings[0].check(network, finished))
         teacher = self._joined(asked) if asked else None
-        try_out(objective, student, teacher, self.data.select(tokens="both").one_of_each(), self.data.num_examples)
+        batch = self.data.select(tokens="both").one_of_each()
+        try_out(objective, student, teacher, batch, self.data.num_examples, self.data.num_classes)
+        step_taught(objective, student, teacher, batch, self.cfg["optimizer"])
 
     def _network(self, part: Pipeline) -> tuple[nn.Module, TeacherNetwork | None]:
         """Return a task's teacher to rehearse with: untrained, unless a finished one is given."""

@@ -12,7 +12,11 @@ _LARGEST = 2**32 - 1
 """Of a seed: what torch, numpy and Python all take."""
 
 _AT_LEAST_ZERO = ("lr", "weight_decay", "gradient_clip_val", "log_every_n_steps")
-_AT_LEAST_ONE = ("accumulate_grad_batches", "num_nodes")
+_AT_LEAST_ONE = (
+    "accumulate_grad_batches", "num_nodes", "num_layers", "num_heads", "hidden_size", "embedding_size",
+    "intermediate_size", "num_filters", "kernel_sizes", "widths", "convolutions", "depth",
+)  # fmt: skip
+_PROBABILITIES = ("dropout", "drop_rate")
 _SHARES = ("warmup",)
 
 
@@ -25,7 +29,7 @@ def check_numbers(settings: dict[str, Any]) -> None:
     for path, name, value in _numbers(settings):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path}={value} must be a finite number")
-        if abs(value) >= 2**63:
+        if isinstance(value, int) and abs(value) >= 2**63:
             raise ConfigError(f"{path}={value} is too large for a number here")
         wanted = _wanted(name, value)
         if wanted is not None:
@@ -38,6 +42,7 @@ def _wanted(name: str, value: float) -> str | None:
         (name in _AT_LEAST_ZERO and not value >= 0, "at least 0"),
         (name in _AT_LEAST_ONE and not value >= 1, "at least 1"),
         (name in _SHARES and not 0 <= value <= 1, "a share of the training, between 0 and 1"),
+        (name in _PROBABILITIES and not 0 <= value < 1, "a probability, from 0 to below 1"),
         (name.endswith("seed") and not 0 <= value <= _LARGEST, f"at least 0 and at most {_LARGEST}"),
     ]
     return next((wanted for wrong, wanted in limits if wrong), None)

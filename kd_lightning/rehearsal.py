@@ -5,30 +5,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.checks import number_of_teachers
 from kd_lightning.config import build, lookup, parameters, processes
 from kd_lightning.errors import ConfigError
 from kd_lightning.features import FeatureTap
-from kd_lightning.models.adapt import evaluating
+from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.fits import check_length, check_single
 from kd_lightning.objective import Objective
+from kd_lightning.optim import parameter_groups
 from kd_lightning.teachers import EnsembleNetwork, SideBySide, Teacher
-from kd_lightning.types import Batch
+from kd_lightning.trainer_checks import named
+from kd_lightning.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
+    from kd_lightning.data.base import Role
     from kd_lightning.pipeline import Pipeline
 
 
 def rehearse(pipeline: Pipeline) -> None:
-    """Build the networks of a run and compare those that meet, each with the one that teaches it, on a batch.
+    """Build the networks of a run, compare those that meet on a batch, and take a step with each that is trained.
 
     Raises:
         ConfigError: What does not fit, before any training.
     """
+    with torch.random.fork_rng(devices=[]):
+        _rehearse(pipeline)
+
+
+def _rehearse(pipeline: Pipeline) -> None:
     cfg, given = pipeline.cfg, {}
     if cfg["teacher"]["folds"] > 1:
         pipeline.data.folds(cfg["teacher"]["folds"])  # refuses what cannot be
@@ -36,12 +44,16 @@ def rehearse(pipeline: Pipeline) -> None:
     if pipeline.has_teacher:
         given["teacher"] = pipeline.teacher.network if trained else _untrained(pipeline)
         check_length(given["teacher"], pipeline.data.input_format.get("max_length"), "teacher")
+        if "teacher" in pipeline.stages and not trained:
+            step_teacher(pipeline, given["teacher"])
     elif needs_teacher(cfg):
         raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
     if pipeline.stages == ["teacher"]:
         return
     student, _ = pipeline.build_network(cfg["student"], "student", **given)
     check_batches(pipeline, student)
+    if "baseline" in pipeline.stages:
+        step_alone("student", pipeline, student, cfg["optimizer"])
     if "distill" not in pipeline.stages:
         return
     peers = [pipeline.build_network(peer, "student", **given)[0] for peer in cfg["peers"]]
@@ -57,7 +69,9 @@ def rehearse(pipeline: Pipeline) -> None:
             answering.needs = objective.needs_teacher
             teacher = answering.check(above, pipeline.teacher if trained and number == 0 else None)
         data = pipeline.data_of(number).select(tokens="both")
-        try_out(objective, network, teacher, _few(data), data.num_examples)
+        batch = _few(data)
+        try_out(objective, network, teacher, batch, data.num_examples, pipeline.data.num_classes)
+        step_taught(objective, network, teacher, batch, cfg["optimizer"])
 
 
 def _untrained(pipeline: Pipeline) -> nn.Module:
@@ -144,7 +158,62 @@ def check_scheme(objective: Objective, cfg: dict[str, Any]) -> None:
         raise ConfigError("assistants hand on what the teacher says, and distillation reads no teacher")
 
 
-def try_out(objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, examples: int) -> None:
+def step_teacher(pipeline: Pipeline, network: nn.Module) -> None:
+    """Take a step with a teacher that is to be trained; see `step_alone`."""
+    step_alone("teacher", pipeline, source_of(network), pipeline.cfg["teacher"]["optimizer"])
+
+
+def step_alone(role: Role, pipeline: Pipeline, network: nn.Module, optimizer: dict[str, Any]) -> None:
+    """Take one training step from labels on the CPU, with a network that is thrown away.
+
+    Raises:
+        ConfigError: The network cannot read the data, predicts something else, or cannot be trained.
+    """
+    batch = _few(pipeline.data.select(tokens=role, pool=False))
+    objective = Objective(*pipeline.task.terms())
+    with named(role):
+        said = run_network(network.train(), batch)
+        _check_outputs(said, pipeline.data.num_classes)
+        _step(network, objective(said, said, batch)[0], optimizer)
+
+
+def step_taught(
+    objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, optimizer: dict[str, Any]
+) -> None:
+    """Take one training step from a teacher on the CPU, with a student and an objective that are thrown away.
+
+    Raises:
+        ConfigError: As `step_alone`.
+    """
+    with named("distillation"):
+        said = FeatureTap(student.train(), objective.needs_student)(batch)
+        expected = said if teacher is None or not objective.uses_teacher else teacher(batch)
+        loss, _ = objective.train()(said, expected, batch)
+        _step(nn.ModuleList([student, objective]), loss, optimizer)
+
+
+def _step(module: nn.Module, loss: Tensor, optimizer: dict[str, Any]) -> None:
+    if not loss.isfinite():
+        raise ConfigError(f"the loss of a first batch is {float(loss)}, before any step")
+    if not loss.requires_grad:
+        raise ConfigError("nothing in it can be trained: its loss reaches no weight")
+    loss.backward()  # type: ignore[no-untyped-call]
+    build(optimizer)(parameter_groups(module)).step()
+
+
+def _check_outputs(said: ModelOutput, classes: int) -> None:
+    """Refuse a network that predicts other things than the data ask for."""
+    if said.logits.ndim != 2 or said.logits.shape[1] != classes:
+        shape = list(said.logits.shape)
+        raise ConfigError(
+            f"it predicts logits of shape {shape} for {len(said.logits)} examples, and the data ask for {classes} an "
+            "example: a network gives one logit for each class, also of two"
+        )
+
+
+def try_out(
+    objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, examples: int, classes: int
+) -> None:
     """Compare the two on one batch, every term whatever its weight, so that models that do not fit are refused at once.
 
     Raises:
@@ -152,15 +221,17 @@ def try_out(objective: Objective, student: nn.Module, teacher: Teacher | None, b
     """
     ask = FeatureTap(student, objective.needs_student)
     with evaluating(student), torch.no_grad():
-        said = ask(batch)
-        expected = said if teacher is None else teacher(batch)
+        with named("student"):
+            said = ask(batch)
+            _check_outputs(said, classes)
+        with named("teacher"):
+            expected = said if teacher is None else teacher(batch)
+            _check_outputs(expected, classes)
         if not all(x.isfinite().all() for x in (expected.logits, *expected.features.values())) and teacher is not None:
             raise ConfigError(
                 "teacher: the teacher's outputs are not finite (NaN or infinite): its weights are damaged, or overflow "
                 "in its precision; give another teacher.checkpoint, or set teacher.precision=float32"
             )
-        try:
+        with named("distillation"):
             objective.connect(said, expected, examples)
             objective.eval()(said, expected, batch)
-        except ValueError as error:
-            raise ConfigError(f"distillation: {error}") from error

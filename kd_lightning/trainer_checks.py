@@ -80,7 +80,7 @@ def try_trainers(cfg: dict[str, Any]) -> None:
         callbacks = [_made(f"callbacks.{name}", node, L.Callback) for name, node in cfg["callbacks"].items()]
         loggers = [_made(f"logger.{name}", node, Logger, save_dir=folder) for name, node in cfg["logger"].items()]
         for path, trainer in _trainers(cfg):
-            with _named(path):
+            with named(path):
                 make_trainer(trainer, callbacks, loggers, folder, 1, 1)
 
 
@@ -92,18 +92,18 @@ def _trainers(cfg: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _try_optimizer(path: str, node: dict[str, Any], schedule_path: str, schedule: dict[str, Any]) -> None:
     """Step an optimizer and its schedule over two weights, a matrix and a vector."""
     weights = torch.nn.Linear(2, 2)
-    with torch.random.fork_rng(), _named(path):
+    with torch.random.fork_rng(), named(path):
         optimizer = build(node)(parameter_groups(weights))
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(f"{path}: {node['_target_']} makes a {type(optimizer).__name__}, which is no optimizer")
-        with _named(schedule_path):
+        with named(schedule_path):
             rate = build(schedule)(optimizer, 2)
             if not hasattr(rate, "get_last_lr"):
                 name = type(rate).__name__
                 raise ConfigError(f"{schedule_path}: {schedule['_target_']} makes a {name}, which is no schedule")
         weights(torch.ones(1, 2)).sum().backward()
         optimizer.step()
-        with _named(schedule_path):
+        with named(schedule_path):
             rate.step()
 
 
@@ -113,7 +113,7 @@ def _made(path: str, node: Any, kind: type, **given: Any) -> Any:
         raise ConfigError(
             f"{path}={node!r} has no _target_: name a {kind.__name__} of Lightning, or leave it out (~{path})"
         )
-    with _named(path):
+    with named(path):
         made = build(node, **given)
     if not isinstance(made, kind):
         raise ConfigError(f"{path}: {node['_target_']} is a {type(made).__name__}, which is no {kind.__name__}")
@@ -121,7 +121,7 @@ def _made(path: str, node: Any, kind: type, **given: Any) -> Any:
 
 
 @contextmanager
-def _named(path: str) -> Iterator[None]:
+def named(path: str) -> Iterator[None]:
     """Say of what libraries refuse, each with an exception of its own, which key it comes from."""
     try:
         yield

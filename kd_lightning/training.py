@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -219,7 +219,9 @@ def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path
     callbacks += [build(node) for node in stage.callbacks.values()]
     loggers = [build(node, save_dir=str(stage.folder)) for node in stage.loggers.values()]
     every = validate_every(len(stage.data.train_dataloader()), steps, stage.validations, stage.trainer)
-    return make_trainer(stage.trainer, callbacks, loggers, str(stage.folder), steps, every)
+    return make_trainer(
+        stage.trainer, callbacks, loggers, str(stage.folder), steps, every, [SealedCheckpoints(fingerprint)]
+    )
 
 
 def validate_every(batches: int, steps: int, validations: int, trainer: dict[str, Any]) -> int:
@@ -236,7 +238,13 @@ def validate_every(batches: int, steps: int, validations: int, trainer: dict[str
 
 
 def make_trainer(
-    settings: dict[str, Any], callbacks: list[L.Callback], loggers: list[Any], folder: str, steps: int, every: int
+    settings: dict[str, Any],
+    callbacks: list[L.Callback],
+    loggers: list[Any],
+    folder: str,
+    steps: int,
+    every: int,
+    io: Sequence[SealedCheckpoints] = (),
 ) -> L.Trainer:
     """Build a trainer from a configuration's settings and what the pipeline decides."""
     plugins = [build(node) for node in settings.get("plugins") or ()]
@@ -247,6 +255,6 @@ def make_trainer(
     trainer: L.Trainer = build(
         settings, callbacks=callbacks, logger=loggers or False, default_root_dir=folder,
         num_sanity_val_steps=0, use_distributed_sampler=False, enable_model_summary=False, enable_progress_bar=False,
-        plugins=[*plugins, environment(), SealedCheckpoints(fingerprint)],
+        plugins=[*plugins, environment(), *io],
     )  # fmt: skip
     return trainer

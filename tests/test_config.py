@@ -74,7 +74,7 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
         (["temperature=0"], "temperature=0 must be above 0"),
         (["optimizer.lr=null"], "optimizer.lr=null is not a number"),
         (["+optimizer.betas=[0.9]"], "optimizer.betas=[0.9] is not a list of 2"),
-        (["distillation.weights.kd=-1"], "distillation: weights.kd must not be negative"),
+        (["distillation.weights.kd=-1"], "distillation.weights.kd must not be negative"),
         (["+temprature=4"], "temprature: there is no such key; did you mean 'temperature'"),
         (["+teacher.bath_size=8"], "teacher.bath_size: there is no such key; did you mean 'batch_size'"),
         (["teacher.batch_size=abc"], "teacher.batch_size='abc' is not a whole number"),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from kd_lightning import training
 from kd_lightning.checks import validate
 from kd_lightning.errors import KDError
+from kd_lightning.explain import explain
 from kd_lightning.multitask import pipeline_of
+from kd_lightning.runs import read_json
 from kd_lightning.training import planned_steps, validate_every
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -43,7 +49,6 @@ optimizer._target_=torch.optim.AdamX -> AdamX
 optimizer._target_=torch.nn.Linear -> optimizer
 optimizer._target_=3
 optimizer._partial_=false -> optimizer
-~optimizer.lr -> fused
 teacher.optimizer=null
 teacher.optimizer.lr=-1
 teacher.optimizer.lr=nan
@@ -58,7 +63,7 @@ finetune.lr=null
 finetune.max_epochs=1.5
 distillation.weights.kd=nan
 distillation.weights.kd=inf
-distillation.weights.kd=-1 -> weights.kd
+distillation.weights.kd=-1
 distillation.weights.kd=null
 distillation.terms.kd=null
 distillation.terms=null -> distillation
@@ -66,7 +71,6 @@ distillation.terms=null -> distillation
 ~distillation.weights.kd -> distillation
 +distillation.weights.extra=1 -> distillation
 distillation.terms.kd.temperature=nan
-distillation.terms.kd.temperature=-1 -> distillation: temperature
 ~distillation
 distillation._target_=torch.nn.Linear -> distillation
 temperature=nan
@@ -94,7 +98,7 @@ trainer.accumulate_grad_batches=null
 +trainer.deterministic=perhaps
 +trainer.plugins=[{_target_: builtins.dict}] -> trainer
 +trainer.strategy=ddq -> strategy='ddq'
-+trainer.strategy=null -> strategy=None
++trainer.strategy=null
 +trainer.strategy=deepspeed -> trainer
 trainer.gradient_clip_val=-1
 trainer.gradient_clip_val=nan
@@ -111,7 +115,7 @@ trainer.num_nodes=0
 trainer.num_nodes=-1
 trainer.num_nodes=two
 trainer.accelerator=quantum -> accelerator='quantum'
-trainer.accelerator=null -> accelerator=None
+trainer.accelerator=null
 trainer.max_epochs=0
 trainer.max_epochs=nan
 trainer.max_steps=inf
@@ -137,6 +141,10 @@ student._target_=3
 student.num_layers=null
 student.hidden_size=wide
 student.dropout=nan
+student.num_layers=0
+student.hidden_size=-8
+student.dropout=1.5
+teacher.network.num_layers=0
 student.pooling=null
 ~teacher
 teacher.device=cuda:99
@@ -189,6 +197,104 @@ peers=null
 """
 
 
-def bad(composed: Composed, overrides: list[str]) -> None:
-    """Compose and check."""
-    validate(composed(*overrides))
+def refusal(cfg: DictConfig, override: str) -> str:
+    """Return the line that one override ends in."""
+    cfg = copy.deepcopy(cfg)
+    try:
+        with open_dict(cfg) if override.startswith("+") else nullcontext():
+            ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([override]), cfg)
+        validate(cfg)
+    except KDError as error:
+        return str(error)
+    except Exception as error:  # Hydra's, or a defect, of which `explain` knows nothing
+        return explain(error, [override]) or f"Traceback: {error!r}"
+    return "nothing: it was accepted"
+
+
+def test_a_bad_value_is_one_line_with_its_key(composed: Composed, tmp_path: Path) -> None:
+    cases = [line.partition(" -> ")[::2] for line in REFUSED.strip().splitlines()]
+    assert len(cases) > 130
+    cfg = composed(*tiny_overrides(tmp_path / "no.csv", tmp_path / "run"))
+    wrong = []
+    for override, named in cases:
+        line = refusal(cfg, override)
+        key = named or override.lstrip("+~").partition("=")[0]
+        if key not in line or line.startswith(("Traceback", "nothing")) or "\n" in line:
+            wrong.append(f"{override}: {line}")
+    assert not wrong, "\n".join(wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def reached(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the line that a run ends in which must not come to its first training."""
+
+    def fail(stage: training.Stage, *others: object) -> None:
+        raise AssertionError(f"came to {stage.name}")
+
+    monkeypatch.setattr(training, "_fit", fail)
+    with pytest.raises(KDError) as refused:
+        pipeline_of(cfg, Console(quiet=True)).run()
+    return str(refused.value)
+
+
+LATER = [
+    (["+student.num_classes=1"], "student: num_classes=1, and the data have 3"),
+    (["+student.num_classes=7"], "student: num_classes=7"),
+    (["+student.vocab_size=3"], "student"),
+    (["distillation.terms.kd.temperature=-1"], "distillation: temperature"),
+    (["+student.pad_token_id=100000"], "student: pad_token_id=100000"),
+    (["teacher.cache_top_k=3"], "teacher.cache_top_k=3"),
+    (["teacher.folds=1000"], "teacher.folds=1000"),
+    (["teacher.features=['hidden[99]']"], "hidden[99]"),
+    (["model@student=cnn"], "student"),
+    (["model@teacher.network=cnn"], "teacher"),
+    (["model@student=text_cnn", "student.kernel_sizes=[0]"], "kernel_sizes"),
+    (["model@student=transformer", "student.num_heads=3"], "num_heads"),
+    (["model@student=transformer", "student.hidden_act=foo"], "hidden_act"),
+    (["model@student=transformer", "student.num_layers=0"], "num_layers"),
+    (["model@student=embeddings_from_teacher", "student.scale=-1"], "scale"),
+    (["distillation=minilm"], "attention"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), LATER, ids=lambda value: str(value))
+def test_what_does_not_fit_the_data_is_refused_before_any_training(
+    composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
+) -> None:
+    line = reached(composed(*without_replaced(tiny(tmp_path), overrides), *overrides), monkeypatch)
+    assert says in line
+    assert "\n" not in line
+    assert not (tmp_path / "run").exists()
+
+
+def tiny(tmp_path: Path) -> list[str]:
+    return tiny_overrides(write_toy_csv(tmp_path / "toy.csv", 60), tmp_path / "run")
+
+
+def without_replaced(base: list[str], overrides: list[str]) -> list[str]:
+    """Leave out the keys of networks that the overrides choose anew."""
+    chosen = [override.partition("=")[0] for override in overrides if override.startswith("model@")]
+    keys = [key.removeprefix("model@") + "." for key in chosen]
+    return [b for b in base if not b.startswith((*keys, *(f"{key}=" for key in chosen)))]
+
+
+@pytest.mark.parametrize(("batches", "steps", "validations", "accumulate", "every"), [
+    (12, 10, 2, 1, 5), (12, 10, 3, 4, 12), (15, 8, 2, 4, 15), (15, 8, 100, 4, 1), (3, 5, 1, 1000, 15),
+])  # fmt: skip
+def test_every_training_is_looked_at(batches: int, steps: int, validations: int, accumulate: int, every: int) -> None:
+    trainer = {"accumulate_grad_batches": accumulate}
+    found = validate_every(batches, steps, validations, trainer)
+    assert found == every
+    epochs, rest = divmod(steps, planned_steps({**trainer, "max_epochs": 1}, batches))
+    assert found <= epochs * batches + rest * accumulate  # the first look comes before the end
+
+
+def test_an_accumulation_need_not_divide_an_epoch(composed: Composed, tmp_path: Path, own_home: Path) -> None:
+    overrides = [*tiny(tmp_path), "trainer.accumulate_grad_batches=2", "stages=[baseline]", "distillation=labels_only"]
+    pipeline = pipeline_of(composed(*overrides), Console(quiet=True))
+    batches = len(pipeline.data.train_dataloader())
+    assert batches % 2, "the test is of a rest"
+    pipeline.run()
+    record = read_json(tmp_path / "run" / "seed_0" / "baseline" / "stage.json")
+    assert record["steps"] == 2 * (batches // 2 + 1)
+    assert record["best_step"] > 0
