@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
@@ -128,8 +129,8 @@ def named(path: str) -> Iterator[None]:
     except KDError as error:
         raise error if str(error).startswith(path) else ConfigError(f"{path}: {error}") from error
     except Exception as error:
-        cause = error.__cause__ or error  # Hydra wraps what a constructor raises
-        raise ConfigError(f"{path}: {first_line(cause)}") from error
+        wrapped = isinstance(error, InstantiationException)  # Hydra's, around what a constructor raises
+        raise ConfigError(f"{path}: {first_line((wrapped and error.__cause__) or error)}") from error
 
 
 @contextmanager

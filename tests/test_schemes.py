@@ -114,7 +114,7 @@ def test_assistants_that_have_no_place_are_refused_before_any_training(
         run(composed(*overrides, ASSISTANT, "distillation=labels_only"))
     with pytest.raises(ConfigError, match=r"there is no teacher: add teacher to stages"):
         run(composed(*overrides, ASSISTANT, "stages=[distill]"))
-    with pytest.raises(ConfigError, match="hidden_size=0 is too small"):
+    with pytest.raises(ConfigError, match="hidden_size=0 must be at least 1"):
         run(composed(*overrides, ASSISTANT.replace("hidden_size: 12", "hidden_size: 0")))
     assert not (tmp_path / "run").exists()
 
