@@ -38,6 +38,9 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
     settings = to_dict(cfg)
     trust_own(settings)
+    name = Path(str(settings.get("name")))
+    if name.is_absolute() or ".." in name.parts:
+        raise ConfigError(f"name={name}: a name is that of a folder inside runs/; for another place set run_dir=FOLDER")
     _check_keys(settings)
     _check_terms(settings)
     _check_schedules(settings)

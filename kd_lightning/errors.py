@@ -17,6 +17,12 @@ Given = ParamSpec("Given")
 class KDError(Exception):
     """Something the user can mend; the message says what was given, what was expected and what to change."""
 
+    def __str__(self) -> str:
+        """Return the message, with no control character of a name in it that commands a terminal."""
+        from kd_lightning.borders import visible
+
+        return visible(super().__str__(), keep="\n\t")
+
 
 class Interrupted(KDError):
     """A training that was told to stop, and left what it takes to go on."""

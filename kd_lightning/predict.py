@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.borders import shown
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.evaluate import image_logits, run_parser, text_logits
 from kd_lightning.run_files import data_settings, file_options, flag, reader_for
@@ -136,7 +137,6 @@ def _print_tasks(rows: Sequence[dict[str, Any]]) -> None:
     """Print a score, or what each of several tasks says, in a column each."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     def cell(said: Any) -> str:
         if said is None:  # of an empty line
@@ -147,31 +147,32 @@ def _print_tasks(rows: Sequence[dict[str, Any]]) -> None:
             )
         return said if isinstance(said, str) else f"{said:.3f}"
 
-    table = Table(*rows[0], box=None)
+    table = Table(box=None)
+    for name in rows[0]:
+        table.add_column(shown(name))
     for row in rows:
-        table.add_row(*(Text(cell(said)) for said in row.values()))
+        table.add_row(*(shown(cell(said)) for said in row.values()))
     Console().print(table)
 
 
 def _print_table(rows: Sequence[dict[str, object]], kind: str, class_names: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None)
-    table.add_column(kind, overflow="fold")
+    table.add_column(shown(kind), overflow="fold")
     table.add_column("label")
     few = class_names if len(class_names) <= MOST_COLUMNS else ()
     for title in [f"p({name})" for name in few] or ["p"]:
-        table.add_column(title, justify="right")
+        table.add_column(shown(title), justify="right")
     for row in rows:
         if row["label"] is None:  # of an empty line
             table.add_row()
             continue
         probabilities = row["probabilities"]
         assert isinstance(probabilities, dict)
-        shown = [f"{probabilities[name]:.3f}" for name in few or [str(row["label"])]]
-        table.add_row(Text(str(row[kind])), Text(str(row["label"])), *shown)
+        chances = [f"{probabilities[name]:.3f}" for name in few or [str(row["label"])]]
+        table.add_row(shown(row[kind]), shown(row["label"]), *chances)
     Console().print(table)
 
 

@@ -19,10 +19,11 @@ from rich.console import Console
 from torch import nn
 
 from kd_lightning import preemption
+from kd_lightning.borders import visible
 from kd_lightning.callbacks import Compilation, Divergence, Preemption, StageProgress
 from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints
 from kd_lightning.config import build, lookup, processes
-from kd_lightning.errors import Interrupted, KDError
+from kd_lightning.errors import ConfigError, Interrupted, KDError
 from kd_lightning.files import alone, remove_temporary
 from kd_lightning.models.answers import network_answers
 from kd_lightning.processes import environment, first, rank
@@ -100,6 +101,8 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         ConfigError: The folder holds a training with other settings.
         KDError: The training was interrupted, or diverged.
     """
+    if (stage.folder / "checkpoints").is_symlink():
+        raise ConfigError(f"{stage.folder / 'checkpoints'} is a link: its files would be removed; put a folder there")
     with ExitStack() as held:
         with first():
             if rank() == 0:
@@ -197,7 +200,7 @@ def _keep(
 
 def say(console: Console, line: str) -> None:
     """Print one line as it is: unbroken, and without reading markup into a path or a sentence."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(visible(line, keep="\n"), highlight=False, soft_wrap=True, markup=False)
 
 
 def _best(stage: Stage) -> ModelCheckpoint:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.borders import html_free, markdown
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.history import KNOWN, History, hub_names
 from kd_lightning.files import write_file
@@ -53,7 +54,7 @@ def card(exported: Exported, run: History) -> str:
         ]),
         "## Limits", _bullets(_limits(exported, run)),
     ]  # fmt: skip
-    return f"---\n{_metadata(exported, run)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_metadata(exported, run)}\n---\n\n" + html_free("\n\n".join(parts)) + "\n"
 
 
 def _metadata(exported: Exported, run: History) -> str:
@@ -201,7 +202,7 @@ def _limits(exported: Exported, run: History) -> list[str]:
     elif isinstance(task, MultiTask):
         lines = [f"It answers for each of {', '.join(task.tasks)}, whatever it is given."]
     else:
-        names = ", ".join(exported.class_names)
+        names = ", ".join(map(markdown, exported.class_names))
         lines = [f"It knows {names} and nothing else: whatever it is given, it says one of them."]
     if exported.max_length is not None:
         lines.append(f"What comes after {exported.max_length} tokens is not read.")

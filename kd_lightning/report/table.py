@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kd_lightning.borders import html_free, shown, visible
 from kd_lightning.report.results import SCORES, main_score, score_title
 
 MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
@@ -65,7 +66,9 @@ def as_markdown(rows: list[list[str]], rule: str = "--:") -> str:
     """
     heading, *body = rows
     rules = [":--"] + [rule] * (len(heading) - 1)
-    escaped = [[cell.strip().replace("|", "\\|").replace("\n", " ") for cell in row] for row in (heading, *body)]
+    escaped = [
+        [html_free(cell.strip().replace("\n", " ")).replace("|", "\\|") for cell in row] for row in (heading, *body)
+    ]
     lines = [escaped[0], rules, *escaped[1:]]
     return "\n".join("| " + " | ".join(cell or " " for cell in line) + " |" for line in lines)
 
@@ -92,21 +95,21 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
     console = console or Console()
     heading, *body = comparison_rows(report)
     title = f"{report['task']} (test split, {report['data']['n_test']:,} examples)"
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column(Text(heading[0]), no_wrap=True)
+    table = Table(title=shown(title), title_justify="left", box=None)
+    table.add_column(shown(heading[0]), no_wrap=True)
     for number, title in enumerate(heading[1:], start=1):
         # titles may take several lines, numbers may not: the longest number is the least width
         width = max(len(row[number]) for row in body)
-        table.add_column(Text(title, justify="right"), justify="right", vertical="bottom", min_width=width)
+        table.add_column(Text(visible(title), justify="right"), justify="right", vertical="bottom", min_width=width)
     for row in body:
         style = "bold" if row[0] == score_title(main_score(report)) else None
-        table.add_row(*(Text(cell, no_wrap=True) for cell in row), style=style)
+        table.add_row(*(Text(visible(cell), no_wrap=True) for cell in row), style=style)
     needed = console.measure(table).minimum
     console.print(table, width=max(console.width, needed), crop=False, no_wrap=True, overflow="ignore")
     console.print()
     console.print(Text(ratio_line(report), style="bold cyan"), soft_wrap=True)
     for warning in report["warnings"]:
-        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=not console.is_terminal)
+        console.print(Text(f"warning: {visible(warning)}", style="yellow"), soft_wrap=not console.is_terminal)
 
 
 def spread(described: Mapping[str, Any] | None, number: Callable[[float], str] | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from kd_lightning.borders import markdown
 from kd_lightning.report.results import main_score, score_title
 from kd_lightning.report.table import as_markdown, markdown_table, ratio_line, short
 
@@ -43,9 +44,9 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         The text of report.md.
     """
     data, environment, title = report["data"], report["environment"], score_title(main_score(report))
-    splits = ", ".join(f"{name} {size:,}" for name, size in data["splits"].items())
-    parts = [f"# {report['task']}: distillation report", summary(report)]
-    parts += ["\n".join(f"> **Warning.** {warning}" for warning in report["warnings"]).replace("\n", "\n>\n")]
+    splits = ", ".join(f"{markdown(name)} {size:,}" for name, size in data["splits"].items())
+    parts = [f"# {markdown(report['task'])}: distillation report", summary(report)]
+    parts += ["\n".join(f"> **Warning.** {markdown(warning)}" for warning in report["warnings"]).replace("\n", "\n>\n")]
     parts += ["## Comparison on the test split", markdown_table(report), ratio_line(report) + "."]
     captions = {
         "curves.png": f"Validation {title} during training",
@@ -56,7 +57,8 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     parts += [
         "## How to read it",
         report["selection"],
-        f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {data['name']} ({splits})." + _chance_text(data),
+        f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
+        + _chance_text(data),
         _difference_text(report["difference"]),
         _speed_text(report),
         "## How to reproduce it",

@@ -1,0 +1,82 @@
+"""Hostile names at every border."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from kd_lightning.borders import html_free, markdown, shown, visible
+from kd_lightning.errors import DataError
+from kd_lightning.predict import _print_table, _print_tasks
+from kd_lightning.report.table import as_markdown
+from kd_lightning.training import say
+
+HOSTILE = [
+    "a[/b]",
+    "[bold]x",
+    "\x1b]0;owned\x07",
+    "\x1b[2J",
+    "<script>alert(1)</script>",
+    "a|b",
+    "x\ny",
+    "\u202eexe",
+    "`x`",
+]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text() | st.sampled_from(HOSTILE))
+def test_nothing_commands_a_terminal_or_a_browser(text: str) -> None:
+    for made in (visible(text), markdown(text), str(shown(text))):
+        assert not any(ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u202e\u2066" for char in made)
+    assert "<" not in markdown(text)
+    assert "<" not in html_free(text)
+    assert "\x1b" not in str(DataError(text))
+
+
+def test_ordinary_names_stay_as_they_are() -> None:
+    for text in ("food", "运动", "très bien", "naïve & co", "a_b*c"):
+        assert visible(text) == text
+        assert str(shown(text)) == text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_predictions_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"text": name, "label": name, "probabilities": {name: 0.75, "b": 0.25}}
+    _print_table([row], "text", [name, "b"])
+    _print_tasks([{"text": name, name: {"label": name, "probabilities": {name: 1.0}}}])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert visible(name) in out
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_lines_and_tables_of_markdown(name: str) -> None:
+    told = io.StringIO()
+    say(Console(file=told, width=200), name)
+    assert "\x1b" not in told.getvalue()
+    table = as_markdown([["", name], ["x", name]])
+    assert "<" not in table
+    assert len(table.splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/../../x"])
+def test_a_name_stays_inside_runs(name: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from kd_lightning.checks import validate
+    from kd_lightning.config import conf_dir, register_resolvers
+    from kd_lightning.errors import ConfigError
+
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=[f"name={name}"])
+    with pytest.raises(ConfigError, match="inside runs/; for another place set run_dir"):
+        validate(cfg)
+    assert not Path(name).exists() or name == "/tmp/x"
