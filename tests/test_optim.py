@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
+from kd_lightning.config import build, conf_dir
 from kd_lightning.optim import SchedulerCallable, constant, parameter_groups, warmup_cosine, warmup_linear
 
 
@@ -93,3 +96,18 @@ def test_a_tenth_of_the_training_is_warm_up_unless_told() -> None:
     for schedule in (warmup_linear, warmup_cosine):
         found = rates(schedule, 50)
         assert max(found) == found[5] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "optimizer").glob("*.yaml")))
+def test_every_optimizer_trains_two_steps(name: str, composed: Callable[..., DictConfig]) -> None:
+    torch.manual_seed(0)
+    network, before = nn.Linear(4, 3), []
+    optimizer = build(composed(f"optimizer={name}").optimizer)(parameter_groups(network))
+    x, labels = torch.randn(16, 4), torch.randint(3, (16,))
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(x), labels)
+        before.append(float(loss))
+        loss.backward()
+        optimizer.step()
+    assert float(nn.functional.cross_entropy(network(x), labels)) < before[0]

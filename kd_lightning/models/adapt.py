@@ -136,7 +136,7 @@ def _as_output(output: Any, network: nn.Module) -> ModelOutput:
         raise ConfigError(
             f"{type(unwrap(network)).__name__} returned {_describe_value(output)}, which has no logits; its forward "
             "must return a Tensor of logits, a tuple that begins with one, a dict with 'logits', or an output with "
-            ".logits (for a Hugging Face encoder without a classifier use model=hf, which adds one)"
+            ".logits (for a Hugging Face encoder without a classifier use model@student=hf, which adds one)"
         )
     return ModelOutput(logits)
 

@@ -184,7 +184,7 @@ def layer_stack(network: PreTrainedModel) -> str:
     if not sizes:
         raise ConfigError(
             f"{type(network).__name__} has no list of {network.config.num_hidden_layers} equal layers to choose from "
-            "(its layers may share weights): use another student, such as model=transformer"
+            "(its layers may share weights): use another student, such as model@student=transformer"
         )
     return max(sizes, key=lambda name: sizes[name])
 
