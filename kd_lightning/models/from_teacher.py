@@ -165,7 +165,7 @@ def _word_embeddings(network: nn.Module) -> Tensor:
     if not isinstance(getattr(embedding, "weight", None), Tensor):
         raise ConfigError(
             f"{type(network).__name__} has no word embeddings to start from: it needs get_input_embeddings(), which "
-            "Hugging Face text models have; use a student that takes nothing from the teacher, such as model@student=bilstm"
+            "Hugging Face text models have; use one that takes nothing of the teacher, such as model@student=bilstm"
         )
     weight: Tensor = embedding.weight  # type: ignore[union-attr]
     return weight.detach()
@@ -179,9 +179,7 @@ def _hugging_face_part(network: nn.Module) -> PreTrainedModel:
             f"{type(part).__name__}: use another student, such as model@student=bilstm or model@student=transformer"
         )
     if part is network and part.base_model is part:
-        raise ConfigError(
-            f"the teacher {type(part).__name__} has no classifier: load it with model@teacher.network=hf, which adds one"
-        )
+        raise ConfigError(f"the teacher {type(part).__name__} has no classifier: model@teacher.network=hf adds one")
     return part
 
 
