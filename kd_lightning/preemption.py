@@ -17,7 +17,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -26,9 +25,10 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn
 
-from kd_lightning.errors import Interrupted
+from kd_lightning.errors import Interrupted, KDError
 from kd_lightning.processes import rank
 from kd_lightning.slurm.logs import job_id
+from kd_lightning.slurm.queue import run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """The later one counts, should several come."""
@@ -157,9 +157,13 @@ def _requeue(job: str) -> None:
     Raises:
         SystemExit: SLURM refuses.
     """
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode > 0:  # less than 0: it was ended, with the rest of this job, by what it asked for
-        sys.exit(f"kd-train: job {job} was not put back in the queue ({done.stderr.strip()}): submit it again to go on")
+    try:
+        done = run("scontrol", "requeue", job)
+        refused, why = done.returncode > 0, done.stderr.strip()  # less than 0: what it asked for ended it, too
+    except KDError as error:
+        refused, why = True, str(error)
+    if refused:
+        sys.exit(f"kd-train: job {job} was not put back in the queue ({why}): submit it again to go on")
     print(f"kd-train: job {job} is back in the queue", flush=True)
 
 

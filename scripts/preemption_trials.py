@@ -166,13 +166,16 @@ class Job:
         done = subprocess.run(
             [*command, "scripts/slurm/train.sbatch", *overrides(folder, self.folder, teacher), *more],
             cwd=ROOT, env={**os.environ, "KD_LIGHTNING_HOME": str(home)}, capture_output=True, text=True, check=True,
+            timeout=60,
         )  # fmt: skip
         self.id = done.stdout.strip()
 
     def described(self) -> dict[str, str]:
         """Return what SLURM says of it."""
         for patience in (1, 10, None):
-            done = subprocess.run(["scontrol", "show", "job", "-o", self.id], capture_output=True, text=True)
+            done = subprocess.run(
+                ["scontrol", "show", "job", "-o", self.id], capture_output=True, text=True, timeout=60
+            )
             if done.returncode == 0:
                 break
             if patience is None:
@@ -212,7 +215,7 @@ class Job:
     def signal(self) -> float:
         """Send SIGUSR1 to all tasks, as SLURM does; returns when."""
         now = time.time()
-        subprocess.run(["scancel", "--signal=USR1", self.id], check=True)
+        subprocess.run(["scancel", "--signal=USR1", self.id], check=True, timeout=60)
         return now
 
     def wait_until_left(self, start: int, seconds: float = BOUND) -> dict[str, str]:
@@ -306,7 +309,7 @@ def train_teacher(folder: Path) -> Path:
     subprocess.run(
         [sys.executable, "-m", "kd_lightning.train", *settings],
         cwd=ROOT, env={**os.environ, "KD_LIGHTNING_HOME": str(folder / "teacher-home")}, check=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, timeout=600,
     )  # fmt: skip
     return folder / "teacher"
 
@@ -358,9 +361,9 @@ def interrupted(number: int, job: Job, signals: int, seed: int) -> list[Trial]:
             print(f"job {number}: {describe(trial)}", flush=True)
         state = job.wait_until_over()
         print(f"job {number}: {state}", flush=True)
-    except (TimeoutError, RuntimeError) as error:
+    except (TimeoutError, RuntimeError, subprocess.TimeoutExpired) as error:
         print(f"job {number}: {error}", flush=True)
-        subprocess.run(["scancel", job.id], check=False)
+        subprocess.run(["scancel", job.id], check=False, timeout=60)
     for trial in trials:
         # Not always in the next start, which may have been stopped before it trained.
         begun = [[event for event in job.events(rank) if event.start > trial.start] for rank in range(RANKS)]
@@ -414,8 +417,9 @@ def accounting(job: Job) -> dict[str, int]:
     """Return how SLURM's accounting says that each start of a job ended; it hears of the last one a moment later."""
     for _ in range(50):
         done = subprocess.run(
-            ["sacct", "-nXPD", "--format=State", f"--jobs={job.id}"], capture_output=True, text=True, check=True
-        )
+            ["sacct", "-nXPD", "--format=State", f"--jobs={job.id}"], capture_output=True, text=True, check=True,
+            timeout=60,
+        )  # fmt: skip
         states = dict(Counter(line.split()[0] for line in done.stdout.splitlines()))
         if not {"RUNNING", "PENDING"} & set(states):
             return states
@@ -471,7 +475,7 @@ def start_cluster() -> bool:
     """Have a cluster to talk to; returns whether it was this call that started it."""
     home = Path(os.environ.get("KD_SLURM_DIR", "/tmp/kd-slurm"))
     found = (home / "env.sh").is_file()
-    done = subprocess.run([CLUSTER, "start"], capture_output=True, text=True)
+    done = subprocess.run([CLUSTER, "start"], capture_output=True, text=True, timeout=300)
     if done.returncode:
         sys.exit(f"preemption_trials: no SLURM here: {done.stderr.strip()}")
     os.environ["SLURM_CONF"] = str(home / "etc" / "slurm.conf")
@@ -504,7 +508,7 @@ def measure(given: argparse.Namespace, folder: Path) -> bool:
         "what": str(__doc__).splitlines()[0],
         "command": shlex.join(["python", "scripts/preemption_trials.py", *sys.argv[1:]]),
         "environment": environment(),
-        "slurm": subprocess.run(["scontrol", "--version"], capture_output=True, text=True).stdout.strip(),
+        "slurm": subprocess.run(["scontrol", "--version"], capture_output=True, text=True, timeout=60).stdout.strip(),
         "settings": {
             "seed": given.seed, "ranks": RANKS, "steps": STEPS, "jobs_at_once": given.at_once, "hang_bound_s": BOUND,
             "median_step_ms": 1000 * statistics.median(b - a for a, b in itertools.pairwise(steps)),
@@ -536,7 +540,7 @@ def main() -> None:
         well = measure(given, folder)
     finally:
         if started:
-            subprocess.run([CLUSTER, "stop"], check=False)
+            subprocess.run([CLUSTER, "stop"], check=False, timeout=300)
     if not well:
         sys.exit(f"preemption_trials: not all was well, see {given.output} and the logs in {folder}")
     shutil.rmtree(folder)

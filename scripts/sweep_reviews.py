@@ -33,6 +33,8 @@ PARTS = [
 ]
 """What the processes take, in this order: together the whole sweep."""
 SMALL = [{"temperature": "1,4", "alpha": "0.1", "seed": "0"}, {"temperature": "1,4", "alpha": "0.9", "seed": "0"}]
+LIMIT = 24 * 3600
+"""Seconds that a part of the sweep may take, on one core."""
 BUDGET = ["trainer.max_steps=250", "validations=6", "logger={}"]
 
 
@@ -44,7 +46,8 @@ def sweep(settings: list[str], values: dict[str, str]) -> list[str]:
 def train(arguments: list[str]) -> None:
     """Run `kd-train` on one core."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "kd_lightning.train", *arguments], cwd=ROOT, env=environment, check=True)
+    command = [sys.executable, "-m", "kd_lightning.train", *arguments]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=LIMIT)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tests.waiting import wait_for
+
 SECONDS = 240
 """Longer than two processes take to start on a machine that has much else to do."""
 
@@ -44,8 +46,8 @@ def in_two(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[
 def _one(rank: int, function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(function(rank, *arguments), _result(folder, rank))
-    while not _result(folder, 1 - rank).exists():
-        time.sleep(0.01)
+    # Where the other one dies, `in_two` hears of it, and ends this one.
+    wait_for(_result(folder, 1 - rank).exists, f"the result of process {1 - rank}", timeout=SECONDS)
     # Without a farewell: on a full machine one of two was once left waiting in destroy_process_group for ever.
     os._exit(0)
 

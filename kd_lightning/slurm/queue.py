@@ -9,10 +9,27 @@ from pathlib import Path
 
 from kd_lightning.errors import KDError
 
+PATIENCE = 120
+"""Seconds that one of SLURM's commands may take; a busy controller takes some tens."""
+
 
 def available(program: str = "sbatch") -> bool:
     """Return whether one of SLURM's commands is on PATH."""
     return shutil.which(program) is not None
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands, however it ends.
+
+    Raises:
+        KDError: It does not end, since SLURM's controller does not react.
+    """
+    try:
+        return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise KDError(
+            f"{program} has not ended after {PATIENCE} s: is SLURM's controller up (scontrol ping)?"
+        ) from None
 
 
 def submit(script: Path, options: Sequence[str]) -> str:
@@ -21,7 +38,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
     Raises:
         KDError: sbatch refuses it; says why.
     """
-    done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True)
+    done = run("sbatch", "--parsable", *options, str(script))
     if done.returncode:
         raise KDError(f"sbatch refuses the job: {_last_line(done.stderr)}")
     return done.stdout.strip().partition(";")[0]  # a federation's cluster follows
@@ -30,7 +47,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
 def cancel(jobs: Sequence[str]) -> None:
     """Take jobs out of the queue again."""
     if jobs:
-        subprocess.run(["scancel", *jobs], check=True)
+        run("scancel", *jobs).check_returncode()
 
 
 def queued(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -57,7 +74,7 @@ def _ask(program: str, *options: str, jobs: Iterable[str]) -> list[list[str]]:
     numbers = sorted({job.partition("_")[0] for job in jobs})
     if not numbers or not available(program):
         return []
-    done = subprocess.run([program, *options, f"--jobs={','.join(numbers)}"], capture_output=True, text=True)
+    done = run(program, *options, f"--jobs={','.join(numbers)}")
     if done.returncode and not any(text in done.stderr for text in _KNOWS_NONE):
         raise KDError(f"{program} fails: {_last_line(done.stderr)}")
     return [line.split("|") for line in done.stdout.splitlines()]

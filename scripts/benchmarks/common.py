@@ -13,6 +13,9 @@ from typing import Any
 
 from kd_lightning.memory import peak_bytes
 
+LIMIT = 12 * 3600
+"""Seconds that a process of a benchmark may take; the peers train for hours."""
+
 
 @dataclass
 class Measure:
@@ -94,11 +97,14 @@ def fresh_process(function: str, **arguments: Any) -> dict[str, Any]:
     process.start()
     theirs.close()
     try:
+        if not ours.poll(LIMIT):  # true also where it has died
+            process.kill()
+            raise TimeoutError(f"{function} has not returned after {LIMIT} s")
         done: dict[str, Any] = ours.recv()
     except EOFError:
-        process.join()
+        process.join(60)
         raise RuntimeError(f"{function} ended with exit code {process.exitcode} (-9: out of memory?)") from None
-    process.join()
+    process.join(60)
     return done
 
 

@@ -77,8 +77,9 @@ def run(
     contestants = dict(CONTESTANTS)
     try:
         sys.path.append(str(install()))  # which every process started from here takes over
-    except subprocess.CalledProcessError as error:
-        print(f"peers: none of them, since pip could not install {REQUIREMENTS.name}: {error.stderr.strip()[-500:]}")
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        reason = str(error.stderr or error).strip()[-500:]
+        print(f"peers: none of them, since pip could not install {REQUIREMENTS.name}: {reason}")
         contestants = {name: CONTESTANTS[name] for name in OURS}
     teacher = fresh_process("benchmarks.peers_task:train_teacher")["folder"]
     job = {"teacher": teacher, "sentences": sentences, "epochs": epochs, "batch_size": batch_size}
@@ -91,13 +92,14 @@ def install() -> Path:
 
     Raises:
         subprocess.CalledProcessError: pip could not.
+        subprocess.TimeoutExpired: It did not in half an hour.
     """
     folder = home() / "peers" / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
     if not folder.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         with new_folder(folder) as temporary:
             command = [*pip, "--require-hashes", "-r", str(REQUIREMENTS), "--target", str(temporary)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
             # Apart, since lightning and transformers import a torchvision that they can see.
             (temporary / "vision").mkdir()
             for path in temporary.glob("torchvision*"):

@@ -44,8 +44,9 @@ def run() -> list[Measure]:
             "data.views=0", "data.transfer=[]",  # fewer answers to store beforehand; nothing else depends on them
         ]  # fmt: skip
         subprocess.run(
-            [KD_TRAIN.replace("kd-train", "kd-cache"), "build", *quickstart, f"run_dir={folder / 'run'}"], check=True
-        )
+            [KD_TRAIN.replace("kd-train", "kd-cache"), "build", *quickstart, f"run_dir={folder / 'run'}"], check=True,
+            timeout=600,
+        )  # fmt: skip
         return [
             Measure("kd-train --help", [_seconds("--help") for _ in range(ROUNDS)], "s", "< 3"),
             Measure("kd-train --cfg job", [_seconds("--cfg", "job", *quickstart) for _ in range(ROUNDS)], "s", "< 3"),
@@ -57,7 +58,7 @@ def run() -> list[Measure]:
 
 def _seconds(*arguments: str) -> float:
     started = time.perf_counter()
-    subprocess.run([KD_TRAIN, *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([KD_TRAIN, *arguments], check=True, stdout=subprocess.DEVNULL, timeout=600)
     return time.perf_counter() - started
 
 
@@ -67,6 +68,6 @@ def _first_step(folder: Path, number: int, quickstart: list[str]) -> float:
     started = time.time()
     subprocess.run(
         [KD_TRAIN, *quickstart, f"run_dir={folder / f'run_{number}'}", *callback],
-        check=True, cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.DEVNULL,
+        check=True, cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.DEVNULL, timeout=600,
     )  # fmt: skip
     return float(file.read_text()) - started

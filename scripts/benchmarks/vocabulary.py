@@ -200,9 +200,9 @@ def _install_liger(folder: Path) -> bool:
         "liger-kernel==0.8.5",
     ]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError as error:
-        print(f"Liger: left out, since pip could not install it: {error.stderr.strip()[-500:]}")
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"Liger: left out, since pip could not install it: {str(error.stderr or error).strip()[-500:]}")
         return False
     sys.path.append(str(folder))  # which every process started from here takes over
     return importlib.util.find_spec("liger_kernel") is not None

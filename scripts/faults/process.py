@@ -39,6 +39,8 @@ PRELOADED = (
 )  # fmt: skip
 PATIENCE = 120.0
 """Seconds that a command may take; the slowest takes a tenth of it on a quiet machine."""
+LONGEST = 3600.0
+"""Seconds that a trial, which is several commands, may take."""
 FOREIGN = re.compile(r"^(Traceback |Error executing job|Set the environment|usage:|Detected )|Warning: ", re.MULTILINE)
 """What other programs' lines look like, unlike our notices of what was seen in the data."""
 
@@ -200,18 +202,25 @@ def in_lanes(trials: Sequence[Callable[[], dict[str, Any]]], lanes: int, folder:
     workers = [fork.Process(target=work, args=(file,)) for file in files]
     for worker in workers:
         worker.start()
-    read = [0] * lanes
+    read, heard = [0] * lanes, time.monotonic()
     while True:
         running = any(worker.is_alive() for worker in workers)
         for number, file in enumerate(files):
             lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
             yield from map(json.loads, lines[read[number] :])
-            read[number] = len(lines)
+            if len(lines) > read[number]:
+                read[number], heard = len(lines), time.monotonic()
+        dead, late = any(worker.exitcode for worker in workers), time.monotonic() - heard > LONGEST
+        if dead or late:  # a dead one may have held the lock that the others wait for
+            for worker in workers:
+                worker.kill()
+            raise RuntimeError(
+                "a process of the campaign itself ended early: its traceback is above"
+                if dead else f"no trial has ended for {LONGEST:.0f} s"
+            )  # fmt: skip
         if not running:
-            break
+            return
         time.sleep(0.2)
-    if any(worker.exitcode for worker in workers):
-        raise RuntimeError("a process of the campaign itself ended early: its traceback is above")
 
 
 def forked(function: Callable[[], Any]) -> Any:
@@ -219,6 +228,7 @@ def forked(function: Callable[[], Any]) -> Any:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(int(LONGEST))  # which ends it
         try:
             with os.fdopen(writing, "w", encoding="utf-8") as file:
                 json.dump(function(), file)
@@ -229,5 +239,7 @@ def forked(function: Callable[[], Any]) -> Any:
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as file:
         found = file.read()
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if not found:
+        raise RuntimeError(f"a fork of the campaign ended with exit code {os.waitstatus_to_exitcode(status)}")
     return json.loads(found)

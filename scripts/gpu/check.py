@@ -48,7 +48,7 @@ def run(part: str, device: str, limit: float) -> dict[str, Any]:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with what it started
-            said, _ = process.communicate()
+            said, _ = process.communicate(timeout=60)
             said += f"\nended after its limit of {limit:.0f} s"
     figures = [json.loads(found) for found in FIGURE.findall(said)]
     ok = process.returncode == 0

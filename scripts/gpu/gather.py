@@ -40,7 +40,7 @@ def _wheels(folder: Path) -> None:
     names = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
     wanted = [f"{name}=={names[name.replace('_', '-').lower()]}" for name in LACKING]
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--wheel-dir", str(folder), *wanted, PEER], check=True)
+    subprocess.run([*command, "--wheel-dir", str(folder), *wanted, PEER], check=True, timeout=600)
     if built := [wheel.name for wheel in folder.glob("*.whl") if not wheel.name.endswith("-none-any.whl")]:
         sys.exit(f"gpu_check: {', '.join(built)} are built for this machine's Python: another cannot install them")
 

@@ -236,20 +236,22 @@ class TestFullDisk:
     def test_a_disk_of_64_kb(self, tmp_path: Path) -> None:
         disk = tmp_path / "disk"
         disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, timeout=120
+        )
         if mounted.returncode:
             pytest.skip("no right to mount a file system")
 
         def room() -> Iterator[None]:
             (disk / "ballast").write_bytes(b"x" * 32 * 1024)
             yield
-            subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+            subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True, timeout=120)
             yield
 
         try:
             self.check(disk / "cache", room())
         finally:
-            subprocess.run(["umount", "-l", disk], check=True)
+            subprocess.run(["umount", "-l", disk], check=True, timeout=120)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

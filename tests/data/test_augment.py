@@ -21,9 +21,9 @@ def test_a_view_is_a_function_of_its_arguments() -> None:
     backward = [make_view(TEXTS[i], i, 2, 7) for i in reversed(range(len(TEXTS)))]
     assert forward == backward[::-1]
     program = f"from kd_lightning.data.augment import make_view; print(ascii([make_view({TEXTS[9]!r}, 9, 2, 7)]))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == (
-        ascii([forward[9]]) + "\n"
-    )
+    assert subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    ).stdout == (ascii([forward[9]]) + "\n")
 
 
 @pytest.mark.parametrize("change", [{"index": 1}, {"view": 1}, {"seed": 1}])

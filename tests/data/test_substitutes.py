@@ -54,7 +54,9 @@ def test_a_changed_view_is_a_function_of_its_arguments() -> None:
         "from kd_lightning.data.augment import Changes, make_view\n"
         f"print(make_view({TEXTS[9]!r}, 9, 2, 0, mask_probability=0, changes=Changes(**{chances})))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     assert found == view(TEXTS[9], 9, 2, ngram=0.25, **chances) + "\n"
 
 

@@ -61,5 +61,5 @@ def test_import_is_light() -> None:
     code = (
         "import sys, kd_lightning.report; print([m for m in ('torch', 'matplotlib', 'lightning') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

@@ -6,9 +6,13 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
+
+from tests.waiting import wait_for
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "slurm" / "local_cluster.sh"
 
@@ -21,21 +25,35 @@ def cluster() -> Iterator[None]:
     """
     folder = Path(os.environ.get("KD_SLURM_DIR", "/tmp/kd-slurm"))
     ours = folder / "started-by-tests"
-    with open(f"{folder}.tests", "w") as lock, pytest.MonkeyPatch.context() as environment:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = (folder / "env.sh").is_file()
-        started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True, timeout=300)
-        if started.returncode:
-            pytest.skip(f"no SLURM here: {started.stderr.strip().splitlines()[-1]}")
-        if not found:
-            ours.touch()
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with open(f"{folder}.tests", "w") as used, pytest.MonkeyPatch.context() as environment:
+        with _starting(folder):
+            found = (folder / "env.sh").is_file()
+            started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True, timeout=300)
+            if started.returncode:
+                pytest.skip(f"no SLURM here: {started.stderr.strip().splitlines()[-1]}")
+            if not found:
+                ours.touch()
+            assert _locked(used, fcntl.LOCK_SH)
         environment.setenv("SLURM_CONF", str(folder / "etc" / "slurm.conf"))
         yield
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another worker still uses it, and stops it
-            return
-        if ours.exists():
-            ours.unlink()
-            subprocess.run([SCRIPT, "stop"], check=True, timeout=120)
+        with _starting(folder):
+            if ours.exists() and _locked(used, fcntl.LOCK_EX):  # else another worker still uses it, and stops it
+                ours.unlink()
+                subprocess.run([SCRIPT, "stop"], check=True, timeout=120)
+
+
+@contextmanager
+def _starting(folder: Path) -> Iterator[None]:
+    """Be the only worker that starts or stops it, which takes minutes at most."""
+    with open(f"{folder}.starting", "w") as lock:
+        wait_for(lambda: _locked(lock, fcntl.LOCK_EX), f"another worker that starts or stops {folder}", timeout=450)
+        yield
+
+
+def _locked(file: IO[str], kind: int) -> bool:
+    """Lock a file unless another worker's lock excludes it; the system releases what a dead one held."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

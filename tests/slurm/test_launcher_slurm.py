@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from kd_lightning.slurm.queue import ended, queued
 from kd_lightning.slurm.status import begun, status
 from tests.conftest import tiny_overrides, write_toy_csv
+from tests.waiting import wait_for
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
@@ -43,10 +43,7 @@ def submit_chain(*arguments: str) -> dict[str, str]:
     assert done.returncode == 0, done.stderr
     folder = next(Path(word.partition("=")[2]) for word in arguments if word.startswith("hydra.sweep.dir="))
     jobs: dict[str, str] = json.loads((folder / "slurm/jobs.json").read_text())["jobs"]
-    deadline = time.monotonic() + 240
-    while waiting := queued(jobs.values()):
-        assert time.monotonic() < deadline, waiting
-        time.sleep(0.5)
+    wait_for(lambda: not queued(jobs.values()), f"the end of the jobs {', '.join(jobs.values())}", timeout=240)
     return jobs
 
 
@@ -119,8 +116,9 @@ def test_a_chain_ends_in_a_report_and_runs_again_only_what_failed(tmp_path: Path
     assert "answered" not in log, "the cache's job has asked the teacher"
     assert "for all runs" in (sweep / "slurm" / f"{jobs['cache']}.out").read_text()
     times = subprocess.run(
-        ["sacct", "-XnP", "--format=Start,End", f"--jobs={','.join(jobs.values())}"], capture_output=True, text=True
-    ).stdout.split()
+        ["sacct", "-XnP", "--format=Start,End", f"--jobs={','.join(jobs.values())}"], capture_output=True, text=True,
+        timeout=120,
+    ).stdout.split()  # fmt: skip
     spans = [line.split("|") for line in times]
     assert spans[0][1] <= spans[1][0] <= spans[1][1] <= min(spans[2][0], spans[3][0])
 

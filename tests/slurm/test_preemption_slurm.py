@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from kd_lightning.slurm.queue import ended
 from kd_lightning.slurm.status import begun, status
 from scripts.preemption_trials import CLUSTER, ROOT, Event, Job, accounting, overrides, train_teacher
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(2400)]
 
@@ -78,10 +78,10 @@ def test_a_batch_job_goes_on_where_it_was(how: str, folder: Path, teacher: Path,
     if how == "SIGUSR1":
         job.signal()
     elif how == "requeue":  # by whoever may; SLURM sends SIGTERM
-        subprocess.run(["scontrol", "requeue", job.id], check=True)
+        subprocess.run(["scontrol", "requeue", job.id], check=True, timeout=120)
     else:  # SLURM sends the signal of --signal, and waits for GraceTime
         urgent = ["--partition=high", "--nodelist=127.0.0.2", "--exclusive", "--output=/dev/null", "--wrap=true"]
-        subprocess.run(["sbatch", *urgent], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["sbatch", *urgent], check=True, stdout=subprocess.DEVNULL, timeout=120)
     job.wait_until_left(0)
     assert job.wait_until_over() == "COMPLETED", job.log.read_text()
 
@@ -106,14 +106,13 @@ def test_under_submitit_submitit_puts_the_job_back(folder: Path, teacher: Path, 
     home = {**os.environ, "KD_LIGHTNING_HOME": str(folder / "sweep-home")}
     with subprocess.Popen(command, cwd=ROOT, env=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
-            second = point(sweep, "alpha=0.9")
+            second = point(sweep, "alpha=0.9", process)
             job = SweepJob(second, str(status(sweep)[1][1].job))
             job.wait_for_step(0, MIDDLE)
-            finished = (point(sweep, "alpha=0.5") / "seed_0/distill/stage.json").stat()
-            subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
-            assert process.stderr
-            error = process.stderr.read().decode()
-            assert process.wait(timeout=600) == 0, error
+            finished = (point(sweep, "alpha=0.5", process) / "seed_0/distill/stage.json").stat()
+            subprocess.run(["scancel", "--signal=USR2", job.id], check=True, timeout=120)
+            error = process.communicate(timeout=600)[1].decode()
+            assert process.returncode == 0, error
         finally:
             process.kill()
 
@@ -149,15 +148,15 @@ class SweepJob(Job):
         self.stage = point / "seed_0" / "distill"
 
 
-def point(sweep: Path, override: str) -> Path:
-    """Wait until a point of a sweep has begun; returns its folder."""
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        for asked, place in begun(sweep).items():
-            if override in asked:
-                return place
-        time.sleep(0.1)
-    raise TimeoutError(override)
+def point(sweep: Path, override: str, process: subprocess.Popen[bytes] | None = None) -> Path:
+    """Wait until a process has begun a point of a sweep; returns its folder."""
+
+    def found() -> Path | None:
+        return next((place for asked, place in begun(sweep).items() if override in asked), None)
+
+    place = wait_for(found, f"the point {override}", process, timeout=600)
+    assert place is not None
+    return place
 
 
 def test_a_dead_node_costs_at_most_the_steps_since_the_last_checkpoint(
@@ -180,7 +179,9 @@ def test_a_dead_node_costs_at_most_the_steps_since_the_last_checkpoint(
         assert first[-1].step - EVERY <= second[0].step <= first[-1].step
     same(job.stage, whole)
     assert job.described()["Restarts"] == "1"
-    nodes = subprocess.run(["sinfo", "-hN", "-o", "%N %t"], capture_output=True, text=True, check=True).stdout
+    nodes = subprocess.run(
+        ["sinfo", "-hN", "-o", "%N %t"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     assert set(nodes.splitlines()) <= {
         f"127.0.0.{node} {state}" for node in (1, 2) for state in ("idle", "mix", "alloc")
     }

@@ -45,7 +45,7 @@ def cache(tmp_path: Path) -> TeacherCache:
 
 def lock_is_free(cache: TeacherCache) -> bool:
     code = f"from kd_lightning.cache.upkeep import locked\nfrom pathlib import Path\nwith locked(Path({str(cache.folder)!r}), wait=False): pass"  # noqa: E501
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=120).returncode == 0
 
 
 def test_each_example_is_asked_about_once_and_answered_as_the_running_teacher_answers(cache: TeacherCache) -> None:
