@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config import conf_dir, first_line
-from kd_lightning.errors import did_you_mean
+from kd_lightning.errors import KDError, did_you_mean
 
 _PLUGINS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "sweep"}
 """Settings that Hydra's plugins bring, and the extra that installs them."""
@@ -27,6 +27,11 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from torch.multiprocessing.spawn import ProcessRaisedException
+
+    if isinstance(error, ProcessRaisedException):  # it carries the traceback of a process of trainer=ddp as text
+        ours = re.findall(rf"^{KDError.__module__}\.\w+: (.+)$", str(error), re.MULTILINE)
+        return ours[-1] if ours else None
 
     if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
         return "every point of this search failed: the report says why"

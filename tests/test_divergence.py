@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,3 +188,16 @@ def test_a_teacher_that_is_no_number_is_refused_before_the_baseline_trains(
     with pytest.raises(ConfigError, match="the teacher's outputs are not finite"):
         pipeline.run()
     assert not (tmp_path / "run" / "seed_0").exists()
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_line_is_said(tmp_path: Path, toy_csv: Path) -> None:
+    overrides = [*tiny_overrides(toy_csv, tmp_path / "run"), "trainer=ddp", "optimizer.lr=1e30"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kd_lightning.train", *overrides], cwd=Path(__file__).parent.parent, text=True,
+        env={**os.environ, "KD_LIGHTNING_HOME": str(tmp_path / "home")}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "kd-train: baseline, seed 0 diverged" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "seed_0" / "baseline" / "diverged" / "batch.safetensors").is_file()
