@@ -22,6 +22,7 @@ from kd_lightning import preemption
 from kd_lightning.borders import visible
 from kd_lightning.callbacks import Compilation, Divergence, Preemption, StageProgress
 from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints
+from kd_lightning.callbacks.divergence import put_away
 from kd_lightning.config import build, lookup, processes
 from kd_lightning.errors import ConfigError, Interrupted, KDError
 from kd_lightning.files import alone, remove_temporary
@@ -108,6 +109,7 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
             if rank() == 0:
                 told = partial(_say_waiting, console, stage)
                 held.enter_context(alone(stage.folder / ".lock", told))
+                put_away(stage.folder)
             fingerprint = digest(stage.settings)
             finished = check_fingerprint(stage.folder, fingerprint, stage.settings)
             if rank() == 0 and not finished:

@@ -77,16 +77,12 @@ def test_it_ends_with_its_last_good_weights(
     poison: Poison, clip: float | None, tmp_path: Path, composed: Callable[..., DictConfig]
 ) -> None:
     module, data = made("soft_target", "text", composed)
-    (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(
         Diverged, match=r"distill, seed 0 diverged at step 7: the (loss|gradient's norm) is .*optimizer\.lr"
     ):
         fit(module, data, tmp_path, poison, gradient_clip_val=clip)
     kept = tmp_path / "diverged"
-    assert {path.name for path in kept.iterdir()} == {
-        "settings.json", "batch.safetensors", "weights.safetensors", "why.json",
-    }  # fmt: skip
-    assert not (tmp_path / "settings.json").exists(), "the folder holds no begun training any more"
+    assert {path.name for path in kept.iterdir()} == {"batch.safetensors", "weights.safetensors", "why.json"}
     weights = load_file(kept / "weights.safetensors")
     assert all(x.isfinite().all() for x in weights.values())
     assert torch.equal(load_file(kept / "batch.safetensors")["index"], data.batches[1]["index"])
@@ -167,10 +163,12 @@ def test_a_run_that_diverged_begins_again_at_another_rate(
     with pytest.raises(Diverged, match=r"teacher diverged at step \d+: .*; lower teacher\.optimizer\.lr"):
         run(*wild)
     folder = tmp_path / "run" / "teacher"
-    assert (folder / "diverged" / "settings.json").is_file()
+    with pytest.raises(Diverged, match="diverged_2"):
+        run(*wild)
     run("teacher.optimizer.lr=0.02")
     assert (folder / "stage.json").is_file()
-    assert (folder / "diverged" / "why.json").is_file(), "nothing that a user had is lost"
+    for name in ("diverged", "diverged_2"):
+        assert {"why.json", "settings.json", "batch.safetensors"} < {path.name for path in (folder / name).iterdir()}
 
 
 def test_a_teacher_that_is_no_number_is_refused_before_the_baseline_trains(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from kd_lightning.processes import rank
 from kd_lightning.runs import write_json
 from kd_lightning.types import Batch
 
+WHY = "why.json"
 EVERY = 10
 """Optimizer steps from one look at a GPU's losses to the next: each look waits for it."""
 
@@ -34,8 +37,8 @@ class Divergence(L.Callback):
     and looked at every `EVERY` steps, and before a checkpoint is written. Under a GradScaler (`16-mixed`) a step that
     overflows is left out; there only `EVERY` such losses in a row end the training.
 
-    What the training had goes to `FOLDER/diverged`: the batch, the weights if they are finite, logs and checkpoints.
-    The folder then holds no begun training, so that other settings may begin one there.
+    The batch, and the weights if they are finite, are kept in `FOLDER/diverged`. The next training in the folder puts
+    all else there too (`put_away`), and begins anew, perhaps with other settings.
 
     Args:
         folder: The stage's.
@@ -123,35 +126,39 @@ class Divergence(L.Callback):
             self._end(trainer, pl_module, f"the loss of {int(worst)} steps was no number")
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, what: str) -> None:
-        """Keep what the training had, and raise."""
+        """Keep the batch and the weights, and raise."""
         assert isinstance(pl_module, NetworkModule)
         why = _cause(pl_module, self._batch, self.key, str(trainer.precision))
+        place = next(place for place in _places(self.folder) if not place.exists())
         if rank() == 0:
-            for logger in trainer.loggers:
-                logger.save()
-            place = self._put_away()
             weights = {name: x.detach().cpu().contiguous() for name, x in pl_module.trained.state_dict().items()}
             finite = all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
             for name, tensors in {"batch": self._batch, **({"weights": weights} if finite else {})}.items():
                 kept = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
                 with replacing(place / f"{name}.safetensors") as temporary:
                     save_file(kept, temporary)
-            write_json(place / "why.json", {"stage": self.stage, "step": trainer.global_step, "what": what, "why": why})
+            write_json(place / WHY, {"stage": self.stage, "step": trainer.global_step, "what": what, "why": why})
         raise Diverged(
-            f"{self.stage} diverged at step {trainer.global_step}: {what}; {why}. What it had is in "
-            f"{self.folder}/diverged, and the stage begins again"
+            f"{self.stage} diverged at step {trainer.global_step}: {what}; {why}. Its batch, and its weights if they "
+            f"are numbers, are in {place}; the next run begins the stage again"
         )
 
-    def _put_away(self) -> Path:
-        """Move what the stage's folder holds into a new folder `diverged` in it."""
-        number, place = 1, self.folder / "diverged"
-        while place.exists():
-            number, place = number + 1, self.folder / f"diverged_{number + 1}"
-        there = [path for path in self.folder.iterdir() if not path.name.startswith(("diverged", ".lock"))]
-        place.mkdir(parents=True)
-        for path in there:
-            os.replace(path, place / path.name)
-        return place
+
+def put_away(folder: Path) -> None:
+    """Move what a diverged training left in a stage's folder to where its batch is, if one did."""
+    for place in _places(folder):
+        if not place.exists():
+            return
+        if (place / WHY).is_file() and (folder / "settings.json").is_file() and not (place / "settings.json").exists():
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "settings.json"):  # that one last
+                if not path.name.startswith(("diverged", ".lock")):
+                    os.replace(path, place / path.name)
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """Yield `diverged`, `diverged_2`, ... in a folder."""
+    yield folder / "diverged"
+    yield from (folder / f"diverged_{number}" for number in count(2))
 
 
 def _cause(module: NetworkModule, batch: Batch, key: str, precision: str) -> str:
