@@ -17,7 +17,6 @@ import argparse
 import importlib
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -32,26 +31,30 @@ TRIALS = {"kills": 100, "damages": 300, "configurations": 500, "names": 90}
 QUICK = {"kills": 1, "damages": 12, "configurations": 20, "names": 6}
 
 
-def campaign(given: argparse.Namespace, trials: dict[str, int]) -> list[dict[str, Any]]:
-    """Run the trials of some groups, printing each that does not end as it should."""
+def run(group: str, given: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Run the trials of a group, printing each that does not end as it should, and return what they came to."""
+    from kd_lightning.measure import environment
+
     found: list[dict[str, Any]] = []
-    for group in given.only or page.GROUPS:
-        folder = Path(tempfile.mkdtemp(prefix=f"faults-{group}-"))
-        started = time.monotonic()
-        try:
-            drawn = importlib.import_module(f"faults.{group}").trials(folder, given.seed, trials[group], given.quick)
-            for trial in process.in_lanes(drawn, given.lanes, folder):
-                found.append(trial)
-                if not page.is_good(trial):
-                    print(_line(trial), flush=True)
-        finally:
-            if not given.keep:
-                shutil.rmtree(folder, ignore_errors=True)
-        bad = sum(not page.is_good(trial) for trial in found if trial["group"] == group)
-        print(
-            f"{group}: {len(drawn)} trials, {bad} not as they should be, {time.monotonic() - started:.0f} s", flush=True
-        )
-    return found
+    folder = Path(tempfile.mkdtemp(prefix=f"faults-{group}-"))
+    started = time.monotonic()
+    try:
+        drawn = importlib.import_module(f"faults.{group}").trials(folder, given.seed, count, given.quick)
+        for trial in process.in_lanes(drawn, given.lanes, folder):
+            found.append(trial)
+            if not page.is_good(trial):
+                print(_line(trial), flush=True)
+    finally:
+        if not given.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    bad = [trial for trial in found if not page.is_good(trial)]
+    minutes = (time.monotonic() - started) / 60
+    print(f"{group}: {len(drawn)} trials, {len(bad)} not as they should be, {minutes:.1f} minutes", flush=True)
+    return {
+        "command": f"python scripts/fault_campaign.py --only {group} --trials {count} --seed {given.seed}",
+        "seed": given.seed, "minutes": minutes, "environment": environment(), "counts": page.counts(found),
+        "valid": sorted(trial["how"] for trial in found if trial["outcome"] == "valid"), "not as it should be": bad,
+    }  # fmt: skip
 
 
 def _line(trial: dict[str, Any]) -> str:
@@ -74,22 +77,14 @@ def main() -> None:
     trials = QUICK if given.quick else TRIALS
     if given.trials:
         trials = dict.fromkeys(TRIALS, given.trials)
-    started = time.monotonic()
-    found = campaign(given, trials)
-    from kd_lightning.files import write_file
-    from kd_lightning.measure import environment
+    content = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
+    groups = {group: run(group, given, trials[group]) for group in given.only or page.GROUPS}
+    if not given.quick:  # groups that did not run stay
+        from kd_lightning.files import write_file
 
-    bad = [trial for trial in found if not page.is_good(trial)]
-    content = {
-        "what": (__doc__ or "").splitlines()[0],
-        "command": shlex.join(["python", "scripts/fault_campaign.py", *sys.argv[1:]]),
-        "seed": given.seed, "minutes": (time.monotonic() - started) / 60, "environment": environment(),
-        "counts": page.counts(found), "not as it should be": bad,
-    }  # fmt: skip
-    if not given.quick:
-        write_file(given.output, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
-    print(json.dumps(content["counts"], indent=1))
-    sys.exit(1 if bad else 0)
+        write_file(given.output, json.dumps(content | groups, indent=1, ensure_ascii=True) + "\n")
+    print(json.dumps({group: found["counts"] for group, found in groups.items()}, indent=1))
+    sys.exit(1 if any(found["not as it should be"] for found in groups.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -50,35 +50,29 @@ def is_good(trial: dict[str, Any]) -> bool:
     return trial["outcome"] in GOOD[trial["group"]]
 
 
-def counts(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return how many trials ended how, by group and by what was tried."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for group in GROUPS:
-        own = [trial for trial in trials if trial["group"] == group]
-        tried = sorted({trial["what"] for trial in own})
-        if own:
-            found[group] = {
-                what: dict(sorted(Counter(t["outcome"] for t in own if t["what"] == what).items())) for what in tried
-            }
-    return found
+def counts(trials: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return how many trials of a group ended how, by what was tried."""
+    tried = sorted({trial["what"] for trial in trials})
+    return {what: dict(sorted(Counter(t["outcome"] for t in trials if t["what"] == what).items())) for what in tried}
 
 
 def table(content: dict[str, Any]) -> str:
     """Return the part of `docs/reliability.md` that a campaign's file says."""
-    parts = []
-    for group, found in content["counts"].items():
-        title, first, text = TITLES[group]
-        outcomes = [*GOOD[group], *sorted({o for row in found.values() for o in row} - {*GOOD[group]})]
-        outcomes = [outcome for outcome in outcomes if any(outcome in row for row in found.values())]
-        lines = [f"### {title}", "", text, "", f"| {first} | trials | {' | '.join(outcomes)} |"]
-        lines.append(f"| :-- | {' | '.join(['--:'] * (len(outcomes) + 1))} |")
-        for what, row in found.items():
-            cells = [str(sum(row.values())), *(str(row.get(outcome, 0)) for outcome in outcomes)]
-            lines.append(f"| {f'`{what}`' if what.startswith('kd-') else what} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    machine = content["environment"]
+    return "\n\n".join(_section(group, content[group]) for group in GROUPS if group in content) + "\n"
+
+
+def _section(group: str, content: dict[str, Any]) -> str:
+    title, first, text = TITLES[group]
+    rows = content["counts"]
+    outcomes = [*GOOD[group], *sorted({outcome for row in rows.values() for outcome in row} - {*GOOD[group]})]
+    outcomes = [outcome for outcome in outcomes if any(outcome in row for row in rows.values())]
+    lines = [f"### {title}", "", text, "", f"| {first} | trials | {' | '.join(outcomes)} |"]
+    lines.append(f"| :-- | {' | '.join(['--:'] * (len(outcomes) + 1))} |")
+    for what, row in rows.items():
+        cells = [str(sum(row.values())), *(str(row.get(outcome, 0)) for outcome in outcomes)]
+        lines.append(f"| {f'`{what}`' if what.startswith('kd-') else what} | {' | '.join(cells)} |")
+    machine, bad = content["environment"], len(content["not as it should be"])
+    said = f"**{bad} did not end as they should**; `results/faults.json` names them." if bad else "All as they should."
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-    bad = len(content["not as it should be"])
-    said = "All ended as they should." if not bad else f"**{bad} did not end as they should**; the file names them."
-    parts.append(f"{said} `{content['command']}`, {content['minutes']:.0f} minutes on {where} (`results/faults.json`).")
-    return "\n\n".join(parts) + "\n"
+    lines += ["", f"{said} `{content['command']}`, {content['minutes']:.0f} minutes, {where}."]
+    return "\n".join(lines)

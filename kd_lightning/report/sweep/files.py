@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.config import folder_name
-from kd_lightning.files import write_file
+from kd_lightning.files import remove_temporary, write_file
 from kd_lightning.report.sweep.build import build_sweep
 from kd_lightning.report.sweep.page import Picture, render, sentences
 from kd_lightning.report.sweep.points import read_points
@@ -32,6 +32,8 @@ def report_sweep(folder: Path) -> dict[str, Any]:
         KDError: There is no such folder, it holds no points, or a file of a point is damaged.
     """
     from kd_lightning.report.sweep.pictures import figures
+
+    remove_temporary(folder)
 
     document = build_sweep(read_points(folder))
     pictures: list[Picture] = []
