@@ -35,6 +35,8 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
 
     if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
         return "every point of this search failed: the report says why"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return _no_choice(overrides)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     for plugin, extra in _PLUGINS.items():
@@ -51,6 +53,17 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
             return f"{key}: there is no such key{did_you_mean(key, known)}"
     cause = error.__cause__
     return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
+
+
+def _no_choice(overrides: list[str]) -> str:
+    """Say which group is given something else than the name of one of its choices."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        folder = conf_dir() / key.partition("@")[0]
+        if key.strip("@") and folder.is_dir() and not (folder / f"{value}.yaml").is_file():
+            names = [file.stem for file in folder.glob("*.yaml")]
+            return f"{override}: {key} is a group of settings and takes the name of a choice{did_you_mean('', names)}"
+    return "one of KEY=VALUE names no key, or gives a group of settings something else than the name of a choice"
 
 
 def _chooses_group(override: str) -> bool:

@@ -35,15 +35,22 @@ def _run(cfg: DictConfig) -> float:
             raise  # the sweep goes on, and raises it at its end
         _end(error)
     except Exception as error:
-        fault = environment_fault(error)
-        if fault is None or config.in_sweep():
+        said = None if config.in_sweep() else _explained(error)
+        if said is None:
             raise
-        _end(fault)
+        _end(said)
 
 
 def _end(reason: object) -> NoReturn:
     """Leave with one line: of several processes, the first says it."""
     sys.exit(1 if rank() > 0 else f"kd-train: {reason}")
+
+
+def _explained(error: Exception) -> str | None:
+    """Return what a user can mend, in one line; None for a defect of ours."""
+    from kd_lightning.explain import explain
+
+    return explain(error, sys.argv[1:]) or environment_fault(error)
 
 
 def _train(cfg: DictConfig) -> Pipeline:
@@ -85,12 +92,10 @@ def main() -> None:
     except KDError as error:  # the first point of a sweep that failed
         _end(error)
     except Exception as error:
-        from kd_lightning.explain import explain
-
-        explained = explain(error, sys.argv[1:]) or environment_fault(error)
-        if explained is None:
+        said = _explained(error)
+        if said is None:
             raise
-        _end(explained)
+        _end(said)
 
 
 if __name__ == "__main__":
