@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ def prepared() -> None:
     """Have a benchmark measure memory in forks, too, instead of in processes that import everything anew."""
     from kd_lightning.export import benchmark
 
-    benchmark.subprocess = types.SimpleNamespace(run=_measured)  # type: ignore[attr-defined]
+    given = {"run": _measured, "TimeoutExpired": subprocess.TimeoutExpired}
+    benchmark.subprocess = types.SimpleNamespace(**given)  # type: ignore[attr-defined]
 
 
 def _measured(line: list[str], **_: Any) -> types.SimpleNamespace:
@@ -184,7 +186,7 @@ def _measured(line: list[str], **_: Any) -> types.SimpleNamespace:
     from kd_lightning.export import peak
 
     def measure() -> str:
-        sys.argv = line[2:]
+        sys.argv = line[line.index("-m") + 1 :]
         with contextlib.redirect_stdout(io.StringIO()) as out:
             peak.main()
         return out.getvalue()
