@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of characters that command, turn or break instead of being seen."""
 
 _MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "\\[", "]": "\\]", "`": "\\`"})
 
@@ -21,9 +25,20 @@ def visible(text: object, keep: str = "") -> str:
     if given.isprintable():
         return given
     return "".join(
-        repr(char)[1:-1] if char not in keep and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
-        for char in given
+        repr(char)[1:-1] if char not in keep and unicodedata.category(char) in _UNSEEN else char for char in given
     )
+
+
+def json_line(content: Any) -> str:
+    r"""Return JSON on one line, to be read as it is, with control characters and turns of direction as JSON's escapes.
+
+    >>> json_line({"label": "a\x9b31m\u202eé"})
+    '{"label": "a\\u009b31m\\u202eé"}'
+    """
+    line = json.dumps(content, ensure_ascii=False)
+    if line.isprintable():
+        return line
+    return "".join(json.dumps(char)[1:-1] if unicodedata.category(char) in _UNSEEN else char for char in line)
 
 
 def shown(text: object) -> Text:

@@ -17,6 +17,7 @@ from pathlib import Path
 import filelock
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
+_OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 _LONG_AGO = 86_400.0
 """Seconds after which nobody on another machine writes a temporary file still."""
 _numbers = itertools.count()
@@ -40,6 +41,13 @@ def remove_temporary(folder: Path, alone: bool = False) -> None:
         if match and (alone or not _may_be_written(path, int(match[1]), match[2])):
             with suppress(FileNotFoundError):  # another process of this command was faster
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in half_saved(folder) if alone else ():
+        path.unlink(missing_ok=True)
+
+
+def half_saved(folder: Path) -> list[Path]:
+    """Return what safetensors left of files when it was killed; to be asked by whoever holds the lock."""
+    return [path for path in folder.glob(".tmp??????") if _OF_SAFETENSORS.fullmatch(path.name) and path.is_file()]
 
 
 def _may_be_written(path: Path, process: int, host: str) -> bool:

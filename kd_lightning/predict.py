@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.borders import shown
+from kd_lightning.borders import json_line, shown
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.evaluate import image_logits, run_parser, text_logits
 from kd_lightning.run_files import data_settings, file_options, flag, reader_for
@@ -125,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [{kind: "\t".join(text or ("",)), **one} for text, one in zip(inputs, said, strict=True)]
     if given.json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json_line(row))
         return
     if "label" in said[0]:
         _print_table(rows, kind, model.class_names)

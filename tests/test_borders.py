@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kd_lightning.borders import html_free, markdown, shown, visible
+from kd_lightning.borders import html_free, json_line, markdown, shown, visible
 from kd_lightning.errors import DataError
 from kd_lightning.predict import _print_table, _print_tasks
 from kd_lightning.report.table import as_markdown
@@ -80,3 +81,10 @@ def test_a_name_stays_inside_runs(name: str) -> None:
     with pytest.raises(ConfigError, match="inside runs/; for another place set run_dir"):
         validate(cfg)
     assert not Path(name).exists() or name == "/tmp/x"
+
+
+@pytest.mark.parametrize("text", ["a\x9b31m", "\x1b[2J", "a\u202eb", "a\u2028b", "\ud800", "𝄞\u200d", "運動", '"\\'])
+def test_json_has_no_control_character_and_is_read_back(text: str) -> None:
+    line = json_line({"text": text})
+    assert line.isprintable()
+    assert json.loads(line) == {"text": text}

@@ -90,6 +90,16 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {".mine.tmp", "mine.1@here.tmp", ".hidden", "link"}
 
 
+def test_what_safetensors_left_goes_when_nobody_else_writes(tmp_path: Path) -> None:
+    kept = [".tmpabc", ".tmp_notes", "x.tmpabc123"]
+    for name in (".tmpKthVj7", *kept):
+        (tmp_path / name).write_text("half")
+    remove_temporary(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_temporary(tmp_path, alone=True)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
 def test_a_folder_that_a_link_stands_for_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     write_file(tmp_path / "theirs/file", "theirs")

@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_lightning.cache.manifest import SHARD_NAME, ShardRecord, cannot_write, remedy
 from kd_lightning.cache.outputs import Spec
 from kd_lightning.errors import CacheError
-from kd_lightning.files import replacing
+from kd_lightning.files import half_saved, replacing
 
 _TEMPORARY = (".shard-*.safetensors.*", ".manifest.json.*", ".refresh.json.*")
 
@@ -187,7 +187,7 @@ def leftovers(folder: Path, used: set[str], fingerprint: str) -> list[Path]:
 
     A file that only has a shard's name, or is one of another cache, is not ours and is left alone.
     """
-    found = [path for pattern in _TEMPORARY for path in folder.glob(pattern)]
+    found = [*half_saved(folder), *(path for pattern in _TEMPORARY for path in folder.glob(pattern))]
     for path in folder.glob("shard-*"):
         if SHARD_NAME.fullmatch(path.name) and path.name not in used and _fingerprint(path) == fingerprint:
             found.append(path)

@@ -27,7 +27,7 @@ NAMES = (
 """Names of classes and words of sentences: markup of terminals, HTML, Markdown, YAML, templates, formulas, paths."""
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal takes for orders: control characters but for tabs and ends of lines, and turns of direction."""
-LIVE = re.compile(r"<(script|img|iframe|svg|a)\b[^>]*(alert|onerror|evil)|\]\(http://evil", re.IGNORECASE)
+LIVE = re.compile(r"<(script|img|iframe|svg|a)\b[^>]*(alert|onerror|evil)|(?<!\\)\]\(http://evil", re.IGNORECASE)
 """A name that a browser or a Markdown viewer would act upon."""
 
 
