@@ -234,6 +234,8 @@ ATTACKS: dict[str, Callable[[Place, Path], tuple[str, ...]]] = {
     "an expression in a pt2 export": partial(_pt2, expression=True),
     "a teacher with auto_map": _remote_code,
 }
+FOLLOWED = ("a stage's folder is a link",)
+"""Sweeps share stages by such links: what was in the folder before has to stay as it was."""
 
 
 def attacked(root: Path, name: str) -> dict[str, Any]:
@@ -252,7 +254,10 @@ def attacked(root: Path, name: str) -> dict[str, Any]:
         "group": "names", "what": "paths, links and descriptions", "how": name, "command": " ".join(line),
         "first": {"code": ended.code, "err": ended.err[-2000:]},
     }  # fmt: skip
-    if (after := _listing(victim)) != before:
+    after = _listing(victim)
+    if name in FOLLOWED:  # new files may be there
+        after = {file: content for file, content in after.items() if file in before or file == "mark"}
+    if after != before:
         more = sorted(after.keys() ^ before.keys()) or "contents"
         return said | {"outcome": "executed" if "mark" in more else "outside touched", "detail": str(more)}
     if wrong := _shown(ended, line):
