@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import random
 import subprocess
@@ -23,6 +24,18 @@ def faults() -> Any:
         yield {
             name: importlib.import_module(f"faults.{name}") for name in ("page", "toy", "events", "process", "damages")
         }
+
+
+@pytest.mark.slow
+def test_a_few_of_each_kind_end_as_they_should(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "scripts/fault_campaign.py", "--quick", "--lanes", "1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    counted = json.loads(result.stdout[result.stdout.index("{") :])
+    assert set(counted) == {"kills", "damages", "configurations", "names"}
 
 
 def outcome(faults: Any, code: int | None, err: str) -> Any:
