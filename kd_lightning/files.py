@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -15,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
+
+from kd_lightning.errors import environment_fault
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
@@ -120,11 +123,22 @@ def write_file(path: Path, content: str | bytes) -> None:
 def can_write_to(folder: Path) -> str:
     """Return why no file can be written into a folder that is there or is to be made, or ""; it leaves nothing."""
     try:
-        there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        there = next(place for place in (folder, *folder.absolute().parents) if _is_there(place))
+        if max(len(os.fsencode(part)) for part in folder.absolute().parts) > os.pathconf(there, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with tempfile.TemporaryFile(dir=there):
             return ""
     except OSError as error:
-        return error.strerror or type(error).__name__
+        return environment_fault(OSError(error.errno, error.strerror)) or error.strerror or type(error).__name__
+
+
+def _is_there(place: Path) -> bool:
+    """Return whether something has this path; unlike `os.path.lexists` raise what a path that cannot be has wrong."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 class Busy(Exception):

@@ -105,7 +105,7 @@ def test_a_defect_keeps_its_traceback() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run_dir=file"], "file: File exists"),
+        (["run_dir=file"], "a part of that path is a file"),
         (["run_dir=file/run"], "a part of that path is a file"),
         (["name=" + "a" * 300], "choose a shorter name"),
         (["run_dir=/proc/run"], "/proc/run: "),
