@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,24 @@ def json_line(content: Any) -> str:
     return "".join(json.dumps(char)[1:-1] if unicodedata.category(char) in _UNSEEN else char for char in line)
 
 
-def shown(text: object) -> Text:
+def shown(text: object, style: str = "", keep: str = "") -> Text:
     """Return a text as `rich` prints it: no markup is read in it, and no control character left."""
     from rich.text import Text
 
-    return Text(visible(text))
+    return Text(visible(text, keep), style)
+
+
+def tell(line: str) -> None:
+    """Print a line, or lines, in which names of other people may stand."""
+    print(visible(line, keep="\n"))
+
+
+class Plain(logging.Formatter):
+    """Formats what is logged without the control characters of names in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return visible(super().format(record), keep="\n")
 
 
 def markdown(text: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.borders import tell
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.run_files import data_settings, file_options, is_numbered, reader_for
 from kd_lightning.trust import trust_option, trusting_command
@@ -167,9 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.json:
         print(json.dumps({"model": str(model.folder), **scores}, indent=2))
         return
-    print(f"{model.folder} on {given.file or given.split + ' split'}, {scores.pop('examples'):.0f} examples")
+    tell(f"{model.folder} on {given.file or given.split + ' split'}, {scores.pop('examples'):.0f} examples")
     for name, value in scores.items():
-        print(f"  {name:<14}{value:.4f}")
+        tell(f"  {name:<14}{value:.4f}")
 
 
 if __name__ == "__main__":

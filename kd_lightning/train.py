@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from kd_lightning import config, points, preemption
+from kd_lightning.borders import Plain
 from kd_lightning.errors import Interrupted, KDError, environment_fault, interruptible
 from kd_lightning.processes import rank
 from kd_lightning.slurm.logs import link_logs
@@ -72,6 +73,7 @@ def _train(cfg: DictConfig) -> Pipeline:
     log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     log.handlers = [logging.StreamHandler()]
+    log.handlers[0].setFormatter(Plain())
     with first():
         pipeline = pipeline_of(cfg, Console(quiet=rank() > 0))
     pipeline.run(begin=lambda: link_logs(pipeline.folder))

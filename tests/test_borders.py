@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kd_lightning.borders import html_free, json_line, markdown, shown, visible
+from kd_lightning.borders import Plain, html_free, json_line, markdown, shown, tell, visible
 from kd_lightning.errors import DataError
 from kd_lightning.predict import _print_table, _print_tasks
 from kd_lightning.report.table import as_markdown
+from kd_lightning.report.text import _fence
 from kd_lightning.training import say
 
 HOSTILE = [
@@ -88,3 +91,22 @@ def test_json_has_no_control_character_and_is_read_back(text: str) -> None:
     line = json_line({"text": text})
     assert line.isprintable()
     assert json.loads(line) == {"text": text}
+
+
+def test_what_is_logged_and_told_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(Plain())
+    handler.emit(logging.LogRecord("kd_lightning", logging.INFO, "", 0, "classes: %s", ("\x1b[2Ja",), None))
+    tell("folder\x1b]0;owned\x07: 2 files\nand a line")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert len(out.splitlines()) == 3
+
+
+def test_no_command_closes_the_fence_around_it() -> None:
+    for command in ("kd-train name='```'", "kd-train x=`````", "kd-train"):
+        fence = _fence(command)
+        assert set(fence) == {"`"}
+        assert fence not in command
+        assert len(fence) >= 3

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.borders import shown, tell
 from kd_lightning.errors import CacheError, ConfigError, KDError, interruptible
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _build(given: argparse.Namespace) -> int:
 def _info(given: argparse.Namespace) -> int:
     folders = given.paths or _everywhere()
     if not folders:
-        print(f"no teacher outputs in {_root()}")
+        tell(f"no teacher outputs in {_root()}")
         return 0
     _table(folders)
     return 0
@@ -94,7 +95,7 @@ def _verify(given: argparse.Namespace) -> int:
     for folder in given.paths:
         wrong = verify(folder)
         damaged = damaged or bool(wrong)
-        print("\n".join(wrong) if wrong else f"{folder}: every file is what was written")
+        tell("\n".join(wrong) if wrong else f"{folder}: every file is what was written")
     return int(damaged)
 
 
@@ -121,9 +122,9 @@ def _prune(given: argparse.Namespace) -> int:
                         remove_cache(path)
                     elif not given.dry_run:
                         path.unlink()
-                    print(f"{verb} {path}, {decimal(size)} ({reason or 'left by a process that was killed'})")
+                    tell(f"{verb} {path}, {decimal(size)} ({reason or 'left by a process that was killed'})")
         except CacheError as error:
-            print(f"left alone: {error}")
+            tell(f"left alone: {error}")
     print(f"{verb} {decimal(freed)} in all")
     return 0
 
@@ -169,11 +170,11 @@ def _table(folders: Sequence[Path]) -> None:
             ]  # fmt: skip
         found += wrong
         verified = Text("damaged", style="red") if wrong else Text("yes", style="green")
-        table.add_row(*map(Text, cells), verified, Text(str(folder)))
+        table.add_row(*(shown(cell, keep="\n") for cell in cells), verified, shown(folder))
     console = Console(width=max(Console().width, Console(width=10_000).measure(table).maximum))  # never broken lines
     console.print(table)
     for problem in found:
-        console.print(Text(problem, style="red"), soft_wrap=True)
+        console.print(shown(problem, "red"), soft_wrap=True)
 
 
 def _manifest(folder: Path) -> Manifest | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.borders import shown, tell
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
@@ -76,7 +77,7 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         teacher = _teacher_of(run)
         if teacher is None:
-            print(f"{run}: its teacher is in no run folder here and is left out")
+            tell(f"{run}: its teacher is in no run folder here and is left out")
         elif teacher.resolve() not in [subject.folder.resolve() for subject in found]:  # runs may share one
             found.append(_trained(f"{prefix}teacher", "teacher", teacher))
         found.append(_trained(f"{prefix}student", "student", stage))
@@ -338,19 +339,18 @@ def show(result: Mapping[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
-    from rich.text import Text
 
     heading, *body = table_rows(result)
     title = f"{result['threads']} thread(s), validation split; times faster and smaller than {result['against']}"
-    table = Table(title=title, title_justify="left", box=None)
+    table = Table(title=shown(title), title_justify="left", box=None)
     for number, name in enumerate(heading):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number == 0)
+        table.add_column(shown(name), justify="right" if number else "left", no_wrap=number == 0)
     for row in body:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(shown, row))
     console = Console()
     wanted = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     Console(width=max(console.width, wanted)).print(table)  # a narrow terminal wraps lines, and cuts no figure off
-    print(f"benchmark: {out / 'benchmark.md'}")
+    tell(f"benchmark: {out / 'benchmark.md'}")
 
 
 if __name__ == "__main__":

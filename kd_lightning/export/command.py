@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_lightning.borders import tell
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.formats import FORMATS, QUANTIZE
 from kd_lightning.trust import trust_option, trusting_command
@@ -47,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             settle_threads()
             exported, parity = export(planned)
-            print(f"{given.out}: {exported.title} of {exported.network}, {exported.model} {file_size(exported.bytes)}")
+            tell(f"{given.out}: {exported.title} of {exported.network}, {exported.model} {file_size(exported.bytes)}")
             for line in parity.lines():
-                print(f"  {line}")
+                tell(f"  {line}")
             if given.push_to_hub:
-                print(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
+                tell(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
     except KDError as error:
         sys.exit(f"kd-export: {error}")
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_lightning.borders import tell
 from kd_lightning.errors import KDError, interruptible
 
 EXAMPLES = """\
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from kd_lightning.report.sweep import headline, report_sweep
 
     try:
-        print(headline(report_sweep(given.sweep), given.sweep))
+        tell(headline(report_sweep(given.sweep), given.sweep))
     except KDError as error:
         sys.exit(f"kd-report: {error}")
 

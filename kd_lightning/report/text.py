@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kd_lightning.borders import markdown
+from kd_lightning.borders import markdown, visible
 from kd_lightning.report.results import main_score, score_title
 from kd_lightning.report.table import as_markdown, markdown_table, ratio_line, short
+
+
+def _fence(code: str) -> str:
+    """Return a fence of Markdown that nothing in this code can close."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -62,7 +68,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         _difference_text(report["difference"]),
         _speed_text(report),
         "## How to reproduce it",
-        f"```\n{report['command']}\n```",
+        f"{(fence := _fence(report['command']))}\n{visible(report['command'])}\n{fence}",
         as_markdown(
             [["setting", "value"], *([name, _value(value)] for name, value in report["settings"].items())], ":--"
         ),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.borders import shown, tell
 from kd_lightning.errors import KDError, interruptible
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _pipeline(given: argparse.Namespace) -> None:
         if frozenset(point) not in places or not finished(places[frozenset(point)])
     ]
     jobs = chain(sweep, unfinished)
-    print(f"{folder}: {len(sweep.points)} points, {len(sweep.points) - len(unfinished)} finished before")
+    tell(f"{folder}: {len(sweep.points)} points, {len(sweep.points) - len(unfinished)} finished before")
     (_show if given.dry_run else _submit)(folder, jobs, sweep.points)
 
 
@@ -105,15 +106,14 @@ def _submit(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) 
         except KDError:
             queue.cancel(list(ids.values()))
             raise
-        print(f"{job.name:8}  job {ids[job.name]}" + (f", after {ids[job.after]}" if job.after else ""))
+        tell(f"{job.name:8}  job {ids[job.name]}" + (f", after {ids[job.after]}" if job.after else ""))
     remember(folder, ids, points)
-    print(f"kd-slurm status {folder}")
+    tell(f"kd-slurm status {folder}")
 
 
 def _status(given: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from kd_lightning.slurm.status import status
 
@@ -124,7 +124,7 @@ def _status(given: argparse.Namespace) -> None:
     for row in [*jobs, *points]:
         style = {"finished": "green", "failed": "red"}.get(row.state, "")
         cells = (row.name, (row.state, style), row.says, row.job or "", str(row.log or ""))
-        table.add_row(*(Text(*cell) if isinstance(cell, tuple) else Text(cell) for cell in cells))
+        table.add_row(*(shown(*cell) if isinstance(cell, tuple) else shown(cell) for cell in cells))
     console = Console(width=max(Console().width, Console(width=10_000).measure(table).maximum))  # never broken lines
     console.print(table)
     counts = Counter(row.state for row in points)
