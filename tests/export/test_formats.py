@@ -18,7 +18,7 @@ from kd_lightning.errors import KDError
 from kd_lightning.evaluate import image_logits, text_logits
 from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
-from kd_lightning.export.formats import FORMATS, format_named
+from kd_lightning.export.formats import FORMATS, format_named, pt2
 from kd_lightning.export.graph import whole_lstms
 from kd_lightning.export.load import load_export
 from kd_lightning.models.adapt import run_network
@@ -198,8 +198,14 @@ def test_a_pair_of_texts_keeps_its_segments_where_they_are_read(home: Path, tmp_
     torch.testing.assert_close(told, said, atol=1e-4, rtol=1e-4)
 
 
-def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
-    run = own_run(tmp_path / "run", Bag)  # torch's exporter takes an EmbeddingBag, for batches of two or more
+def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: pt2.Pt2Network, **entries: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("a guard of the graph failed")
+
+    monkeypatch.setattr(pt2.Pt2Network, "forward", broken)
+    run = own_run(tmp_path / "run", Bag)
     with pytest.raises(SystemExit, match=r"cannot run what Bag does.*need no graph: safetensors, huggingface"):
         kd_export([str(run), "--format", "pt2", "--out", str(tmp_path / "out"), "--trust"])
     assert not (tmp_path / "out").exists()

@@ -188,6 +188,6 @@ def test_hugging_face_output_and_encoder_without_a_head() -> None:
     expected = network(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"]).logits
     torch.testing.assert_close(run_network(network, batch()).logits, expected)
     with pytest.raises(
-        ConfigError, match=r"BertModel returned a BaseModelOutput\w* with keys last_hidden_state.*model=hf"
+        ConfigError, match=r"BertModel returned a BaseModelOutput\w* with keys last_hidden_state.*model@student=hf"
     ):
         run_network(network.bert, batch())

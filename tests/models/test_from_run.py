@@ -12,6 +12,7 @@ from kd_lightning.errors import ConfigError
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.from_run import from_run
 from kd_lightning.runs import finish_stage, save_network
+from kd_lightning.trust import trusting
 
 
 def write_student(folder: Path, network: nn.Module, accuracy: float = 0.5, tokenizer: Any = None, **more: Any) -> Path:
@@ -78,5 +79,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'random'"):
         from_run(str(tmp_path / "run"), 3, initialise="randon")  # type: ignore[arg-type]
     write_student(tmp_path / "own", Own(), _target_="tests.models.test_from_run.Own")
-    with pytest.raises(ConfigError, match="holds a Own, which has no description"):
+    with pytest.raises(ConfigError, match=r"model\.json would run 'tests\.models\.test_from_run\.Own'"):
+        from_run(str(tmp_path / "own"), 3)
+    with trusting(True), pytest.raises(ConfigError, match="holds a Own, which has no description"):
         from_run(str(tmp_path / "own"), 3)

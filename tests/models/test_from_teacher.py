@@ -278,7 +278,7 @@ def test_mistakes_with_embeddings() -> None:
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, nn.Linear)
     with pytest.raises(ConfigError, match=r"student\.network: Mute has no word embeddings"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, Mute)
-    with pytest.raises(ConfigError, match=r"Linear has no word embeddings.*model=bilstm"):
+    with pytest.raises(ConfigError, match=r"Linear has no word embeddings.*model@student=bilstm"):
         embeddings_from_teacher(nn.Linear(2, 2), 2, VOCABULARY, SMALL)
     with pytest.raises(ConfigError, match="did you mean 'random'"):
         embeddings_from_teacher(teacher("bert"), 2, VOCABULARY, SMALL, initialise="randon")  # type: ignore[arg-type]
