@@ -216,7 +216,7 @@ def test_a_function_with_arguments_is_checked() -> None:
     [
         (["temperatur=3"], "temperatur: there is no such key; did you mean 'temperature'"),
         (["distillation=sft_target"], "distillation=sft_target: there is no such choice; did you mean 'soft_target'?"),
-        (["optimizer.lr=fast"], "optimizer.lr='fast' is not a float"),
+        (["optimizer.lr=fast"], "optimizer.lr='fast' is not a number"),
         (["trainer._target_=tests.test_cli_lightning.Own"], "trainer: kd-cli uses lightning.Trainer, not tests"),
     ],
 )
