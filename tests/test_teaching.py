@@ -107,7 +107,7 @@ def test_auto_keeps_the_answers_while_the_first_epoch_trains_and_they_are_those_
     asked.clear()
     again = distil("temperature=8")
     again.run()
-    assert len(asked) <= 4, "another run of the same teacher and data only rehearses"
+    assert len(asked) <= 8, "another run of the same teacher and data only rehearses"
 
 
 def test_seeds_share_one_pass_before_the_first_of_them(distil: Callable[..., Pipeline], asked: list[int]) -> None:
@@ -139,7 +139,7 @@ def test_require_wants_all_answers_and_says_what_the_nearest_ones_are_for(
     assert [folder] == stored(own_home)
     asked.clear()
     distil("teacher.cache=require").run()
-    assert len(asked) <= 4
+    assert len(asked) <= 8
     with pytest.raises(CacheError, match=r"nearest is .*, where data\.max_length was 64, now 32"):
         distil("teacher.cache=require", "data.max_length=32").run()
     with pytest.raises(CacheError, match=r"teacher\.cache_dtype was float32, now float16"):
