@@ -25,11 +25,10 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
     Returns:
         The line; None when the error is no refusal but a defect, which deserves its traceback.
     """
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
-    from torch.multiprocessing.spawn import ProcessRaisedException
 
-    if isinstance(error, ProcessRaisedException):  # it carries the traceback of a process of trainer=ddp as text
+    if type(error).__name__ == "ProcessRaisedException":  # torch's: a traceback of a process of trainer=ddp, as text
         ours = re.findall(rf"^{KDError.__module__}\.\w+: (.+)$", str(error), re.MULTILINE)
         return ours[-1] if ours else None
 
@@ -39,6 +38,11 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
         return _no_choice(overrides)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override, first_line(error))
+    if "Could not override 'model'" in str(error):
+        name = next((given.partition("=")[2] for given in overrides if given.startswith("model=")), "NAME")
+        return f"model={name}: whose? model@student={name} is the student, model@teacher.network={name} the teacher"
     for plugin, extra in _PLUGINS.items():
         if f"'{plugin}'" in str(error):
             return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
@@ -53,6 +57,19 @@ def explain(error: Exception, overrides: list[str]) -> str | None:
             return f"{key}: there is no such key{did_you_mean(key, known)}"
     cause = error.__cause__
     return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
+
+
+def _unreadable(override: str, reason: str) -> str:
+    """Say which argument Hydra's grammar does not take, and how to write its value."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} is no KEY=VALUE"
+    value = value.strip("\"'")
+    inner = f"'{value}'" if "'" not in value else '"' + value.replace('"', r"\"") + '"'
+    outer = '"' if inner.startswith("'") else "'"
+    return (
+        f"{override}: cannot be read ({reason}); write a value with special characters as {outer}{key}={inner}{outer}"
+    )
 
 
 def _no_choice(overrides: list[str]) -> str:

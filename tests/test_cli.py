@@ -44,6 +44,9 @@ def test_help_and_config_are_printed_without_importing_torch(arguments: list[str
         (["data=text_files", "data.train_file=nowhere.csv"], "nowhere.csv: no such file"),
         (["trainer=ddp", "trainer.strategy=ddp"], "use trainer=ddp (ddp_spawn) on one machine"),
         (["logger=null"], "logger is a group of settings and takes the name of a choice; valid: default, mlflow"),
+        (["model=transformer"], "model=transformer: whose? model@student=transformer is the student"),
+        (["name=a=b"], "name=a=b: cannot be read"),
+        (["name={x"], """write a value with special characters as "name='{x'\""""),
         (["=3"], "one of KEY=VALUE names no key"),
         (["alpha=''"], "could not convert string to float"),  # found inside of Hydra's job
     ],

@@ -64,7 +64,8 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kinds = "'minilm', 'wordpiece:SIZE', a folder, or a Hugging Face name that can be reached"
-        raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]})") from error
+        unset = "; where it is not set it is the tokenizer of teacher.checkpoint"
+        raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]}){unset}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"data.tokenizer={name!r} has no fast version (tokenizer.json); convert it or choose another")
     if tokenizer.pad_token is None:
