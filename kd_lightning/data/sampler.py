@@ -81,8 +81,9 @@ class BucketBatchSampler(DistributedSampler[Any]):
     steps:
 
     * with `shuffle`, the order depends on `(seed, epoch)` alone. When the examples cannot be dealt out evenly, up to
-      `world_size - 1` examples of the epoch come twice; no example is left out. Where the last batch of a rank would be
-      a single example, which BatchNorm cannot learn from, it gets a second one from the batch before (of 3 or more).
+      `world_size - 1` examples of the epoch come twice; no example is left out. Where the last batch of one process
+      would be a single example, which BatchNorm cannot learn from, it gets a second one from the batch before (of 3 or
+      more). That of several processes does not: they train on the batches of one with the same global batch.
     * without, examples come sorted by length and each exactly once over all ranks; batches of one step may then differ
       by one example in size.
 
@@ -141,7 +142,8 @@ class BucketBatchSampler(DistributedSampler[Any]):
         """Examples in the smallest training batch of a rank."""
         each = -(-self.size // self.num_replicas)
         rest = each % self.batch_size or self.batch_size
-        return 2 if rest == 1 and each > 1 and self.batch_size > 2 else min(rest, each)
+        moved = rest == 1 and each > 1 and self.batch_size > 2 and self.num_replicas == 1
+        return 2 if moved else min(rest, each)
 
     def resume(self, epoch: int, batches: int) -> None:
         """Go to `epoch` and leave out its first `batches` batches; other epochs are whole."""
@@ -166,8 +168,8 @@ class BucketBatchSampler(DistributedSampler[Any]):
             pool = order[start : start + size * POOL_BATCHES]
             pool = pool[np.argsort(lengths[pool], kind="stable")]
             steps += [positions[pool[cut : cut + size]] for cut in range(0, len(pool), size)]
-        if len(steps) > 1 and len(steps[-1]) == self.num_replicas and self.batch_size > 2:
-            steps[-2], moved = np.split(steps[-2], [-self.num_replicas])
+        if len(steps) > 1 and len(steps[-1]) == 1 and self.batch_size > 2:
+            steps[-2], moved = np.split(steps[-2], [-1])
             steps[-1] = np.concatenate([moved, steps[-1]])
         return [steps[i] for i in generator.permutation(len(steps))]
 

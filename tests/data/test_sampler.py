@@ -107,7 +107,14 @@ def test_no_batch_is_a_single_example_where_that_can_be(world: int, batch_size: 
         assert max(sizes) <= batch_size
         sampler = BucketBatchSampler(LENGTHS[:count], batch_size, shuffle=True, rank=0, world_size=world)
         assert sampler.smallest == min(sizes)
-        assert min(sizes) > 1 or batch_size < 3 or count <= world
+        assert min(sizes) > 1 or batch_size < 3 or count <= world or world > 1
+
+
+@pytest.mark.parametrize("count", [32, 34, 40, 258])
+def test_two_processes_train_on_the_batches_of_one_with_the_same_global_batch(count: int) -> None:
+    (one,), two = ranks(count, 1, 16), ranks(count, 2, 8)
+    together = [np.sort(np.concatenate(step)) for step in zip(*two, strict=True)]
+    assert all(np.array_equal(np.sort(a), b) for a, b in zip(one, together, strict=True))
 
 
 def test_errors() -> None:
