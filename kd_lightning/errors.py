@@ -44,7 +44,7 @@ class CacheError(KDError):
     """A stored teacher output that is missing, damaged or belongs to something else."""
 
 
-_FULL = "make room there, or choose another disk"
+_FULL = "make room there and run the same command again, or choose another disk"
 _CLOSED = "choose a folder that can be written, or change its mode"
 _DISK = {
     errno.ENOSPC: _FULL,
@@ -82,6 +82,12 @@ def environment_fault(error: BaseException) -> str | None:
         return None
     shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
     return f"{shown}{': ' if shown else ''}{os.strerror(number)}; {advice}"
+
+
+def nameless_disk_fault(error: BaseException) -> int:
+    """Return the system's number of a full disk and its like whose error names no path, as libraries' do; else 0."""
+    number, path = _system_error(error)
+    return number if number in _DISK and not path else 0
 
 
 def _system_error(error: BaseException) -> tuple[int, str]:

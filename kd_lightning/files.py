@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from kd_lightning.errors import environment_fault
+from kd_lightning.errors import environment_fault, nameless_disk_fault
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
@@ -100,6 +100,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if not temporary.is_symlink() and stat.S_IMODE(temporary.stat().st_mode) != mode:
             temporary.chmod(mode)
         os.replace(temporary, path)
+    except Exception as error:
+        if number := nameless_disk_fault(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

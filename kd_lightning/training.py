@@ -112,7 +112,11 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
                 put_away(stage.folder)
             fingerprint = digest(stage.settings)
             finished = check_fingerprint(stage.folder, fingerprint, stage.settings)
-            if rank() == 0 and not finished:
+            if rank() == 0 and finished:  # a kill after the stage was finished left what it no longer needs
+                remove_temporary(stage.folder, alone=True)
+                remove_temporary(stage.folder / "checkpoints", alone=True)
+                remove_checkpoints(stage.folder / "checkpoints")
+            elif rank() == 0:
                 _clean_up(stage, fingerprint, console)
                 write_sealed(stage.folder / "settings.json", {"fingerprint": fingerprint, "settings": stage.settings})
         if finished:

@@ -330,6 +330,16 @@ def test_what_killed_writers_left_is_removed_by_the_next_start(killed: Path) -> 
     assert not (killed.parent / dead).exists()
 
 
+def test_a_reused_stage_removes_what_a_kill_after_its_end_left(place: Path, run: Path) -> None:
+    checkpoints = run / "seed_0/distill/checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for name in ("resume.ckpt", "best.ckpt", "seals.json", ".tmpKthVj7", "mine.ckpt"):
+        (checkpoints / name).write_text("left")
+    assert "finished before" in train(run, ALL)
+    assert {path.name for path in checkpoints.iterdir()} == {"mine.ckpt"}
+    assert load_run(run)
+
+
 def test_all_files_of_a_run_have_the_mode_that_the_umask_gives(place: Path) -> None:
     modes = {path: path.stat().st_mode & 0o777 for path in (place / "kept").rglob("*") if path.is_file()}
     mask = os.umask(0)

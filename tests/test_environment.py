@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kd_lightning.errors import environment_fault, interruptible
-from kd_lightning.files import write_file
+from kd_lightning.files import replacing, write_file
 from tests.test_cli import command
 
 
@@ -51,6 +51,25 @@ def test_a_full_disk_is_one_line_whoever_writes(writer: str, tmp_path: Path) -> 
     with disk_of(10_000):
         line = ends(lambda: WRITERS[writer](tmp_path / "file"))
     assert "another disk" in line
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_bytes(b"0" * 100_000), *(WRITERS[name] for name in ("torch", "safetensors"))]
+)
+def test_a_full_disk_is_named_by_the_file_that_did_not_fit(write: Callable[[Path], object], tmp_path: Path) -> None:
+    def work() -> None:
+        with disk_of(10_000), replacing(tmp_path / "file.npy") as temporary:
+            write(temporary)
+
+    assert f"{tmp_path / 'file.npy'}: " in ends(work)
+    assert not list(tmp_path.glob("file*"))
+
+
+def test_what_goes_wrong_for_another_reason_keeps_its_error(tmp_path: Path) -> None:
+    for error in (ValueError("a defect"), OSError(13, "Permission denied", "elsewhere"), OSError("no number")):
+        with pytest.raises(type(error)) as raised, replacing(tmp_path / "file"):
+            raise error
+        assert raised.value is error
 
 
 def test_what_follows_a_full_disk_is_no_other_fault(tmp_path: Path) -> None:
