@@ -16,7 +16,7 @@ from kd_lightning.pipeline import Pipeline, cache_of_assistants, finetuning, tea
 from kd_lightning.rehearsal import takes_from_teacher
 from kd_lightning.runs import teacher_stage
 from kd_lightning.tasks import Classification, MultiTask, Regression, Task
-from kd_lightning.training import averages, planned_steps
+from kd_lightning.training import averages, planned_steps, validate_every
 
 Node = dict[str, Any]
 
@@ -104,10 +104,11 @@ class Converter:
             data = self.data.select("teacher", pool=False).with_batches(settings["batch_size"], seed=seed)
             network = self.network(settings["network"], "teacher")
             model = self.supervised(network, settings["optimizer"], settings["scheduler"], seed)
-            trainer = {**self.cfg["trainer"], **settings["trainer"]}
+            trainer, batches = {**self.cfg["trainer"], **settings["trainer"]}, len(data.train_dataloader())
             yield name, self.stage(
-                name, model, self.batches("teacher", seed, data.batch_size), seed, settings["network"],
-                trainer=trainer, steps=_steps(trainer, data), validations=settings["validations"], role="teacher",
+                name, model, self.batches("teacher", seed, data.batch_size), seed, settings["network"], batches,
+                trainer=trainer, steps=planned_steps(trainer, batches), validations=settings["validations"],
+                role="teacher",
             )  # fmt: skip
 
     def baseline(self, seed: int, name: str) -> Node:
@@ -115,7 +116,8 @@ class Converter:
         student = self.student("teacher" if name == "baseline_initialised" else "random")
         network = self.network(student, "student")
         model = self.supervised(network, self.cfg["optimizer"], self.cfg["scheduler"], seed)
-        return self.stage(f"seed_{seed}/{name}", model, self.batches("student", seed), seed, student)
+        data, batches = self.batches("student", seed), self.count_batches("student", pool=False)
+        return self.stage(f"seed_{seed}/{name}", model, data, seed, student, batches)
 
     def assistant(self, number: int) -> Node:
         """Return the file that distils an assistant from the guide before it."""
@@ -141,16 +143,18 @@ class Converter:
             **self.learning(self.cfg["optimizer"], self.cfg["scheduler"], seed),
         )  # fmt: skip
         data = self.batches("both", seed, one_reader=bool(number))
-        return self.stage(name, model, data, seed, settings, callbacks=callbacks)
+        batches = self.count_batches("both", pool=True)
+        return self.stage(name, model, data, seed, settings, batches, callbacks=callbacks)
 
     def finetune(self, seed: int) -> Node:
         """Return the file that trains the distilled student on from labels."""
         optimizer, trainer = finetuning(self.cfg)
         start = class_path("kd_lightning.finished.finished_network", checkpoint=self.folder(f"seed_{seed}/distill"))
         model = self.supervised(start, optimizer, self.cfg["scheduler"], seed)
+        batches = self.count_batches("student", pool=False)
         return self.stage(
-            f"seed_{seed}/finetune", model, self.batches("student", seed), seed, self.cfg["student"], trainer=trainer,
-            steps=_steps(trainer, self.data.select("student", pool=False)),
+            f"seed_{seed}/finetune", model, self.batches("student", seed), seed, self.cfg["student"], batches,
+            trainer=trainer, steps=planned_steps(trainer, batches),
         )  # fmt: skip
 
     # -- their parts --------------------------------------------------------------------------------------------------
@@ -258,15 +262,19 @@ class Converter:
         pool = tokens == "both"
         return class_path("kd_lightning.data.selected", data=node, tokens=tokens, pool=pool, one_reader=one_reader)
 
+    def count_batches(self, tokens: str, pool: bool) -> int:
+        """Return how many batches an epoch has, over all processes."""
+        return len(self.data.select(tokens, pool=pool).train_dataloader())
+
     def stage(
-        self, name: str, model: Node, data: Node, seed: int, network: Node, *, trainer: Node | None = None,
-        steps: int | None = None, validations: int | None = None, role: Role = "student",
+        self, name: str, model: Node, data: Node, seed: int, network: Node, batches: int, *,
+        trainer: Node | None = None, steps: int | None = None, validations: int | None = None, role: Role = "student",
         callbacks: Sequence[Node] = (),
     ) -> Node:  # fmt: skip
-        """Return a whole file; `network` are the settings of what is trained."""
+        """Return a whole file; `network` are the settings of what is trained, `batches` those of an epoch."""
         folder, trainer = self.folder(name), trainer or self.cfg["trainer"]
         steps, validations = steps or self.pipeline.steps, validations or self.cfg["validations"]
-        every = max(steps // validations, 1) * int(trainer.get("accumulate_grad_batches", 1))
+        every = validate_every(batches, steps, validations, trainer)
         is_ours = network["_target_"].startswith("kd_lightning.")
         ours = [
             class_path(
@@ -304,10 +312,6 @@ class Converter:
 def _of_cli(value: Any) -> Any:
     """Return a trainer's setting; the command line can be started again for each process, which a sweep cannot."""
     return value.replace("ddp_spawn", "ddp") if isinstance(value, str) else converted(value)
-
-
-def _steps(trainer: Node, data: ClassificationData) -> int:
-    return planned_steps(trainer, len(data.train_dataloader()))
 
 
 def _stage_of(checkpoint: str) -> str:
