@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from kd_lightning.config import lookup, parameters
-from kd_lightning.data.base import ClassificationData, Role
+from kd_lightning.data.base import Role
 from kd_lightning.errors import ConfigError
 from kd_lightning.multitask import MultiTaskPipeline
 from kd_lightning.pipeline import Pipeline, cache_of_assistants, finetuning, teacher_name
@@ -177,10 +177,11 @@ class Converter:
         node: Node = converted(self.pipeline.filled(settings, role))
         if role == "student" and takes_from_teacher(settings):
             source = next(iter(self.parts.values()), self)  # of several the first one
-            start = source.checkpoint()
+            start, sizes = source.checkpoint(), source.data.model_arguments("teacher")
             node["init_args"]["teacher"] = class_path(
                 "kd_lightning.finished.finished_network",
-                checkpoint=start[0] if isinstance(start, list) else start, num_classes=source.data.num_classes,
+                checkpoint=start[0] if isinstance(start, list) else start,
+                **{name: sizes[name] for name in ("num_classes", "pad_token_id") if name in sizes},
             )  # fmt: skip
         return node
 

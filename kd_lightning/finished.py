@@ -23,12 +23,13 @@ from kd_lightning.teaching import Answering, load_teacher
 from kd_lightning.types import Batch, ModelOutput
 
 
-def finished_network(checkpoint: str, num_classes: int | None = None) -> nn.Module:
+def finished_network(checkpoint: str, num_classes: int | None = None, pad_token_id: int | None = None) -> nn.Module:
     """Return a trained network, to be trained on or to make a student from; no random number is drawn.
 
     Args:
         checkpoint: A stage folder of ours (`RUN/teacher`), else a Hugging Face folder or name.
         num_classes: C, for a Hugging Face classifier.
+        pad_token_id: What pads its texts.
 
     Raises:
         ConfigError: A Hugging Face name without `num_classes`, or whatever `models.hf.finished` refuses.
@@ -42,7 +43,7 @@ def finished_network(checkpoint: str, num_classes: int | None = None) -> nn.Modu
             )
         from kd_lightning.models.hf import finished
 
-        return finished(checkpoint, num_classes)
+        return finished(checkpoint, num_classes, pad_token_id)
 
 
 class _Late(L.Callback, Teacher):

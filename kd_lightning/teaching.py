@@ -92,11 +92,13 @@ def load_teacher(checkpoint: str | list[str], data: ClassificationData, console:
         return read_teacher(stage, data)
     from kd_lightning.models.hf import finished
 
+    padding = data.model_arguments("teacher").get("pad_token_id")
+
     def load() -> TeacherNetwork:
-        network = finished(checkpoint, data.num_classes).eval()
+        network = finished(checkpoint, data.num_classes, padding).eval()
         return TeacherNetwork(network, network_digest(network), checkpoint, None)
 
-    teacher = shared("teacher", (checkpoint, data.num_classes, stamps(checkpoint)), load)
+    teacher = shared("teacher", (checkpoint, data.num_classes, padding, stamps(checkpoint)), load)
     _check_class_order(checkpoint, teacher.network, data, console)
     return teacher
 

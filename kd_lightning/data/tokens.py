@@ -36,7 +36,7 @@ LAYOUT = 3
 
 
 def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """Return a fast tokenizer that can pad.
+    """Return a fast tokenizer that can pad: one without a token for it (GPT-2's) pads with its end-of-text token.
 
     Args:
         name: `"minilm"`; a folder or a Hugging Face name; or `"wordpiece:8000"` for a WordPiece vocabulary of at

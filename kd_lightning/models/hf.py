@@ -90,6 +90,7 @@ def pretrained(
     attn_implementation: str | None = None,
     frozen_layers: int = 0,
     trust_remote_code: bool = False,
+    pad_token_id: int | None = None,
 ) -> nn.Module:
     """Load a pretrained encoder or a finished classifier, in float32 and training mode.
 
@@ -108,6 +109,9 @@ def pretrained(
         frozen_layers: Keep the embeddings and so many of the lowest layers as they were pretrained: their backward pass
             and optimizer steps are saved. 0: everything is trained.
         trust_remote_code: Run the Python files that the checkpoint brings; nobody is asked otherwise.
+        pad_token_id: The id that shorter texts of a batch are filled up with. A decoder such as GPT-2 or Llama, which
+            classifies at the last token that is another, takes it in place of its checkpoint's, which often has none.
+            None: the checkpoint's.
 
     Returns:
         The Hugging Face model, or a `PooledClassifier` around it.
@@ -130,6 +134,7 @@ def pretrained(
             if pooling != "checkpoint":
                 encoder: PreTrainedModel = AutoModel.from_pretrained(source, **options)
                 log.info("%s: new %s-pooled classification head for %d classes", name, pooling, num_classes)
+                _pad_with(encoder, pad_token_id, name)
                 _freeze(encoder, frozen_layers)
                 return PooledClassifier(encoder, num_classes, pooling, dropout).train()
             keeps_head = _has_classifier(config) and config.num_labels == num_classes
@@ -139,6 +144,7 @@ def pretrained(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(_cannot_load(name, local, error)) from error
     _log_head(name, config, num_classes)
+    _pad_with(network, pad_token_id, name)
     _freeze(network.base_model, frozen_layers)  # type: ignore[arg-type]
     return network.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
 
@@ -189,6 +195,23 @@ def layer_stack(network: PreTrainedModel) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
+def _pad_with(network: nn.Module, pad_token_id: int | None, name: str) -> None:
+    """Tell a network that classifies at a text's last token what is none of the text.
+
+    All others have a mask for that, and their checkpoint's own number may decide where their positions begin.
+    """
+    if pad_token_id is None:
+        return
+    rows = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if pad_token_id >= rows:
+        raise ConfigError(
+            f"name={name!r} has embeddings for {rows} tokens, and the data pad with token {pad_token_id}: read with "
+            f"the checkpoint's own tokenizer, data.tokenizer={name}, or give it the token and its embedding first"
+        )
+    if "pad_token_id" in inspect.unwrap(type(network).forward).__code__.co_names:
+        network.config.get_text_config().pad_token_id = pad_token_id  # type: ignore[union-attr, operator]
+
+
 def _freeze(encoder: PreTrainedModel, layers: int) -> None:
     if layers == 0:
         return
@@ -203,8 +226,8 @@ def _freeze(encoder: PreTrainedModel, layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def finished(name: str, num_classes: int) -> nn.Module:
-    """Load a classifier that has been trained for this many classes, with its head.
+def finished(name: str, num_classes: int, pad_token_id: int | None = None) -> nn.Module:
+    """Load a classifier that has been trained for this many classes, with its head; `pretrained` has the arguments.
 
     Raises:
         ConfigError: The checkpoint is an encoder, or a classifier for another number of classes: `pretrained` would
@@ -223,7 +246,7 @@ def finished(name: str, num_classes: int) -> nn.Module:
             f"{name} is {kind}, not a finished teacher for the data's {num_classes} classes: to fine-tune it first, "
             f"use model@teacher.network=hf teacher.network.name={name} and no teacher.checkpoint"
         )
-    return pretrained(name, num_classes)
+    return pretrained(name, num_classes, pad_token_id=pad_token_id)
 
 
 def _locate(name: str) -> tuple[str, bool]:
