@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -263,7 +263,7 @@ class Converter:
         pool = tokens == "both"
         return class_path("kd_lightning.data.selected", data=node, tokens=tokens, pool=pool, one_reader=one_reader)
 
-    def count_batches(self, tokens: str, pool: bool) -> int:
+    def count_batches(self, tokens: Literal["student", "both"], pool: bool) -> int:
         """Return how many batches an epoch has, over all processes."""
         return len(self.data.select(tokens, pool=pool).train_dataloader())
 
