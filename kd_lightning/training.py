@@ -21,7 +21,7 @@ from torch import nn
 from kd_lightning import preemption
 from kd_lightning.borders import visible
 from kd_lightning.callbacks import Compilation, Divergence, Preemption, StageProgress
-from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints
+from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints, restore_logs
 from kd_lightning.callbacks.divergence import put_away
 from kd_lightning.config import build, lookup, processes
 from kd_lightning.errors import ConfigError, Interrupted, KDError
@@ -102,8 +102,9 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         ConfigError: The folder holds a training with other settings.
         KDError: The training was interrupted, or diverged.
     """
-    if (stage.folder / "checkpoints").is_symlink():
-        raise ConfigError(f"{stage.folder / 'checkpoints'} is a link: its files would be removed; put a folder there")
+    for path in (stage.folder / "checkpoints", stage.folder / "csv", *stage.folder.glob("csv/version_*")):
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link: its files would be removed; put a folder there")
     with ExitStack() as held:
         with first():
             if rank() == 0:
@@ -132,7 +133,7 @@ def _say_waiting(console: Console, stage: Stage, line: str) -> None:
 
 
 def _clean_up(stage: Stage, fingerprint: str, console: Console) -> None:
-    """Remove what cannot be gone on from: files that killed processes half wrote, damaged or foreign checkpoints."""
+    """Remove what cannot be gone on from: half-written files, damaged or foreign checkpoints, rows that follow one."""
     checkpoints = stage.folder / "checkpoints"
     for folder in (stage.folder, checkpoints):
         remove_temporary(folder, alone=True)
@@ -141,6 +142,8 @@ def _clean_up(stage: Stage, fingerprint: str, console: Console) -> None:
         say(console, f"{stage.name}  {wrong}: it is removed, and the stage begins again")
     if wrong is not None or not (checkpoints / RESUME).is_file():
         remove_checkpoints(checkpoints)
+    for log in restore_logs(stage.folder):
+        say(console, f"{stage.name}  {log} is damaged or missing: its rows up to the checkpoint are put back")
 
 
 def _fit(stage: Stage, fingerprint: str, console: Console) -> None:

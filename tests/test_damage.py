@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
@@ -14,13 +17,14 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from kd_lightning import config, evaluate, predict
-from kd_lightning.compare import compare
-from kd_lightning.errors import KDError
+from kd_lightning.compare import _curve, compare
+from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.export.benchmark import main as benchmark
 from kd_lightning.export.command import main as export
 from kd_lightning.pipeline import Pipeline
 from kd_lightning.report import load_report
 from kd_lightning.runs import find_stage, load_run, network_digest, read_stage
+from kd_lightning.seals import read_sealed, write_sealed
 from kd_lightning.teaching import load_teacher
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -268,6 +272,7 @@ def test_a_run_reads_with_its_own_tokenizer(
 # -- what a killed run goes on from ------------------------------------------------------------------------------------
 
 BASELINE = (
+    "logger={csv: {_target_: lightning.pytorch.loggers.CSVLogger, name: csv}}", "trainer.log_every_n_steps=1",
     "stages=[baseline]", "+callbacks.stop={_target_: tests.test_damage.StopAt}", "checkpoint_every_n_steps=3",
     "student.dropout=0.3", "trainer.max_epochs=2",
 )  # fmt: skip
@@ -305,6 +310,68 @@ def test_damaged_checkpoints_are_discarded_and_the_stage_begins_again(
         assert name in said.partition("it is removed, and the stage begins again")[0]
         assert "begins again" in said
     assert network_digest(load_run(killed.parent).network) == uninterrupted
+
+
+def change_a_digit(path: Path, other: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    digit = re.search(r"\d(?=\D*$)", lines[1])
+    assert digit is not None
+    lines[1] = f"{lines[1][: digit.start()]}{(int(digit[0]) + 1) % 10}{lines[1][digit.end() :]}"
+    path.write_text("".join(lines))
+
+
+def add_a_row(log: Path) -> None:
+    columns = log.read_text().splitlines()[0].split(",")
+    with log.open("a", newline="") as file:
+        csv.DictWriter(file, columns).writerow({"step": 999, "train/loss": 0.5})
+
+
+def curves(stage: Path) -> dict[str, object]:
+    curve = asdict(_curve(stage, 0, "accuracy"))
+    assert len(curve["loss"]) > 5
+    assert len(curve["accuracy"]) > 1
+    return curve
+
+
+@pytest.mark.parametrize("damage", [None, change_a_digit, truncate, delete])
+def test_damaged_logs_are_put_back_to_what_they_were_at_the_checkpoint(
+    killed: Path, uninterrupted: str, place: Path, damage: Damage | None
+) -> None:
+    log = killed.parent / "csv/version_0/metrics.csv"
+    if damage:
+        damage(log, log)
+    else:  # a row that came after the checkpoint, with a wrong step
+        add_a_row(log)
+        (killed.parent / "csv/version_9").mkdir()
+        shutil.copy(log, killed.parent / "csv/version_9")
+    said = train(killed.parent.parent.parent, *BASELINE)
+    assert ("metrics.csv is damaged or missing: its rows up to the checkpoint are put back" in said) == bool(damage)
+    assert "begins again" not in said
+    assert network_digest(load_run(killed.parent).network) == uninterrupted
+    assert curves(killed.parent) == curves(place / "uninterrupted/seed_0/baseline")
+
+
+def test_a_stage_that_begins_again_keeps_no_rows_of_before(killed: Path, place: Path) -> None:
+    log = killed.parent / "csv/version_0/metrics.csv"
+    add_a_row(log)
+    (killed / "seals.json").unlink()
+    assert "begins again" in train(killed.parent.parent.parent, *BASELINE)
+    assert curves(killed.parent) == curves(place / "uninterrupted/seed_0/baseline")
+
+
+def test_logs_outside_of_the_stage_are_neither_written_nor_removed(killed: Path, tmp_path: Path) -> None:
+    seals = read_sealed(killed / "seals.json", "")
+    seals["logs"] |= {"../victim.csv": "written", "csv/version_0/../../victim.csv": "written"}
+    write_sealed(killed / "seals.json", seals)
+    (killed.parent / "csv/version_0").rename(tmp_path / "outside")
+    (killed.parent / "csv/version_0").symlink_to(tmp_path / "outside")
+    whole = (tmp_path / "outside/metrics.csv").read_bytes()
+    with pytest.raises(ConfigError, match=r"version_0 is a link"):
+        train(killed.parent.parent.parent, *BASELINE)
+    assert (tmp_path / "outside/metrics.csv").read_bytes() == whole
+    (killed.parent / "csv/version_0").unlink()
+    train(killed.parent.parent.parent, *BASELINE)
+    assert not list(tmp_path.rglob("victim.csv"))
 
 
 def test_whole_checkpoints_are_gone_on_from_and_foreign_ones_are_not(

@@ -50,6 +50,7 @@ class Preemption(ResumeCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """End the training where the last step was its last: only now are its metrics with the loggers."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._stopping:
             raise Interrupted(f"{self.stage} is saved at step {trainer.global_step} in {self.path}")
 

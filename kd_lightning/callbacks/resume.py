@@ -29,10 +29,19 @@ class ResumeCheckpoint(Checkpoint):
         self.path, self.every_n_steps = path, every_n_steps
         self._step = 0
         self._waiting = False
+        self._row_due = False  # the row of the last checkpoint's step is logged after it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from the step the training goes on from."""
         self._step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the row of the last step with the checkpoint of that step."""
+        if self._row_due and trainer.is_global_zero and isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):
+            trainer.strategy.checkpoint_io.keep_logs(self.path.parent)
+        self._row_due = False
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Return whether to save after this optimizer step; asked once after each."""
@@ -59,7 +68,7 @@ class ResumeCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        self._waiting = False
+        self._waiting, self._row_due = False, True
         for logger in trainer.loggers:  # nobody logs again what came before the checkpoint
             logger.save()
         if isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):  # which replaces the file itself
