@@ -1,9 +1,10 @@
-"""Names and texts of other people where they leave the program: on a terminal, in Markdown."""
+"""Names and texts of other people where they leave the program: on a terminal, in Markdown, in pictures."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of characters that command, turn or break instead of being seen."""
 
-_MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "\\[", "]": "\\]", "`": "\\`"})
+_MARKS = str.maketrans({"\\": "\\\\", "&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "\\[", "]": "\\]", "`": "\\`"})
 
 
 def visible(text: object, keep: str = "") -> str:
@@ -36,7 +37,20 @@ def json_line(content: Any) -> str:
     >>> json_line({"label": "a\x9b31m\u202eé"})
     '{"label": "a\\u009b31m\\u202eé"}'
     """
-    line = json.dumps(content, ensure_ascii=False)
+    return _escaped(json.dumps(content, ensure_ascii=False))
+
+
+def json_text(content: Any) -> str:
+    r"""Return JSON for a file, likewise; half of a surrogate pair, which no file can hold, is an escape, too.
+
+    >>> json_text({"label": "\ud800"})
+    '{\n  "label": "\\ud800"\n}\n'
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return "".join(f"{_escaped(line)}\n" for line in text.split("\n"))
+
+
+def _escaped(line: str) -> str:
     if line.isprintable():
         return line
     return "".join(json.dumps(char)[1:-1] if unicodedata.category(char) in _UNSEEN else char for char in line)
@@ -69,6 +83,37 @@ def markdown(text: object) -> str:
     '&lt;b&gt;\\[x\\](y)'
     """
     return visible(text).translate(_MARKS)
+
+
+def code(text: object) -> str:
+    r"""Return a text as code in a line of Markdown, which no backtick in it can end.
+
+    >>> code("a"), code("`![x](y)")
+    ('`a`', '`` `![x](y) ``')
+    """
+    given = visible(text)
+    if "`" not in given:
+        return f"`{given}`"
+    mark = fence(given, 1)
+    return f"{mark} {given} {mark}"
+
+
+def fence(text: str, least: int = 3) -> str:
+    """Return so many backticks that nothing in this text can close them."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def drawn(text: object, letters: int = 60, keep: str = "") -> str:
+    r"""Return a text as matplotlib draws it: no mathematics between two `$`, and no more letters than these.
+
+    >>> drawn("$x$"), drawn("abcdef", letters=4)
+    ('\\$x\\$', 'abc…')
+    """
+    seen = visible(text, keep)
+    seen = seen if len(seen) <= letters else seen[: letters - 1] + "…"
+    if not seen or seen.startswith("_"):  # which would keep a line out of the legend
+        seen = f" {seen}"
+    return seen.replace("$", r"\$")
 
 
 def html_free(text: object) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.borders import json_text
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import replacing, write_file
 from kd_lightning.seals import check_seal, read_sealed, seal, sha256, write_sealed
@@ -64,7 +65,7 @@ class TrainedModel:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step."""
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json_text(content))
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.borders import json_text
 from kd_lightning.errors import KDError
 from kd_lightning.files import write_file
 
@@ -48,7 +49,7 @@ def sealed_text(content: Mapping[str, Any]) -> str:
     """Return a JSON object's text with a checksum of its other entries."""
     plain = {str(key): value for key, value in content.items() if key != CHECKSUM}
     checksum = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-    return json.dumps({**plain, CHECKSUM: checksum}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text({**plain, CHECKSUM: checksum})
 
 
 def sha256(path: Path) -> str:

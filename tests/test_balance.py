@@ -404,6 +404,17 @@ def csv_logger(folder: Path) -> CSVLogger:
     return CSVLogger(folder, name=None, version="")
 
 
+def test_no_name_of_a_term_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    names = ("=1+1", "-x", "@x", "a,b\n=2")
+    objective = Objective({name: CrossEntropyLoss() for name in names}, dict.fromkeys(names, 0.25))
+    fit(logger=csv_logger(tmp_path), module=make(objective, student=Deep()), max_epochs=2)
+    with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        heading, *rows = csv.reader(file)
+    assert any("=1+1" in name for name in heading)
+    assert all(name in ("epoch", "step") or name.startswith(("train/", "val/", "lr-")) for name in heading)
+    assert all(math.isfinite(float(cell)) for row in rows for cell in row if cell)
+
+
 def same_weights(a: nn.Module, b: nn.Module) -> None:
     assert a.state_dict().keys() == b.state_dict().keys()
     for name, value in a.state_dict().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -13,24 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kd_lightning.borders import Plain, html_free, json_line, markdown, shown, tell, visible
+from kd_lightning.borders import (
+    Plain,
+    code,
+    drawn,
+    fence,
+    html_free,
+    json_line,
+    json_text,
+    markdown,
+    shown,
+    tell,
+    visible,
+)
 from kd_lightning.errors import DataError
 from kd_lightning.predict import _print_table, _print_tasks
 from kd_lightning.report.table import as_markdown
-from kd_lightning.report.text import _fence
 from kd_lightning.training import say
-
-HOSTILE = [
-    "a[/b]",
-    "[bold]x",
-    "\x1b]0;owned\x07",
-    "\x1b[2J",
-    "<script>alert(1)</script>",
-    "a|b",
-    "x\ny",
-    "\u202eexe",
-    "`x`",
-]
+from tests.names import HOSTILE
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -57,7 +58,7 @@ def test_predictions_are_printed_as_they_are(name: str, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\x07" not in out
-    assert visible(name) in out
+    assert visible(name)[:60] in out
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -106,7 +107,25 @@ def test_what_is_logged_and_told_commands_no_terminal(capsys: pytest.CaptureFixt
 
 def test_no_command_closes_the_fence_around_it() -> None:
     for command in ("kd-train name='```'", "kd-train x=`````", "kd-train"):
-        fence = _fence(command)
-        assert set(fence) == {"`"}
-        assert fence not in command
-        assert len(fence) >= 3
+        marks = fence(command)
+        assert set(marks) == {"`"}
+        assert marks not in command
+        assert len(marks) >= 3
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(alphabet="\\[]()`<!$_ab\u202e\ud800"))
+def test_text_in_markdown_and_in_pictures_is_text(text: str) -> None:
+    made = markdown(text)
+    assert not re.search(r"(?<!\\)(\\\\)*[\[\]`]", made), "a backslash before a bracket takes its escape away"
+    assert not re.search(r"(?<!\\)\$", drawn(text))
+    marks = re.match("`+", code(text))
+    assert marks is not None
+    assert not re.search(rf"(?<!`){marks[0]}(?!`)", code(text)[len(marks[0]) : -len(marks[0])])
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\u202eb", "\x9b31m", "é", "a\nb"])
+def test_json_of_files_is_read_back(text: str) -> None:
+    made = json_text({"label": [text]})
+    assert json.loads(made.encode()) == {"label": [text]}
+    assert made.replace("\n", "").isprintable()

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.borders import json_text
 from kd_lightning.cache.outputs import Spec, Storage
 from kd_lightning.errors import CacheError, ConfigError
 from kd_lightning.files import write_file
@@ -166,7 +167,7 @@ class Manifest:
         content = asdict(self) | {"specs": [spec.to_json() for spec in self.specs]}
         content = {"format": FORMAT, "fingerprint": self.fingerprint, **content}
         content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(content)
 
 
 def is_cache(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.borders import shown, tell
+from kd_lightning.borders import code, drawn, shown, tell
 from kd_lightning.errors import KDError, interruptible
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
@@ -259,15 +259,17 @@ def picture(result: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = result["rows"][::-1]
-    names = [row["name"] for row in rows]
+    names = [drawn(row["name"]) for row in rows]
     figure = Figure(figsize=(11, 1.2 + 0.4 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     panels = (
         (left, [row["latency_ms"]["p50"] for row in rows], "ms for one example (median)", "{:.3g}"),
         (right, [row["file_bytes"] / 1e6 for row in rows], "MB on disk", "{:.3g}"),
     )
+    colours = ["#b0b0b0" if row["kind"] == "teacher" else "#1b6ca8" for row in rows]
     for axes, values, title, label in panels:
-        bars = axes.barh(names, values, color=["#b0b0b0" if row["kind"] == "teacher" else "#1b6ca8" for row in rows])
+        bars = axes.barh(range(len(rows)), values, color=colours)
+        axes.set_yticks(range(len(rows)), names)
         axes.bar_label(bars, [f" {label.format(value)}" for value in values], fontsize=9)
         axes.set_xlabel(title)
         axes.set_xscale("log")
@@ -287,7 +289,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "Peak memory is a process's own: of onnx with onnxruntime alone, of pt2 with torch, of others with Lightning"
     )
     against = f"Accuracy on the validation split. Times faster and smaller: than {result['against']}"
-    return f"{as_markdown(table_rows(result))}\n\n{against}. {memory}. `{result['command']}`, {where}."
+    return f"{as_markdown(table_rows(result))}\n\n{against}. {memory}. {code(result['command'])}, {where}."
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.borders import html_free, markdown
+from kd_lightning.borders import code, html_free, markdown, visible
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.history import KNOWN, History, hub_names
 from kd_lightning.files import write_file
@@ -37,19 +37,19 @@ def card(exported: Exported, run: History) -> str:
     sizes = {part: size for part, size in run.data.sizes.items() if size and part not in unread}
     examples = ", ".join(f"{size:,} {part}" for part, size in sizes.items())
     parts = [
-        f"# {run.name}: {exported.title}",
-        f"{run.data.title}. A {exported.network} of {count(exported.parameters)} parameters, {run.summary} with "
-        f"kd_lightning and exported as {exported.title}.",
+        f"# {markdown(run.name)}: {exported.title}",
+        f"{markdown(run.data.title)}. A {markdown(exported.network)} of {count(exported.parameters)} parameters, "
+        f"{run.summary} with kd_lightning and exported as {exported.title}.",
         "## Use", _use(exported),
         "## Scores", _scores(exported, run),
         "## How near to the student", _parity(exported),
         "## How it was made", _bullets([
-            f"data: {examples}, of {'; '.join(origin.text for origin in run.sources)}",
-            f"teacher: {run.teacher.text if run.taught and run.teacher else 'none'}",
-            f"its weights began as {run.start.text}: it is derived from them" if run.start
+            f"data: {examples}, of {'; '.join(markdown(origin.text) for origin in run.sources)}",
+            f"teacher: {markdown(run.teacher.text) if run.taught and run.teacher else 'none'}",
+            f"its weights began as {markdown(run.start.text)}: it is derived from them" if run.start
             else "its weights began at random",
             *run.recipe,
-            f"exported by `{exported.command}`",
+            f"exported by {code(exported.command)}",
             "with " + ", ".join(f"{name} {version}" for name, version in exported.environment.items() if version),
         ]),
         "## Limits", _bullets(_limits(exported, run)),
@@ -89,7 +89,7 @@ def _metadata(exported: Exported, run: History) -> str:
         datasets=_datasets(data) or None,
         language=languages.pop() if len(languages) == 1 else None,
     )
-    return str(card.to_yaml()).strip()
+    return visible(str(card.to_yaml()).strip(), keep="\n")
 
 
 def _datasets(names: list[str]) -> list[str]:
@@ -122,13 +122,15 @@ def _outputs(task: Task, names: list[str]) -> str:
     """Say what the columns of the logits are."""
     if isinstance(task, MultiTask):
         parts = [
-            f"{name}: {'a score' if isinstance(own, Regression) else 'classes'}, "
+            f"{markdown(name)}: {'a score' if isinstance(own, Regression) else 'classes'}, "
             f"column{'s' if len(span) > 1 else ''} {'-'.join(map(str, dict.fromkeys((span[0], span[-1]))))}"
             for (name, own), span in zip(task.tasks.items(), task.spans.values(), strict=True)
         ]
         return f"`logits` has the columns of all tasks ({'; '.join(parts)})."
     if isinstance(task, Regression):
-        return f"`logits` has one column, which is the score ({', '.join(names)}): no softmax, no sigmoid."
+        return (
+            f"`logits` has one column, which is the score ({', '.join(map(markdown, names))}): no softmax, no sigmoid."
+        )
     return "`logits` has a column for each class; `export.json` has their names."
 
 
@@ -196,13 +198,12 @@ def _parity(exported: Exported) -> str:
 
 
 def _limits(exported: Exported, run: History) -> list[str]:
-    task = task_of(exported.predicts)
+    task, names = task_of(exported.predicts), ", ".join(map(markdown, exported.class_names))
     if isinstance(task, Regression):
-        lines = [f"It gives a number ({', '.join(exported.class_names)}) for whatever it is given, in no fixed range."]
+        lines = [f"It gives a number ({names}) for whatever it is given, in no fixed range."]
     elif isinstance(task, MultiTask):
-        lines = [f"It answers for each of {', '.join(task.tasks)}, whatever it is given."]
+        lines = [f"It answers for each of {', '.join(map(markdown, task.tasks))}, whatever it is given."]
     else:
-        names = ", ".join(map(markdown, exported.class_names))
         lines = [f"It knows {names} and nothing else: whatever it is given, it says one of them."]
     if exported.max_length is not None:
         lines.append(f"What comes after {exported.max_length} tokens is not read.")

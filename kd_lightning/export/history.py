@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.borders import code, markdown
 from kd_lightning.report import load_report
 from kd_lightning.runs import find_stage, is_finished, read_config, read_stage, run_root, teacher_stage
 
@@ -127,16 +128,17 @@ class History:
 
     @property
     def recipe(self) -> list[str]:
-        """How the student was trained, a line each."""
+        """How the student was trained, a line of Markdown each."""
         first = first_stage(self.stage)
         lines = [_training(stage) for stage in dict.fromkeys((first, self.stage)) if is_finished(stage)]
         objective = self.config.get("distillation") or {}
-        terms = ", ".join(objective.get("terms", {})) if isinstance(objective, dict) else ""
+        terms = markdown(", ".join(objective.get("terms", {}))) if isinstance(objective, dict) else ""
         if terms and not self.from_labels:
             lines.append(
-                f"loss terms: {terms}; temperature {self.config.get('temperature')}, alpha {self.config.get('alpha')}"
+                f"loss terms: {terms}; temperature "
+                f"{markdown(self.config.get('temperature'))}, alpha {markdown(self.config.get('alpha'))}"
             )
-        return [*lines, f"made by `{self.report['command']}`"] if self.report else lines
+        return [*lines, f"made by {code(self.report['command'])}"] if self.report else lines
 
 
 def first_stage(stage: Path) -> Path:
@@ -149,8 +151,8 @@ def _training(stage: Path) -> str:
     settings = record["settings"]
     return (
         f"stage `{stage.name}`: {record['steps']} optimizer steps, weights of step {record['best_step']}, selected by "
-        f"{record.get('selected_by', 'accuracy')} on validation; batches of {settings.get('batch_size')}, learning "
-        f"rate {settings.get('optimizer', {}).get('lr')}"
+        f"{markdown(record.get('selected_by', 'accuracy'))} on validation; batches of "
+        f"{settings.get('batch_size')}, learning rate {settings.get('optimizer', {}).get('lr')}"
     )
 
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.borders import drawn
 from kd_lightning.report.results import main_score, role, score_title
 from kd_lightning.report.table import count, short
 
@@ -55,12 +56,12 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     main = main_score(report)
     teacher = report["models"].get("teacher", {}).get("validation", {}).get(main)
     if teacher and teacher["mean"] is not None:
-        title = report["models"]["teacher"]["title"]
+        title = drawn(report["models"]["teacher"]["title"])
         axes.axhline(teacher["mean"], color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label=title, zorder=1)
     for name, (steps, means, deviations) in points.items():
         start = points["distilled"][0][-1] if name == "finetuned" and "distilled" in points else 0
         x = [start + step for step in steps]
-        title = students[name]["title"]
+        title = drawn(students[name]["title"])
         axes.plot(
             x, means, label=title, color=COLOURS[role(name)], marker=MARKERS[role(name)], markersize=4, linewidth=1.8
         )
@@ -72,7 +73,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
     axes.set_title(f"Learning curves{spread}", fontsize=11)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"validation {score_title(main)}")
+    axes.set_ylabel(drawn(f"validation {score_title(main)}"))
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)  # never over a line
     tidy(axes)
@@ -107,7 +108,7 @@ def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.xaxis.set_major_formatter(_tick_writer(write))
         axes.xaxis.set_minor_locator(NullLocator())
         tidy(axes)
-    figure.axes[0].set_ylabel(f"test {score_title(main_score(report))}")
+    figure.axes[0].set_ylabel(drawn(f"test {score_title(main_score(report))}"))
     for axes in figure.axes[1:]:
         axes.tick_params(labelleft=False)
     return figure
@@ -137,7 +138,9 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
             steps, means, _ = mean_series(seeds)
             colour = TERM_COLOURS[every.index(term) % len(TERM_COLOURS)]
             marker = "o" if len(steps) < 30 else ""
-            axes.plot(steps, [100 * mean for mean in means], label=term, color=colour, marker=marker, markersize=4)
+            axes.plot(
+                steps, [100 * mean for mean in means], label=drawn(term), color=colour, marker=marker, markersize=4
+            )
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(f"share of the {label}, %")
         axes.set_ylim(-2, 102)
@@ -232,7 +235,7 @@ def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: st
     for (name, model, x, _), height in zip(points, heights, strict=True):
         on_right = math.log10(x) > (left + right) / 2
         axes.annotate(
-            model["title"], (x, height), xytext=(-9 if on_right else 9, 0), textcoords="offset points",
+            drawn(model["title"]), (x, height), xytext=(-9 if on_right else 9, 0), textcoords="offset points",
             color=COLOURS[role(name)], horizontalalignment="right" if on_right else "left", verticalalignment="center",
             fontsize=10,
             bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5},

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kd_lightning.borders import html_free, shown, visible
+from kd_lightning.borders import markdown, shown, visible
 from kd_lightning.report.results import SCORES, main_score, score_title
 
 MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
@@ -67,7 +67,7 @@ def as_markdown(rows: list[list[str]], rule: str = "--:") -> str:
     heading, *body = rows
     rules = [":--"] + [rule] * (len(heading) - 1)
     escaped = [
-        [html_free(cell.strip().replace("\n", " ")).replace("|", "\\|") for cell in row] for row in (heading, *body)
+        [markdown(cell.strip().replace("\n", " ")).replace("|", "\\|") for cell in row] for row in (heading, *body)
     ]
     lines = [escaped[0], rules, *escaped[1:]]
     return "\n".join("| " + " | ".join(cell or " " for cell in line) + " |" for line in lines)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kd_lightning.borders import markdown, visible
+from kd_lightning.borders import fence, markdown, visible
 from kd_lightning.report.results import main_score, score_title
 from kd_lightning.report.table import as_markdown, markdown_table, ratio_line, short
-
-
-def _fence(code: str) -> str:
-    """Return a fence of Markdown that nothing in this code can close."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -51,7 +45,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     """
     data, environment, title = report["data"], report["environment"], score_title(main_score(report))
     splits = ", ".join(f"{markdown(name)} {size:,}" for name, size in data["splits"].items())
-    parts = [f"# {markdown(report['task'])}: distillation report", summary(report)]
+    parts = [f"# {markdown(report['task'])}: distillation report", markdown(summary(report))]
     parts += ["\n".join(f"> **Warning.** {markdown(warning)}" for warning in report["warnings"]).replace("\n", "\n>\n")]
     parts += ["## Comparison on the test split", markdown_table(report), ratio_line(report) + "."]
     captions = {
@@ -59,16 +53,16 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         "tradeoff.png": f"Test {title} against size and against latency",
         "shares.png": "Each loss term's share of the distillation's loss and gradient",
     }
-    parts += [f"![{caption}]({name})" for name, caption in captions.items() if name in pictures]
+    parts += [f"![{markdown(caption)}]({name})" for name, caption in captions.items() if name in pictures]
     parts += [
         "## How to read it",
-        report["selection"],
+        markdown(report["selection"]),
         f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
         + _chance_text(data),
         _difference_text(report["difference"]),
         _speed_text(report),
         "## How to reproduce it",
-        f"{(fence := _fence(report['command']))}\n{visible(report['command'])}\n{fence}",
+        f"{(marks := fence(report['command']))}\n{visible(report['command'])}\n{marks}",
         as_markdown(
             [["setting", "value"], *([name, _value(value)] for name, value in report["settings"].items())], ":--"
         ),

@@ -87,7 +87,7 @@ def _show(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) ->
     names = {job.name: job.name.upper() for job in jobs}
     for job in jobs:
         options = " ".join(job.dependency(names))
-        print(f"\n# {names[job.name]}: sbatch {options} {folder / 'slurm' / job.name}.sbatch".replace("  ", " "))
+        tell(f"\n# {names[job.name]}: sbatch {options} {folder / 'slurm' / job.name}.sbatch".replace("  ", " "))
         print(job.script, end="")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ from huggingface_hub.errors import HFValidationError
 from omegaconf import OmegaConf
 
 from kd_lightning.errors import KDError
+from kd_lightning.export.card import card
 from kd_lightning.export.command import main as kd_export
-from kd_lightning.export.history import start_of, teacher_of
+from kd_lightning.export.exported import read_exported
+from kd_lightning.export.history import History, Origin, start_of, teacher_of
 from kd_lightning.export.hub import push_to_hub
 from kd_lightning.export.parity import intervals
+from kd_lightning.export.source import find_student, open_source
 from kd_lightning.models.answers import Answers
 from kd_lightning.report.build import SCHEMA_VERSION
 from kd_lightning.runs import finish_stage, write_json
 from kd_lightning.tasks import Regression
 from tests.export.runs import cnn_run
+from tests.names import HOSTILE
 
 
 class LocalHub:
@@ -250,3 +256,20 @@ def test_a_hub_that_is_not_there_is_one_line_too(exported: Path) -> None:
     with pytest.raises(KDError, match=r"is written, but the hub did not take it as me/student: .*refused") as e:
         push_to_hub(exported, "me/student", api=HfApi(endpoint="http://127.0.0.1:9", token="none"))
     assert "\n" not in str(e.value)
+
+
+def test_names_in_a_card_are_text(exported: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, made = open_source(find_student(bert)), read_exported(exported)
+    for name in HOSTILE:
+        run = History(source)
+        run.config |= {"name": name, "temperature": name, "distillation": {"terms": {name: 1}}}
+        run.report = {"command": name, "seeds": [0], "models": {}}
+        run.taught, run.teacher, run.start = True, Origin(name), Origin(name)
+        monkeypatch.setattr(type(run.data), "title", name)
+        for predicts in (made.predicts, "regression", {name: "regression", "b": 2}):
+            text = card(replace(made, class_names=[name, "b"], command=name, predicts=predicts), run)
+            body = text.split("\n---\n", 1)[1]
+            assert text.replace("\n", "").isprintable(), ascii(name)
+            assert "<" not in body
+            assert not re.search(r"(?<!\\)(\\\\)*\]\(http", re.sub(r"`` .*? ``|`[^`\n]+`", "", body)), name
+            text.encode()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.borders import json_text
 from kd_lightning.config import folder_name
 from kd_lightning.files import remove_temporary, write_file
 from kd_lightning.report.sweep.build import build_sweep
@@ -46,7 +46,7 @@ def report_sweep(folder: Path) -> dict[str, Any]:
         write_file(drawn[-1], picture.getvalue())
     for old in {file for name in PICTURES for file in folder.glob(f"{name}*.png")} - set(drawn):
         old.unlink()  # of a report on fewer points
-    write_file(folder / DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(folder / DOCUMENT, json_text(document))
     write_file(folder / PAGE, render(document, folder.resolve().name, pictures))
     return document
 

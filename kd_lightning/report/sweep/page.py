@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.borders import visible
 from kd_lightning.report.results import score_title
 from kd_lightning.report.sweep.pictures import LETTERS, baseline_of, label
 from kd_lightning.report.table import spread
@@ -27,7 +28,11 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, keep_trailing_newline=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: visible(value, keep="\n"),
     )
     return environment.get_template("page.html").render(
         title=f"Sweep {name}",

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.borders import drawn, visible
 from kd_lightning.report.pictures import COLOURS, TERM_COLOURS, new_figure, tidy
 from kd_lightning.report.results import score_title
 from kd_lightning.report.sweep.points import Value
@@ -88,7 +89,7 @@ def _tick(value: Value) -> str:
     >>> _tick("Linear(start: 1.0, end: 0.5)")
     'Linear(start: 1.0,\nend: 0.5)'
     """
-    return "\n".join(textwrap.wrap(label(value), LETTERS, max_lines=3, placeholder="…"))
+    return drawn("\n".join(textwrap.wrap(visible(label(value)), LETTERS, max_lines=3, placeholder="…")), keep="\n")
 
 
 def baseline_of(configurations: Configurations) -> float | None:
@@ -187,9 +188,10 @@ def _map_figure(
     image = axes.imshow(means, cmap=colours, norm=norm, aspect="auto", origin="lower")
     axes.set_xticks(range(len(columns)), [_tick(value) for value in columns])
     axes.set_yticks(range(len(rows)), [_tick(value) for value in rows])
-    axes.set_xlabel(pair[0])
-    axes.set_ylabel(pair[1])
-    axes.set_title(setting, fontsize=10, wrap=True)
+    axes.set_xlabel(drawn(pair[0]))
+    axes.set_ylabel(drawn(pair[1]))
+    if setting:
+        axes.set_title(drawn(setting, letters=200), fontsize=10, wrap=True)
     _colour_bar(figure, axes, image, document, baseline_of(entries))
     return figure
 
@@ -232,7 +234,7 @@ def _ramp(low: str) -> Colormap:
 
 def _colour_bar(figure: Figure, axes: Axes, image: Any, document: Mapping[str, Any], base: float | None) -> None:
     """Add the scale, as far as it is used, with a mark where the student from labels stands."""
-    bar = figure.colorbar(image, ax=axes, label=f"validation {score_title(document['score'])}")
+    bar = figure.colorbar(image, ax=axes, label=_score_label(document))
     bar.outline.set_visible(False)
     if base is not None:
         means = [entry["validation"]["mean"] for entry in document["configurations"]]
@@ -252,8 +254,8 @@ def _scatter_figure(document: Mapping[str, Any], pair: Sequence[str]) -> Figure:
     axes.scatter(best[pair[0]], best[pair[1]], s=220, facecolor="none", edgecolor=CHOSEN, linewidth=2)
     axes.set_xscale("log" if _ratios(x) else "linear")
     axes.set_yscale("log" if _ratios(y) else "linear")
-    axes.set_xlabel(pair[0])
-    axes.set_ylabel(pair[1])
+    axes.set_xlabel(drawn(pair[0]))
+    axes.set_ylabel(drawn(pair[1]))
     tidy(axes)
     _colour_bar(figure, axes, image, document, baseline_of(configurations))
     return figure
@@ -289,7 +291,7 @@ def _parameter_figure(document: Mapping[str, Any], parameter: Mapping[str, Any])
         low, high = ([mean + sign * s for mean, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(values, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set_xscale("log" if _ratios(values) else "linear")
-        axes.set_xticks(values, [label(value) for value in values])
+        axes.set_xticks(values, [_tick(value) for value in values])
         axes.minorticks_off()
     base = [(place, found["baseline"]) for place, found in zip(places, parameter["values"], strict=True)]
     base = [(place, level) for place, level in base if level is not None]
@@ -303,11 +305,15 @@ def _parameter_figure(document: Mapping[str, Any], parameter: Mapping[str, Any])
     if document["teacher"] is not None:
         level = document["teacher"]["validation"]
         axes.axhline(level, color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label="teacher", zorder=1)
-    axes.set_xlabel(parameter["name"])
-    axes.set_ylabel(f"validation {score_title(document['score'])}")
+    axes.set_xlabel(drawn(parameter["name"]))
+    axes.set_ylabel(_score_label(document))
     _legend(axes)
     tidy(axes)
     return figure
+
+
+def _score_label(document: Mapping[str, Any]) -> str:
+    return drawn(f"validation {score_title(document['score'])}")
 
 
 def _legend(axes: Axes) -> None:
@@ -349,7 +355,7 @@ def _parallel_figure(document: Mapping[str, Any]) -> Figure:
         for height, text in _marks(values, heights[name]):
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8}
             axes.text(place + 0.03, height, text, fontsize=8, va="center", bbox=box, zorder=4)
-    axes.set_xticks(range(len(columns)), [_broken(name) for name in columns], fontsize=9)
+    axes.set_xticks(range(len(columns)), [drawn(_broken(visible(name)), keep="\n") for name in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(columns) - 0.6)
     axes.spines[:].set_visible(False)
@@ -422,7 +428,7 @@ def _price_figure(document: Mapping[str, Any], price: str) -> Figure:
     for number, (kind, priced) in enumerate(_priced(document, price).items()):
         axes.errorbar(
             [cost for cost, _ in priced], [entry["validation"]["mean"] for _, entry in priced],
-            yerr=[entry["validation"]["std"] or 0.0 for _, entry in priced], label=kind, marker="o", capsize=3,
+            yerr=[entry["validation"]["std"] or 0.0 for _, entry in priced], label=drawn(kind), marker="o", capsize=3,
             linestyle="none", color=STUDENTS[number % len(STUDENTS)],
         )  # fmt: skip
         bases += [(cost, e["baseline"]["mean"]) for cost, e in priced if e["baseline"]["mean"] is not None]
@@ -437,7 +443,7 @@ def _price_figure(document: Mapping[str, Any], price: str) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: (count if price == "parameters" else short)(value))
     axes.minorticks_off()
     axes.set_xlabel("parameters" if price == "parameters" else "latency of one example, ms")
-    axes.set_ylabel(f"validation {score_title(document['score'])}")
+    axes.set_ylabel(_score_label(document))
     _legend(axes)
     tidy(axes)
     return figure
