@@ -21,6 +21,7 @@ from kd_lightning.data.places import absolute
 from kd_lightning.data.tokens import tokenizer_fingerprint
 from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.files import remove_temporary
+from kd_lightning.links import check_links
 from kd_lightning.models.answers import answers, network_answers
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.fits import check_length
@@ -87,6 +88,7 @@ class Pipeline:
         self.seeds = list(range(self.cfg["seed"], self.cfg["seed"] + self.cfg["seeds"]))
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
+        check_links(self.folder, self.cfg["shared_dir"])
         check_folder(self.folder, self.cfg)
         if rank() == 0:
             remove_temporary(self.folder)

@@ -24,8 +24,9 @@ from kd_lightning.callbacks import Compilation, Divergence, Preemption, StagePro
 from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, problem, remove_checkpoints, restore_logs
 from kd_lightning.callbacks.divergence import put_away
 from kd_lightning.config import build, lookup, processes
-from kd_lightning.errors import ConfigError, Interrupted, KDError
+from kd_lightning.errors import Interrupted, KDError
 from kd_lightning.files import alone, remove_temporary
+from kd_lightning.links import check_stage_links
 from kd_lightning.models.answers import network_answers
 from kd_lightning.processes import environment, first, rank
 from kd_lightning.runs import check_fingerprint, digest, finish_stage, read_stage, save_network
@@ -102,9 +103,7 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         ConfigError: The folder holds a training with other settings.
         KDError: The training was interrupted, or diverged.
     """
-    for path in (stage.folder / "checkpoints", stage.folder / "csv", *stage.folder.glob("csv/version_*")):
-        if path.is_symlink():
-            raise ConfigError(f"{path} is a link: its files would be removed; put a folder there")
+    check_stage_links(stage.folder)
     with ExitStack() as held:
         with first():
             if rank() == 0:

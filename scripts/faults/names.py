@@ -234,8 +234,6 @@ ATTACKS: dict[str, Callable[[Place, Path], tuple[str, ...]]] = {
     "an expression in a pt2 export": partial(_pt2, expression=True),
     "a teacher with auto_map": _remote_code,
 }
-FOLLOWED = ("a stage's folder is a link",)
-"""Sweeps share stages by such links: what was in the folder before has to stay as it was."""
 
 
 def attacked(root: Path, name: str) -> dict[str, Any]:
@@ -255,8 +253,6 @@ def attacked(root: Path, name: str) -> dict[str, Any]:
         "first": {"code": ended.code, "err": ended.err[-2000:]},
     }  # fmt: skip
     after = _listing(victim)
-    if name in FOLLOWED:  # new files may be there
-        after = {file: content for file, content in after.items() if file in before or file == "mark"}
     if after != before:
         more = sorted(after.keys() ^ before.keys()) or "contents"
         return said | {"outcome": "executed" if "mark" in more else "outside touched", "detail": str(more)}
