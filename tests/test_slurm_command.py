@@ -13,12 +13,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from kd_lightning import config
+from kd_lightning.borders import visible
 from kd_lightning.errors import KDError
 from kd_lightning.slurm.command import main
 from kd_lightning.slurm.logs import link_logs
 from kd_lightning.slurm.queue import submit
 from kd_lightning.slurm.status import remember, status
 from kd_lightning.slurm.sweep import expand, recorded
+from tests.names import HOSTILE
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
 
@@ -255,6 +257,23 @@ def test_status_tells_every_state(tmp_path: Path, program: Program, capsys: pyte
     printed = capsys.readouterr().out
     assert f"temperature=1  failed       ConfigError: data.train_file=x.csv: no such file  12_1  {tmp_path}" in printed
     assert "9 points: 1 finished, 2 failed, 1 running, 1 requeued, 1 unfinished, 2 pending, 1 not started" in printed
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_status_shows_names_as_they_are(
+    name: str, tmp_path: Path, program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [["name=a", f"data.text_column={name}"], ["name=a", "data.text_column=b"]]
+    remember(tmp_path, {"sweep": "12"}, points)
+    write_point(tmp_path, "p0", points[0], "12_0", failure={"error": name, "type": "ConfigError"})
+    program("squeue", "true")
+    program("sacct", "true")
+    main(["status", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert f"data.text_column={visible(name)}" in printed
+    assert f"ConfigError: {visible(name)}" in printed
+    assert len(printed.splitlines()) == 4
 
 
 def test_status_without_slurm_knows_the_points_of_a_multirun(tmp_path: Path, program: Program) -> None:
