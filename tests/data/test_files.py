@@ -184,15 +184,6 @@ def test_json_may_be_an_array(tmp_path: Path) -> None:
     raw = FileReader().examples(path)
     assert list(zip([text for (text,) in raw.texts], raw.labels, strict=True)) == ROWS
     assert raw.where(3) == f"{path}: entry 4, column 'label'"
-    path.write_text('[{"text": "x", "label": 1},\n 5]')
-    with pytest.raises(DataError, match=r"entry 2: expected an object like .*, got 5"):
-        FileReader().examples(path)
-    path.write_text('{"rows": [\n1]}')
-    with pytest.raises(DataError, match=r"line 1, character 11: not JSON: .*; expected an object a line, or one array"):
-        FileReader().examples(path)
-    path.write_text('[{"text": "x"},\n {"text": ]')
-    with pytest.raises(DataError, match=r"rows\.json: line 2, character 11: not JSON"):
-        FileReader().sentences(path)
 
 
 def test_a_text_may_be_long(tmp_path: Path) -> None:
@@ -202,13 +193,26 @@ def test_a_text_may_be_long(tmp_path: Path) -> None:
     assert FileReader().sentences(path) == [(text.strip(),)]
 
 
-def test_half_a_character_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "half.jsonl"
-    path.write_text('{"text": "fine \\ud83d\\ude00", "label": "neg"}\n{"text": "cut \\ud83d", "label": "pos"}\n')
-    with pytest.raises(DataError, match=r"half\.jsonl: line 2, column 'text': '\\ud83d' is half a character"):
-        FileReader().examples(path)
-    path.write_text('{"text": "fine", "label": "neg\\ud83d"}\n')
-    with pytest.raises(DataError, match=r"half\.jsonl: line 1, column 'label': '\\ud83d' is half a character"):
+HALF = r"'\\ud83d' is half a character"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "x", "label": 1},\n 5]', r"entry 2: expected an object like .*, got 5"),
+        ('{"rows": [\n1]}', r"line 1, character 11: not JSON: .*; expected an object a line, or one array"),
+        ('[{"text": "x"},\n {"text": ]', r"line 2, character 11: not JSON"),
+        (
+            '{"text": "fine \\ud83d\\ude00", "label": "neg"}\n{"text": "cut \\ud83d", "label": "pos"}\n',
+            f"line 2, column 'text': {HALF}",
+        ),
+        ('{"text": "fine", "label": "neg\\ud83d"}\n', f"line 1, column 'label': {HALF}"),
+    ],
+)
+def test_damaged_json_is_refused_by_its_place(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"rows\.json: {message}"):
         FileReader().examples(path)
 
 
