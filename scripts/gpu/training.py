@@ -96,9 +96,12 @@ class Data(L.LightningDataModule):
         self.batches, self.num_examples = given, sum(len(batch["index"]) for batch in given)
 
     def train_dataloader(self) -> Any:
-        """Return the loader."""
-        loader: DataLoader[Any] = DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
-        return loader if self.around is None else self.around(loader)
+        """Return the loader, ahead of which a teacher runs."""
+        return self.val_dataloader() if self.around is None else self.around(self.val_dataloader())
+
+    def val_dataloader(self) -> Any:
+        """Return the same batches for validation."""
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def synchronise() -> None:

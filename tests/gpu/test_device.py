@@ -17,8 +17,9 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from benchmarks.task import objective
+from gpu.training import Data
 from kd_lightning.cache.fill import fill
 from kd_lightning.cache.store import TeacherCache
 from kd_lightning.callbacks import ResumeCheckpoint
@@ -35,7 +36,6 @@ from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
 from kd_lightning.module import DistillationModule
-from kd_lightning.objective import Objective
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, FrozenTeacher, Teacher
 from kd_lightning.types import Batch
 from tests import ranks
@@ -71,28 +71,6 @@ def batches(count: int = 6, size: int = 8, length: int = 12, words: int = 200) -
 def network(seed: int = 0, dropout: float = 0.0, **sizes: int) -> nn.Module:
     torch.manual_seed(seed)
     return transformer(**{**WIDE, **sizes}, dropout=dropout)
-
-
-class Data(L.LightningDataModule):
-    """Batches as they are; `around` is where a data module of the package takes a teacher that runs ahead."""
-
-    around: Callable[[Any], Any] | None = None
-
-    def __init__(self, given: list[Batch]) -> None:
-        super().__init__()
-        self.batches, self.num_examples = given, sum(len(batch["index"]) for batch in given)
-
-    def train_dataloader(self) -> Any:
-        return self.val_dataloader() if self.around is None else self.around(self.val_dataloader())
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
-
-
-def objective() -> Objective:
-    from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
-
-    return Objective({"ce": CrossEntropyLoss(), "kd": SoftTargetLoss(2.0)}, {"ce": 0.1, "kd": 0.9})
 
 
 class Losses(L.Callback):
