@@ -140,12 +140,11 @@ def bad_byte(content: bytes, encoding: str) -> str:
     """Return which byte of a text is not in its encoding."""
     try:
         content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return f"line {line}: byte 0x{content[error.start]:02x} at offset {error.start} is not {encoding}"
-    except UnicodeError:
-        pass
-    return f"there is no byte order mark, which {encoding} needs"
+    except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError):
+            line = content.count(b"\n", 0, error.start) + 1
+            return f"line {line}: byte 0x{content[error.start]:02x} at offset {error.start} is not {encoding}"
+    return f"there is no byte order mark, which {encoding} needs"  # what decodes as a whole was refused as a stream
 
 
 def check_columns(header: Sequence[str], columns: Mapping[str, str], place: str, key: Callable[[str], str]) -> None:

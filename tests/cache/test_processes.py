@@ -188,4 +188,4 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     end_of(process)
     with locked(tmp_path / "cache", wait=False), locked(tmp_path / "cache", wait=False):  # and may be taken twice
-        pass
+        assert f"process {os.getpid()} on " in (tmp_path / "cache.lock").read_text()

@@ -169,6 +169,7 @@ def test_lookups_are_copies(folder: Path) -> None:
             *cache.lookup(index, known.mask(index)).features.values(),
         ):
             tensor.zero_()
+        assert same(cache.lookup(index, known.mask(index)), known.say(index, known.mask(index)))
     reads_back(folder, known)
 
 
@@ -375,6 +376,7 @@ def test_a_refresh_takes_over_only_when_it_is_complete(folder: Path) -> None:
 def test_a_refresh_where_there_was_nothing(folder: Path) -> None:
     known = Known(20)
     with TeacherCache.refreshing(folder, KEY, 20, limits=SMALL) as cache:
+        assert not (folder / "manifest.json").exists()
         for batch in known.batches():
             cache.add(batch["index"], known.ask(batch), batch["attention_mask"])
     reads_back(folder, known)
