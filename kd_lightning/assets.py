@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_lightning.errors import ConfigError, KDError, did_you_mean
-from kd_lightning.files import temporary_folder
+from kd_lightning.files import naming, temporary_folder
 
 REVIEW_FILES = tuple(f"{name}_GroundTruth.txt" for name in ("movieReviewSnippets", "amazonReviewSnippets"))
 REVIEW_FILES += ("nytEditorialSnippets_GroundTruth.txt", "tweets_GroundTruth.txt")
@@ -72,7 +72,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         message = f"cannot write to {target.parent} ({error.strerror}): set KD_LIGHTNING_HOME to a folder of yours"
         raise KDError(message) from error
-    with made:
+    with made, naming(target):
         yield temporary
         try:
             temporary.rename(target)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd_lightning.balance import make_balance
 from kd_lightning.config import build, first_line, lookup, parameters, processes, to_dict
 from kd_lightning.errors import ConfigError, KDError, did_you_mean
-from kd_lightning.files import can_write_to
+from kd_lightning.files import check_place
 from kd_lightning.numbers import check_numbers
 from kd_lightning.objective import Objective
 from kd_lightning.runs import check_stage, differences, read_config
@@ -186,8 +186,8 @@ def _check_places(cfg: dict[str, Any]) -> None:
     if cfg["teacher"]["cache"] not in CACHE_MODES:
         places["teacher.cache"] = cfg["teacher"]["cache"]
     for key, place in places.items():
-        if place is not None and (reason := can_write_to(Path(place).expanduser())):
-            raise ConfigError(f"{key}={place}: nothing can be written there ({reason})")
+        if place is not None:
+            check_place(Path(place).expanduser(), f"{key}={place}")
 
 
 def number_of_teachers(teacher: dict[str, Any]) -> int:

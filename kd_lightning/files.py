@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from kd_lightning.errors import environment_fault, nameless_disk_fault
+from kd_lightning.errors import ConfigError, environment_fault, nameless_disk_fault
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
@@ -95,17 +95,25 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
     try:
-        mode = _mode_of_new(temporary)
-        yield temporary
-        if not temporary.is_symlink() and stat.S_IMODE(temporary.stat().st_mode) != mode:
-            temporary.chmod(mode)
-        os.replace(temporary, path)
+        with naming(path):
+            mode = _mode_of_new(temporary)
+            yield temporary
+            if not temporary.is_symlink() and stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have a full disk and its like, met while a path is written by whatever writes it, name that path."""
+    try:
+        yield
     except Exception as error:
         if number := nameless_disk_fault(error):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _mode_of_new(path: Path) -> int:
@@ -124,16 +132,25 @@ def write_file(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def can_write_to(folder: Path) -> str:
-    """Return why no file can be written into a folder that is there or is to be made, or ""; it leaves nothing."""
+def check_place(folder: Path, given: str) -> None:
+    """Refuse, before any work, a folder that is there or is to be made and that no file can be written into.
+
+    Args:
+        folder: The folder, in which nothing is left.
+        given: What the user gave, for the line: `--out x`.
+
+    Raises:
+        ConfigError: Says why, in the words of `environment_fault`.
+    """
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if _is_there(place))
         if max(len(os.fsencode(part)) for part in folder.absolute().parts) > os.pathconf(there, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        with tempfile.TemporaryFile(dir=there):
-            return ""
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))  # which a full disk has no room for
     except OSError as error:
-        return environment_fault(OSError(error.errno, error.strerror)) or error.strerror or type(error).__name__
+        reason = environment_fault(OSError(error.errno, error.strerror)) or error.strerror or type(error).__name__
+        raise ConfigError(f"{given}: nothing can be written there ({reason})") from error
 
 
 def _is_there(place: Path) -> bool:

@@ -72,10 +72,12 @@ def main() -> None:
 
     from kd_lightning import config
     from kd_lightning.explain import explain
+    from kd_lightning.files import check_place
 
     config.register_resolvers()
     sys.path.insert(0, str(Path.cwd()))  # a user's own networks and losses are named by the module they start us beside
     try:
+        check_place(given.to_cli, f"--to-cli {given.to_cli}")
         with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
             cfg = compose("config", overrides=given.overrides)
         for path in write(cfg, given.to_cli, shlex.join(["kd-config", *sys.argv[1:]])):

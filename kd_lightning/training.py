@@ -25,7 +25,7 @@ from kd_lightning.callbacks.checkpoints import RESUME, SealedCheckpoints, proble
 from kd_lightning.callbacks.divergence import put_away
 from kd_lightning.config import build, lookup, processes
 from kd_lightning.errors import Interrupted, KDError
-from kd_lightning.files import alone, remove_temporary
+from kd_lightning.files import alone, naming, remove_temporary
 from kd_lightning.links import check_stage_links
 from kd_lightning.models.answers import network_answers
 from kd_lightning.processes import environment, first, rank
@@ -156,7 +156,8 @@ def _fit(stage: Stage, fingerprint: str, console: Console) -> None:
         callbacks.append(Compilation())
     module = stage.module(stage.network)
     trainer = _trainer(stage, steps, callbacks, resume, fingerprint)
-    trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
+    with naming(stage.folder):  # loggers do not say which file did not fit
+        trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise Interrupted(f"{stage.name} was interrupted; the same command goes on from {resume}")
     if not best.best_model_path and trainer.world_size == 1:

@@ -18,7 +18,7 @@ from kd_lightning.errors import KDError
 from kd_lightning.slurm.command import main
 from kd_lightning.slurm.logs import link_logs
 from kd_lightning.slurm.queue import submit
-from kd_lightning.slurm.status import remember, status
+from kd_lightning.slurm.status import JOBS, remember, status
 from kd_lightning.slurm.sweep import expand, recorded
 from tests.names import HOSTILE
 
@@ -195,6 +195,23 @@ def test_submission_chains_the_ids_and_a_second_one_is_refused(tmp_path: Path, p
     program("squeue", 'echo "43_2|PENDING|Resources"')
     with pytest.raises(SystemExit, match="its jobs are in the queue still; to begin anew, scancel 43_2"):
         main(["pipeline", f"hydra.sweep.dir={folder}", "--sweep", GRID])
+
+
+def test_what_cannot_be_written_is_not_submitted_and_what_cannot_be_noted_does_not_stay(
+    tmp_path: Path, program: Program
+) -> None:
+    asked, cancelled = program("sbatch", "echo 7"), program("scancel", "")
+    for name in ("file", "noted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file" / "slurm").touch()
+    with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*file/slurm[^\n]*in the way[^\n]*$"):
+        main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'file'}", "--sweep", GRID])
+    assert not asked.exists()
+    (tmp_path / "noted" / JOBS).mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*that is a folder where a file is due[^\n]*$"):
+        main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'noted'}", "--sweep", GRID])
+    assert asked.read_text().count("\n") == 4
+    assert cancelled.read_text().split() == ["7"] * 4
 
 
 def test_where_sbatch_refuses_a_job_none_stays(tmp_path: Path, program: Program) -> None:

@@ -199,11 +199,14 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
     """Return the largest resident size, in bytes, of a process that loads this subject and answers some batches."""
     import numpy as np
 
+    from kd_lightning.files import naming
+
     kind = subject.kind if subject.kind in ("onnx", "pt2") else "folder"
     path = subject.file if kind != "folder" else subject.folder
     entries = {f"{i}/{name}": value.numpy() for i, batch in enumerate(batches) for name, value in batch.items()}
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "batches.npz", **entries)  # type: ignore[arg-type]
+        with naming(Path(folder)):
+            np.savez(Path(folder) / "batches.npz", **entries)  # type: ignore[arg-type]
         command = [sys.executable, "-P", "-m", "kd_lightning.export.peak"]
         command += [kind, str(path), f"{folder}/batches.npz", str(threads), str(trusts_all())]
         own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(threads)}
@@ -295,11 +298,12 @@ def markdown(result: Mapping[str, Any]) -> str:
 def write(result: Mapping[str, Any], out: Path) -> None:
     """Write `benchmark.json`, `benchmark.md` and `benchmark.png` into a folder that was not there."""
     from kd_lightning.export.write import filled
+    from kd_lightning.files import write_file
     from kd_lightning.runs import write_json
 
     with filled(out) as folder:
         write_json(folder / "benchmark.json", result)
-        (folder / "benchmark.md").write_text(markdown(result) + "\n", encoding="utf-8")
+        write_file(folder / "benchmark.md", markdown(result) + "\n")
         picture(result, folder / "benchmark.png")
 
 

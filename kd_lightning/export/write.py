@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import KDError
+from kd_lightning.errors import KDError, environment_fault
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.formats import Format, Written, check_choice
 from kd_lightning.export.source import Source, find_student, open_source
-from kd_lightning.files import temporary_folder
+from kd_lightning.files import check_place, naming, temporary_folder
 from kd_lightning.trust import trusting
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def _in_one_line(plan: Plan) -> Iterator[None]:
         raise
     except Exception as error:
         asked = plan.format if plan.quantize == "none" else f"{plan.format} --quantize {plan.quantize}"
-        raise KDError(f"--format {asked} to {plan.out} failed: {reason(error)}; nothing was written") from error
+        why = environment_fault(error) or reason(error)
+        raise KDError(f"--format {asked} to {plan.out} failed: {why}; nothing was written") from error
 
 
 def describe(plan: Plan, source: Source, chosen: Format, written: Written, folder: Path) -> Exported:
@@ -157,6 +158,7 @@ def check_vacant(out: Path) -> None:
             raise KDError(f"--out {out} is the folder that you are in, which is replaced: name one inside it")
     elif out.exists() or out.is_symlink():
         raise KDError(f"--out {out} is a file: choose another folder")
+    check_place(out.resolve().parent if there else out, f"--out {out}")
 
 
 @contextmanager
@@ -177,7 +179,8 @@ def filled(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise KDError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     try:
-        yield temporary
+        with naming(out):
+            yield temporary
         try:
             temporary.rename(target)
         except OSError as error:

@@ -92,22 +92,23 @@ def _show(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) ->
 
 
 def _submit(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) -> None:
-    """Submit the chain; where sbatch refuses a job, none of them stays in the queue."""
+    """Submit the chain; where sbatch refuses a job, or it cannot be noted, none of them stays in the queue."""
     from kd_lightning.files import write_file
     from kd_lightning.slurm import queue
     from kd_lightning.slurm.status import remember
 
     ids: dict[str, str] = {}
+    files = {job.name: folder / "slurm" / f"{job.name}.sbatch" for job in jobs}
     for job in jobs:
-        file = folder / "slurm" / f"{job.name}.sbatch"
-        write_file(file, job.script)
-        try:
-            ids[job.name] = queue.submit(file, job.dependency(ids))
-        except KDError:
-            queue.cancel(list(ids.values()))
-            raise
-        tell(f"{job.name:8}  job {ids[job.name]}" + (f", after {ids[job.after]}" if job.after else ""))
-    remember(folder, ids, points)
+        write_file(files[job.name], job.script)
+    try:
+        for job in jobs:
+            ids[job.name] = queue.submit(files[job.name], job.dependency(ids))
+            tell(f"{job.name:8}  job {ids[job.name]}" + (f", after {ids[job.after]}" if job.after else ""))
+        remember(folder, ids, points)
+    except (KDError, OSError):
+        queue.cancel(list(ids.values()))
+        raise
     tell(f"kd-slurm status {folder}")
 
 

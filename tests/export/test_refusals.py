@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd_lightning.errors import KDError
+from kd_lightning.evaluate import main as kd_eval
 from kd_lightning.export import parity
 from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
@@ -17,6 +18,7 @@ from kd_lightning.export.load import load_export
 from kd_lightning.predict import main as kd_predict
 from kd_lightning.seals import write_sealed
 from tests.export.runs import Exotic, Undecided, own_run, pooled_run
+from tests.test_environment import disk_of
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -54,6 +56,24 @@ def test_what_a_format_is_not(bilstm: Path, tmp_path: Path, options: list[str], 
     assert says in refusal(tmp_path, bilstm, *options)
 
 
+@pytest.mark.parametrize("format", ["safetensors", "onnx", "pt2"])
+def test_a_full_disk_is_one_line_with_what_to_do(bilstm: Path, tmp_path: Path, format: str) -> None:
+    with disk_of(10_000):
+        says = refusal(tmp_path, bilstm, "--format", format)
+    assert f"--format {format} to {tmp_path / 'out/deep'} failed: " in says
+    assert "; allow larger files" in says or "; make room there" in says
+
+
+def test_an_evaluation_that_cannot_keep_its_tokens_is_one_line(
+    bilstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for home in (tmp_path / "file", "/proc/x"):
+        monkeypatch.setenv("KD_LIGHTNING_HOME", str(home))
+        with pytest.raises(SystemExit, match=rf"^kd-eval: cannot write to {home}/\w+ \([^\n]*set KD_LIGHTNING_HOME"):
+            kd_eval([str(bilstm)])
+
+
 def test_a_pooling_that_transformers_does_not_have(home: Path, tmp_path: Path) -> None:
     says = refusal(tmp_path, pooled_run(tmp_path / "run" / "own"), "--format", "huggingface")
     assert "no class of transformers has this student's pooling=mean; train one with student.pooling=bert" in says
@@ -86,7 +106,7 @@ def test_folders_that_cannot_be_had(bilstm: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty" in refusal(tmp_path, bilstm, *onnx, out="full")
     assert "is a file" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt")
-    assert "cannot be written" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt/out")
+    assert "a part of that path is a file" in refusal(tmp_path, bilstm, *onnx, out="full/mine.txt/out")
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 

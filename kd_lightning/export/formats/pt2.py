@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from kd_lightning.errors import KDError
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, trace
+from kd_lightning.files import write_file
 from kd_lightning.trust import trusts_all
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     model = source.model
     program, axes = trace(model.network, source.held_out[0], model.max_length, DTYPES[quantize])
     program.example_inputs = None  # they would be stored as a pickle
-    torch.export.save(program, folder / FILE)
+    archive = io.BytesIO()  # torch writing to a full disk would end the process without a word
+    torch.export.save(program, archive)
+    write_file(folder / FILE, archive.getvalue())
     return Written(list(axes))
 
 
