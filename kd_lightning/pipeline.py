@@ -44,6 +44,7 @@ from kd_lightning.runs import (
     write_config,
 )
 from kd_lightning.shared import shared, stamps
+from kd_lightning.sources import check_sources
 from kd_lightning.teachers import (
     AheadTeacher,
     CachedTeacher,
@@ -92,6 +93,7 @@ class Pipeline:
         check_folder(self.folder, self.cfg)
         if rank() == 0:
             remove_temporary(self.folder)
+        check_sources(self.cfg)
         self.data: ClassificationData = data or shared(
             "data", [digest(self.cfg["data"]), stamps(self.cfg["data"])], lambda: _prepared(self.cfg["data"])
         )

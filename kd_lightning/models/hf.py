@@ -123,7 +123,7 @@ def pretrained(
     if pooling not in choices:
         raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), choices)}")
     check_attention(attn_implementation, "attn_implementation")
-    source, local = _locate(name)
+    source, local = locate(name)
     found: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     options: dict[str, Any] = {**found, "dtype": torch.float32}
     if attn_implementation is not None:
@@ -233,7 +233,7 @@ def finished(name: str, num_classes: int, pad_token_id: int | None = None) -> nn
         ConfigError: The checkpoint is an encoder, or a classifier for another number of classes: `pretrained` would
             give it a new head, which knows nothing yet.
     """
-    source, local = _locate(name)
+    source, local = locate(name)
     try:
         config = _config(source, name, {"local_files_only": local, "trust_remote_code": False})
     except (OSError, ValueError) as error:
@@ -249,19 +249,27 @@ def finished(name: str, num_classes: int, pad_token_id: int | None = None) -> nn
     return pretrained(name, num_classes, pad_token_id=pad_token_id)
 
 
-def _locate(name: str) -> tuple[str, bool]:
-    """Return what `from_pretrained` should load and whether it is on this machine."""
+def locate(name: str, key: str = "name") -> tuple[str, bool]:
+    """Return what `from_pretrained` should load and whether it is on this machine.
+
+    Args:
+        name: As for `pretrained`.
+        key: What gave it.
+
+    Raises:
+        ConfigError: It is a path, and no folder of a checkpoint.
+    """
     if name == "minilm":
         return str(fetch("minilm")), True
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"name={name!r} is a folder without config.json: give one saved by save_pretrained()")
+            raise ConfigError(f"{key}={name!r} is a folder without config.json: give one saved by save_pretrained()")
         return str(path), True
     if path.is_file():
-        raise ConfigError(f"name={name!r} is a file: give the folder that holds config.json and the weights")
+        raise ConfigError(f"{key}={name!r} is a file: give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise ConfigError(f"name={name!r}: no such folder; give a folder, 'minilm' or a name on the Hugging Face hub")
+        raise ConfigError(f"{key}={name!r}: no such folder; give a folder, 'minilm' or a name on the Hugging Face hub")
     return name, False
 
 
