@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_lightning.checks import number_of_teachers
 from kd_lightning.config import build, lookup, parameters, processes
-from kd_lightning.errors import ConfigError
+from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.models.cohort import joined
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
     from kd_lightning.data.base import Role
     from kd_lightning.pipeline import Pipeline
+    from kd_lightning.tasks import Task
 
 
 def rehearse(pipeline: Pipeline) -> None:
@@ -50,6 +51,7 @@ def _rehearse(pipeline: Pipeline) -> None:
         raise ConfigError("there is no teacher: add teacher to stages, or set teacher.checkpoint to a finished one")
     if pipeline.stages == ["teacher"]:
         return
+    check_monitors(cfg["callbacks"], pipeline.task)
     student, _ = pipeline.build_network(cfg["student"], "student", **given)
     check_batches(pipeline, student)
     if "baseline" in pipeline.stages:
@@ -130,6 +132,24 @@ def has_start(settings: dict[str, Any]) -> bool:
     """Return whether a network of these settings starts from trained weights, and could do without them."""
     takes = parameters(lookup(settings["_target_"]))
     return "initialise" in takes and settings.get("initialise", "teacher") == "teacher"
+
+
+def check_monitors(callbacks: dict[str, Any], task: Task) -> None:
+    """Refuse callbacks that watch what no stage logs, which Lightning notices at the first look at validation.
+
+    Where a callback is the user's own, it may log what others watch, and nothing is refused.
+
+    Raises:
+        ConfigError: Names the callback's key, and what there is to watch.
+    """
+    logged = ["train/loss", "val/loss", *(f"val/{name}" for name in task.scores().names)]
+    made = {name: build(node) for name, node in callbacks.items()}
+    if not all(type(one).__module__.startswith(("lightning.", "kd_lightning.")) for one in made.values()):
+        return
+    for name, one in made.items():
+        if (watched := getattr(one, "monitor", None)) not in (None, *logged):
+            near = did_you_mean(str(watched), logged, limit=1)
+            raise ConfigError(f"callbacks.{name}.monitor={watched} is logged by no stage{near}")
 
 
 def check_scheme(objective: Objective, cfg: dict[str, Any]) -> None:

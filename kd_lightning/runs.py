@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,7 @@ def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) 
     if record["fingerprint"] == fingerprint:
         return finished
     changed = [
-        "data: examples, labels, splits, tokenizer or max_length changed" if key.startswith("data was ") else key
+        "data: examples, labels, splits, tokenizer or max_length changed" if key == "data changed" else key
         for key in sorted(differences(record["settings"], settings))
     ]
     raise ConfigError(
@@ -348,10 +349,16 @@ def remove_it(folder: Path) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Say in which keys two nested settings differ, and how."""
+    """Say in which keys two nested settings differ, and how; two fingerprints tell a reader nothing but that."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in old.keys() | new.keys():
             found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
-    return [] if json.dumps(old, default=str) == json.dumps(new, default=str) else [f"{path} was {old}, now {new}"]
+    if json.dumps(old, default=str) == json.dumps(new, default=str):
+        return []
+    hashes = all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in (old, new))
+    return [f"{path} changed" if hashes else f"{path} was {old}, now {new}"]
+
+
+_FINGERPRINT = re.compile("[0-9a-f]{16,64}")

@@ -32,6 +32,11 @@ class Scores(nn.Module):
         super().__init__()
         self.metrics = nn.ModuleDict(metrics)
 
+    @property
+    def names(self) -> list[str]:
+        """Under which they are logged."""
+        return list(self.metrics)
+
     def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
         """Add a batch and return the metrics, to be logged.
 
@@ -328,6 +333,11 @@ class _TaskScores(Scores):
     def __init__(self, parts: Mapping[str, Scores], whole: MultiTask, more: Mapping[str, Metric]) -> None:
         super().__init__(more)
         self.parts, self.whole = nn.ModuleDict(parts), whole
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the whole, and of each task as `TASK/SCORE`."""
+        return [*self.metrics, *(f"{name}/{score}" for name, part in self.parts.items() for score in part.names)]  # type: ignore[union-attr]
 
     def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
         """Add a batch."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import lightning as L
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,10 +16,12 @@ from rich.console import Console
 
 from kd_lightning import training
 from kd_lightning.checks import validate
-from kd_lightning.errors import KDError
+from kd_lightning.errors import ConfigError, KDError
 from kd_lightning.explain import explain
 from kd_lightning.multitask import pipeline_of
+from kd_lightning.rehearsal import check_monitors
 from kd_lightning.runs import read_json
+from kd_lightning.tasks import task_of
 from kd_lightning.training import planned_steps, validate_every
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -237,6 +240,7 @@ def reached(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(refused.value)
 
 
+STOP = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: "
 LATER = [
     (["+student.num_classes=1"], "student: num_classes=1, and the data have 3"),
     (["+student.num_classes=7"], "student: num_classes=7"),
@@ -254,6 +258,11 @@ LATER = [
     (["model@student=transformer", "student.num_layers=0"], "num_layers"),
     (["model@student=embeddings_from_teacher", "student.scale=-1"], "scale"),
     (["distillation=minilm"], "attention"),
+    (
+        [f"{STOP}val/acuracy}}"],
+        "callbacks.stop.monitor=val/acuracy is logged by no stage; did you mean 'val/accuracy'",
+    ),
+    ([f"{STOP}val/agreement}}"], "callbacks.stop.monitor=val/agreement is logged by no stage"),
 ]
 
 
@@ -276,6 +285,21 @@ def without_replaced(base: list[str], overrides: list[str]) -> list[str]:
     chosen = [override.partition("=")[0] for override in overrides if override.startswith("model@")]
     keys = [key.removeprefix("model@") + "." for key in chosen]
     return [b for b in base if not b.startswith((*keys, *(f"{key}=" for key in chosen)))]
+
+
+class Logs(L.Callback):
+    """A user's callback, which may log what others watch."""
+
+
+def test_what_is_logged_can_be_watched() -> None:
+    several = task_of({"domain": 4, "rating": "regression"})
+    stop = {"_target_": "lightning.pytorch.callbacks.EarlyStopping"}
+    for name in ("train/loss", "val/loss", "val/average", "val/domain/accuracy", "val/rating/rmse"):
+        check_monitors({"stop": {**stop, "monitor": name}}, several)
+    own = {"stop": {**stop, "monitor": "val/accuracy"}}
+    with pytest.raises(ConfigError, match="val/domain/accuracy"):
+        check_monitors(own, several)
+    check_monitors({**own, "logs": {"_target_": "tests.test_preflight.Logs"}}, several)
 
 
 @pytest.mark.parametrize(("batches", "steps", "validations", "accumulate", "every"), [

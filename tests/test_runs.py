@@ -17,6 +17,7 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.runs import (
     check_fingerprint,
+    differences,
     digest,
     find_stage,
     finish_stage,
@@ -104,6 +105,12 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         check_fingerprint(tmp_path, digest(other), other)
     finish_stage(tmp_path, {"fingerprint": digest(settings), "settings": settings})
     assert check_fingerprint(tmp_path, digest(settings), settings) is True
+
+
+def test_of_two_fingerprints_it_is_said_that_they_differ() -> None:
+    old, new = {"data": "0" * 64, "seed": 1, "start": None}, {"data": "f" * 64, "seed": 2, "start": "0" * 16}
+    found = differences(old, new)
+    assert sorted(found) == ["data changed", "seed was 1, now 2", f"start was None, now {'0' * 16}"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
