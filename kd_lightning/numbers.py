@@ -14,7 +14,7 @@ _LARGEST = 2**32 - 1
 _AT_LEAST_ZERO = ("lr", "weight_decay", "gradient_clip_val", "log_every_n_steps")
 _AT_LEAST_ONE = (
     "accumulate_grad_batches", "num_nodes", "num_layers", "num_heads", "hidden_size", "embedding_size",
-    "intermediate_size", "num_filters", "kernel_sizes", "widths", "convolutions", "depth",
+    "intermediate_size", "num_filters", "kernel_sizes", "widths", "convolutions", "depth", "flush_logs_every_n_steps",
 )  # fmt: skip
 _PROBABILITIES = ("dropout", "drop_rate")
 _SHARES = ("warmup",)

@@ -27,6 +27,7 @@ from kd_lightning.errors import CacheError, ConfigError, KDError
 from kd_lightning.models.answers import answers
 from kd_lightning.models.rebuild import describe
 from kd_lightning.runs import (
+    check_stage,
     differences,
     digest,
     file_digest,
@@ -116,7 +117,8 @@ def _load_member(checkpoint: str, data: ClassificationData, console: Console) ->
 
 
 def read_teacher(folder: Path, data: ClassificationData) -> TeacherNetwork:
-    """Read back a teacher that a run trained."""
+    """Read back a teacher that a run trained; its files must be whole, also the curves that a report draws."""
+    check_stage(folder)
     fingerprint = file_digest(folder / "model.safetensors")
     model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
     if model.class_names != data.class_names:

@@ -90,6 +90,10 @@ def truncate(path: Path, other: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def empty(path: Path, other: Path) -> None:
+    path.write_bytes(b"")
+
+
 def delete(path: Path, other: Path) -> None:
     path.unlink()
 
@@ -99,7 +103,7 @@ def swap(path: Path, other: Path) -> None:
 
 
 Damage = Callable[[Path, Path], None]
-DAMAGES = [flip, truncate, delete, swap]
+DAMAGES = [flip, truncate, empty, delete, swap]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -152,9 +156,12 @@ def test_each_command_refuses_damaged_weights_in_one_line(
 
 
 def test_a_damaged_teacher_teaches_nobody(place: Path, run: Path) -> None:
-    flip(run / "teacher/model.safetensors", run)
-    with pytest.raises(KDError, match=r"teacher/model\.safetensors is damaged"):
-        train(place / "taught", "stages=[distill]", f"teacher.checkpoint={run}")
+    for name in (*(run / "teacher").glob("csv/*/metrics.csv"), run / "teacher/model.safetensors"):
+        flip(name, run)
+        with pytest.raises(KDError, match=rf"teacher/.*{name.name} is damaged"):
+            train(place / "taught", "stages=[distill]", f"teacher.checkpoint={run}")
+        assert not (place / "taught").exists()
+        flip(name, run)  # whole again
     (run / "teacher/stage.json").unlink()
     with pytest.raises(KDError, match=r"teacher is unfinished, it has no stage\.json"):
         load_teacher(str(run), None, Console())  # type: ignore[arg-type]
@@ -184,7 +191,7 @@ def test_a_baseline_is_no_student_of_a_run_that_has_not_come_to_its_distillation
         load_run(run)
 
 
-@pytest.mark.parametrize("damage", DAMAGES[:3])
+@pytest.mark.parametrize("damage", DAMAGES[:4])
 def test_a_damaged_configuration_or_report_is_not_believed(place: Path, run: Path, damage: Damage) -> None:
     accuracy = load_report(run)["models"]["distilled"]["test"]["accuracy"]["values"]
     damage(run / "report.json", run)
@@ -198,7 +205,9 @@ def test_a_damaged_configuration_or_report_is_not_believed(place: Path, run: Pat
         train(run, ALL)
         evaluate.main([str(run / "seed_0/distill")])
     else:
-        with pytest.raises(KDError, match=r"config\.yaml .*(damaged|read).* remove it and run the same kd-train again"):
+        with pytest.raises(
+            KDError, match=r"config\.yaml .*(damaged|read|no configuration).* remove it and run the same"
+        ):
             train(run, ALL)
 
 

@@ -109,6 +109,7 @@ trainer.gradient_clip_val=inf
 trainer.log_every_n_steps=-1
 trainer.precision=8
 trainer.devices=ten
+logger.csv.flush_logs_every_n_steps=0
 trainer.devices=0 -> devices=0
 trainer.devices=-2 -> devices
 trainer.devices=null
