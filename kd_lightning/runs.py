@@ -287,7 +287,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise KDError(f"{path} cannot be read ({reason}): remove it and run the same kd-train again") from error
-    if not isinstance(cfg, dict) or "data" not in cfg:
+    if not isinstance(cfg, dict) or not cfg:
         raise KDError(f"{path} is no configuration of a run: remove it and run the same kd-train again")
     return {str(key): value for key, value in cfg.items()}
 

@@ -274,7 +274,7 @@ def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
         (tmp_path / "second/seed_0/distill/model.safetensors").read_bytes()
     )
     finish_stage(tmp_path / "run/seed_0/distill", read_stage(tmp_path / "run/seed_0/distill"))
-    with pytest.raises(ConfigError, match=r"baseline_initialised holds a finished training .*start was"):
+    with pytest.raises(ConfigError, match=r"baseline_initialised holds a finished training .*start changed"):
         run(composed(*chosen))
 
 
