@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kd_lightning.files import write_file
-from kd_lightning.measure import environment
+from kd_lightning.evaluation.profiling import environment
+from kd_lightning.runtime.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (

@@ -72,7 +72,7 @@ def needed(names: list[str], teacher: str) -> list[str]:
 
 def test_scores(jobs: list[Job]) -> list[float]:
     """Read the test split: the accuracy of each seed's selected student."""
-    from kd_lightning.metrics import evaluate_logits
+    from kd_lightning.tasks.metrics import evaluate_logits
 
     said = [test_answers(job, "distill") for job in jobs]
     return [evaluate_logits(one.logits, one.labels)["accuracy"] for one in said]
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a run with a finished teacher")
     given = parser.parse_args()
 
-    from kd_lightning.config import conf_dir
-    from kd_lightning.measure import environment
-    from kd_lightning.strategies import strategies
+    from kd_lightning.config.catalog import strategies
+    from kd_lightning.config.instantiate import conf_dir
+    from kd_lightning.evaluation.profiling import environment
 
     known = [s.name for s in strategies(conf_dir() / "distillation") if "text" in s.models]
     if unknown := set(given.strategies) - set(known):
@@ -150,7 +150,7 @@ def _add_minutes(started: float) -> None:
 
 
 def _teacher_scores(job: Job) -> dict[str, float]:
-    from kd_lightning.metrics import evaluate_logits
+    from kd_lightning.tasks.metrics import evaluate_logits
 
     said = {split: teacher_answers(job, split) for split in ("validation", "test")}
     return {split: evaluate_logits(found.logits, found.labels)["accuracy"] for split, found in said.items()}

@@ -21,7 +21,7 @@ from typing import Any
 
 from kd_lightning.export.benchmark import document, markdown, measure, picture, show, subjects_of, write
 from kd_lightning.export.write import export, plan
-from kd_lightning.files import write_file
+from kd_lightning.runtime.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 BILSTM = (("onnx", "none"), ("onnx", "fp16"), ("onnx", "int8-dynamic"), ("onnx", "int8-static"), ("pt2", "none"))

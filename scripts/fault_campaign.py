@@ -33,7 +33,7 @@ QUICK = {"kills": 1, "damages": 12, "configurations": 20, "names": 6}
 
 def run(group: str, given: argparse.Namespace, count: int) -> dict[str, Any]:
     """Run the trials of a group, printing each that does not end as it should, and return what they came to."""
-    from kd_lightning.measure import environment
+    from kd_lightning.evaluation.profiling import environment
 
     found: list[dict[str, Any]] = []
     folder = Path(tempfile.mkdtemp(prefix=f"faults-{group}-"))
@@ -80,7 +80,7 @@ def main() -> None:
     content = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {}
     groups = {group: run(group, given, trials[group]) for group in given.only or page.GROUPS}
     if not given.quick:  # groups that did not run stay
-        from kd_lightning.files import write_file
+        from kd_lightning.runtime.files import write_file
 
         write_file(given.output, json.dumps(content | groups, indent=1, ensure_ascii=True) + "\n")
     print(json.dumps({group: found["counts"] for group, found in groups.items()}, indent=1))

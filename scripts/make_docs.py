@@ -15,11 +15,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from kd_lightning import config
+from kd_lightning.config import instantiate as config
+from kd_lightning.config.catalog import Strategy, strategies
 from kd_lightning.losses.layers import LayerwiseTerm
 from kd_lightning.losses.term import Term
-from kd_lightning.objective import Objective
-from kd_lightning.strategies import Strategy, strategies
+from kd_lightning.pipeline.resolvers import register_resolvers
+from kd_lightning.training.objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "strategies.md"
@@ -30,7 +31,7 @@ INTRO = """# Distillation strategies
 options can be set like any key, and one file of `kd_lightning/losses/`, which needs torch and nothing else. This page
 is written by `python scripts/make_docs.py` from those files.
 
-*Reads* names what a loss is given besides logits and labels, by the names of `kd_lightning/features.py`.
+*Reads* names what a loss is given besides logits and labels, by the names of `kd_lightning/models/features.py`.
 """
 
 
@@ -98,7 +99,7 @@ def _weight(weight: Any) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    config.register_resolvers()
+    register_resolvers()
     path = ROOT / "results" / "strategies.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["strategies"] if path.is_file() else []
     measured = {row["name"]: row for row in rows}

@@ -307,7 +307,7 @@ def train_teacher(folder: Path) -> Path:
         "teacher.optimizer.lr=0.02",
     ]  # fmt: skip
     subprocess.run(
-        [sys.executable, "-m", "kd_lightning.train", *settings],
+        [sys.executable, "-m", "kd_lightning.cli.train", *settings],
         cwd=ROOT, env={**os.environ, "KD_LIGHTNING_HOME": str(folder / "teacher-home")}, check=True,
         stdout=subprocess.DEVNULL, timeout=600,
     )  # fmt: skip
@@ -484,8 +484,8 @@ def start_cluster() -> bool:
 
 def measure(given: argparse.Namespace, folder: Path) -> bool:
     """Run all trials in a folder and write the result; returns whether all was well."""
-    from kd_lightning.files import write_file
-    from kd_lightning.measure import environment
+    from kd_lightning.evaluation.profiling import environment
+    from kd_lightning.runtime.files import write_file
 
     began = time.monotonic()
     teacher = train_teacher(folder)

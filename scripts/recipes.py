@@ -208,8 +208,8 @@ def measure(name: str) -> Row:
 
 def _cost(job: Job, teacher: Any) -> Row:
     """Return how large and how slow the student is, and as shares of its teacher."""
-    from kd_lightning.measure import measure_latency, single_examples, size
-    from kd_lightning.runs import load_run
+    from kd_lightning.evaluation.profiling import measure_latency, single_examples, size
+    from kd_lightning.training.run_folder import load_run
 
     student = load_run(job.stage("distill")).network
     networks = [member.network for member in teacher.members] or [teacher.network]
@@ -232,8 +232,8 @@ def _cost(job: Job, teacher: Any) -> Row:
 
 def record(names: list[str]) -> None:
     """Write what was measured; recipes that were not asked for keep their rows."""
-    from kd_lightning.files import write_file
-    from kd_lightning.measure import environment
+    from kd_lightning.evaluation.profiling import environment
+    from kd_lightning.runtime.files import write_file
 
     found = {name: all_jobs(name) for name in names}
     needed = [job for some in found.values() for one in (None, *FEATURES) for job in some.get(one, [])]

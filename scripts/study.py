@@ -113,7 +113,7 @@ def write_files(folder: Path, change: Callable[[list[str], list[str], random.Ran
     Returns:
         The data's configuration.
     """
-    from kd_lightning.files import write_file
+    from kd_lightning.runtime.files import write_file
 
     corpus = pipeline([*BUDGET, f"run_dir={RUNS / 'reviews'}"]).data.read()
     names = {part: [corpus.class_names[int(label)] for label in getattr(corpus, part).labels] for part in PARTS}
@@ -368,7 +368,7 @@ TRAINED = [name for name in STUDIES if name != "stage_budget"]
 
 def jobs(name: str, point: Point) -> list[Job]:
     """Return a point's runs; what two studies have in common is trained once."""
-    from kd_lightning.runs import digest
+    from kd_lightning.runtime.fingerprints import digest
 
     settings = (*point.settings, f"shared_dir={RUNS / 'shared'}")
     folder = RUNS / "points" / digest(sorted(point.settings))
@@ -466,8 +466,8 @@ def _label_decades(axes: Any, numbers: set[float]) -> None:
 
 def record(name: str) -> None:
     """Write what was measured."""
-    from kd_lightning.files import write_file
-    from kd_lightning.measure import environment
+    from kd_lightning.evaluation.profiling import environment
+    from kd_lightning.runtime.files import write_file
 
     study = STUDIES[name]
     curves = measure(name, study.points()) if name in TRAINED else of_recipes()
@@ -483,7 +483,7 @@ def record(name: str) -> None:
 
 def document() -> None:
     """Write docs/studies.md and the pictures from what has been measured."""
-    from kd_lightning.files import write_file
+    from kd_lightning.runtime.files import write_file
 
     lines = ["# Questions users ask, measured", ""]
     lines += [

@@ -46,7 +46,7 @@ def sweep(settings: list[str], values: dict[str, str]) -> list[str]:
 def train(arguments: list[str]) -> None:
     """Run `kd-train` on one core."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kd_lightning.train", *arguments]
+    command = [sys.executable, "-m", "kd_lightning.cli.train", *arguments]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=LIMIT)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, metavar="RUN_DIR", help="a run with a finished teacher")
     parser.add_argument("--small", action="store_true", help="a try: 4 points of 20 steps")
     given = parser.parse_args()
-    from kd_lightning.report.sweep import report_sweep
+    from kd_lightning.evaluation.report.sweep import report_sweep
 
     parts, name = (SMALL, "sweep_small") if given.small else (PARTS, "sweep_reviews")
     settings = ["experiment=quickstart", f"name={name}", *BUDGET]

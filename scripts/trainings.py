@@ -56,7 +56,7 @@ class Job:
 
     def validation(self, stage: str) -> float:
         """Return a finished stage's score on the validation split."""
-        from kd_lightning.runs import validation_score
+        from kd_lightning.training.run_folder import validation_score
 
         return validation_score(self.record(stage))
 
@@ -66,12 +66,13 @@ def pipeline(settings: Sequence[str], quiet: bool = True) -> Any:
     from hydra import compose, initialize_config_dir
     from rich.console import Console
 
-    from kd_lightning import config
-    from kd_lightning.multitask import pipeline_of
-    from kd_lightning.quiet import quiet as hush
+    from kd_lightning.config import instantiate as config
+    from kd_lightning.pipeline.multi_task import pipeline_of
+    from kd_lightning.pipeline.resolvers import register_resolvers
+    from kd_lightning.runtime.log_filters import quiet as hush
 
     hush()
-    config.register_resolvers()
+    register_resolvers()
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         cfg = compose("config", list(settings))
     return pipeline_of(cfg, Console(file=io.StringIO()) if quiet else None)
@@ -87,7 +88,7 @@ def train(job: Job) -> None:
 
 def train_all(jobs: Sequence[Job]) -> None:
     """Run jobs side by side and say how each ended; those that a mistake stopped are told at the end, too."""
-    from kd_lightning.errors import KDError
+    from kd_lightning.runtime.errors import KDError
 
     started, failed = time.monotonic(), []
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -114,7 +115,7 @@ def train_all(jobs: Sequence[Job]) -> None:
 
 def without_traceback(main: Callable[[], None]) -> None:
     """Run a script; a user's mistake ends it in one line."""
-    from kd_lightning.errors import KDError
+    from kd_lightning.runtime.errors import KDError
 
     try:
         main()
@@ -124,8 +125,8 @@ def without_traceback(main: Callable[[], None]) -> None:
 
 def test_answers(job: Job, stage: str) -> Any:
     """Read the test split: what the selected student of a stage says of it."""
-    from kd_lightning.models.answers import network_answers
-    from kd_lightning.runs import load_run
+    from kd_lightning.tasks.predictions import network_answers
+    from kd_lightning.training.run_folder import load_run
 
     return network_answers(load_run(job.stage(stage)).network, _test_loader(job.settings))
 
@@ -159,7 +160,7 @@ def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> 
 
     What it told them may be rounded to bfloat16, which other batches turn another way.
     """
-    from kd_lightning.models.answers import answers
+    from kd_lightning.tasks.predictions import answers
 
     run = pipeline(job.overrides)
     for one in (run, *getattr(run, "parts", {}).values()):  # its folder holds a training below the rounded answers

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from faults.page import table as fault_table
+from kd_lightning.evaluation.report import load_report, markdown_table, summary
 from kd_lightning.export.benchmark import markdown
-from kd_lightning.report import load_report, markdown_table, summary
 from trainings import closed, gain
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from kd_lightning import config
+from kd_lightning.config import instantiate as config
+from kd_lightning.pipeline.resolvers import register_resolvers
 
 MARKERS = {
     "运动": ["goal", "match", "球赛", "team"],
@@ -49,7 +50,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def composed() -> Callable[..., DictConfig]:
     """Compose conf/config.yaml with overrides, as kd-train does."""
-    config.register_resolvers()
+    register_resolvers()
 
     def make(*overrides: str) -> DictConfig:
         with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):

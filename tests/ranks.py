@@ -1,4 +1,4 @@
-"""Small trainings for `tests/test_distributed.py`, each the same in one process and in two.
+"""Small trainings for `tests/end_to_end/test_distributed.py`, each the same in one process and in two.
 
 `python -m tests.ranks FOLDER` is one of the processes that a launcher would start: it runs all of them and leaves what
 they came to in FOLDER/NAME.RANK.pt. `python -m tests.ranks FOLDER strategies` trains every strategy for two steps.
@@ -23,25 +23,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from kd_lightning import config
-from kd_lightning.base import NetworkModule
-from kd_lightning.cache.fill import fill
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.callbacks import MeanTeacher, ResumeCheckpoint
+from kd_lightning.config import instantiate as config
 from kd_lightning.data import MultiTaskData, TextFiles
-from kd_lightning.data.base import ClassificationData
+from kd_lightning.data.datamodule import ClassificationData
 from kd_lightning.data.sampler import rank_and_world
-from kd_lightning.data.tokens import load_tokenizer
+from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.losses.term import Scheduled, Term
 from kd_lightning.models.transformer import transformer
-from kd_lightning.module import DistillationModule, SupervisedModule
-from kd_lightning.objective import Objective
+from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.tasks import MultiTask, Regression
 from kd_lightning.teachers import CachedTeacher, EMATeacher, FrozenTeacher, Teacher
+from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.training.callbacks import MeanTeacher, ResumeCheckpoint
+from kd_lightning.training.distillation import DistillationModule, SupervisedModule
+from kd_lightning.training.module import NetworkModule
+from kd_lightning.training.objective import Objective
 from kd_lightning.types import IGNORE, Batch
+from tests.config.test_catalog import PAIRS, made
 from tests.conftest import write_toy_csv
-from tests.test_strategies import PAIRS, made
 
 GLOBAL_BATCH = 16
 STOPPED = 7
@@ -78,7 +79,7 @@ def network(data: ClassificationData, seed: int, width: int, layers: int) -> nn.
 
 
 def composed(*overrides: str) -> DictConfig:
-    config.register_resolvers()
+    register_resolvers()
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))
 

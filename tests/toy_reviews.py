@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from kd_lightning.data.tokens import load_tokenizer
+from kd_lightning.data.text.tokens import load_tokenizer
 
 FILES = {
     "movieReviewSnippets": ["film", "actor", "scene"],

@@ -1,16 +1,16 @@
 """Data modules: where sentences and images come from, and how they become batches."""
 
-from kd_lightning.data.base import ClassificationData, selected
-from kd_lightning.data.corpus import Corpus, Examples
-from kd_lightning.data.fashion_mnist import FashionMNIST
-from kd_lightning.data.files import FileReader
-from kd_lightning.data.hf_dataset import HFDataset
-from kd_lightning.data.image_folder import ImageFolder
-from kd_lightning.data.images import ImageCorpus, ImageData
+from kd_lightning.data.datamodule import ClassificationData, selected
+from kd_lightning.data.image.datamodule import ImageCorpus, ImageData
 from kd_lightning.data.multi_task import MultiTaskData
-from kd_lightning.data.reviews import Reviews
-from kd_lightning.data.text import TextData
-from kd_lightning.data.text_files import TextFiles
+from kd_lightning.data.sources.fashion_mnist import FashionMNIST
+from kd_lightning.data.sources.files import FileReader
+from kd_lightning.data.sources.hf_dataset import HFDataset
+from kd_lightning.data.sources.image_folder import ImageFolder
+from kd_lightning.data.sources.reviews import Reviews
+from kd_lightning.data.sources.text_files import TextFiles
+from kd_lightning.data.text.corpus import Corpus, Examples
+from kd_lightning.data.text.datamodule import TextData
 
 __all__ = [
     "ClassificationData",

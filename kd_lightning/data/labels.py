@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 
-from kd_lightning.errors import ConfigError, DataError, did_you_mean
+from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
 from kd_lightning.types import IGNORE
 
 log = logging.getLogger(__name__)

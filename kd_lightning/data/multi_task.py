@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kd_lightning.data.base import BatchDataset, ClassificationData, Role
+from kd_lightning.data.datamodule import BatchDataset, ClassificationData, Role
 from kd_lightning.data.sampler import Positions, Turn, endless
-from kd_lightning.data.tokens import tokenizer_fingerprint
-from kd_lightning.errors import ConfigError
-from kd_lightning.runs import digest
+from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.tasks import MultiTask
 from kd_lightning.types import Batch
 

@@ -12,7 +12,7 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 
 Positions = NDArray[np.int64]
 Turn = tuple[Positions, NDArray[np.int64]]

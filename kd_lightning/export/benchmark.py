@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.borders import code, drawn, shown, tell
-from kd_lightning.errors import KDError, interruptible
+from kd_lightning.config.trust import trust_option, trusting_command, trusts_all
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
-from kd_lightning.trust import trust_option, trusting_command, trusts_all
+from kd_lightning.runtime.borders import code, drawn, shown, tell
+from kd_lightning.runtime.errors import KDError, interruptible
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
     from kd_lightning.types import Batch
 
 SIZES = (1, 8, 32, 128)
@@ -88,7 +88,7 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
 def _teacher_of(run: Path) -> Path | None:
     """Return the stage folder of a run's teacher: its own, or the one that `teacher.checkpoint` names."""
     from kd_lightning.export.history import located
-    from kd_lightning.runs import is_finished, read_config, teacher_stage
+    from kd_lightning.training.run_folder import is_finished, read_config, teacher_stage
 
     if is_finished(run / "teacher"):
         return run / "teacher"
@@ -99,7 +99,7 @@ def _teacher_of(run: Path) -> Path | None:
 
 
 def _trained(name: str, kind: str, stage: Path) -> Subject:
-    from kd_lightning.runs import load_run
+    from kd_lightning.training.run_folder import load_run
 
     return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage), role_of(stage))
 
@@ -130,8 +130,8 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     """
     import torch
 
-    from kd_lightning.measure import measure_latency, measure_throughput
-    from kd_lightning.models.answers import network_answers
+    from kd_lightning.evaluation.profiling import measure_latency, measure_throughput
+    from kd_lightning.tasks.predictions import network_answers
 
     torch.set_num_threads(threads)
     whole = run_data(stage)
@@ -181,7 +181,7 @@ def _check_fits(subject: Subject, data: ClassificationData, stage: Path) -> None
 
 def _singles(data: ClassificationData) -> list[Batch]:
     """Return validation examples one by one, the same ones for every tokenizer, spread over short and long ones."""
-    from kd_lightning.measure import single_examples
+    from kd_lightning.evaluation.profiling import single_examples
 
     singles = sorted(single_examples(data.val_dataloader()), key=lambda batch: int(batch["index"]))
     return singles[:: max(1, len(singles) // LATENCY_EXAMPLES)][:LATENCY_EXAMPLES]
@@ -199,7 +199,7 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
     """Return the largest resident size, in bytes, of a process that loads this subject and answers some batches."""
     import numpy as np
 
-    from kd_lightning.files import naming
+    from kd_lightning.runtime.files import naming
 
     kind = subject.kind if subject.kind in ("onnx", "pt2") else "folder"
     path = subject.file if kind != "folder" else subject.folder
@@ -222,8 +222,8 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
 
 def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run: str) -> dict[str, Any]:
     """Return the whole result: the rows, and by what of the teacher (or else the student) each is better."""
-    from kd_lightning.measure import environment
-    from kd_lightning.report.build import to_plain
+    from kd_lightning.evaluation.profiling import environment
+    from kd_lightning.evaluation.report.build import to_plain
 
     base = next((row for row in rows if row["kind"] == "teacher"), rows[0])
     compared = []
@@ -240,7 +240,7 @@ def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run:
 
 def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Return the table as text: a heading and a row for each that answers."""
-    from kd_lightning.report.table import MISSING, file_size, short
+    from kd_lightning.evaluation.report.table import MISSING, file_size, short
 
     main = next(name for name in ("accuracy", "pearson", "average") if name in result["rows"][0])
     heading = ["", main, "p50 / p95, ms", "times faster"]
@@ -283,7 +283,7 @@ def picture(result: Mapping[str, Any], file: Path) -> None:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the table in Markdown, with a line about where it was measured."""
-    from kd_lightning.report.table import as_markdown
+    from kd_lightning.evaluation.report.table import as_markdown
 
     machine = result["environment"]
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
@@ -298,8 +298,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 def write(result: Mapping[str, Any], out: Path) -> None:
     """Write `benchmark.json`, `benchmark.md` and `benchmark.png` into a folder that was not there."""
     from kd_lightning.export.write import filled
-    from kd_lightning.files import write_file
-    from kd_lightning.runs import write_json
+    from kd_lightning.runtime.files import write_file
+    from kd_lightning.runtime.fingerprints import write_json
 
     with filled(out) as folder:
         write_json(folder / "benchmark.json", result)

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.borders import code, html_free, markdown, visible
+from kd_lightning.evaluation.report.results import score_title
+from kd_lightning.evaluation.report.table import as_markdown, count, file_size
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.history import KNOWN, History, hub_names
-from kd_lightning.files import write_file
-from kd_lightning.report.results import score_title
-from kd_lightning.report.table import as_markdown, count, file_size
+from kd_lightning.runtime.borders import code, html_free, markdown, visible
+from kd_lightning.runtime.files import write_file
 from kd_lightning.tasks import MultiTask, Regression, Task, task_of
 
 if TYPE_CHECKING:

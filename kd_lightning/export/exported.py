@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.errors import KDError
-from kd_lightning.seals import check_seal, read_sealed, seal, write_sealed
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.seals import check_seal, read_sealed, seal, write_sealed
 
 FILE = "export.json"
 VERSION = 1

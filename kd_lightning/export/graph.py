@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._decomp import global_decomposition_table
 from torch.export import Dim, ExportedProgram
 
-from kd_lightning.errors import KDError
 from kd_lightning.models.adapt import run_network
+from kd_lightning.runtime.errors import KDError
 from kd_lightning.types import Batch
 
 T = TypeVar("T")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.borders import code, markdown
-from kd_lightning.report import load_report
-from kd_lightning.runs import find_stage, is_finished, read_config, read_stage, run_root, teacher_stage
+from kd_lightning.evaluation.report import load_report
+from kd_lightning.runtime.borders import code, markdown
+from kd_lightning.training.run_folder import find_stage, is_finished, read_config, read_stage, run_root, teacher_stage
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source

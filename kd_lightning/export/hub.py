@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.errors import KDError
 from kd_lightning.export.graph import reason
+from kd_lightning.runtime.errors import KDError
 
 
 def check_repository(name: str) -> None:

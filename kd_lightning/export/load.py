@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import KDError
+from kd_lightning.config.trust import trusting
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.formats import format_named, require_packages
-from kd_lightning.trust import trusting
+from kd_lightning.runtime.errors import KDError
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
 
 
 def load_export(folder: Path, threads: int | None = None, trust: bool = False) -> TrainedModel:
@@ -40,9 +40,9 @@ def load_export(folder: Path, threads: int | None = None, trust: bool = False) -
 
 
 def _load(folder: Path, exported: Exported, threads: int | None) -> TrainedModel:
-    from kd_lightning.data.image_store import ImageFormat
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.data.image.store import ImageFormat
     from kd_lightning.tasks import task_of
+    from kd_lightning.training.run_folder import TrainedModel
 
     network = format_named(exported.format).load(folder, exported, threads)
     tokenizer = None
@@ -63,7 +63,7 @@ def load_model(folder: Path, seed: int | None = None) -> TrainedModel:
     Raises:
         KDError: It cannot be read, or is an export, which has no seeds to choose from.
     """
-    from kd_lightning.runs import load_run
+    from kd_lightning.training.run_folder import load_run
 
     if seed is not None and is_export(folder):
         raise KDError(f"--seed {seed}: {folder} is an export, which holds one student: leave --seed out")

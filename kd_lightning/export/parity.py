@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import KDError
-from kd_lightning.measure import single_examples
-from kd_lightning.models.answers import Answers, network_answers
+from kd_lightning.evaluation.profiling import single_examples
+from kd_lightning.runtime.errors import KDError
 from kd_lightning.tasks import Classification, MultiTask, Task
+from kd_lightning.tasks.predictions import Answers, network_answers
 from kd_lightning.types import Batch
 
 ALONE = 16

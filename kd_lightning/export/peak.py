@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_lightning.memory import peak_bytes
-from kd_lightning.trust import trusting
+from kd_lightning.config.trust import trusting
+from kd_lightning.runtime.memory import peak_bytes
 
 Batch = dict[str, Any]
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.errors import DataError, KDError
-from kd_lightning.runs import (
+from kd_lightning.runtime.errors import DataError, KDError
+from kd_lightning.training.run_folder import (
     NETWORK,
     check_stage,
     find_stage,
@@ -21,8 +21,8 @@ from kd_lightning.runs import (
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
-    from kd_lightning.data.base import Role
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.data.datamodule import Role
+    from kd_lightning.training.run_folder import TrainedModel
     from kd_lightning.types import Batch
 
 CALIBRATION = 256
@@ -106,8 +106,8 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
     Raises:
         KDError: The run's configuration is gone, or the data cannot be read, or are not what the stage was trained on.
     """
-    from kd_lightning.data.places import found
-    from kd_lightning.trust import build_saved
+    from kd_lightning.config.trust import build_saved
+    from kd_lightning.data.sources.places import found
 
     root = run_root(stage)
     if root is None:

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import KDError, environment_fault
+from kd_lightning.config.trust import trusting
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.formats import Format, Written, check_choice
 from kd_lightning.export.source import Source, find_student, open_source
-from kd_lightning.files import check_place, naming, temporary_folder
-from kd_lightning.trust import trusting
+from kd_lightning.runtime.errors import KDError, environment_fault
+from kd_lightning.runtime.files import check_place, naming, temporary_folder
 
 if TYPE_CHECKING:
     from kd_lightning.export.parity import Parity
@@ -98,7 +98,7 @@ def _in_one_line(plan: Plan) -> Iterator[None]:
 
 def describe(plan: Plan, source: Source, chosen: Format, written: Written, folder: Path) -> Exported:
     """Return the description of what was written, without its parity yet."""
-    from kd_lightning.measure import environment
+    from kd_lightning.evaluation.profiling import environment
     from kd_lightning.models.size import count_parameters
 
     model = source.model
@@ -135,7 +135,7 @@ def versions(chosen: Format, known: dict[str, str | None]) -> dict[str, str | No
 
 def save_tokenizer(source: Source, folder: Path) -> None:
     """Put the tokenizer beside the model, with the student's longest input as its own."""
-    from kd_lightning.data.tokens import write_tokenizer
+    from kd_lightning.data.text.tokens import write_tokenizer
 
     tokenizer = source.model.tokenizer
     if tokenizer is not None:

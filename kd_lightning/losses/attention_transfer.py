@@ -8,7 +8,15 @@ from torch import Tensor
 from kd_lightning.losses.layers import Kind, LayerMap, LayerwiseTerm
 from kd_lightning.losses.projectors import same_size
 from kd_lightning.losses.relations import SHORTEST, counting_examples, patterns, unit
-from kd_lightning.losses.term import Averages, Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
+from kd_lightning.losses.term import (
+    Averages,
+    Reduction,
+    check_mask,
+    check_same_shape,
+    in_float32,
+    only_counted,
+    reduce,
+)
 
 
 @in_float32

@@ -55,7 +55,7 @@ class CATKDLoss(Term):
     classifier reads the mean of that map; a network that gives such maps of its own may be read by a module's name.
 
     Args:
-        student_feature: Name of the student's class activation maps; see `kd_lightning.features`.
+        student_feature: Name of the student's class activation maps; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's.
         size: Height and width that the maps are pooled to.
     """

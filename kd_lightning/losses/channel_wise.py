@@ -82,7 +82,7 @@ class ChannelWiseLoss(FeaturePairTerm):
     """Channel-wise distillation of one feature of each network; see `channel_wise` for the formula.
 
     Args:
-        student_feature: Name of the student's feature, a map or tokens; see `kd_lightning.features`.
+        student_feature: Name of the student's feature, a map or tokens; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's, of the same kind.
         projector: Takes the student's channels to the teacher's.
         temperature: T > 0, or a schedule over training progress; the paper's is 4.

@@ -112,7 +112,7 @@ class CRDLoss(Term):
     the other's bank, which at first is random and later an epoch old.
 
     Args:
-        student_feature: Name of the student's feature; see `kd_lightning.features`.
+        student_feature: Name of the student's feature; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's.
         embedding_size: Width D of the embeddings; the paper's is 128.
         negatives: K for each example; the paper's is 16384, which is for a GPU.

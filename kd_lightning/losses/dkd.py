@@ -7,15 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kd_lightning.losses.logit_term import (
-    LogitTerm,
-    at_label,
-    is_label,
-    kl,
-    labelled,
-    log_probs_of_others,
-    softened,
-)
+from kd_lightning.losses.logit_term import LogitTerm, at_label, is_label, kl, labelled, log_probs_of_others, softened
 from kd_lightning.losses.term import Averages, Reduction, Scheduled, in_float32, reduce
 from kd_lightning.types import Batch
 

@@ -55,7 +55,7 @@ class FactorTransferLoss(Term):
     it stays as it is. (Under DDP that needs `trainer.strategy=ddp_spawn_find_unused_parameters_true`.)
 
     Args:
-        student_feature: Name of the student's map; see `kd_lightning.features`.
+        student_feature: Name of the student's map; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's.
         rate: Channels of the factors, as a share of the teacher's (the paper's k, 0.5).
         pretrain: Share of the training in which the paraphraser is trained, in (0, 1].

@@ -13,7 +13,7 @@ class FeaturePairTerm(Term):
     """A term on one feature of each network, both of one kind: vectors, tokens or maps.
 
     Args:
-        student_feature: Name of the student's feature; see `kd_lightning.features`.
+        student_feature: Name of the student's feature; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's.
         projector: Takes the student's feature to the teacher's width; trained with the student.
     """

@@ -73,7 +73,7 @@ class FSPLoss(Term):
     """The flow from each listed layer to the next, averaged; see `fsp` for the formula.
 
     Args:
-        student_layers: Names of at least two of the student's features; see `kd_lightning.features`.
+        student_layers: Names of at least two of the student's features; see `kd_lightning.models.features`.
         teacher_layers: As many of the teacher's.
         projector: Takes each of the student's layers to the teacher's width; trained with the student. The paper's
             networks have the same widths: `none`.

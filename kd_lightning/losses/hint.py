@@ -87,7 +87,7 @@ class HintLoss(Term):
     is a term beside the others, in one training.
 
     Args:
-        student_feature: Name of the student's feature; see `kd_lightning.features`.
+        student_feature: Name of the student's feature; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's, of the same kind: vectors, tokens or maps.
         projector: Takes the student's feature to the teacher's width; trained with the student.
         distance: `mse`, `cosine` or `smooth_l1`.

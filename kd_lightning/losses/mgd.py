@@ -65,7 +65,7 @@ class MGDLoss(FeaturePairTerm):
     from the others. What is masked is drawn anew in every step, from torch's global generator.
 
     Args:
-        student_feature: Name of the student's feature; see `kd_lightning.features`.
+        student_feature: Name of the student's feature; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's, of the same kind: vectors, tokens or maps.
         projector: Takes the student's feature to the teacher's width.
         ratio: Share of the places (entries) that are masked, in [0, 1); the paper's for classifiers is 0.15.

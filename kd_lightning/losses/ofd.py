@@ -92,7 +92,7 @@ class OFDLoss(Term):
     where its own feature comes after a ReLU.
 
     Args:
-        student_features: Names of the student's maps; see `kd_lightning.features`.
+        student_features: Names of the student's maps; see `kd_lightning.models.features`.
         teacher_features: Names of the teacher's, one for each.
         batchnorms: The teacher's BatchNorms that put these out, for margins as in the paper. None: the margins are the
             mean negative responses in the batch that `connect` is shown, which is what the paper estimates.

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 from kd_lightning.losses.layers import LayerMap, LayerwiseTerm, layer_pairs
 from kd_lightning.losses.projectors import Projection
 from kd_lightning.losses.relations import unit
-from kd_lightning.losses.term import Averages, Reduction, check_mask, check_same_shape, in_float32, only_counted, reduce
+from kd_lightning.losses.term import (
+    Averages,
+    Reduction,
+    check_mask,
+    check_same_shape,
+    in_float32,
+    only_counted,
+    reduce,
+)
 from kd_lightning.types import Batch, ModelOutput
 
 

@@ -21,7 +21,7 @@ class RelationTerm(Term):
     entries. Student and teacher may read different tokens, or images of different sizes.
 
     Args:
-        student_feature: Name of the student's feature; see `kd_lightning.features`.
+        student_feature: Name of the student's feature; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's.
     """
 

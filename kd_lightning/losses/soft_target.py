@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import kl, softened
-from kd_lightning.losses.term import (
-    Averages,
-    Reduction,
-    Scheduled,
-    Term,
-    compared_logits,
-    in_float32,
-    reduce,
-)
+from kd_lightning.losses.term import Averages, Reduction, Scheduled, Term, compared_logits, in_float32, reduce
 from kd_lightning.types import Batch, ModelOutput
 
 

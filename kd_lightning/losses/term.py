@@ -33,7 +33,7 @@ class Term(nn.Module, ABC):
 
     Attributes:
         uses_teacher: False when the term reads nothing of the teacher, so that its forward pass can be saved.
-        needs_student: Names of the student's features it reads; see `kd_lightning.features`.
+        needs_student: Names of the student's features it reads; see `kd_lightning.models.features`.
         needs_teacher: The same of the teacher.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
         averages: What its mean is over: `examples`; `sequences`, examples with any token that is no padding; examples

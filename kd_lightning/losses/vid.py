@@ -75,7 +75,7 @@ class VIDLoss(FeaturePairTerm):
     every log-likelihood of a density the value may become negative.
 
     Args:
-        student_feature: Name of the student's feature; see `kd_lightning.features`.
+        student_feature: Name of the student's feature; see `kd_lightning.models.features`.
         teacher_feature: Name of the teacher's, of the same kind: vectors, tokens or maps.
         projector: The regressor from the student's feature to the teacher's mean.
         variance: Of every channel at first; the paper's program begins with 5.

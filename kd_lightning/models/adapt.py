@@ -23,7 +23,7 @@ from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch, ModelOutput
 
 _MAIN_ENTRIES = ("input_ids", "pixel_values")

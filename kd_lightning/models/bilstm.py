@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.sizes import check_padding, check_sizes
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.types import ModelOutput
 
 Pooling = Literal["max", "mean", "last", "attention"]
@@ -28,7 +28,7 @@ class BiLSTM(nn.Module):
     visibly by AdamW at 1e-3), input weights Xavier uniform, recurrent weights orthogonal, biases zero but the forget
     gate's, which is 1 (Jozefowicz et al. 2015).
 
-    Features (see `kd_lightning.features`): `hidden[0]`, also called `embeddings`, the word embeddings, and `hidden[i]`,
+    Features (see `models.features`): `hidden[0]`, also called `embeddings`, the word embeddings, and `hidden[i]`,
     the states after layer i, `(B, L, 2H)`; before dropout, at the positions of the input, zero at padding. `pooled`,
     `(B, 2H)`, before dropout too.
 

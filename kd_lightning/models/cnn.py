@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.sizes import check_sizes
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import ModelOutput
 
 
@@ -21,7 +21,7 @@ class CNN(nn.Module):
 
     Initialisation: He normal (fan out) for the convolutions, N(0, 0.01^2) and zero for the classifier.
 
-    Features (see `kd_lightning.features`): `feature_maps[i]`, the output of stage i; `pooled`, before dropout.
+    Features (see `models.features`): `feature_maps[i]`, the output of stage i; `pooled`, before dropout.
 
     Args:
         num_classes: Number of classes C.
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
 
     Initialisation: as `CNN`.
 
-    Features (see `kd_lightning.features`): `feature_maps[0..2]`, the outputs of the stages, after ReLU; `pooled`.
+    Features (see `models.features`): `feature_maps[0..2]`, the outputs of the stages, after ReLU; `pooled`.
 
     Args:
         num_classes: Number of classes C.

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch
 
 _POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions")

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.embedding import FactorizedEmbedding, principal_components
 from kd_lightning.models.hf import PooledClassifier, layer_stack
 from kd_lightning.models.initialise import Initialise, check_initialise
 from kd_lightning.models.narrow import Cut, important, narrow_config
 from kd_lightning.models.rebuild import factorise_embedding, fresh_network
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import MOST_PADDING_ROWS
 
 log = logging.getLogger(__name__)

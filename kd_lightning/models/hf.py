@@ -25,8 +25,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kd_lightning.assets import fetch
-from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.assets import fetch
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.types import ModelOutput
 
 Pooling = Literal["mean", "max", "first"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 Initialise = Literal["teacher", "random"]
 

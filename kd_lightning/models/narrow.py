@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 

@@ -16,9 +16,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kd_lightning.attention import PROBABILITIES
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import unwrap
+from kd_lightning.models.attention import PROBABILITIES
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
@@ -26,6 +25,7 @@ from kd_lightning.models.hf import PooledClassifier, Pooling, check_attention, c
 from kd_lightning.models.simkd import SimKDStudent
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.timm import timm_model
+from kd_lightning.runtime.errors import ConfigError
 
 
 def describe(network: nn.Module) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network, unwrap
 from kd_lightning.models.initialise import Initialise, check_initialise
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import ModelOutput
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 
 
 def check_sizes(dropout: float = 0.0, **sizes: int) -> None:

@@ -21,7 +21,7 @@ class TextCNN(nn.Module):
 
     Initialisation: embeddings N(0, 0.1^2) with a zero padding row, the rest is torch's.
 
-    Features (see `kd_lightning.features`): `embeddings`, also called `hidden[0]`, the word embeddings; `pooled`, before
+    Features (see `models.features`): `embeddings`, also called `hidden[0]`, the word embeddings; `pooled`, before
     dropout.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from kd_lightning.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
 def timm_model(
@@ -12,7 +12,7 @@ def timm_model(
 ) -> nn.Module:
     """Build a timm classifier in training mode.
 
-    Its `feature_maps[i]` are the outputs of the modules in its `feature_info` (see `kd_lightning.features`).
+    Its `feature_maps[i]` are the outputs of the modules in its `feature_info` (see `kd_lightning.models.features`).
 
     Args:
         name: The model's name in timm, such as `resnet18` or `vit_tiny_patch16_224`.

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.activations import ACT2FN
 
-from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
 def transformer(

@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kd_lightning.cache.fill import attention_mask, check_repeatable, check_room, estimate
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.errors import CacheError
+from kd_lightning.runtime.errors import CacheError
+from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, check_room, estimate
+from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 

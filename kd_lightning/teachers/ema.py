@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import unwrap
-from kd_lightning.shard import full
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.sharding import full
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.types import Batch, ModelOutput
 

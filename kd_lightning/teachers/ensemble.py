@@ -9,8 +9,8 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError, did_you_mean
 from kd_lightning.models.adapt import run_network
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal, Self, get_args
 import torch
 from torch import nn
 
-from kd_lightning.errors import ConfigError, did_you_mean
-from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import unwrap
-from kd_lightning.shard import shard
+from kd_lightning.models.features import FeatureTap
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.sharding import shard
 from kd_lightning.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class FrozenTeacher(nn.Module, Teacher):
         network: Any network. In float32, without features and not compiled, it is this very object, frozen in place;
             otherwise a copy, and the given one is left as it is.
         precision: What the network computes in; logits are returned in float32 always.
-        features: What to return along with the logits; see `kd_lightning.features`.
+        features: What to return along with the logits; see `kd_lightning.models.features`.
         compile: Compile the forward pass, once for all batch sizes and lengths; needs a C++ compiler on a CPU.
         sharded: Whether the processes of a training are to share the weights (`shard`), each holding a part of every
             layer; the network is copied.

@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.common import Measure, interleave, ratios
-from kd_lightning.cache.outputs import Storage
-from kd_lightning.cache.shards import Limits
-from kd_lightning.cache.store import TeacherCache
+from kd_lightning.teachers.cache.outputs import Storage
+from kd_lightning.teachers.cache.shards import Limits
+from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.types import ModelOutput
 
 BATCH = 64

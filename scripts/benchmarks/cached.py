@@ -17,8 +17,8 @@ from benchmarks.task import (
     take_turns,
     train_ours,
 )
-from kd_lightning.module import DistillationModule, SupervisedModule
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher
+from kd_lightning.training.distillation import DistillationModule, SupervisedModule
 
 WARM, STEPS, ROUNDS = 10, 70, 11
 

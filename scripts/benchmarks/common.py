@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kd_lightning.memory import peak_bytes
+from kd_lightning.runtime.memory import peak_bytes
 
 LIMIT = 12 * 3600
 """Seconds that a process of a benchmark may take; the peers train for hours."""

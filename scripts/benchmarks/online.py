@@ -22,9 +22,9 @@ from benchmarks.task import (
     train_by_hand,
     train_ours,
 )
-from kd_lightning.config import fast_answers
-from kd_lightning.module import DistillationModule
+from kd_lightning.config.resolvers import fast_answers
 from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.training.distillation import DistillationModule
 from kd_lightning.types import Batch
 
 WARM, STEPS = 3, 33

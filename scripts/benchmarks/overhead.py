@@ -25,8 +25,8 @@ from benchmarks.task import (
     train_by_hand,
     train_ours,
 )
-from kd_lightning.module import DistillationModule
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher
+from kd_lightning.training.distillation import DistillationModule
 
 WARM, STEPS, ROUNDS = 10, 70, 11
 

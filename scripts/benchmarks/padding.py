@@ -16,8 +16,8 @@ from torch import nn
 
 from benchmarks.common import Measure, interleave, ratios
 from benchmarks.task import STUDENTS, optimizer, reviews, student, teacher_network
-from kd_lightning.data.dataset import TokenDataset
 from kd_lightning.data.sampler import BucketBatchSampler
+from kd_lightning.data.text.dataset import TokenDataset
 from kd_lightning.models.adapt import run_network
 from kd_lightning.types import Batch
 

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Measure, fresh_process, ratios
-from kd_lightning.assets import home, new_folder
+from kd_lightning.runtime.assets import home, new_folder
 
 SENTENCES, EPOCHS, ROUNDS, BATCH_SIZE = 256, 3, 5, 32
 STUDENTS = ("transformer 2x128", "BiLSTM-128")

@@ -31,7 +31,7 @@ from benchmarks.peers_task import FewReviews, few_reviews, scored
 from benchmarks.task import ALPHA, CLIP, LEARNING_RATE, TEMPERATURE, optimizer
 from benchmarks.task import student as build_student
 
-WARMUP = 0.1  # share of the steps, as in `kd_lightning.optim.warmup_linear`
+WARMUP = 0.1  # share of the steps, as in `kd_lightning.training.optim.warmup_linear`
 
 
 class WithLoss(nn.Module):

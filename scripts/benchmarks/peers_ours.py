@@ -9,12 +9,12 @@ from pathlib import Path
 from benchmarks.peers_task import FewReviews, few_reviews, plain_trainer, scored
 from benchmarks.task import objective, optimizer, scheduler
 from benchmarks.task import student as build_student
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.config import fast_answers
+from kd_lightning.config.resolvers import fast_answers
 from kd_lightning.models.hf import finished
-from kd_lightning.module import DistillationModule
-from kd_lightning.runs import digest, network_digest
+from kd_lightning.runtime.fingerprints import digest, network_digest
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
+from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.training.distillation import DistillationModule
 
 
 def our_cached_teacher(teacher: FrozenTeacher, data: FewReviews, folder: Path) -> Teacher:

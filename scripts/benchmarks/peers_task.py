@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from benchmarks.task import CLIP, scheduler
-from kd_lightning.assets import home, new_folder
-from kd_lightning.config import fast_precision
+from kd_lightning.config.resolvers import fast_precision
 from kd_lightning.data import Reviews
-from kd_lightning.data.corpus import Corpus
-from kd_lightning.models.answers import network_answers
+from kd_lightning.data.text.corpus import Corpus
 from kd_lightning.models.hf import pretrained
-from kd_lightning.module import SupervisedModule
-from kd_lightning.quiet import quiet
+from kd_lightning.runtime.assets import home, new_folder
+from kd_lightning.runtime.log_filters import quiet
+from kd_lightning.tasks.predictions import network_answers
+from kd_lightning.training.distillation import SupervisedModule
 
 
 class FewReviews(Reviews):

@@ -21,16 +21,16 @@ import torch
 from torch import nn
 
 from benchmarks.common import Measure, fresh_process
-from kd_lightning.cache.fill import fill
-from kd_lightning.cache.store import TeacherCache
 from kd_lightning.data import TextData, TextFiles
-from kd_lightning.data.tokens import load_tokenizer
+from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.transformer import transformer
-from kd_lightning.module import DistillationModule
-from kd_lightning.objective import Objective
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
+from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.training.distillation import DistillationModule
+from kd_lightning.training.objective import Objective
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 WORDS, HELD_OUT, SAMPLE = 2_000, 200, 2_000

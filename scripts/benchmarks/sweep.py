@@ -18,9 +18,10 @@ from rich.console import Console
 
 from benchmarks.common import Measure, interleave, ratios
 from benchmarks.task import save_teacher, silence
-from kd_lightning import config
-from kd_lightning.assets import fetch
-from kd_lightning.pipeline import Pipeline
+from kd_lightning.config import instantiate as config
+from kd_lightning.pipeline.resolvers import register_resolvers
+from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.runtime.assets import fetch
 
 TEMPERATURES, ALPHAS = (1, 2, 4), (0.1, 0.5, 0.7, 0.9)
 SENTENCES, EPOCHS = 1000, 5
@@ -29,7 +30,7 @@ SENTENCES, EPOCHS = 1000, 5
 def run() -> list[Measure]:
     """Return the ratio of the seconds."""
     silence()
-    config.register_resolvers()
+    register_resolvers()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_teacher(folder / "teacher")

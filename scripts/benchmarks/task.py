@@ -20,18 +20,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from torch import Tensor, nn
 
-from kd_lightning.cache.fill import fill
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.callbacks import ResumeCheckpoint, StageProgress
 from kd_lightning.data import Reviews
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.hf import pretrained
 from kd_lightning.models.transformer import transformer
-from kd_lightning.objective import Objective
-from kd_lightning.optim import parameter_groups, warmup_linear
-from kd_lightning.quiet import quiet
+from kd_lightning.runtime.log_filters import quiet
 from kd_lightning.teachers import CachedTeacher, Teacher
+from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.training.callbacks import ResumeCheckpoint, StageProgress
+from kd_lightning.training.objective import Objective
+from kd_lightning.training.optim import parameter_groups, warmup_linear
 from kd_lightning.types import Batch
 
 TEMPERATURE, ALPHA, LEARNING_RATE, CLIP = 2.0, 0.9, 1e-3, 1.0

@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 COMMANDS = {
-    "kd-train": "kd_lightning.train", "kd-cache": "kd_lightning.cache.command", "kd-eval": "kd_lightning.evaluate",
-    "kd-predict": "kd_lightning.predict", "kd-export": "kd_lightning.export.command",
-    "kd-benchmark": "kd_lightning.export.benchmark", "kd-report": "kd_lightning.report.command",
+    "kd-train": "kd_lightning.cli.train", "kd-cache": "kd_lightning.cli.cache", "kd-eval": "kd_lightning.cli.evaluate",
+    "kd-predict": "kd_lightning.cli.predict", "kd-export": "kd_lightning.cli.export",
+    "kd-benchmark": "kd_lightning.export.benchmark", "kd-report": "kd_lightning.cli.report",
 }  # fmt: skip
 PRELOADED = (
-    *COMMANDS.values(), "kd_lightning.checks", "kd_lightning.compare", "kd_lightning.multitask", "kd_lightning.quiet",
-    "kd_lightning.pipeline", "kd_lightning.explain", "kd_lightning.export.load", "kd_lightning.export.write",
+    *COMMANDS.values(), "kd_lightning.pipeline.validation", "kd_lightning.pipeline.compare",
+    "kd_lightning.pipeline.multi_task", "kd_lightning.runtime.log_filters",
+    "kd_lightning.pipeline.run", "kd_lightning.cli.hydra_errors", "kd_lightning.export.load",
+    "kd_lightning.export.write",
     "kd_lightning.export.formats.onnx", "kd_lightning.export.formats.pt2", "kd_lightning.export.parity",
-    "kd_lightning.export.card", "kd_lightning.export.graph", "kd_lightning.report.sweep",
-    "kd_lightning.report.pictures", "kd_lightning.cache.upkeep", "kd_lightning.data.hf_dataset",
-    "kd_lightning.data.reviews", "onnxscript.function_libs.torch_lib.ops",
+    "kd_lightning.export.card", "kd_lightning.export.graph", "kd_lightning.evaluation.report.sweep",
+    "kd_lightning.evaluation.report.pictures", "kd_lightning.teachers.cache.upkeep",
+    "kd_lightning.data.sources.hf_dataset",
+    "kd_lightning.data.sources.reviews", "onnxscript.function_libs.torch_lib.ops",
     "torch.utils.tensorboard", "lightning.pytorch.loggers.tensorboard", "matplotlib.backends.backend_agg", "pandas",
     "pyarrow.parquet", "transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "torch._dynamo", "torch.onnx", "torch.export", "onnx", "onnxscript",

@@ -145,7 +145,7 @@ def _outputs(cache: Path) -> str:
     """Return a digest of what a cache holds of each example, in whichever file."""
     from safetensors.numpy import load_file
 
-    from kd_lightning.cache.manifest import Manifest
+    from kd_lightning.teachers.cache.manifest import Manifest
 
     rows: dict[int, str] = {}
     for record in Manifest.read(cache / "manifest.json").shards:

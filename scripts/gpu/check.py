@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.files import write_file
-from kd_lightning.measure import environment
+from kd_lightning.evaluation.profiling import environment
+from kd_lightning.runtime.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "tests"

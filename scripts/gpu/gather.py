@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kd_lightning.assets import ASSETS, fetch
+from kd_lightning.runtime.assets import ASSETS, fetch
 
 ROOT = Path(__file__).resolve().parents[2]
 LACKING = (

@@ -38,9 +38,9 @@ from gpu.training import (
     train,
     train_by_hand,
 )
-from kd_lightning.cache.fill import fill
-from kd_lightning.cache.store import TeacherCache
 from kd_lightning.teachers import AheadTeacher, FrozenTeacher
+from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.types import Batch
 
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.task import objective, textbook_loss
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.callbacks import ResumeCheckpoint, StageProgress
-from kd_lightning.callbacks.compilation import Compilation
 from kd_lightning.models.transformer import transformer
-from kd_lightning.module import DistillationModule, NetworkModule, SupervisedModule
-from kd_lightning.optim import parameter_groups, warmup_linear
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, Teacher
+from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.training.callbacks import ResumeCheckpoint, StageProgress
+from kd_lightning.training.callbacks.compilation import Compilation
+from kd_lightning.training.distillation import DistillationModule, NetworkModule, SupervisedModule
+from kd_lightning.training.optim import parameter_groups, warmup_linear
 from kd_lightning.types import Batch, ModelOutput
 
 DEVICE = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))

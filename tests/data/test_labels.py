@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_lightning.data.corpus import Corpus, RawExamples, assemble
-from kd_lightning.data.files import FileReader
 from kd_lightning.data.labels import label_of
-from kd_lightning.errors import ConfigError, DataError
+from kd_lightning.data.sources.files import FileReader
+from kd_lightning.data.text.corpus import Corpus, RawExamples, assemble
+from kd_lightning.runtime.errors import ConfigError, DataError
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet", "json")
 SPELLINGS = ("{}", "{}.0", "{}.", "+{}", " {} ", "{}.000e+00", "0{}")

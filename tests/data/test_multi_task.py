@@ -11,8 +11,8 @@ import torch
 
 from kd_lightning.data import MultiTaskData, TextFiles
 from kd_lightning.data.multi_task import draws
-from kd_lightning.data.reviews import Reviews
-from kd_lightning.errors import ConfigError
+from kd_lightning.data.sources.reviews import Reviews
+from kd_lightning.runtime.errors import ConfigError
 from tests.data.conftest import toy_rows
 from tests.toy_reviews import write_archive, write_tokenizer
 
@@ -30,7 +30,7 @@ def make(
 ) -> Callable[..., MultiTaskData]:
     """Three tasks: a large classification, a small one with views, and a regression."""
     archive = write_archive(tmp_path / "archive", movies=30, others=6)
-    monkeypatch.setattr("kd_lightning.data.reviews.fetch", lambda name: archive)
+    monkeypatch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: archive)
     large = str(write_csv("large.csv", toy_rows(300)))
     small = str(
         write_csv(
@@ -211,7 +211,7 @@ def test_domain_and_rating_share_the_split_of_sentiment(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = write_archive(tmp_path / "archive")
-    monkeypatch.setattr("kd_lightning.data.reviews.fetch", lambda name: archive)
+    monkeypatch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: archive)
     sentiment, domain, rating = (
         Reviews(labels, tokenizer=tokenizer).read() for labels in ("sentiment", "domain", "rating")
     )  # type: ignore[arg-type]
@@ -234,7 +234,7 @@ def test_labels_of_a_regression_are_floats_and_none_is_nan(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = write_archive(tmp_path / "archive")
-    monkeypatch.setattr("kd_lightning.data.reviews.fetch", lambda name: archive)
+    monkeypatch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: archive)
     data = Reviews("rating", tokenizer=tokenizer, views=1, transfer=["tweets"])
     data.prepare()
     labels = torch.cat([batch["labels"] for batch in data.train_dataloader()])

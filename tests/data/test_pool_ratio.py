@@ -11,9 +11,9 @@ import pytest
 
 from kd_lightning.data import FashionMNIST, TextFiles
 from kd_lightning.data.sampler import BucketBatchSampler, Share, endless
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 from tests.data.images import write_fashion
-from tests.data.test_views import TRAIN, epoch_of, fit, rows
+from tests.data.text.test_views import TRAIN, epoch_of, fit, rows
 
 
 @pytest.fixture

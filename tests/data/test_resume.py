@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from kd_lightning.base import NetworkModule
 from kd_lightning.data import TextFiles
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.training.module import NetworkModule
 
 EPOCH = 11  # batches in one: 84 training examples in eights
 

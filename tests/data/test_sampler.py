@@ -5,7 +5,7 @@ import pytest
 import torch.distributed
 
 from kd_lightning.data.sampler import BucketBatchSampler
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 1003)
 

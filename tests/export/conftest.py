@@ -41,7 +41,7 @@ def archive(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     """Have the reviews be a few hundred toy sentences."""
     folder = write_archive(tmp_path_factory.mktemp("reviews") / "archive")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kd_lightning.data.reviews.fetch", lambda name: folder)
+        patch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: folder)
         yield
 
 

@@ -14,7 +14,8 @@ from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
-from kd_lightning.runs import finish_stage, save_network, write_json
+from kd_lightning.runtime.fingerprints import write_json
+from kd_lightning.training.run_folder import finish_stage, save_network
 from tests.conftest import write_toy_csv
 from tests.data.images import write_folder
 from tests.toy_reviews import write_tokenizer

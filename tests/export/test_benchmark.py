@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from kd_lightning.data.tokens import load_tokenizer
+from kd_lightning.cli.export import main as kd_export
+from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.export.benchmark import main as kd_benchmark
-from kd_lightning.export.command import main as kd_export
-from kd_lightning.runs import finish_stage, read_stage
+from kd_lightning.training.run_folder import finish_stage, read_stage
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")

@@ -16,18 +16,19 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from omegaconf import OmegaConf
 
-from kd_lightning.errors import KDError
+from kd_lightning.cli.export import main as kd_export
+from kd_lightning.evaluation.report.build import SCHEMA_VERSION
 from kd_lightning.export.card import card
-from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.history import History, Origin, start_of, teacher_of
 from kd_lightning.export.hub import push_to_hub
 from kd_lightning.export.parity import intervals
 from kd_lightning.export.source import find_student, open_source
-from kd_lightning.models.answers import Answers
-from kd_lightning.report.build import SCHEMA_VERSION
-from kd_lightning.runs import finish_stage, write_json
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.fingerprints import write_json
 from kd_lightning.tasks import Regression
+from kd_lightning.tasks.predictions import Answers
+from kd_lightning.training.run_folder import finish_stage
 from tests.export.runs import cnn_run
 from tests.names import HOSTILE
 

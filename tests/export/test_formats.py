@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from kd_lightning.errors import KDError
-from kd_lightning.evaluate import image_logits, text_logits
-from kd_lightning.export.command import main as kd_export
+from kd_lightning.cli.evaluate import image_logits, text_logits
+from kd_lightning.cli.export import main as kd_export
+from kd_lightning.cli.predict import main as kd_predict
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.formats import FORMATS, format_named, pt2
 from kd_lightning.export.graph import whole_lstms
 from kd_lightning.export.load import load_export
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.embedding import FactorizedEmbedding
-from kd_lightning.predict import main as kd_predict
-from kd_lightning.runs import load_run
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.training.run_folder import load_run
 from tests.export.fresh import OURS, ROOT, answers, example
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
 

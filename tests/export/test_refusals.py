@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from kd_lightning.errors import KDError
-from kd_lightning.evaluate import main as kd_eval
+from kd_lightning.cli.evaluate import main as kd_eval
+from kd_lightning.cli.export import main as kd_export
+from kd_lightning.cli.predict import main as kd_predict
 from kd_lightning.export import parity
-from kd_lightning.export.command import main as kd_export
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.load import load_export
-from kd_lightning.predict import main as kd_predict
-from kd_lightning.seals import write_sealed
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.seals import write_sealed
+from tests.end_to_end.test_environment import disk_of
 from tests.export.runs import Exotic, Undecided, own_run, pooled_run
-from tests.test_environment import disk_of
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")

@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.task import objective
 from gpu.training import Data
-from kd_lightning.cache.fill import fill
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.callbacks import ResumeCheckpoint
-from kd_lightning.callbacks.compilation import Compilation
-from kd_lightning.config import build
-from kd_lightning.errors import ConfigError
+from kd_lightning.config.instantiate import build
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.fused_linear import fused_linear_kd
 from kd_lightning.losses.generalized_jsd import generalized_jsd
@@ -35,14 +30,19 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
-from kd_lightning.module import DistillationModule
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, FrozenTeacher, Teacher
+from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.training.callbacks import ResumeCheckpoint
+from kd_lightning.training.callbacks.compilation import Compilation
+from kd_lightning.training.distillation import DistillationModule
 from kd_lightning.types import Batch
 from tests import ranks
+from tests.config.test_catalog import NETWORKS, PAIRS, Gradients, examples_of, made
+from tests.end_to_end.test_precision import CASES
 from tests.gpu.conftest import ACCELERATOR, DEVICE
 from tests.losses.conformance import Case, title
-from tests.test_precision import CASES
-from tests.test_strategies import NETWORKS, PAIRS, Gradients, examples_of, made
 
 pytestmark = pytest.mark.gpu
 ON_GPU = DEVICE.type == "cuda"

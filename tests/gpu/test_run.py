@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from kd_lightning.runs import load_run
+from kd_lightning.training.run_folder import load_run
+from tests import ROOT
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.gpu.conftest import DEVICE
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parents[2]
 ON_GPU = DEVICE.type == "cuda"
 TRAINER = ["trainer=gpu" if ON_GPU else "trainer=cpu"]
 
@@ -45,7 +45,7 @@ def test_a_run_from_teacher_to_report(own: list[str], tmp_path: Path) -> None:
     if own:
         tiny = [one for one in tiny if not one.startswith(("model@student", "student.", "teacher.precision"))]
         own = [*own, "optimizer.lr=0.003"]
-    said = run(tmp_path, "kd_lightning.train", *tiny, *TRAINER, *own)
+    said = run(tmp_path, "kd_lightning.cli.train", *tiny, *TRAINER, *own)
     assert "report:" in said
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert bool(report["environment"]["cuda_devices"]) == ON_GPU
@@ -53,5 +53,7 @@ def test_a_run_from_teacher_to_report(own: list[str], tmp_path: Path) -> None:
         assert all(math.isfinite(score["mean"]) for score in model["test"].values())
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] > 0.5, "three classes, told apart by a word"
     assert {parameter.device.type for parameter in load_run(tmp_path / "run").network.parameters()} == {"cpu"}
-    predicted = run(tmp_path, "kd_lightning.predict", str(tmp_path / "run"), "goal match team", "--json", hide_gpu=True)
+    predicted = run(
+        tmp_path, "kd_lightning.cli.predict", str(tmp_path / "run"), "goal match team", "--json", hide_gpu=True
+    )
     assert json.loads(predicted.splitlines()[0])["label"] in ("运动", "science", "food")

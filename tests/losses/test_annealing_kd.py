@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.losses.annealing_kd import AnnealingKDLoss, annealing_kd
 from kd_lightning.losses.logit_mse import logit_mse
-from kd_lightning.schedules import Step
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.training.schedules import Step
 from kd_lightning.types import ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 

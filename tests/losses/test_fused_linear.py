@@ -18,7 +18,7 @@ from kd_lightning.losses import SoftTargetLoss, chunked_linear
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.fused_linear import FusedLinearKDLoss, chunked_soft_target, fused_linear_kd
 from kd_lightning.losses.soft_target import soft_target
-from kd_lightning.schedules import Linear
+from kd_lightning.training.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.pair import in_two
 

@@ -23,7 +23,7 @@ from kd_lightning.losses.skew_kl import SkewKLLoss, skew_kl
 from kd_lightning.losses.teacher_free import teacher_free
 from kd_lightning.losses.total_variation import TotalVariationLoss, total_variation
 from kd_lightning.losses.wsld import WSLDLoss, wsld
-from kd_lightning.schedules import Linear
+from kd_lightning.training.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.losses.conformance import randn
 

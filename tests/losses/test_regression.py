@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd_lightning.losses.regression import RegressionLoss, regression
-from kd_lightning.objective import Objective
+from kd_lightning.training.objective import Objective
 from kd_lightning.types import IGNORE, ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kd_lightning.errors import ConfigError
-from kd_lightning.features import FeatureTap
 from kd_lightning.losses.simkd import SimKDLoss, simkd
 from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.features import FeatureTap
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 

@@ -8,7 +8,7 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from kd_lightning.losses.soft_target import SoftTargetLoss, soft_target
-from kd_lightning.schedules import Linear
+from kd_lightning.training.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.losses import conformance
 from tests.losses.conformance import Case, Conformance, title

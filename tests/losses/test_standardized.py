@@ -16,7 +16,7 @@ from kd_lightning.losses.logit_mse import LogitMSELoss
 from kd_lightning.losses.soft_target import SoftTargetLoss, soft_target
 from kd_lightning.losses.standardized import StandardizedLoss, standardized
 from kd_lightning.losses.term import Depth, Term
-from kd_lightning.schedules import Linear
+from kd_lightning.training.schedules import Linear
 from kd_lightning.types import Batch, ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 

@@ -49,7 +49,7 @@ from kd_lightning.losses.simkd import SimKDLoss
 from kd_lightning.losses.skew_kl import SkewKLLoss
 from kd_lightning.losses.soft_target import SoftTargetLoss
 from kd_lightning.losses.standardized import StandardizedLoss
-from kd_lightning.losses.task import TaskTerm
+from kd_lightning.losses.task_term import TaskTerm
 from kd_lightning.losses.teacher_free import TeacherFreeLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.losses.tinybert_attention import TinyBERTAttentionLoss
@@ -58,7 +58,7 @@ from kd_lightning.losses.tinybert_hidden import TinyBERTHiddenLoss
 from kd_lightning.losses.total_variation import TotalVariationLoss
 from kd_lightning.losses.vid import VIDLoss
 from kd_lightning.losses.wsld import WSLDLoss
-from kd_lightning.objective import Objective
+from kd_lightning.training.objective import Objective
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.losses.conformance import randn
 

@@ -8,9 +8,9 @@ from kd_lightning.losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from kd_lightning.losses.pkt import PKTLoss
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.soft_target import SoftTargetLoss, soft_target
-from kd_lightning.losses.task import TaskTerm
+from kd_lightning.losses.task_term import TaskTerm
 from kd_lightning.losses.term import Depth, Term
-from kd_lightning.schedules import Linear
+from kd_lightning.training.schedules import Linear
 from kd_lightning.types import Batch, ModelOutput
 from tests.losses.conformance import randn
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.soft_target import soft_target
 from kd_lightning.losses.teacher_free import TeacherFreeLoss, teacher_free
-from kd_lightning.objective import Objective
-from kd_lightning.schedules import Linear
+from kd_lightning.training.objective import Objective
+from kd_lightning.training.schedules import Linear
 from kd_lightning.types import IGNORE, ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from kd_lightning.config import build
+from kd_lightning.config.instantiate import build
 from kd_lightning.losses.layers import LayerwiseTerm
-from kd_lightning.objective import Objective
+from kd_lightning.training.objective import Objective
 
 
 def test_intermediate_layers_are_in_the_first_stage_and_the_prediction_in_both(

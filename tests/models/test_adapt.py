@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network, unwrap
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch, ModelOutput
 
 LOGITS = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.runtime.errors import ConfigError
 
 LENGTHS = torch.tensor([7, 1, 4, 6, 2])
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.size import count_parameters
+from kd_lightning.runtime.errors import ConfigError
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "cnn": lambda channels: CNN(5, channels, widths=(4, 6), convolutions=2, dropout=0.5),

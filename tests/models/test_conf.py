@@ -12,12 +12,12 @@ from torch import nn
 
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
+from tests import ROOT
+from tests.models.test_timm import stand_in
+from tests.models.tiny import VOCABULARY, batch, tiny
+from tests.pipeline.test_from_run import write_student
 
-from .test_from_run import write_student
-from .test_timm import stand_in
-from .tiny import VOCABULARY, batch, tiny
-
-FOLDER = Path(__file__).parents[2] / "conf" / "model"
+FOLDER = ROOT / "conf" / "model"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom")  # the user names its target
 FILLED_IN = {"num_classes", "vocab_size", "pad_token_id", "channels", "teacher"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}

@@ -18,15 +18,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.hf import finished, pretrained
 from kd_lightning.models.rebuild import describe, from_description
-from kd_lightning.pipeline import Pipeline
-from kd_lightning.runs import load_run
+from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.training.run_folder import load_run
 from tests.conftest import FILLER, MARKERS, tiny_overrides
-
-from .tiny import tiny
+from tests.models.tiny import tiny
 
 KINDS = ("gpt2", "llama")
 END = "<|endoftext|>"

@@ -13,13 +13,12 @@ from rich.console import Console
 from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.fits import check_length, check_single, most_positions
-from kd_lightning.pipeline import Pipeline
+from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.runtime.errors import ConfigError
 from tests.conftest import tiny_overrides, write_toy_csv
-
-from .tiny import tiny
+from tests.models.tiny import tiny
 
 
 def gpt2() -> nn.Module:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, BartConfig, BartForSequenceClassification
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.hf import PooledClassifier
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
-
-from .tiny import KINDS, SHAPE, VOCABULARY, batch, tiny
+from kd_lightning.runtime.errors import ConfigError
+from tests.models.tiny import KINDS, SHAPE, VOCABULARY, batch, tiny
 
 STACKS = {
     "bert": "bert.encoder.layer",

@@ -8,12 +8,11 @@ import torch
 from transformers import AutoModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models import hf
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.hf import PooledClassifier, finished, pretrained
-
-from .tiny import KINDS, batch, tiny
+from kd_lightning.runtime.errors import ConfigError
+from tests.models.tiny import KINDS, batch, tiny
 
 
 @pytest.fixture(autouse=True)

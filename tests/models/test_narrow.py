@@ -7,14 +7,13 @@ import torch
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.from_teacher import from_teacher
 from kd_lightning.models.hf import PooledClassifier
 from kd_lightning.models.narrow import important
 from kd_lightning.models.rebuild import describe
-
-from .tiny import batch, tiny
+from kd_lightning.runtime.errors import ConfigError
+from tests.models.tiny import batch, tiny
 
 
 def favouring(hidden: list[int], head: int, units: list[int], layer: int = 3) -> BertForSequenceClassification:

@@ -10,16 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from kd_lightning.errors import ConfigError
-from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.features import FeatureTap
 from kd_lightning.models.from_teacher import from_teacher
 from kd_lightning.models.hf import PooledClassifier
 from kd_lightning.models.rebuild import describe, from_description
 from kd_lightning.models.transformer import transformer
-
-from .tiny import KINDS, VOCABULARY, batch, tiny
+from kd_lightning.runtime.errors import ConfigError
+from tests.models.tiny import KINDS, VOCABULARY, batch, tiny
 
 NETWORKS = {
     **{kind: lambda kind=kind: tiny(kind, 3) for kind in KINDS},

@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from kd_lightning.errors import ConfigError
-from kd_lightning.features import FeatureTap
 from kd_lightning.losses.simkd import SimKDLoss
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cnn import CNN, ResNet
+from kd_lightning.models.features import FeatureTap
 from kd_lightning.models.rebuild import describe, from_description
 from kd_lightning.models.simkd import SimKDStudent, last_linear, simkd
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch
-
-from .tiny import VOCABULARY, batch, tiny
+from tests.models.tiny import VOCABULARY, batch, tiny
 
 BILSTM = partial(BiLSTM, embedding_size=4, hidden_size=5, pooling="attention")
 CNN_ = partial(CNN, widths=(3, 4))

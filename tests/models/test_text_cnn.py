@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_lightning.errors import ConfigError
-from kd_lightning.features import FeatureTap
 from kd_lightning.models.adapt import run_network
+from kd_lightning.models.features import FeatureTap
 from kd_lightning.models.rebuild import describe, from_description
 from kd_lightning.models.text_cnn import TextCNN
+from kd_lightning.runtime.errors import ConfigError
 
 LENGTHS = (7, 1, 4, 2)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
-from kd_lightning.features import FeatureTap, depth
+from kd_lightning.models.features import FeatureTap, depth
 from kd_lightning.models.timm import timm_model
+from kd_lightning.runtime.errors import ConfigError
 
 
 class Network(nn.Module):

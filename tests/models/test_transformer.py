@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.transformer import transformer
+from kd_lightning.runtime.errors import ConfigError
 
 
 def small(**options: object):  # type: ignore[no-untyped-def]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.cache.fill import fill
-from kd_lightning.cache.outputs import Storage
-from kd_lightning.cache.store import TeacherCache
-from kd_lightning.errors import CacheError
 from kd_lightning.losses import SoftTargetLoss
+from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher
+from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.outputs import Storage
+from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.types import Batch, ModelOutput
 
 INPUTS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> TeacherCache:
 
 
 def lock_is_free(cache: TeacherCache) -> bool:
-    code = f"from kd_lightning.cache.upkeep import locked\nfrom pathlib import Path\nwith locked(Path({str(cache.folder)!r}), wait=False): pass"  # noqa: E501
+    code = f"from kd_lightning.teachers.cache.upkeep import locked\nfrom pathlib import Path\nwith locked(Path({str(cache.folder)!r}), wait=False): pass"  # noqa: E501
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=120).returncode == 0
 
 

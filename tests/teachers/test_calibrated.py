@@ -13,11 +13,11 @@ from rich.console import Console
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
-from kd_lightning import shared
-from kd_lightning.errors import ConfigError
-from kd_lightning.models.answers import answers
-from kd_lightning.pipeline import Pipeline
-from kd_lightning.runs import read_json
+from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.runtime import memoize as shared
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.fingerprints import read_json
+from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import CalibratedTeacher, FrozenTeacher, fit_temperature
 from kd_lightning.types import IGNORE
 from tests.conftest import tiny_overrides

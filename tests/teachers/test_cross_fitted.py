@@ -13,14 +13,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from kd_lightning import shared
-from kd_lightning.compare import compare
-from kd_lightning.conversion import Converter
+from kd_lightning.cli.lightning_config import Converter
 from kd_lightning.data import FashionMNIST, TextFiles
-from kd_lightning.errors import ConfigError
-from kd_lightning.models.answers import answers
-from kd_lightning.pipeline import Pipeline
-from kd_lightning.runs import read_json
+from kd_lightning.pipeline.compare import compare
+from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.runtime import memoize as shared
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.fingerprints import read_json
+from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import CalibratedTeacher, CrossFittedTeacher, FrozenTeacher, fit_temperature
 from kd_lightning.teachers.ensemble import Combine
 from kd_lightning.types import Batch, ModelOutput

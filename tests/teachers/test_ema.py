@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers import EMATeacher
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.models.adapt import run_network
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers.ensemble import Combine, EnsembleNetwork, EnsembleTeacher, fit_weights
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.types import Batch, ModelOutput

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from kd_lightning.errors import ConfigError
 from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.transformer import transformer
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.teachers.frozen import Precision
 from kd_lightning.types import Batch, ModelOutput

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from kd_lightning.errors import KDError, did_you_mean
+from kd_lightning.runtime.errors import KDError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
 
 FORMATS = ("safetensors", "huggingface", "pt2", "onnx")
 QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16", "bf16")

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
-from kd_lightning.errors import KDError
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.runtime.errors import KDError
 from kd_lightning.tasks import MultiTask, Regression
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.safetensors"
 QUANTIZE = ("none", "fp16", "bf16")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import KDError
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, following, trace, whole_lstms
+from kd_lightning.runtime.errors import KDError
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.onnx"
 QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime computes no bf16 on a CPU

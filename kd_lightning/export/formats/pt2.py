@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.errors import KDError
+from kd_lightning.config.trust import trusts_all
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, trace
-from kd_lightning.files import write_file
-from kd_lightning.trust import trusts_all
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.files import write_file
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.pt2"
 QUANTIZE = ("none", "fp16", "bf16")

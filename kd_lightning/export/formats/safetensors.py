@@ -14,7 +14,7 @@ from kd_lightning.export.graph import DTYPES
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
     from kd_lightning.export.source import Source
-    from kd_lightning.runs import TrainedModel
+    from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.safetensors"
 QUANTIZE = ("none", "fp16", "bf16")
@@ -43,9 +43,9 @@ def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Mod
     """Build the network in float32 and fill it: 16 bits are how the weights are kept, not how they are used."""
     from safetensors.torch import load_file
 
+    from kd_lightning.config.trust import build_saved
     from kd_lightning.models.rebuild import from_description, is_description
-    from kd_lightning.runs import read_json
-    from kd_lightning.trust import build_saved
+    from kd_lightning.runtime.fingerprints import read_json
 
     settings = read_json(folder / "model.json")
     network = from_description(settings) if is_description(settings) else build_saved(settings, folder / "model.json")

@@ -1,0 +1,119 @@
+"""Hydra's refusals of a command line, said in one line with the nearest valid key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config.instantiate import conf_dir, first_line
+from kd_lightning.runtime.errors import KDError, did_you_mean
+
+_PLUGINS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "sweep"}
+"""Settings that Hydra's plugins bring, and the extra that installs them."""
+
+
+def explain(error: Exception, overrides: list[str]) -> str | None:
+    """Turn Hydra's refusal of the command line into one line that names the nearest valid key.
+
+    Args:
+        error: What was raised.
+        overrides: The command line's arguments.
+
+    Returns:
+        The line; None when the error is no refusal but a defect, which deserves its traceback.
+    """
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if type(error).__name__ == "ProcessRaisedException":  # torch's: a traceback of a process of trainer=ddp, as text
+        ours = re.findall(rf"^{KDError.__module__}\.\w+: (.+)$", str(error), re.MULTILINE)
+        return ours[-1] if ours else None
+
+    if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
+        return "every point of this search failed: the report says why"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return _no_choice(overrides)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override, first_line(error))
+    if "Could not override 'model'" in str(error):
+        name = next((given.partition("=")[2] for given in overrides if given.startswith("model=")), "NAME")
+        return f"model={name}: whose? model@student={name} is the student, model@teacher.network={name} the teacher"
+    for plugin, extra in _PLUGINS.items():
+        if f"'{plugin}'" in str(error):
+            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
+    if choice := re.search(r"Could not find '([\w/]+)/(\w+)'", str(error)):
+        group, name = choice.groups()
+        there = [file.stem for file in (conf_dir() / group).glob("*.yaml")]
+        return f"{group}={name}: there is no such choice{did_you_mean(name, there)}"
+    known = _known_keys([override for override in overrides if _chooses_group(override)])
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if known and "=" in override and not override.startswith(("+", "-", "hydra")) and key not in known:
+            return f"{key}: there is no such key{did_you_mean(key, known)}"
+    cause = error.__cause__
+    return first_line(error) + (f" ({first_line(cause)})" if isinstance(cause, Exception) else "")
+
+
+def _unreadable(override: str, reason: str) -> str:
+    """Say which argument Hydra's grammar does not take, and how to write its value."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} is no KEY=VALUE"
+    value = value.strip("\"'")
+    inner = f"'{value}'" if "'" not in value else '"' + value.replace('"', r"\"") + '"'
+    outer = '"' if inner.startswith("'") else "'"
+    return (
+        f"{override}: cannot be read ({reason}); write a value with special characters as {outer}{key}={inner}{outer}"
+    )
+
+
+def _no_choice(overrides: list[str]) -> str:
+    """Say which group is given something else than the name of one of its choices."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        folder = conf_dir() / key.partition("@")[0]
+        if key.strip("@") and folder.is_dir() and not (folder / f"{value}.yaml").is_file():
+            names = [file.stem for file in folder.glob("*.yaml")]
+            return f"{override}: {key} is a group of settings and takes the name of a choice{did_you_mean('', names)}"
+    return "one of KEY=VALUE names no key, or gives a group of settings something else than the name of a choice"
+
+
+def _chooses_group(override: str) -> bool:
+    return (conf_dir() / override.partition("=")[0].partition("@")[0]).is_dir()
+
+
+def _known_keys(groups: list[str]) -> list[str]:
+    """Return every key and group that the command line could have named, under the groups it chose."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=groups)
+        except HydraException:  # the choice of a group is itself what is wrong
+            return []
+    choices = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    return [*_flatten(to_dict_unresolved(cfg)), *choices, "model@student", "model@teacher.network",
+            "optimizer@teacher.optimizer", "scheduler@teacher.scheduler"]  # fmt: skip
+
+
+def to_dict_unresolved(cfg: DictConfig) -> dict[str, Any]:
+    """Return a configuration as a plain dictionary with its interpolations as they are written."""
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _flatten(node: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        name = f"{path}.{key}" if path else str(key)
+        yield name
+        if isinstance(value, dict):
+            yield from _flatten(value, name)

@@ -1,0 +1,118 @@
+"""The points that a command line sweeps over, as `kd-train -m` expands it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.cli.hydra_errors import explain
+from kd_lightning.config import instantiate as config
+from kd_lightning.config.sweep import GRID
+from kd_lightning.pipeline.resolvers import register_resolvers
+from kd_lightning.runtime.errors import ConfigError, KDError
+
+Parser = Callable[[list[str]], list[Any]]
+"""Turns overrides into Hydra's objects of them."""
+
+
+@dataclass
+class Sweep:
+    """A sweep, expanded.
+
+    Attributes:
+        points: The overrides of each point, all of them.
+        hydra: The overrides of Hydra's own settings (`hydra.sweep.dir=...`), but for those of launcher and sweeper.
+        config: The first point's configuration, with Hydra's own under `hydra`.
+    """
+
+    points: list[list[str]]
+    hydra: list[str]
+    config: Any
+
+    @property
+    def folder(self) -> Path:
+        """Where its points have their folders."""
+        return Path(self.config.hydra.sweep.dir).absolute()
+
+
+def expand(overrides: Sequence[str], *defaults: str) -> Sweep:
+    """Expand overrides as `kd-train -m` would, and compose every point.
+
+    Args:
+        overrides: As on kd-train's command line: `experiment=quickstart temperature=1,2,4`.
+        defaults: Further overrides, of which those given count more: `hydra/launcher=slurm`.
+
+    Raises:
+        KDError: Hydra refuses them, or they ask for a sweeper whose points are not known beforehand.
+    """
+    from hydra import compose
+
+    with _hydra(overrides) as parse:
+        given = parse([*defaults, *overrides])
+        own = [override.input_line for override in given if override.is_hydra_override()]
+        task = [override.input_line for override in given if not override.is_hydra_override()]
+        whole = compose("config", [*own, *_product(parse, task)[0]], return_hydra_config=True)
+        if not _is_grid(whole.hydra.sweeper):
+            raise ConfigError(
+                f"{whole.hydra.sweeper._target_.rpartition('.')[2]} chooses its points as it goes, and a chain of jobs "
+                "needs to know them: run kd-train -m hydra/launcher=slurm instead"
+            )
+        points = _product(parse, task, whole.hydra.sweeper.params)
+        for point in points:
+            compose("config", point)
+    kept = [line for line in own if not line.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher", "hydra/sw"))]
+    return Sweep(points, kept, whole)
+
+
+def recorded(multirun: Path) -> list[list[str]]:
+    """Expand what Hydra recorded of a multirun; nothing where its points were chosen as it went."""
+    from omegaconf import OmegaConf
+
+    hydra = OmegaConf.load(multirun).hydra
+    if not _is_grid(hydra.sweeper):
+        return []
+    with _hydra(hydra.overrides.task) as parse:
+        return _product(parse, hydra.overrides.task, hydra.sweeper.params)
+
+
+def _is_grid(sweeper: Any) -> bool:
+    return str(sweeper._target_).rpartition(".")[2] == GRID
+
+
+@contextmanager
+def _hydra(overrides: Sequence[str]) -> Iterator[Parser]:
+    """Set Hydra up on conf/, give its parser of overrides, and say its refusals in one line."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+            yield OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides
+    except (HydraException, OmegaConfBaseException) as error:
+        raise KDError(explain(error, list(overrides))) from error
+
+
+def _product(parse: Parser, task: Sequence[str], params: Mapping[str, Any] | None = None) -> list[list[str]]:
+    """Return every combination of what overrides, and a sweeper's params, give several values for."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    given = parse([*(f"{key}={value}" for key, value in (params or {}).items()), *task])
+    points: list[list[str]] = BasicSweeper.split_arguments(given, max_batch_size=None)[0]
+    return points
+
+
+def varied(points: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return of each point what not all of them have.
+
+    >>> varied([["seed=1", "alpha=0.5"], ["seed=1", "alpha=0.9"]])
+    [['alpha=0.5'], ['alpha=0.9']]
+    """
+    common = set(points[0]).intersection(*points[1:]) if points else set()
+    return [[override for override in point if override not in common] for point in points]

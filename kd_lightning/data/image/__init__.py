@@ -1,0 +1,1 @@
+"""Images: their store and their data module."""

@@ -1,0 +1,145 @@
+"""Images as one array of bytes: read once, kept on disk, read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_lightning.runtime.assets import discard_folder, new_folder
+from kd_lightning.runtime.errors import ConfigError, DataError, KDError
+from kd_lightning.runtime.seals import check_seal, read_sealed, write_sealed
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 2
+"""Goes up when the files of a stored image array change, so that older ones are not read."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What an image is made into before a network reads it.
+
+    Attributes:
+        size: Height and width in pixels.
+        channels: 1 (grey) or 3 (red, green, blue).
+        mean: Of each channel, taken off the values in [0, 1].
+        std: Of each channel, divided by.
+
+    Raises:
+        ConfigError: A value out of its range, or not one mean and deviation a channel.
+    """
+
+    size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"data.image_size={self.size}: expected 1 or more")
+        if self.channels not in (1, 3):
+            raise ConfigError(f"data.channels={self.channels}: expected 1 (grey) or 3 (colour)")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ConfigError(f"data.{name}={values}: expected one value for each of {self.channels} channels")
+        if min(self.std) <= 0:
+            raise ConfigError(f"data.std={self.std}: expected values above 0")
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Return bytes `(B, C, H, W)` as float32, less `mean`, over `std`."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return torch.from_numpy(pixels).float().div_(255).sub_(mean).div_(std)
+
+
+def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
+    """Read an image file, scaled and cut at the centre to a square; `(channels, size, size)`.
+
+    Raises:
+        DataError: There is no such file, or it is no image.
+        ConfigError: Pillow is missing.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError as error:
+        raise ConfigError("reading image files needs Pillow, which is missing: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow raises half a dozen kinds; each means the same to the user
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Stored images.
+
+    Attributes:
+        folder: Where they are stored.
+        pixels: `(N, C, H, W)`.
+        digest: A sha256 of the pixels.
+    """
+
+    folder: Path
+    pixels: NDArray[np.uint8]
+    digest: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_images, (self.folder, False)  # processes share the file, not copies of the array
+
+
+def open_images(folder: Path, checked: bool = True) -> ImageStore:
+    """Open stored images.
+
+    Args:
+        folder: Where they are stored.
+        checked: Whether to hold the pixels against their checksum.
+
+    Raises:
+        KDError: A file is missing or damaged.
+    """
+    meta = read_sealed(folder / "meta.json", "it is written anew")
+    if checked:
+        check_seal(folder, {"pixels.uint8": meta["digest"]}, ["pixels.uint8"], "it is written anew")
+    pixels = np.memmap(folder / "pixels.uint8", np.uint8, "r", shape=tuple(meta["shape"]))
+    return ImageStore(folder, np.asarray(pixels), meta["digest"])  # as a plain array it is indexed faster
+
+
+def store_images(cache: Path, key: Any, shape: tuple[int, ...], images: Iterable[NDArray[np.uint8]]) -> ImageStore:
+    """Return images as one array: from the cache, or read now and put there.
+
+    Args:
+        cache: The folder of all stored images.
+        key: Everything that decides the images, as JSON-able values; the cache's folder is named after it.
+        shape: `(N, C, H, W)`.
+        images: The N images, `(C, H, W)` each; not touched when they are stored already.
+    """
+    folder = cache / hashlib.sha256(json.dumps([LAYOUT, shape, key]).encode()).hexdigest()
+    try:
+        return open_images(folder)
+    except (KDError, OSError, ValueError, KeyError) as error:
+        if folder.exists():
+            log.warning("%s; reading the images again", error)
+            discard_folder(folder)
+    log.info("reading %d images into %s", shape[0], folder)
+    with new_folder(folder) as temporary:
+        digest = hashlib.sha256()
+        with (temporary / "pixels.uint8").open("wb") as file:
+            for image in images:
+                content = image.tobytes()
+                digest.update(content)
+                file.write(content)
+        meta = {"shape": shape, "digest": digest.hexdigest()}
+        write_sealed(temporary / "meta.json", meta)
+    return open_images(folder)

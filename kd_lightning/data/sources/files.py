@@ -1,0 +1,144 @@
+"""Sentences and labels of CSV, TSV, JSON, Parquet and plain text, with errors that name file, line and column."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.data.labels import label_of
+from kd_lightning.data.sources.records import SUFFIXES, Format, Manner, Record, format_of, records_of
+from kd_lightning.data.text.corpus import RawExamples, Sentence, is_blank, text_of
+from kd_lightning.runtime.errors import ConfigError, DataError
+
+
+def data_key(option: str) -> str:
+    """Return how an option of the data is called in a run's configuration."""
+    return f"data.{option}"
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """How the user's files are written: one reader serves all files of a data set.
+
+    Attributes:
+        text_column: The column with the sentence.
+        text_pair_column: The column with the second sentence of a pair.
+        label_column: The column with the class.
+        format: The files' format; by default told from each file's suffix.
+        encoding: Of the text formats; a byte order mark is skipped.
+        quotes: Whether `"` opens a quoted field in CSV and TSV.
+        key: Turns these names into what the user can set.
+    """
+
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    format: Format | None = None
+    encoding: str = "utf-8"
+    quotes: bool = True
+    key: Callable[[str], str] = data_key
+
+    def sentences(self, path: str | Path) -> list[Sentence]:
+        """Read the sentences of a file and ignore its labels, if it has any; blank lines of plain text are left out.
+
+        Raises:
+            DataError: Whatever is wrong with the file.
+        """
+        plain = self.kind(Path(path)) == "txt"
+        place, records = self._records(path)
+        return [
+            self._sentence(record, f"{place} {number}")
+            for number, record in records
+            if not (plain and is_blank(record[self.text_column]))
+        ]
+
+    def sentences_and_gaps(self, path: str | Path) -> list[Sentence | None]:
+        """Read one sentence a record; None where the record has no text, so that they line up with the file.
+
+        Raises:
+            DataError: Whatever is wrong with the file.
+        """
+        place, records = self._records(path)
+        return [
+            None
+            if all(_is_gap(record.get(name)) for name in self.text_columns.values())
+            else self._sentence(record, f"{place} {number}")
+            for number, record in records
+        ]
+
+    def examples(self, path: str | Path) -> RawExamples:
+        """Read the sentences and labels of a file.
+
+        Raises:
+            DataError: Whatever is wrong with the file.
+        """
+        if self.kind(Path(path)) == "txt":
+            raise DataError(
+                f"{path}: plain text has no labels; use it in data.transfer, or give CSV, TSV, JSONL or Parquet"
+            )
+        texts, labels, numbers = [], [], []
+        place, records = self._records(path, labelled=True)
+        column = f", column {self.label_column!r}"
+        for number, record in records:
+            texts.append(self._sentence(record, f"{place} {number}"))
+            labels.append(sys.intern(label_of(record.get(self.label_column), f"{place} {number}{column}")))
+            numbers.append(number)
+        return RawExamples(texts, labels, str(path), lambda i: f"{place} {numbers[i]}{column}")
+
+    @property
+    def text_columns(self) -> dict[str, str]:
+        """The column of the sentences, or the two of the pairs, by the option that names it."""
+        pair = {"text_pair_column": self.text_pair_column} if self.text_pair_column else {}
+        return {"text_column": self.text_column} | pair
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Those of the sentences and of the labels.
+
+        Raises:
+            ConfigError: Two of them are one, so that the label would be read as a text.
+        """
+        columns = self.text_columns | {"label_column": self.label_column}
+        if len(set(columns.values())) < len(columns):
+            named = ", ".join(f"{self.key(option)}={name}" for option, name in columns.items())
+            raise ConfigError(f"{named}: each must name a column of its own")
+        return columns
+
+    @property
+    def manner(self) -> Manner:
+        """How the text formats are written."""
+        return Manner(self.encoding, self.quotes, self.key)
+
+    def kind(self, path: Path) -> Format:
+        """Return a file's format.
+
+        Raises:
+            DataError: It cannot be told.
+        """
+        if path.is_dir():
+            raise DataError(f"{str(path)!r} is a folder: expected a file")
+        found = self.format or format_of(path)
+        if found is None:
+            raise DataError(
+                f"{path}: cannot tell the format from {path.suffix!r}; set {self.key('format')}, or name the file "
+                f"{', '.join(SUFFIXES)} (each of them also .gz)"
+            )
+        return found
+
+    def _sentence(self, record: dict[str, Any], place: str) -> Sentence:
+        return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self.text_columns.values()])
+
+    def _records(self, path: str | Path, labelled: bool = False) -> tuple[str, Iterator[Record]]:
+        """Return where a record stands, but for its number, and the records."""
+        kind, columns = self.kind(Path(path)), self.columns if labelled else self.text_columns
+        if kind == "txt" and len(columns) > 1:
+            raise DataError(f"{path}: plain text holds one sentence a line, and this task has pairs; give CSV or JSONL")
+        word, records = records_of(Path(path), kind, columns, self.manner)
+        return f"{path}: {word}", records
+
+
+def _is_gap(value: object) -> bool:
+    return value is None or (isinstance(value, str) and is_blank(value))

@@ -1,0 +1,198 @@
+"""Data sets of the Hugging Face hub, or folders written by `Dataset.save_to_disk`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.data.labels import ClassNames, given_names, is_missing, label_of
+from kd_lightning.data.sources.files import FileReader, data_key
+from kd_lightning.data.sources.records import check_columns
+from kd_lightning.data.text.corpus import Corpus, RawExamples, Sentence, assemble, text_of
+from kd_lightning.data.text.datamodule import TextData
+from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
+
+GLUE: dict[str, tuple[str, str | None]] = {
+    "sst2": ("sentence", None),
+    "cola": ("sentence", None),
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+"""The text columns of GLUE's classification tasks."""
+
+VALIDATION = ("validation", "validation_matched", "valid", "val", "dev")
+"""What a split to select on may be called."""
+
+PREFIX = "hf:"
+"""Of an entry of `data.transfer` that is a data set and no file."""
+
+
+class HFDataset(TextData):
+    """Any text classification data set that `datasets` can load.
+
+    Columns of the GLUE tasks are known by `config_name`. A test split without labels (GLUE's are all -1) cannot be
+    reported on: then the validation split becomes the test, and a seeded, stratified part of the training split becomes
+    the validation, so that nothing is selected on what is reported.
+
+    Args:
+        name: The data set's name on the hub, or a folder written by `save_to_disk`.
+        config_name: Which of its configurations, such as a GLUE task.
+        train_split: The split to train on.
+        validation_split: The split to select on; by default as described.
+        test_split: The split to report on; by default as described.
+        text_column: The column with the sentence; by default GLUE's, else `text`.
+        text_pair_column: The column with the second sentence of a pair; by default GLUE's.
+        label_column: The column with the class.
+        class_names: The classes in the order of their numbers; by default those stored with the data.
+        validation_fraction: How much to hold out where there is no validation split to use.
+        test_fraction: How much to hold out where there is no labelled split to test on.
+        options: Those of `TextData`; `transfer` takes files and data sets with the same columns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config_name: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        text_column: str | None = None,
+        text_pair_column: str | None = None,
+        label_column: str = "label",
+        class_names: ClassNames | None = None,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if config_name == "stsb":
+            raise ConfigError("data.config_name=stsb scores pairs from 0 to 5 (regression); choose a task with classes")
+        columns = GLUE.get(config_name or "", ("text", None))
+        self.dataset_name = name
+        self.config_name = config_name
+        self.train_split = train_split
+        self.validation_split = validation_split
+        self.test_split = test_split
+        pair = text_pair_column or (None if text_column else columns[1])
+        self.reader = FileReader(text_column or columns[0], pair, label_column)
+        self.given_class_names = class_names
+        self.validation_fraction = validation_fraction
+        self.test_fraction = test_fraction
+
+    def read(self) -> Corpus:
+        """Load the data set and settle which split serves as what."""
+        splits = _load(self.dataset_name, self.config_name)
+        for key in ("train_split", "validation_split", "test_split"):
+            chosen = getattr(self, key)
+            if chosen is not None and chosen not in splits:
+                raise ConfigError(
+                    f"data.{key}={chosen!r} is no split of {self.dataset_name}{did_you_mean(chosen, splits)}"
+                )
+        validation, test = self._roles(splits)
+        names = self.given_class_names or _stored_names(splits[self.train_split], self.reader.label_column)
+        return assemble(
+            self._examples(splits, self.train_split),
+            self._examples(splits, validation) if validation else None,
+            self._examples(splits, test) if test else None,
+            class_names=names,
+            validation_fraction=self.validation_fraction,
+            test_fraction=self.test_fraction,
+            split_seed=self.split_seed,
+            transfer=[text for name in self.transfer for text in unlabelled(name, self.reader)],
+        )
+
+    def _roles(self, splits: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """Return the splits to select and to report on; None for one to hold out of training."""
+        matched = (name for name in VALIDATION if name in splits)
+        validation = self.validation_split or next(matched, None)
+        test = self.test_split
+        if test is None and "test" in splits and _is_labelled(splits["test"], self.reader.label_column):
+            test = "test"
+        if test is None and self.validation_split is None:
+            return None, validation
+        return (None if validation == test else validation), test
+
+    def _names_of(self, table: Any) -> list[str] | None:
+        """Return what the numbers of a split stand for, if they stand for names: those stored, unless others are given.
+
+        Raises:
+            ConfigError: As many names are given as there are not stored.
+        """
+        stored = _stored_names(table, self.reader.label_column)
+        if stored is None or self.given_class_names is None:
+            return stored
+        given = given_names(self.given_class_names)
+        if len(given) != len(stored):
+            raise ConfigError(
+                f"data.class_names={given}: {self.dataset_name} has {len(stored)} classes, {', '.join(stored)}"
+            )
+        return stored if set(given) == set(stored) else given
+
+    def _examples(self, splits: Mapping[str, Any], split: str) -> RawExamples:
+        table = splits[split]
+        source = f"{self.dataset_name}, split {split!r}"
+        check_columns(table.column_names, self.reader.columns, f"{source}: ", data_key)
+
+        def where(i: int) -> str:
+            return f"{source}: row {i + 1}, column {self.reader.label_column!r}"
+
+        names = self._names_of(table) or []
+        labels = [
+            names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else label_of(cell, where(i))
+            for i, cell in enumerate(table[self.reader.label_column])
+        ]
+        return RawExamples(list(_sentences(table, self.reader.text_columns, source)), labels, source, where)
+
+
+def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
+    """Return the sentences of a file; with `hf:NAME` or `hf:NAME:CONFIG` those of all splits of a data set.
+
+    Raises:
+        DataError: The file or the data set cannot be read, or has no such columns.
+        ConfigError: A data set, and `datasets` is not installed.
+    """
+    if not name.startswith(PREFIX):
+        return reader.sentences(name)
+    dataset, _, config_name = name.removeprefix(PREFIX).partition(":")
+    columns = reader.text_columns
+    found: list[Sentence] = []
+    for split, table in _load(dataset, config_name or None).items():
+        source = f"{dataset}, split {split!r}"
+        check_columns(table.column_names, columns, f"{source}: ", data_key)
+        found += _sentences(table, columns, source)
+    return found
+
+
+def _sentences(table: Any, columns: Mapping[str, str], source: str) -> Iterator[Sentence]:
+    for i, cells in enumerate(zip(*(table[column] for column in columns.values()), strict=True), 1):
+        pairs = zip(cells, columns.values(), strict=True)
+        yield tuple([text_of(cell, f"{source}: row {i}, column {column!r}") for cell, column in pairs])
+
+
+def _load(name: str, config_name: str | None) -> Mapping[str, Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        message = "data sets of the Hugging Face hub need the package `datasets`: pip install kd-lightning[hub]"
+        raise ConfigError(message) from error
+    try:
+        loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, config_name)
+    except Exception as error:  # the hub's clients raise many kinds; each means that the data set cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        wanted = name if config_name is None else f"{name} ({config_name})"
+        raise DataError(f"cannot load the data set {wanted}: {reason[:300]}") from error
+    return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+def _is_labelled(table: Any, label_column: str) -> bool:
+    return label_column in table.column_names and not all(map(is_missing, table[label_column]))
+
+
+def _stored_names(table: Any, label_column: str) -> list[str] | None:
+    names = getattr(table.features.get(label_column), "names", None)
+    return list(names) if names else None

@@ -1,0 +1,63 @@
+"""Where data lie: written down absolute, and looked for beside a run that was moved together with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.data.sources.records import format_of
+
+_KEYS = ("name", "folder", "tokenizer", "teacher_tokenizer", "transfer")
+_ENDINGS = ("_file", "_dir", "_folder", "path")
+_HUB = "hf:"
+
+
+def absolute(settings: Any) -> Any:
+    """Return the settings of data with every file and folder that they name given by its absolute path.
+
+    What is no path in this working directory, such as a name on the hub, stays as it is.
+    """
+    return _each(settings, lambda path: os.path.abspath(os.path.expanduser(path)))
+
+
+def found(settings: Any, was: Path, now: Path) -> Any:
+    """Return the settings of a run's data with what is no longer there taken from where it lay, seen from the run.
+
+    Args:
+        settings: As `absolute` made them.
+        was: The run's folder when they were written.
+        now: The run's folder.
+    """
+
+    def moved(path: str) -> str:
+        if os.path.exists(path) or not os.path.isabs(path):
+            return path
+        beside = os.path.normpath(now.absolute() / os.path.relpath(path, was))
+        return beside if os.path.exists(beside) else path
+
+    return _each(settings, moved)
+
+
+def _each(settings: Any, change: Callable[[str], str], key: str = "") -> Any:
+    if isinstance(settings, Mapping):
+        return {name: _each(value, change, str(name)) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_each(value, change, key) for value in settings]
+    if not isinstance(settings, str) or not (key in _KEYS or key.endswith(_ENDINGS)):
+        return settings
+    prefix, name, rest = "", settings, ""
+    if key == "transfer" and settings.startswith(_HUB):
+        prefix, (name, colon, config_name) = _HUB, settings.removeprefix(_HUB).partition(":")
+        rest = colon + config_name
+    if not _is_path(name, key) or (key == "transfer" and not prefix and format_of(Path(name)) is None):
+        return settings
+    return prefix + change(name) + rest
+
+
+def _is_path(name: str, key: str) -> bool:
+    """Return whether a setting names a file or folder, if only one that was there, and nothing on the hub."""
+    if os.path.isabs(name) or key == "cache_dir":
+        return True
+    return name != "minilm" and len(name) < 4096 and "\0" not in name and os.path.exists(os.path.expanduser(name))

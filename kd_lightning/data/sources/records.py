@@ -1,0 +1,254 @@
+"""Records of CSV, TSV, JSON, Parquet and plain text files, compressed by gzip or not; errors name file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
+
+Format = Literal["csv", "tsv", "jsonl", "parquet", "txt"]
+Record = tuple[int, dict[str, Any]]
+"""A record and the line where it begins (in a Parquet file its row, in a JSON array its place), counted from 1."""
+
+SUFFIXES: dict[str, Format] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".txt": "txt",
+}
+ZIPPED = ".gz"
+DELIMITERS = ",;\t|"
+"""What may stand between the cells of a CSV file; the first with which its header has the columns."""
+
+csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that Python allows by itself
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a file is written, and how whoever reads it is told to say so.
+
+    Attributes:
+        encoding: Of the text formats.
+        quotes: Whether `"` opens a quoted field in CSV and TSV.
+        key: Turns an option such as `encoding` into what the user can set: `data.encoding` or `--encoding`.
+    """
+
+    encoding: str
+    quotes: bool
+    key: Callable[[str], str]
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format that a file's name tells, `.gz` left aside."""
+    name = path.with_suffix("") if path.suffix.lower() == ZIPPED else path
+    return SUFFIXES.get(name.suffix.lower())
+
+
+def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Manner) -> tuple[str, Iterator[Record]]:
+    """Return what a file counts its records by (its lines, rows or entries), and the records, which have the columns.
+
+    Raises:
+        DataError: The file cannot be read so.
+        ConfigError: An encoding that there is not.
+    """
+    if not path.is_file():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, beside) if beside else f" (nor is there a folder {path.parent})"
+        raise DataError(f"{path}: no such file{near if '?' in near or not beside else ''}")
+    if kind == "parquet":
+        return "row", _parquet_records(path, columns, manner)
+    lines = lines_of(path, manner, newline="" if kind in ("csv", "tsv") else None)
+    if kind == "txt":
+        return "line", ((line, {columns["text_column"]: text}) for line, text in enumerate(lines, start=1))
+    first = list(_first_lines(lines))
+    everything = chain(first, lines)
+    if kind != "jsonl":
+        delimiter = "\t" if kind == "tsv" else _delimiter(first[-1:], columns)
+        return "line", _csv_records(path, everything, columns, manner, delimiter)
+    if first and first[-1].lstrip().startswith("["):
+        entries = enumerate(_parsed(path, "".join(everything), 1), start=1)
+        return "entry", _objects(path, "entry", entries, columns, manner)
+    return "line", _objects(path, "line", _json_lines(path, everything), columns, manner)
+
+
+def lines_of(path: Path, manner: Manner, newline: str | None = None) -> Iterator[str]:
+    """Yield a file's lines as they are read, so that only the sentences are ever in memory.
+
+    Raises:
+        DataError: It cannot be read, or is not in this encoding.
+        ConfigError: There is no such encoding.
+    """
+    try:
+        with _opened(path, manner.encoding, newline) as file:
+            yield next(file, "").removeprefix("\ufeff")
+            yield from file
+    except LookupError as error:
+        raise ConfigError(unknown_encoding(manner)) from error
+    except UnicodeError as error:
+        key = manner.key("encoding")
+        raise DataError(f"{path}: {bad_byte(_content(path), manner.encoding)}; set {key} to the file's own") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def unknown_encoding(manner: Manner) -> str:
+    """Return what there is to say of an encoding that Python does not know."""
+    return f"{manner.key('encoding')}={manner.encoding!r} is not an encoding Python knows; e.g. utf-8, gb18030"
+
+
+def decoded(content: bytes, manner: Manner, source: str) -> str:
+    """Return a text with plain line ends.
+
+    Raises:
+        DataError: It is not in this encoding.
+        ConfigError: There is no such encoding.
+    """
+    try:
+        text = content.decode(manner.encoding)
+    except LookupError as error:
+        raise ConfigError(unknown_encoding(manner)) from error
+    except UnicodeError as error:
+        key = manner.key("encoding")
+        raise DataError(f"{source}: {bad_byte(content, manner.encoding)}; set {key} to its own") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _opened(path: Path, encoding: str, newline: str | None) -> IO[str]:
+    if path.suffix.lower() == ZIPPED:
+        return gzip.open(path, "rt", encoding=encoding, newline=newline)
+    return path.open(encoding=encoding, newline=newline)
+
+
+def _content(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ZIPPED else path.read_bytes()
+
+
+def bad_byte(content: bytes, encoding: str) -> str:
+    """Return which byte of a text is not in its encoding."""
+    try:
+        content.decode(encoding)
+    except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError):
+            line = content.count(b"\n", 0, error.start) + 1
+            return f"line {line}: byte 0x{content[error.start]:02x} at offset {error.start} is not {encoding}"
+    return f"there is no byte order mark, which {encoding} needs"  # what decodes as a whole was refused as a stream
+
+
+def check_columns(header: Sequence[str], columns: Mapping[str, str], place: str, key: Callable[[str], str]) -> None:
+    """Refuse a table without one of the columns, or with two of that name.
+
+    Args:
+        header: The columns there are.
+        columns: Those that are needed, by the option that names them.
+        place: Where the header stands, with a colon.
+        key: Turns the option into what the user can set.
+
+    Raises:
+        DataError: Names all columns there are.
+    """
+    there = [str(name) for name in header]
+    for option, name in columns.items():
+        if name not in there:
+            near = did_you_mean(name, there)
+            listed = f"; it has {', '.join(there)}" if "?" in near else ""
+            raise DataError(f"{place}no column {name!r}{near}{listed} (set {key(option)})")
+        if there.count(name) > 1:
+            raise DataError(f"{place}there are several columns {name!r}; rename all but one")
+
+
+def _csv_records(
+    path: Path, lines: Iterable[str], columns: Mapping[str, str], manner: Manner, delimiter: str
+) -> Iterator[Record]:
+    quoting: Any = csv.QUOTE_MINIMAL if manner.quotes else csv.QUOTE_NONE
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    header: list[str] | None = None
+    begin = 1
+    try:
+        for cells in rows:
+            line, begin = begin, rows.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                check_columns(header, columns, f"{path}: line {line}: ", manner.key)
+            elif len(cells) != len(header):
+                hint = "quote a text that holds the delimiter" if len(cells) > len(header) else "a cell is missing"
+                raise DataError(f"{path}: line {line}: {len(cells)} cells, but the header has {len(header)}; {hint}")
+            else:
+                yield line, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        hint = f'double a quote inside a quoted text (""), or set {manner.key("quotes")}=false'
+        raise DataError(f"{path}: the record from line {begin} on: {error}; {hint}") from error
+    if header is None:
+        raise DataError(f"{path}: the file is empty")
+
+
+def _first_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines up to the first that is not blank."""
+    for line in lines:
+        yield line
+        if line.strip():
+            return
+
+
+def _delimiter(header: Sequence[str], columns: Mapping[str, str]) -> str:
+    """Return what separates the cells of a header: what makes the columns of it, else what makes most cells."""
+    cells = {mark: [cell.strip() for cell in next(csv.reader(header, delimiter=mark), [])] for mark in DELIMITERS}
+    fits = (mark for mark in DELIMITERS if set(columns.values()) <= set(cells[mark]))
+    return next(fits, max(DELIMITERS, key=lambda mark: len(cells[mark])))
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for line, content in enumerate(lines, start=1):
+        if content.strip():
+            yield line, _parsed(path, content.rstrip(), line)
+
+
+def _parsed(path: Path, content: str, line: int) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        place = f"{path}: line {line + error.lineno - 1}, character {error.colno}"
+        raise DataError(
+            f"{place}: not JSON: {error.msg}; expected an object a line, or one array of objects"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        raise DataError(f"{path}: line {line}: not JSON that can be read: {error}") from error
+
+
+def _objects(
+    path: Path, word: str, found: Iterable[tuple[int, Any]], columns: Mapping[str, str], manner: Manner
+) -> Iterator[Record]:
+    for number, record in found:
+        if not isinstance(record, dict):
+            shown = json.dumps(record, ensure_ascii=False)[:40]
+            raise DataError(
+                f"{path}: {word} {number}: expected an object like {{{columns['text_column']!r}: ...}}, got {shown}"
+            )
+        check_columns(list(record), columns, f"{path}: {word} {number}: ", manner.key)
+        yield number, record
+
+
+def _parquet_records(path: Path, columns: Mapping[str, str], manner: Manner) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        check_columns(pyarrow.parquet.read_schema(path).names, columns, f"{path}: ", manner.key)
+        table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys(columns.values())))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    yield from enumerate(table.to_pylist(), start=1)

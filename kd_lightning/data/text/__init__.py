@@ -1,0 +1,1 @@
+"""Sentences: tokenizers, encoding, augmentation, and their data module."""

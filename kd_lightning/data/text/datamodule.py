@@ -1,0 +1,321 @@
+"""Sentences as a `LightningDataModule`: read, split, tokenised once, served in batches of like length."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_lightning.data.datamodule import PARTS, ClassificationData, Role, check_least, check_probabilities
+from kd_lightning.data.text.augment import Changes, Views
+from kd_lightning.data.text.corpus import Corpus, Sentence
+from kd_lightning.data.text.dataset import FreshViews, TokenDataset
+from kd_lightning.data.text.substitutes import ClassWords, Neighbours, nearest_words
+from kd_lightning.data.text.tokens import (
+    TokenStore,
+    encode_batch,
+    encode_store,
+    load_tokenizer,
+    mask_token,
+    sentences_digest,
+    tokenizer_fingerprint,
+)
+from kd_lightning.runtime.assets import home
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
+from kd_lightning.types import IGNORE, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ReplaceBy = Literal["neighbours", "class"]
+ROLES: tuple[Role, Role] = ("student", "teacher")
+
+
+class TextData(ClassificationData):
+    """Sentences or pairs of sentences with one class each, and sentences without that only a teacher labels.
+
+    A subclass says where they come from, in `read`. Views are for the teacher to label, since a masked word may have
+    been the one that decided the class.
+
+    Encoding is done once and kept on disk, so that a batch is a few array look-ups: worker processes seldom pay off.
+
+    Args:
+        tokenizer: `"minilm"`, a folder, a Hugging Face name, or `"wordpiece:8000"` to learn one from the data.
+        teacher_tokenizer: The teacher's, where it differs.
+        max_length: Longer sentences are cut to this many tokens.
+        mask_probability: How often a view's word is masked.
+        ngram_probability: How often a view is cut to at most five words.
+        replace_probability: How often a view's word is replaced.
+        replace_by: Words by which: `neighbours` in the word embeddings of the checkpoint that the teacher's tokenizer
+            belongs to, or words of other training sentences of the same `class`.
+        drop_probability: How often a view's word is left out.
+        swap_probability: How often a view's word changes places with the next one.
+        crop_probability: How often a view is cut to a random run of its words.
+        crop_share: How long that run is, as a share of the words.
+        transfer: More sentences for the teacher to label: files, or names that the source knows.
+        cache_dir: Where encoded sentences are kept; by default under `$KD_LIGHTNING_HOME`.
+        options: Those of `ClassificationData`.
+
+    Raises:
+        ConfigError: An option out of its range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "minilm",
+        teacher_tokenizer: str | None = None,
+        max_length: int = 64,
+        mask_probability: float = 0.1,
+        ngram_probability: float = 0.25,
+        replace_probability: float = 0.0,
+        replace_by: ReplaceBy = "neighbours",
+        drop_probability: float = 0.0,
+        swap_probability: float = 0.0,
+        crop_probability: float = 0.0,
+        crop_share: float = 0.5,
+        transfer: Sequence[str] = (),
+        cache_dir: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_least(4, max_length=max_length)
+        chances: dict[str, Any] = {
+            "replace_probability": replace_probability, "drop_probability": drop_probability,
+            "swap_probability": swap_probability, "crop_probability": crop_probability, "crop_share": crop_share,
+        }  # fmt: skip
+        check_probabilities(mask_probability=mask_probability, ngram_probability=ngram_probability, **chances)
+        if replace_by not in get_args(ReplaceBy):
+            hint = did_you_mean(str(replace_by), get_args(ReplaceBy))
+            raise ConfigError(f"data.replace_by={replace_by!r} is unknown{hint}")
+        self.tokenizer_names = {"student": tokenizer, "teacher": teacher_tokenizer or tokenizer}
+        self.max_length = max_length
+        self.mask_probability = mask_probability
+        self.ngram_probability = ngram_probability
+        self.replace_by = replace_by
+        self._chances = chances
+        # A copy for a teacher with another tokenizer (`reading`) has the same views.
+        self._neighbours_in = self.tokenizer_names["teacher"]
+        self.transfer = [transfer] if isinstance(transfer, str) else list(transfer)
+        self.cache_dir = Path(cache_dir) if cache_dir else home() / "tokens"
+        self._readings: dict[str, Self] = {}  # the same data for other teachers, by their tokenizers
+
+    @abstractmethod
+    def read(self) -> Corpus:
+        """Return the class names and the labelled and unlabelled sentences."""
+
+    # -- getting ready ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read, split and encode everything; a second call does nothing."""
+        if self.fingerprint:
+            return
+        corpus = self.read()
+        self._changes = self._changes_for(corpus)
+        views = Views(
+            corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability,
+            self._changes,
+        )  # fmt: skip
+        parts: dict[str, list[Sentence]] = {
+            "train": corpus.train.texts,
+            "views": [views.make(number) for number in range(views.per_set * (self.view_sets or 0))],
+            "transfer": corpus.transfer,
+            "validation": corpus.validation.texts,
+            "test": corpus.test.texts,
+        }
+        self._lay_out([len(parts[name]) for name in PARTS])
+        examples = self._spans["test"].stop
+        if corpus.regression:
+            self._labels = np.full(examples, np.nan, np.float32)
+        else:
+            self._labels = np.full(examples, IGNORE, np.int64)
+        for name in ("train", "validation", "test"):
+            self._labels[self._spans[name].start : self._spans[name].stop] = getattr(corpus, name).labels
+        self._load_tokenizers([text for sentence in corpus.train.texts for text in sentence])
+        self._fresh = None if self.repeatable else views
+        self.texts_per_example = len(corpus.train.texts[0])
+        self.class_names = corpus.class_names
+        self._encode([text for name in PARTS for text in parts[name]])
+
+    def _changes_for(self, corpus: Corpus) -> Changes:
+        """Return how views are changed beside masking, with what may stand in a word's place."""
+        if not self.views or not self._chances["replace_probability"]:
+            return Changes(**self._chances)
+        if self.replace_by == "class":
+            if corpus.regression:
+                raise ConfigError("data.replace_by=class: a regression has no classes; use data.replace_by=neighbours")
+            labels = [int(label) for label in corpus.train.labels]
+            return Changes(**self._chances, substitutes=ClassWords(corpus.train.texts, labels))
+        texts = [text for sentence in corpus.train.texts for text in sentence]
+        tokenizer = load_tokenizer(self._neighbours_in, texts)
+        return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in, tokenizer))
+
+    def _load_tokenizers(self, training_texts: list[str]) -> None:
+        names = self.tokenizer_names
+        loaded = {name: load_tokenizer(name, training_texts) for name in sorted(set(names.values()))}
+        self.student_tokenizer: PreTrainedTokenizerFast = loaded[names["student"]]
+        self.teacher_tokenizer: PreTrainedTokenizerFast = loaded[names["teacher"]]
+        for name, tokenizer in loaded.items():
+            if self.max_length > tokenizer.model_max_length:
+                longest = tokenizer.model_max_length
+                raise ConfigError(f"data.max_length={self.max_length}, but {name!r} takes at most {longest} tokens")
+            if mask_token(tokenizer) is None and self.views and self.mask_probability:
+                message = f"{name!r} has no token to mask words with"
+                raise ConfigError(f"{message}; set data.mask_probability=0 or data.views=0")
+
+    def _encode(self, texts: list[Sentence]) -> None:
+        """Encode everything, and name it: whole, without the pool, and as far as a teacher's answers depend on it."""
+        digest = sentences_digest(texts)
+        sentences = digest.hexdigest()
+        prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
+        self._stores: dict[str, TokenStore] = {}
+        for role in ROLES[: 1 + self.has_two_tokenizers]:
+            tokenizer = self.tokenizer_of(role)
+            self._stores[role] = encode_store(tokenizer, texts, sentences, self.max_length, self.cache_dir)
+        self._stores.setdefault("teacher", self._stores["student"])
+        self.teacher_key = {
+            "sentences": sentences,
+            "examples": len(texts),
+            "tokenizer": prints[1],
+            "max_length": self.max_length,
+            "truncation": self.teacher_tokenizer.truncation_side,
+        }
+        self.fingerprint = self._name(digest, PARTS, prints)
+        kept = [text for name in self._without_pool for text in texts[self._spans[name].start : self._spans[name].stop]]
+        digest = sentences_digest(kept)
+        self._labelled = self._labelled_name(digest.copy())
+        self._fingerprints = {True: self.fingerprint, False: self._name(digest, self._without_pool, prints)}
+
+    def _labelled_name(self, digest: Any) -> str:
+        parts = self._without_pool
+        content = [self._of(self._labels, parts).tolist(), self.class_names, self._spans_of(parts)]
+        digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        found: str = digest.hexdigest()
+        return found
+
+    def _name(self, digest: Any, parts: Sequence[str], prints: list[str]) -> str:
+        """Return the fingerprint of some parts, whose sentences `digest` took in; `prints` are the tokenizers'."""
+        labels, spans = self._of(self._labels, parts).tolist(), self._spans_of(parts)
+        content: list[Any] = [labels, self.class_names, spans, prints, self.max_length]
+        sides = [self.tokenizer_of(role).truncation_side for role in ROLES]
+        if sides != ["right", "right"]:
+            content.append(sides)
+        if "views" in parts:
+            content += self._pool_content()
+        digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
+        found: str = digest.hexdigest()
+        return found
+
+    def _pool_content(self) -> list[Any]:
+        """Return whose turns, or whose making, the texts of the pool do not show."""
+        content: list[Any] = []
+        if self.views and self.view_sets != 1:
+            content.append([self.view_sets, self.views, self.split_seed, self.mask_probability, self.ngram_probability])
+            content += self._changes_content()
+        return content if self.pool_ratio is None else [*content, {"pool_ratio": self.pool_ratio}]
+
+    def _changes_content(self) -> list[Any]:
+        """Return what names the changes to views, by which older fingerprints stay what they were: none, no entry."""
+        if not any(chance for name, chance in self._chances.items() if name != "crop_share"):
+            return []
+        found = self._changes.substitutes
+        return [[self._chances, found.digest if isinstance(found, Neighbours) else self.replace_by]]
+
+    # -- what models need to know -------------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each example has for the teacher, `(num_examples,)`."""
+        return self._stores["teacher"].lengths
+
+    @property
+    def has_two_tokenizers(self) -> bool:
+        """Whether the teacher reads other tokens than the student."""
+        return self.tokenizer_names["student"] != self.tokenizer_names["teacher"]
+
+    def model_arguments(self, role: Role) -> dict[str, int]:
+        """Return what the data decide about a network: `num_classes`, `vocab_size` and `pad_token_id`."""
+        self.prepare()
+        tokenizer = self.tokenizer_of(role)
+        return {
+            "num_classes": self.num_classes,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": int(tokenizer.pad_token_id),
+        }
+
+    @property
+    def input_format(self) -> dict[str, Any]:
+        """The longest input in tokens, and how many texts an example has."""
+        return {"max_length": self.max_length, "texts": self.texts_per_example}
+
+    def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]], role: Role = "student") -> Batch:
+        """Return new texts (or pairs) as one batch, `(B, L)`, without labels."""
+        self.prepare()
+        sentences = [(text,) if isinstance(text, str) else text for text in texts]
+        return encode_batch(self.tokenizer_of(role), sentences, self.max_length)
+
+    def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast:
+        """Return the tokenizer of a network's inputs."""
+        return self.student_tokenizer if role == "student" else self.teacher_tokenizer
+
+    def read_with(self, tokenizers: Mapping[Role, str]) -> None:
+        """Read with these tokenizers' folders; where teacher and student read alike, either's is both's."""
+        either = next(iter(tokenizers.values())) if tokenizers and not self.has_two_tokenizers else None
+        names = self.tokenizer_names
+        self.tokenizer_names = {role: either or tokenizers.get(role, names[role]) for role in ROLES}
+
+    def reading(self, tokenizer: str) -> Self:
+        """Return the same data for a teacher with another tokenizer; this very object if its teacher reads so already.
+
+        Args:
+            tokenizer: A folder or a Hugging Face name.
+        """
+        self.prepare()
+        fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer, []))
+        if fingerprint == self.teacher_key["tokenizer"]:
+            return self
+        if fingerprint not in self._readings:
+            other = self._copy()
+            other.tokenizer_names = {**self.tokenizer_names, "teacher": tokenizer}
+            other.fingerprint, other._readings = "", {}
+            other.prepare()
+            self._readings[fingerprint] = other
+        return self._readings[fingerprint].select(self._tokens, self._pool)
+
+    def with_one_reader(self) -> Self:
+        """Return the same data for a teacher that reads the student's tokens."""
+        chosen = self._copy()
+        tokenizer = chosen.teacher_tokenizer = self.student_tokenizer
+        chosen.tokenizer_names = dict.fromkeys(ROLES, self.tokenizer_names["student"])
+        chosen._stores = dict.fromkeys(ROLES, self._stores["student"])
+        own = {"tokenizer": tokenizer_fingerprint(tokenizer), "truncation": tokenizer.truncation_side}
+        chosen.teacher_key = {**self.teacher_key, **own}
+        return chosen
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def _training_dataset(self) -> TokenDataset:
+        data = self._trained_on(self._dataset("train", "transfer" if self._pool else "train"))
+        if self._pool:
+            sets = self.view_sets or 1
+            views, size = self._spans["views"], self.sizes["views"] // sets
+            data.turns = [views[number * size : (number + 1) * size] for number in range(sets)]
+            if self._fresh is not None:
+                tokenizers = {prefix: self.tokenizer_of(role) for prefix, role in self._readers().items()}
+                data.fresh = FreshViews(self._fresh, tokenizers, self.max_length)
+        return data
+
+    def _dataset(self, first: str, last: str) -> TokenDataset:
+        self.prepare()
+        stores = {prefix: self._stores[role] for prefix, role in self._readers().items()}
+        return TokenDataset(stores, self._labels, range(self._spans[first].start, self._spans[last].stop))
+
+    def _readers(self) -> dict[str, Role]:
+        """Return whose tokens stand in a batch, by the prefix of their names."""
+        if self._tokens == "both" and self.has_two_tokenizers:
+            return {"": "student", "teacher_": "teacher"}
+        return {"": "teacher" if self._tokens == "teacher" else "student"}

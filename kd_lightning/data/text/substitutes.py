@@ -1,0 +1,165 @@
+"""Words that may stand in a word's place in a view: of the same class, or near it in the teacher's embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd_lightning.data.text.augment import words
+from kd_lightning.runtime.assets import fetch
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.types import MOST_PADDING_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NEAREST = 10
+"""How many neighbours a word has. TinyBERT (Jiao et al. 2019, arXiv 1909.10351) draws from 15."""
+
+_TRIES = 10
+_CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ClassWords:
+    """A word's substitutes are the words of other sentences of the same class, drawn as often as they occur there.
+
+    Attributes:
+        sentences: The training sentences.
+        labels: Their classes.
+    """
+
+    sentences: Sequence[tuple[str, ...]]
+    labels: Sequence[int]
+
+    @cached_property
+    def _of_class(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            found.setdefault(label, []).append(index)
+        return found
+
+    def of(self, word: str, index: int, rng: random.Random) -> str:
+        """Return a word of another sentence; the same one where the class has no other within a few draws."""
+        for _ in range(_TRIES):
+            other = rng.choice(self._of_class[self.labels[index]])
+            found = rng.choice(words(" ".join(self.sentences[other])))[1]
+            if other != index and found != word:
+                return found
+        return word
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A word's substitutes are its nearest neighbours among the teacher's whole words; see `nearest_words`.
+
+    Punctuation around a word stays, and so does a capital letter before neighbours that have none.
+
+    Attributes:
+        table: The neighbours of each word that has any.
+    """
+
+    table: Mapping[str, Sequence[str]]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the table."""
+        return hashlib.sha256(json.dumps(self.table, sort_keys=True).encode()).hexdigest()
+
+    def of(self, word: str, index: int, rng: random.Random) -> str:
+        """Return a neighbour, each as likely as the next; the word itself where none is known."""
+        match = _CORE.fullmatch(word)
+        if match is None or not match[2]:
+            return word
+        before, core, after = match.groups()
+        near = self.table.get(core) or self.table.get(core.lower())
+        if not near:
+            return word
+        found = rng.choice(near)
+        return before + (found[0].upper() + found[1:] if core[0].isupper() else found) + after
+
+
+def nearest_words(texts: Iterable[str], checkpoint: str, tokenizer: PreTrainedTokenizerFast) -> Neighbours:
+    """Return the neighbours of the words of texts in a checkpoint's word embeddings.
+
+    Whole words are those that the tokenizer makes one token of. The nearest have the largest cosine, after the table's
+    mean row, a large offset that all share, is taken off.
+
+    Args:
+        texts: Whose words are looked up.
+        checkpoint: `"minilm"`, a folder or a Hugging Face name: what `tokenizer` was loaded from.
+        tokenizer: The checkpoint's.
+
+    Raises:
+        ConfigError: The checkpoint has no weights to read, or no table that fits the tokenizer.
+    """
+    tokens = _whole_words(tokenizer)
+    asked = {core for text in texts for _, word in words(text) if (core := _core(word))}
+    known = sorted(word for word in {*asked, *(word.lower() for word in asked)} if word in tokens)
+    candidates = sorted(tokens)
+    rows = embeddings(checkpoint, len(tokenizer))
+    rows = rows - rows.mean(0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    others = rows[[tokens[word] for word in candidates]]
+    table: dict[str, list[str]] = {}
+    for start in range(0, len(known), 1024):
+        chunk = known[start : start + 1024]
+        cosines = torch.from_numpy(rows[[tokens[word] for word in chunk]] @ others.T)
+        best = cosines.topk(min(NEAREST + 1, len(candidates))).indices.tolist()
+        for word, places in zip(chunk, best, strict=True):
+            near = [candidates[i] for i in places if candidates[i].lower() != word.lower()][:NEAREST]
+            if near:
+                table[word] = near
+    return Neighbours(table)
+
+
+def _core(word: str) -> str:
+    match = _CORE.fullmatch(word)
+    return match[2] if match else ""
+
+
+def _whole_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Return the words that are one token each, after a space, and their numbers."""
+    texts = {tokenizer.convert_tokens_to_string([token]).strip() for token in tokenizer.get_vocab()}
+    found = sorted(text for text in texts if text.isalpha())
+    encoded = tokenizer([f" {text}" for text in found], add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    return {text: ids[0] for text, ids in zip(found, encoded, strict=True) if len(ids) == 1 and ids[0] != unknown}
+
+
+def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
+    """Return the table of word embeddings `(V, H)` in a checkpoint's `model.safetensors`."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    key = f"data.replace_by=neighbours: {checkpoint!r}, the teacher's tokenizer,"
+    place = str(fetch("minilm")) if checkpoint == "minilm" else checkpoint
+    if Path(place).name == "tokenizer" and Path(place).parent.joinpath("model.safetensors").is_file():
+        place = str(Path(place).parent)  # a network of ours: its tokenizer has a folder of its own
+    try:
+        path = cached_file(place, "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key} has no model.safetensors beside it to read word embeddings from; set data.teacher_tokenizer to a "
+            "pretrained checkpoint, or data.replace_by=class"
+        ) from error
+    with safe_open(path, "pt") as file:
+        for name in sorted(file.keys()):
+            if "emb" not in name and "wte" not in name:
+                continue
+            shape = file.get_slice(name).get_shape()
+            if len(shape) == 2 and 0 <= shape[0] - vocabulary <= MOST_PADDING_ROWS:
+                table: NDArray[np.float32] = file.get_tensor(name).float().numpy()
+                return table
+    raise ConfigError(f"{key} has no word embeddings of its {vocabulary} tokens in {path}; use data.replace_by=class")

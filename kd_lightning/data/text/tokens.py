@@ -1,0 +1,323 @@
+"""Tokenizers, and sentences as arrays of tokens: encoded once, kept on disk, read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd_lightning.data.text.augment import MASK
+from kd_lightning.data.text.corpus import Sentence
+from kd_lightning.runtime.assets import discard_folder, fetch, new_folder
+from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.seals import check_seal, read_sealed, seal, write_sealed
+from kd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+CHUNK = 10_000
+"""Sentences encoded in one call: bounds the memory, long before it costs any time."""
+
+LAYOUT = 3
+"""Goes up when the files of a stored token array change, so that older ones are not read."""
+
+
+def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Return a fast tokenizer that can pad: one without a token for it (GPT-2's) pads with its end-of-text token.
+
+    Args:
+        name: `"minilm"`; a folder or a Hugging Face name; or `"wordpiece:8000"` for a WordPiece vocabulary of at
+            most that size learned from `training_texts` (larger when the texts have more distinct characters).
+        training_texts: What a vocabulary is learned from.
+
+    Raises:
+        ConfigError: The name leads nowhere, or the tokenizer is not a fast one or has nothing to pad with.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "wordpiece":
+        return _train_wordpiece(name, size, training_texts)
+    from huggingface_hub import HfApi
+    from transformers import AutoTokenizer
+
+    place = str(fetch("minilm")) if name == "minilm" else name
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError):
+            if Path(place).exists():
+                raise
+            HfApi().model_info(place, timeout=10)  # fails at once without a network; what follows tries for a minute
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kinds = "'minilm', 'wordpiece:SIZE', a folder, or a Hugging Face name that can be reached"
+        unset = "; where it is not set it is the tokenizer of teacher.checkpoint"
+        raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]}){unset}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"data.tokenizer={name!r} has no fast version (tokenizer.json); convert it or choose another")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"data.tokenizer={name!r} has no token to pad with; set pad_token and save it again")
+    return tokenizer  # type: ignore[return-value]
+
+
+def _train_wordpiece(name: str, size: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if not size.isdecimal() or int(size) < 10:
+        raise ConfigError(f"data.tokenizer={name!r}: expected a vocabulary size after the colon, e.g. wordpiece:8000")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces = special + _learn_pieces(tokenizer, int(size) - len(special), list(texts))
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer.model = models.WordPiece(vocab=vocabulary, unk_token="[UNK]")
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    entries = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=entries, **names)  # type: ignore[no-untyped-call]
+
+
+def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
+    """Return WordPiece pieces: every character, then the most used of the pieces that byte-pair merges make.
+
+    `WordPieceTrainer` breaks ties by hash order and so learns another vocabulary each time; the byte-pair trainer does
+    not. What it learns is written in WordPiece's way, `##` before a piece that goes on with a word.
+    """
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer.train_from_iterator(texts, BpeTrainer(vocab_size=size, show_progress=False))
+    uses: Counter[str] = Counter()
+    characters: set[str] = set()
+    pieces = (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
+    for encoding in itertools.chain.from_iterable(map(tokenizer.encode_batch, pieces)):
+        before = None
+        for token, word in zip(encoding.tokens, encoding.word_ids, strict=True):
+            prefix = "##" if word == before else ""
+            uses[prefix + token] += 1
+            characters |= {prefix + token[0], *("##" + character for character in token[1:])}
+            before = word
+    ranked = sorted(uses.keys() - characters, key=lambda piece: (-uses[piece], piece))
+    return sorted(characters) + ranked[: max(0, size - len(characters))]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a sha256 over everything that decides a tokenizer's output."""
+    backend = _unused(tokenizer)
+    more = [tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token, tokenizer.model_input_names]
+    return hashlib.sha256((backend.to_str() + json.dumps(more)).encode()).hexdigest()
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, the same ones whether or not it was used before."""
+    _unused(tokenizer)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _unused(tokenizer: Any) -> Any:
+    """Return a tokenizer's backend without the padding and truncation of its last call, which each call sets anew."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Encoded sentences, one after the other in one flat array.
+
+    Attributes:
+        folder: Where they are stored.
+        tokens: Token ids of all sentences, `(T,)` int32.
+        offsets: Where each sentence begins and the last one ends, `(N + 1,)` int64.
+        types: Which text of a pair each token belongs to, `(T,)` int8; None for single texts.
+        pad_token_id: What batches are padded with.
+    """
+
+    folder: Path
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    types: NDArray[np.int8] | None
+    pad_token_id: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (
+            self.folder,
+            self.pad_token_id,
+            False,
+        )  # processes share the files, not copies of the arrays
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each sentence, `(N,)`."""
+        return np.diff(self.offsets)
+
+    def batch(self, index: NDArray[np.int64]) -> Batch:
+        """Return sentences padded on the right to the longest of them.
+
+        Args:
+            index: Which sentences, `(B,)`.
+
+        Returns:
+            `input_ids`, `attention_mask` and, for pairs, `token_type_ids`, `(B, L)` int64.
+        """
+        start, end = self.offsets[index], self.offsets[index + 1]
+        place = start[:, None] + np.arange((end - start).max())
+        mask = place < end[:, None]
+        place = np.where(mask, place, 0)
+        entries = {"input_ids": np.where(mask, self.tokens[place], self.pad_token_id), "attention_mask": mask}
+        if self.types is not None:
+            entries["token_type_ids"] = np.where(mask, self.types[place], 0)
+        return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in entries.items()}
+
+
+def open_store(folder: Path, pad_token_id: int, checked: bool = True) -> TokenStore:
+    """Open stored tokens.
+
+    Args:
+        folder: Where they are stored.
+        pad_token_id: What batches are padded with.
+        checked: Whether to hold the files against their checksums.
+
+    Raises:
+        KDError: A file is missing or damaged.
+        ValueError: The files are of other tokens.
+    """
+    meta = read_sealed(folder / "meta.json", "it is written anew")
+    if checked:
+        check_seal(folder, meta["files"], meta["files"], "it is written anew")
+    tokens = np.asarray(np.memmap(folder / "tokens.int32", np.int32, "r"))  # as a plain array it is indexed faster
+    offsets = np.load(folder / "offsets.npy")
+    types = np.asarray(np.memmap(folder / "types.int8", np.int8, "r")) if meta["types"] else None
+    whole = len(offsets) == meta["sentences"] + 1 and len(tokens) == offsets[-1] == meta["tokens"]
+    if not whole or meta["fingerprint"] != folder.name or (types is not None and len(types) != len(tokens)):
+        raise ValueError(f"{folder} is damaged")
+    return TokenStore(folder, tokens, offsets, types, pad_token_id)
+
+
+def sentences_digest(sentences: Sequence[Sentence]) -> Any:
+    """Return a sha256 to go on with: of a JSON list that begins with the list of the sentences."""
+    digest = hashlib.sha256(b"[[")
+    for start in range(0, len(sentences), CHUNK):
+        piece = json.dumps(sentences[start : start + CHUNK], ensure_ascii=False)[1:-1]
+        digest.update(((", " if start else "") + piece).encode("utf-8", "surrogatepass"))
+    digest.update(b"]")
+    return digest
+
+
+def encode_store(
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], content: str, max_length: int, cache: Path
+) -> TokenStore:
+    """Return the sentences encoded: from the cache, or encoded now and put there.
+
+    The cache folder is named after everything that decides its content, so that another text, tokenizer or length never
+    finds it. A damaged folder is written anew.
+
+    Args:
+        tokenizer: What encodes them.
+        sentences: Texts or pairs; `MASK` in them stands for the tokenizer's own mask.
+        content: Names them: the hexadecimal `sentences_digest`.
+        max_length: Longer ones are cut to this many tokens.
+        cache: The folder of all stored tokens.
+    """
+    deciding = [LAYOUT, max_length, tokenizer.truncation_side, tokenizer_fingerprint(tokenizer), content]
+    folder = cache / hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+    pad_token_id = int(tokenizer.pad_token_id)
+    try:
+        return open_store(folder, pad_token_id)
+    except (KDError, OSError, ValueError, KeyError) as error:
+        if folder.exists():
+            log.warning("%s; tokenising again", error)
+            discard_folder(folder)
+    with new_folder(folder) as temporary:
+        _write_store(tokenizer, sentences, max_length, temporary, folder.name)
+    return open_store(folder, pad_token_id)
+
+
+def _write_store(
+    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], max_length: int, folder: Path, fingerprint: str
+) -> None:
+    typed = len(sentences[0]) == 2 and "token_type_ids" in tokenizer.model_input_names
+    files: dict[str, tuple[Path, Any]] = {"input_ids": (folder / "tokens.int32", np.int32)}
+    if typed:
+        files["token_type_ids"] = (folder / "types.int8", np.int8)
+    lengths = [np.zeros(1, np.int64)]
+    truncated = 0
+    for start in range(0, len(sentences), CHUNK):
+        chunk = sentences[start : start + CHUNK]
+        options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
+        encoded = tokenizer(*_columns(tokenizer, chunk), **options)
+        if not all(encoded["input_ids"]):
+            chunk = _readable(tokenizer, chunk, encoded["input_ids"])
+            encoded = tokenizer(*_columns(tokenizer, chunk), **options)
+        truncated += sum(bool(sentence.overflowing) for sentence in encoded.encodings or ())
+        lengths.append(np.array([len(sentence) for sentence in encoded["input_ids"]]))
+        for name, (path, dtype) in files.items():
+            with path.open("ab") as file:
+                np.fromiter(itertools.chain.from_iterable(encoded[name]), dtype).tofile(file)
+    if truncated:
+        log.info("%d of %d sentences were cut to %d tokens", truncated, len(sentences), max_length)
+    offsets = np.cumsum(np.concatenate(lengths))
+    np.save(folder / "offsets.npy", offsets)
+    meta = {"fingerprint": fingerprint, "types": typed, "sentences": len(sentences), "tokens": int(offsets[-1])}
+    files_written = seal(folder, [*(path.name for path, _ in files.values()), "offsets.npy"])
+    write_sealed(folder / "meta.json", {**meta, "files": files_written})
+
+
+def mask_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what a tokenizer masks words with: its mask, else its token for what it does not know."""
+    token: str | None = tokenizer.mask_token or tokenizer.unk_token
+    return token
+
+
+def _columns(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[Sentence]) -> list[list[str]]:
+    """Return the first texts, and the second ones of pairs, as the tokenizer takes them."""
+    mask = mask_token(tokenizer) or ""
+    return [[text.replace(MASK, mask) for text in texts] for texts in zip(*sentences, strict=True)]
+
+
+def _readable(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], found: Iterable[Any]
+) -> list[Sentence]:
+    """Return sentences with a token that means so in place of those in which a tokenizer found none.
+
+    Args:
+        tokenizer: It adds none of its own; U+200B has none in many.
+        sentences: Texts or pairs.
+        found: Whether it found any in each.
+    """
+    nothing = str(tokenizer.unk_token or tokenizer.eos_token or tokenizer.pad_token)
+    return [text if any_token else (nothing, *text[1:]) for text, any_token in zip(sentences, found, strict=True)]
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_length: int | None) -> Batch:
+    """Return sentences encoded now, with the same entries that `TokenStore.batch` gives."""
+    options: dict[str, Any] = {"padding": True, "padding_side": "right", "return_attention_mask": True}
+    options |= {"truncation": max_length is not None, "max_length": max_length, "return_tensors": "pt"}
+    encoded = tokenizer(*_columns(tokenizer, sentences), **options)
+    found = encoded["attention_mask"].bool().any(1)
+    if not found.all():
+        encoded = tokenizer(*_columns(tokenizer, _readable(tokenizer, sentences, found.tolist())), **options)
+    return {name: entry for name, entry in encoded.items() if len(sentences[0]) == 2 or name != "token_type_ids"}

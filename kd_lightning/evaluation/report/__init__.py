@@ -1,0 +1,28 @@
+"""The comparison of teacher, baseline and distilled student: `report.json`, `report.md`, two pictures and a table.
+
+`build_report` turns results into the JSON document (docs/report_schema.md); everything else reads that document alone,
+so a report can be printed or drawn again without the run. Nothing here imports torch at import time.
+"""
+
+from kd_lightning.evaluation.report.build import SCHEMA_VERSION, build_report, check
+from kd_lightning.evaluation.report.files import load_report, write_report
+from kd_lightning.evaluation.report.results import Curve, DataSummary, ModelResult, read_curve
+from kd_lightning.evaluation.report.table import comparison_rows, markdown_table, print_table
+from kd_lightning.evaluation.report.text import report_markdown, summary
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Curve",
+    "DataSummary",
+    "ModelResult",
+    "build_report",
+    "check",
+    "comparison_rows",
+    "load_report",
+    "markdown_table",
+    "print_table",
+    "read_curve",
+    "report_markdown",
+    "summary",
+    "write_report",
+]

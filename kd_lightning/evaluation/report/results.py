@@ -1,0 +1,191 @@
+"""What a run hands over to be reported: plain data, one `ModelResult` per model."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_lightning.runtime.errors import DataError
+
+if TYPE_CHECKING:  # they live beside code that needs torch
+    from kd_lightning.evaluation.profiling import Latency, Size, Throughput
+
+MODEL_NAMES = ("teacher", "assistant", "baseline", "baseline_initialised", "distilled", "finetuned")
+"""Every model a report knows, in the order of tables and pictures; assistants are numbered: assistant_1, ..."""
+
+SCORES = {
+    "average": "average over tasks",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "pearson": "Pearson correlation",
+    "rmse": "RMSE",
+    "agreement": "agreement with teacher",
+    "kl_to_teacher": "KL to teacher, nats",
+    "rmse_to_teacher": "RMSE to teacher",
+    "ece": "calibration error (ECE)",
+}
+"""How people read the scores, in the order of tables."""
+
+LOSS_SHARE, GRADIENT_SHARE = "train/share/", "train/gradient/share/"
+"""What the names of those columns begin with; a term's name follows."""
+
+_log = logging.getLogger(__name__)
+
+
+def role(name: str) -> str:
+    """Return which of `MODEL_NAMES` a model's name is.
+
+    >>> role("assistant_2"), role("distilled")
+    ('assistant', 'distilled')
+    """
+    return "assistant" if name.startswith("assistant_") else name
+
+
+def score_title(name: str) -> str:
+    """Return how people read a score.
+
+    >>> score_title("pearson"), score_title("domain/accuracy")
+    ('Pearson correlation', 'domain: accuracy')
+    """
+    task, _, score = name.rpartition("/")
+    title = SCORES.get(score, score)
+    return f"{task}: {title}" if task else title
+
+
+def main_score(report: Mapping[str, Any]) -> str:
+    """Return the name of the score by which a report compares models; older reports know accuracy only."""
+    name: str = report["data"].get("score", "accuracy")
+    return name
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How one training run went.
+
+    Attributes:
+        seed: The run's seed.
+        accuracy: The main score on validation (accuracy, or what `DataSummary.score` says) by optimizer step, in order.
+        loss: Training loss by optimizer step.
+        loss_share: Each term's share of the weighted loss by optimizer step; empty for a training from labels.
+        gradient_share: Each term's share of the gradient, likewise.
+    """
+
+    seed: int
+    accuracy: dict[int, float]
+    loss: dict[int, float]
+    loss_share: dict[str, dict[int, float]] = field(default_factory=dict)
+    gradient_share: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model of the comparison.
+
+    Lists have one entry per seed, in the order of the run's seeds; the teacher's and an assistant's have one.
+
+    Attributes:
+        name: Which model: one of `MODEL_NAMES`.
+        title: How people read it, such as "student from labels".
+        test: Scores on the test split, as `tasks.Task.evaluate` returns them.
+        validation: The same on the validation split.
+        size: Parameters and bytes.
+        latency: One example at a time.
+        throughput: Whole batches.
+        training_seconds: Wall time of training; empty for a model that was loaded.
+        curves: Learning curves; empty for a model that was loaded.
+        correct: For each seed, whether each test example was predicted rightly, in the same order for all models. With
+            it the difference between two models is judged on the same examples (paired), which sees smaller
+            differences.
+    """
+
+    name: str
+    title: str
+    test: Sequence[Mapping[str, float]]
+    validation: Sequence[Mapping[str, float]] = ()
+    size: Size | None = None
+    latency: Latency | None = None
+    throughput: Throughput | None = None
+    training_seconds: Sequence[float] = ()
+    curves: Sequence[Curve] = ()
+    correct: Sequence[Sequence[bool]] = ()
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the models were trained and tested on.
+
+    Attributes:
+        name: The data set.
+        splits: Number of examples by split; at least `test`, usually `train`, `validation`, and `views` and `transfer`
+            where used.
+        majority_accuracy: Accuracy on the test split of always answering its most frequent class; None where there are
+            no classes, or several tasks.
+        class_names: Names of the classes.
+        fingerprint: Hash of content and preprocessing.
+        score: The score by which checkpoints are selected and models compared; higher is better.
+    """
+
+    name: str
+    splits: Mapping[str, int]
+    majority_accuracy: float | None
+    class_names: Sequence[str] = field(default=())
+    fingerprint: str | None = None
+    score: str = "accuracy"
+
+
+def read_curve(
+    path: str | Path, seed: int, *, accuracy_key: str = "val/accuracy", loss_key: str = "train/loss"
+) -> Curve:
+    """Read a learning curve from the `metrics.csv` of Lightning's `CSVLogger`.
+
+    Its rows are sparse: each holds what was logged together at one step, the other cells are empty. A step that occurs
+    twice (a resumed run logs the steps after its checkpoint again) counts with its last value. A row cut short by a
+    kill is skipped with a logged warning; a file that a kill left empty has no rows.
+
+    Args:
+        path: The CSV file.
+        seed: Seed of that run.
+        accuracy_key: Column of the validation accuracy.
+        loss_key: Column of the training loss; `<loss_key>_step` is taken when Lightning wrote that instead.
+
+    Returns:
+        The curve; empty where a column is missing.
+
+    Raises:
+        DataError: If there is no such file or it has no `step` column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected the metrics.csv that Lightning's CSVLogger writes")
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        if not columns:  # a kill came between the file and its first line
+            return Curve(seed, {}, {})
+        if "step" not in columns:
+            raise DataError(
+                f"{path}: no column 'step'; expected Lightning's metrics.csv, found columns {list(columns)}"
+            )
+        if loss_key not in columns:
+            loss_key = f"{loss_key}_step"
+        shares = [key for key in columns if key.startswith((LOSS_SHARE, GRADIENT_SHARE))]
+        found: dict[str, dict[int, float]] = {key: {} for key in (accuracy_key, loss_key, *shares)}
+        for row in rows:
+            try:
+                step = int(row["step"])
+                # None stands in cells (and as a key) where a row has too few (too many) of them
+                for key, values in found.items():
+                    if row.get(key):
+                        values[step] = float(row[key])
+            except (TypeError, ValueError):
+                _log.warning("%s, line %d: skipped a damaged row", path, rows.line_num)
+    found = {key: dict(sorted(values.items())) for key, values in found.items()}
+    by_term = [
+        {key.removeprefix(prefix): found[key] for key in shares if key.startswith(prefix)}
+        for prefix in (LOSS_SHARE, GRADIENT_SHARE)
+    ]
+    return Curve(seed, found[accuracy_key], found[loss_key], *by_term)

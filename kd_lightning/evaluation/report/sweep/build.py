@@ -1,0 +1,154 @@
+"""From a sweep's points to one document: plain data that JSON can hold, and that the page and the pictures read."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.config.sweep import GRID
+from kd_lightning.evaluation.report.build import describe, to_plain
+from kd_lightning.evaluation.report.sweep.points import Point, Value, values_of
+
+Key = tuple[Value, ...]
+
+
+def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
+    """Assemble the document of a sweep.
+
+    Points that differ in nothing but their seed are one configuration. The configuration with the best mean on
+    validation is chosen, among those that have the most seeds, lest one wins that was lucky with few. The test split's
+    score is taken from the chosen one only.
+
+    Args:
+        points: What `read_points` returns.
+
+    Returns:
+        `score` (what was measured), `parameters` (what the points differ in but for the seed, with the mean over all
+        else of each value), `configurations` (the best first), `chosen` (None where no point is finished), `noise` (the
+        standard deviation over seeds, pooled over configurations), `teacher` (its validation score and its price; None
+        where there is none), `search` (whether a sweeper chose the points as it went), `failed`, `unfinished`, and
+        `environment`.
+    """
+    names = _varied(points)
+    groups: dict[Key, list[Point]] = {}
+    for point in points:
+        if point.score is not None:
+            groups.setdefault(tuple(point.value(name) for name in names), []).append(point)
+    configurations = [_configuration(dict(zip(names, key, strict=True)), group) for key, group in groups.items()]
+    configurations.sort(key=lambda entry: -entry["validation"]["mean"])
+    finished = [point for group in groups.values() for point in group]
+    plain: dict[str, Any] = to_plain({
+        "score": finished[0].metric if finished else None,
+        "parameters": [_parameter(name, configurations) for name in names],
+        "configurations": configurations,
+        "chosen": _chosen(configurations, groups, names),
+        "noise": _noise(configurations),
+        "teacher": _teacher(finished),
+        "search": any(point.sweeper != GRID for point in points),
+        "failed": [_lost(point, names) | (point.failure or {}) for point in points if point.failure],
+        "unfinished": [_lost(point, names) for point in points if point.score is None and not point.failure],
+        "environment": finished[0].report["environment"] if finished and finished[0].report else {},
+    })  # fmt: skip
+    return plain
+
+
+def _varied(points: Sequence[Point]) -> list[str]:
+    """Return the keys that not all points set alike, but for the seed, in the order of the command line."""
+    keys = dict.fromkeys(key for point in points for key in point.overrides)
+    return [key for key in keys if key != "seed" and len({point.value(key) for point in points}) > 1]
+
+
+def _configuration(values: dict[str, Value], points: Sequence[Point]) -> dict[str, Any]:
+    """Describe the finished points that differ in their seed only."""
+    models = [point.report["models"] for point in points if point.report]
+    baselines = [
+        values_of(entry["baseline"], "validation", points[0].metric) for entry in models if "baseline" in entry
+    ]
+    return {
+        "values": values,
+        "validation": describe(score for point in points for score in point.scores("validation")),
+        "baseline": describe(score for scores in baselines for score in scores),
+        **_price([point.model for point in points]),
+        "points": [
+            {"folder": point.folder.name, "seed": point.seed, "score": point.score, "command": point.command}
+            for point in points
+        ],
+    }  # fmt: skip
+
+
+def _chosen(
+    configurations: Sequence[dict[str, Any]], groups: dict[Key, list[Point]], names: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the best configuration on validation, and for it alone the score on the test split."""
+    if not configurations:
+        return None
+    most = max(len(entry["validation"]["values"]) for entry in configurations)
+    best = next(entry for entry in configurations if len(entry["validation"]["values"]) == most)
+    points = groups[tuple(best["values"][name] for name in names)]
+    test = describe(score for point in points for score in point.scores("test"))
+    return {"rank": configurations.index(best), "values": best["values"], "test": test}
+
+
+def _parameter(name: str, configurations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describe what each value of a parameter scored over all that the configurations vary besides it."""
+    groups: dict[Value, list[dict[str, Any]]] = {}
+    for entry in configurations:
+        groups.setdefault(entry["values"][name], []).append(entry)
+    values = [
+        _value(value, groups[value]) for value in sorted(groups, key=lambda value: (isinstance(value, str), value))
+    ]
+    means = [found["mean"] for found in values]
+    return {
+        "name": name,
+        "numeric": bool(values) and not isinstance(values[-1]["value"], str),
+        # where no value comes twice, the mean over all else is no mean
+        "searched": 1 < len(groups) == len(configurations) and len(configurations[0]["values"]) > 1,
+        "values": values,
+        "moves": max(means) - min(means) if means else math.nan,
+    }
+
+
+def _value(value: Value, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describe one value of a parameter, and the students from labels beside it."""
+    described = describe(score for entry in entries for score in entry["validation"]["values"])
+    baselines = [entry["baseline"]["mean"] for entry in entries if entry["baseline"]["mean"] is not None]
+    return {"value": value, **described, "baseline": _mean(baselines)}
+
+
+def _noise(configurations: Sequence[dict[str, Any]]) -> float:
+    """Return the standard deviation over seeds, pooled over the configurations that have several."""
+    several = [entry["validation"] for entry in configurations if len(entry["validation"]["values"]) > 1]
+    freedom = sum(len(found["values"]) - 1 for found in several)
+    squares = sum(found["std"] ** 2 * (len(found["values"]) - 1) for found in several)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def _teacher(points: Sequence[Point]) -> dict[str, Any] | None:
+    """Return mean validation score and price of the points' teachers, which are those of the one they share."""
+    models = [
+        point.report["models"]["teacher"] for point in points if point.report and "teacher" in point.report["models"]
+    ]
+    scores = [score for model in models for score in values_of(model, "validation", points[0].metric)]
+    return {"validation": statistics.fmean(scores), **_price(models)} if scores else None
+
+
+def _price(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how large models are, and how long they take to answer one example: the mean of their medians."""
+    return {
+        "parameters": (models[0]["size"] or {}).get("parameters"),
+        "latency_ms": _mean(model["latency_ms"]["p50"] for model in models if model["latency_ms"]),
+    }
+
+
+def _lost(point: Point, names: Sequence[str]) -> dict[str, Any]:
+    """Describe a point that has no score."""
+    values = {name: point.value(name) for name in names} | ({"seed": point.seed} if "seed" in point.overrides else {})
+    return {"folder": Path(point.folder).name, "values": values, "command": point.command}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return statistics.fmean(listed) if listed else math.nan

@@ -1,0 +1,140 @@
+"""A sweep's document as one page that needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.evaluation.report.results import score_title
+from kd_lightning.evaluation.report.sweep.pictures import LETTERS, baseline_of, label
+from kd_lightning.evaluation.report.table import spread
+from kd_lightning.runtime.borders import visible
+
+Picture = tuple[str, bytes]
+"""Its caption and its PNG."""
+UNFINISHED = "it runs, or was stopped: the same sweep, started again, goes on with it"
+
+
+def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) -> str:
+    """Write the page.
+
+    Args:
+        document: What `build_sweep` returns.
+        name: The sweep's name, for the heading.
+        pictures: What stands between the summary and the tables, in order.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: visible(value, keep="\n"),
+    )
+    return environment.get_template("page.html").render(
+        title=f"Sweep {name}",
+        sentences=sentences(document),
+        figures=[{"caption": caption, "data": base64.b64encode(data).decode()} for caption, data in pictures],
+        names=[parameter["name"] for parameter in document["parameters"]],
+        score=score_title(document["score"] or ""),
+        has_baseline=baseline_of(document["configurations"]) is not None,
+        rows=[_row(document, rank) for rank in range(len(document["configurations"]))],
+        lost=[
+            ("Failed points", [_lost(point, f"{point['type']}: {point['error']}") for point in document["failed"]]),
+            ("Unfinished points", [_lost(point, UNFINISHED) for point in document["unfinished"]]),
+        ],
+        footer=_footer(document["environment"]),
+    )  # fmt: skip
+
+
+def setting(values: Mapping[str, Any]) -> str:
+    """Write what a configuration sets.
+
+    >>> setting({"temperature": 4.0, "distillation": "dkd"})
+    'temperature=4 distillation=dkd'
+    """
+    return " ".join(f"{name}={label(value)}" for name, value in values.items()) or "the only configuration"
+
+
+def sentences(document: Mapping[str, Any]) -> list[str]:
+    """Say what came out: what was chosen, how it stands to labels and teacher, and how much the choice matters."""
+    found, chosen = document["configurations"], document["chosen"]
+    finished = sum(len(entry["points"]) for entry in found)
+    counts = f"{finished} points finished, {len(document['failed'])} failed, {len(document['unfinished'])} unfinished."
+    if chosen is None:
+        return [counts]
+    best, title = found[chosen["rank"]], score_title(document["score"])
+    seeds = len(best["validation"]["values"])
+    said = [
+        f"Best on validation of {len(found)} configurations: {setting(chosen['values'])}, {title} "
+        f"{spread(best['validation'])} on validation ({seeds} seed{'s' * (seeds > 1)}) and "
+        f"{spread(chosen['test'])} on test."
+    ]
+    others = []
+    if (base := best["baseline"])["mean"] is not None:
+        others.append(f"the same student from labels alone has {spread(base)}")
+    if document["teacher"] is not None:
+        others.append(f"the teacher {document['teacher']['validation']:.3f}")
+    if others:
+        said.append(f"On validation {', '.join(others)}.")
+    if base["mean"] is not None and best["validation"]["mean"] <= base["mean"]:
+        said.append("The chosen configuration is no better than that student: distillation did not help here.")
+    return [*said, *_sensitivity(document, best), counts]
+
+
+def _sensitivity(document: Mapping[str, Any], best: Mapping[str, Any]) -> list[str]:
+    """Say how far the parameters move the score, against what the seed alone does."""
+    found, said = document["configurations"], []
+    moves = [entry for entry in document["parameters"] if not entry["searched"] and len(entry["values"]) > 1]
+    if moves:
+        moves.sort(key=lambda entry: -entry["moves"])
+        listed = ", ".join(f"{entry['name']} {entry['moves']:.3f}" for entry in moves)
+        said.append(f"From worst to best value, each averaged over all else, a parameter moves the score by: {listed}.")
+    if document["noise"] is not None and len(found) > 1:
+        near = sum(entry["validation"]["mean"] >= best["validation"]["mean"] - document["noise"] for entry in found) - 1
+        said.append(
+            f"The seed alone moves the score by {document['noise']:.3f} (standard deviation): {near or 'none'} of the "
+            f"{len(found) - 1} other configurations {'is' if near == 1 else 'are'} within that of the chosen one, or "
+            "above it."
+        )
+    return said
+
+
+def _row(document: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return one configuration as the table's texts."""
+    entry = document["configurations"][rank]
+    mean, base = entry["validation"]["mean"], entry["baseline"]["mean"]
+    gain = None if base is None else round(mean - base, 3) + 0.0  # no -0.000
+    return {
+        "cells": [{"text": label(value), "long": len(label(value)) > LETTERS} for value in entry["values"].values()],
+        "validation": spread(entry["validation"]),
+        "seeds": len(entry["validation"]["values"]),
+        "gain": "" if gain is None else f"{gain:+.3f}",
+        "below": gain is not None and gain < 0,
+        "test": spread(document["chosen"]["test"]) if rank == document["chosen"]["rank"] else "",
+        "setting": setting(entry["values"]),
+        "points": [
+            point | {"title": f"seed {label(point['seed'])}: {point['score']:.4f}, {point['folder']}"}
+            for point in entry["points"]
+        ],
+    }  # fmt: skip
+
+
+def _lost(point: Mapping[str, Any], reason: str) -> dict[str, Any]:
+    return {
+        "setting": setting(point["values"]), "reason": reason, "traceback": point.get("traceback"),
+        "command": point["command"],
+    }  # fmt: skip
+
+
+def _footer(environment: Mapping[str, Any]) -> str:
+    """Say where and with what the sweep ran."""
+    if not environment:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    machine = f"{environment.get('cpu', 'unknown processor')}, {environment.get('cores', '?')} cores"
+    devices = "".join(f", {device}" for device in environment.get("cuda_devices", []))
+    return f"{machine}{devices}; Python {environment.get('python')}, {versions}; {environment.get('date', '')[:10]}"

@@ -1,0 +1,144 @@
+"""The points of a sweep, as they lie in its folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.config.sweep import FAILURE, GRID, OVERRIDES, SCORE
+from kd_lightning.evaluation.report.files import load_report
+from kd_lightning.runtime.errors import DataError, KDError
+from kd_lightning.runtime.seals import read_sealed
+from kd_lightning.training.run_folder import read_config
+
+Value = float | str
+"""What a point sets a parameter to: a number where its text is one."""
+
+NOT_GIVEN = "as configured"
+"""The value of a parameter that other points set and this one, which never finished, left alone."""
+
+_DECIDING = {"teacher": "teacher", "baseline": "baseline", "distill": "distilled", "finetune": "finetuned"}
+"""The model of the report that a point's last stage trains."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One folder of a sweep.
+
+    Attributes:
+        folder: Where it is.
+        overrides: What it was started with, the text of each value by its key.
+        command: The command line that reproduces it.
+        sweeper: The class that chose it.
+        score: Best validation score; None unless it is finished.
+        metric: What the score is, such as `accuracy`; None unless it is finished.
+        report: Its `report.json`; None unless it is finished.
+        config: Its whole configuration; empty unless it is finished.
+        failure: Its `failure.json`; None unless it failed.
+    """
+
+    folder: Path
+    overrides: dict[str, str]
+    command: str
+    sweeper: str = GRID
+    score: float | None = None
+    metric: str | None = None
+    report: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+
+    def value(self, key: str) -> Value:
+        """Return what it sets a parameter to, or what the parameter is in its configuration."""
+        if key in self.overrides:
+            return as_value(self.overrides[key])
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return NOT_GIVEN if node is None else as_value(str(node))
+
+    @property
+    def seed(self) -> Value:
+        """Return its (first) seed."""
+        return self.value("seed")
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """Return the report's entry of the model that the score is about."""
+        assert self.report is not None
+        assert self.config is not None
+        found: dict[str, Any] = self.report["models"][_DECIDING[self.config["stages"][-1]]]
+        return found
+
+    def scores(self, split: str) -> list[float]:
+        """Return the deciding model's score on a split, one for each of the point's seeds."""
+        assert self.score is not None
+        assert self.report is not None
+        if split == "validation" and len(self.report["seeds"]) == 1:
+            return [self.score]
+        return values_of(self.model, split, self.metric)
+
+
+def values_of(model: dict[str, Any], split: str, metric: str | None) -> list[float]:
+    """Return a model's scores on a split, one for each seed that has one."""
+    described = model[split].get(metric, {"values": []})
+    return [value for value in described["values"] if value is not None]
+
+
+def read_points(folder: Path) -> list[Point]:
+    """Read a sweep's points, in the order of their names.
+
+    Raises:
+        KDError: There is no such folder, or it holds no points.
+        DataError: A file of a point is damaged.
+    """
+    if not folder.is_dir():
+        wrong = "a file" if folder.exists() else "no such folder"
+        raise KDError(f"{folder}: {wrong}; expected the folder of a sweep (kd-train -m ...)")
+    points = [_read(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES}"))]
+    if points:
+        return points
+    if any((folder / name).exists() for name in ("report.json", "config.yaml", "teacher", "seed_0")):
+        where = f"its report is {folder / 'report.md'}" if (folder / "report.md").exists() else "it is not finished"
+        raise KDError(f"{folder} holds a single run, not a sweep: {where}")
+    if sweeps := sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{OVERRIDES}")}):
+        raise KDError(f"{folder} holds no points of a sweep, but folders of some: kd-report {' or '.join(sweeps[:3])}")
+    raise KDError(f"{folder} holds no points of a sweep: kd-train -m ... gives each a folder with {OVERRIDES} in it")
+
+
+def as_value(text: str) -> Value:
+    """Return a parameter's value as a number where it is one.
+
+    >>> as_value("1e-3"), as_value("dkd"), as_value("nan")
+    (0.001, 'dkd', 'nan')
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
+
+
+def _read(folder: Path) -> Point:
+    given = _json(folder / OVERRIDES)
+    pairs = (override.lstrip("+").partition("=") for override in given["overrides"])
+    begun = Point(folder, {key: value for key, _, value in pairs}, given["command"])
+    begun = replace(begun, sweeper=given.get("sweeper", begun.sweeper))  # earlier versions did not write it
+    if (folder / FAILURE).is_file():
+        return replace(begun, failure=_json(folder / FAILURE))
+    if not (folder / SCORE).is_file():
+        return begun
+    score = _json(folder / SCORE)
+    return replace(
+        begun, score=score["score"], metric=score["metric"], report=load_report(folder),
+        config=read_config(folder),
+    )  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path, "start the same sweep again, which writes it anew", required=False)
+    except KDError as error:
+        raise DataError(str(error)) from error

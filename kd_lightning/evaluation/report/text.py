@@ -1,0 +1,146 @@
+"""The report for people: report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from kd_lightning.evaluation.report.results import main_score, score_title
+from kd_lightning.evaluation.report.table import as_markdown, markdown_table, ratio_line, short
+from kd_lightning.runtime.borders import fence, markdown, visible
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Say in one paragraph what came out: how near the student is to its teacher, at what price, thanks to what."""
+    models = report["models"]
+    student, teacher = models.get("distilled"), models.get("teacher")
+    main, title = main_score(report), score_title(main_score(report))
+    accuracy = {name: model["test"][main]["mean"] for name, model in models.items()}
+    if student is None or teacher is None or not accuracy["distilled"] or not accuracy["teacher"]:
+        scores = ", ".join(f"{model['title']} {_score(accuracy[name])}" for name, model in models.items())
+        return f"{title[0].upper()}{title[1:]} on the test split: {scores}."
+    kept = 100 * accuracy["distilled"] / accuracy["teacher"]
+    sentence = (
+        f"The distilled student keeps {kept:.1f}% of the teacher's {title} ({accuracy['distilled']:.3f} of "
+        f"{accuracy['teacher']:.3f})"
+    )
+    clauses = [clause for clause in (_size_clause(teacher, student), _speed_clause(teacher, student)) if clause]
+    sentences = [sentence + (" " + " and ".join(clauses) if clauses else "") + "."]
+    if accuracy.get("baseline") is not None:
+        sentences.append(_gain(report, accuracy["baseline"], accuracy["distilled"]))
+    if len(report["seeds"]) > 1:
+        sentences.append(f"The students' figures are means over {len(report['seeds'])} seeds.")
+    return " ".join(sentences)
+
+
+def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("curves.png", "tradeoff.png")) -> str:
+    """Write the report as Markdown.
+
+    Args:
+        report: The document `build_report` returns.
+        pictures: Names of the pictures that lie beside the report.
+
+    Returns:
+        The text of report.md.
+    """
+    data, environment, title = report["data"], report["environment"], score_title(main_score(report))
+    splits = ", ".join(f"{markdown(name)} {size:,}" for name, size in data["splits"].items())
+    parts = [f"# {markdown(report['task'])}: distillation report", markdown(summary(report))]
+    parts += ["\n".join(f"> **Warning.** {markdown(warning)}" for warning in report["warnings"]).replace("\n", "\n>\n")]
+    parts += ["## Comparison on the test split", markdown_table(report), ratio_line(report) + "."]
+    captions = {
+        "curves.png": f"Validation {title} during training",
+        "tradeoff.png": f"Test {title} against size and against latency",
+        "shares.png": "Each loss term's share of the distillation's loss and gradient",
+    }
+    parts += [f"![{markdown(caption)}]({name})" for name, caption in captions.items() if name in pictures]
+    parts += [
+        "## How to read it",
+        markdown(report["selection"]),
+        f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
+        + _chance_text(data),
+        _difference_text(report["difference"]),
+        _speed_text(report),
+        "## How to reproduce it",
+        f"{(marks := fence(report['command']))}\n{visible(report['command'])}\n{marks}",
+        as_markdown(
+            [["setting", "value"], *([name, _value(value)] for name, value in report["settings"].items())], ":--"
+        ),
+        as_markdown([["stage", "seconds"], *([name, short(value)] for name, value in report["stages"].items())]),
+        as_markdown([["environment", ""], *([name, _value(value)] for name, value in environment.items())], ":--"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _chance_text(data: Mapping[str, Any]) -> str:
+    """Say what an accuracy is to be held against."""
+    if data["majority_accuracy"] is None:
+        return ""
+    return (
+        f" Always answering the most frequent class scores {_score(data['majority_accuracy'])}. With "
+        f"{data['n_test']:,} test examples the standard error of an accuracy is up to {_score(data['standard_error'])}."
+    )
+
+
+def _score(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+def _value(value: Any) -> str:
+    """Write a setting in one cell."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_value, value)) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def _times(factor: float) -> str:
+    """Write a factor with two digits: 1.4x, 12x, 130x."""
+    return f"{factor:.1f}x" if factor < 9.95 else f"{float(f'{factor:.2g}'):.0f}x"
+
+
+def _size_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str | None:
+    if not teacher["size"] or not student["size"]:
+        return None
+    factor = teacher["size"]["parameters"] / student["size"]["parameters"]
+    return f"with {_times(factor)} fewer parameters" if factor >= 1 else f"with {_times(1 / factor)} more parameters"
+
+
+def _speed_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str | None:
+    if not teacher["latency_ms"] or not student["latency_ms"]:
+        return None
+    factor = teacher["latency_ms"]["p50"] / student["latency_ms"]["p50"]
+    return f"answers {_times(factor)} faster" if factor >= 1 else f"answers {_times(1 / factor)} slower"
+
+
+def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
+    """Say what distillation added to the same student trained from labels."""
+    ratio = report["distillation_ratio"]["mean"]
+    compared = f"the same student trained from labels alone scores {baseline:.3f}"
+    if ratio is None:
+        return f"There was no gap for distillation to close: {compared}."
+    if distilled <= baseline:
+        return f"Distillation did not help: {compared}."
+    return f"Distillation closed {100 * ratio:.0f}% of the gap to the teacher: {compared}."
+
+
+def _difference_text(difference: Mapping[str, Any] | None) -> str:
+    if difference is None or difference["standard_error"] is None:
+        return ""
+    method = "compared on the same test examples" if difference["paired"] else "as if from independent test sets"
+    return (
+        f"Distilled minus baseline: {difference['mean']:+.3f} accuracy, standard error "
+        f"{difference['standard_error']:.3f} ({method}, variation over seeds included)."
+    )
+
+
+def _speed_text(report: Mapping[str, Any]) -> str:
+    """Say how latency and throughput were measured."""
+    latency = next((model["latency_ms"] for model in report["models"].values() if model["latency_ms"]), None)
+    if latency is None:
+        return ""
+    return (
+        f"Latency is one sentence at a time, {latency['calls']} calls per model in turns on {latency['device']} with "
+        f"{latency['threads']} thread(s); tokenisation is not included."
+    )

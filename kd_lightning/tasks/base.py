@@ -1,0 +1,107 @@
+"""What a network predicts: how many numbers it puts out, how it learns them from labels, and how it is scored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from kd_lightning.losses.term import Term
+from kd_lightning.runtime.errors import KDError
+from kd_lightning.tasks.predictions import Answers
+from kd_lightning.types import Batch
+
+
+class Scores(nn.Module):
+    """Scores that are accumulated over the batches of a validation.
+
+    Args:
+        metrics: By name.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        super().__init__()
+        self.metrics = nn.ModuleDict(metrics)
+
+    @property
+    def names(self) -> list[str]:
+        """Under which they are logged."""
+        return list(self.metrics)
+
+    def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
+        """Add a batch and return the metrics, to be logged.
+
+        Args:
+            logits: `(B, C)`.
+            against: Labels `(B,)`, or a teacher's logits `(B, C)`.
+            batch: The batch itself.
+        """
+        for metric in self.metrics.values():
+            metric.update(logits, against)  # type: ignore[operator]
+        return dict(self.metrics)  # type: ignore[arg-type]
+
+
+class Task(ABC):
+    """What a network predicts.
+
+    Attributes:
+        main: The score by which checkpoints are selected and models compared; higher is better.
+        outputs: How many numbers a network puts out for it.
+    """
+
+    main: str
+    outputs: int
+
+    def labels(self, values: Tensor) -> Tensor:
+        """Return labels `(B,)` of several tasks' common type as this task's own."""
+        return values
+
+    @abstractmethod
+    def loss(self) -> Term:
+        """Return how it is learned from labels."""
+
+    def terms(self) -> tuple[dict[str, Term], dict[str, float]]:
+        """Return `loss` as terms and their weights."""
+        return {"labels": self.loss()}, {"labels": 1.0}
+
+    @abstractmethod
+    def scores(self) -> Scores:
+        """Return what validation looks at against the labels; `main` is among them."""
+
+    @abstractmethod
+    def fidelity(self) -> Scores:
+        """Return what validation looks at against the teacher's logits."""
+
+    @abstractmethod
+    def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
+        """Return every score of the report; with the teacher's logits `(N, C)`, how near it is to the teacher too."""
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Return in numbers what logits `(B, C)` say: scores as they are, and the probabilities of classes."""
+        return logits
+
+    @abstractmethod
+    def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """Return in plain values what the logits `(C,)` of one example say; `names` are the data's `class_names`."""
+
+    @property
+    @abstractmethod
+    def description(self) -> Any:
+        """What `task_of` makes this task of again, as JSON can hold it."""
+
+    def correct(self, said: Answers) -> list[bool]:
+        """Return whether each example is predicted rightly; nothing where that is no matter of right and wrong."""
+        return []
+
+    def guess(self, labels: Tensor) -> float | None:
+        """Return the main score of the best constant answer; None where it has none."""
+        return None
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """Raise `KDError` where logits are NaN: they predict nothing."""
+    if logits.isnan().any():
+        raise KDError("the network predicts NaN, which is no class and no score: its weights or this input are damaged")

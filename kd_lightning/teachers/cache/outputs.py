@@ -1,0 +1,232 @@
+"""What of a teacher's answer is stored, in which precision, and how it is turned into tensors of a file and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_lightning.runtime.errors import CacheError, ConfigError
+from kd_lightning.types import ModelOutput
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Kind = Literal["example", "token", "pair"]
+Number = TypeVar("Number", float, NDArray[np.int64])
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How answers are kept.
+
+    Attributes:
+        dtype: Of logits and features. float32 gives back the bits that were added, float16 is within 2^-11 of each
+            number (between 6e-5 and 65504; larger ones are refused), bfloat16 within 2^-8.
+        top_k: Keep of every distribution only the K largest logits and the mass of the others, `log(sum(exp(z)))`, in
+            float32. Read back, the others share that mass evenly: `z = log(mass) - log(C - K)`. At temperature 1 the
+            probabilities of the K classes and of the others together stay what they were, up to the dtype's rounding;
+            at any other temperature the share of the others is an approximation. None keeps all logits.
+
+    Raises:
+        ConfigError: Another dtype, or fewer than one logit to keep.
+    """
+
+    dtype: Dtype = "float32"
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError(f"teacher.cache_dtype={self.dtype!r}: expected one of {', '.join(get_args(Dtype))}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"teacher.cache_top_k={self.top_k}: expected how many logits to keep, 1 or more, or null")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One stored output.
+
+    An example's answer is a run of units, one after the other: a single one for a fixed-width output; n for an output
+    per token, where n is the example's number of real tokens; `heads * n * n` numbers for one per pair of tokens.
+
+    Attributes:
+        name: `logits`, or the name of a feature.
+        kind: Fixed width `(B, ...)`, per token `(B, L, ...)`, or per pair of tokens `(B, H, L, L)`.
+        shape: Of the answer without batch and tokens: `(C,)`, `(D,)`, `(H,)`.
+        dtype: Of the stored numbers.
+        top_k: How many logits are kept, None for all.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: Dtype
+    top_k: int | None = None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Spec:
+        """Return the spec that `to_json` described."""
+        return cls(**{**content, "shape": tuple(content["shape"])})
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.shape))
+        per = {"example": "", "token": " per token", "pair": " per pair of tokens"}[self.kind]
+        return f"{self.name} {size}{per}, {self.dtype}" + (f", top {self.top_k}" if self.top_k else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as plain values."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The tensors that hold it in a file, with the shape and dtype of one unit of each."""
+        name = self.name if self.name == "logits" else f"features.{self.name}"
+        number: torch.dtype = getattr(torch, self.dtype)
+        if self.top_k is None:
+            return {name: (() if self.kind == "pair" else self.shape, number)}
+        class_id = torch.int16 if self.shape[-1] <= 2**15 else torch.int32
+        leading = self.shape[:-1]
+        return {
+            name: ((*leading, self.top_k), number),
+            f"{name}.class": ((*leading, self.top_k), class_id),
+            f"{name}.rest": (leading, torch.float32),
+        }
+
+    @cached_property
+    def unit_bytes(self) -> int:
+        """Bytes of one unit."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts.values())
+
+    def units(self, length: Number, square: Number) -> Number | int:
+        """Return how many units an example takes, from its tokens and their square (or means, or arrays of both)."""
+        if self.kind == "example":
+            return 1
+        return length if self.kind == "token" else square * math.prod(self.shape)
+
+
+def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage) -> list[Spec]:
+    """Decide from a first answer what is stored.
+
+    With a mask `(B, L)`, an answer `(B, H, L, L)` is one per pair of tokens and `(B, L, ...)` of three dimensions or
+    more is one per token; all others are of fixed width. A fixed-width feature whose second dimension happens to be L
+    must therefore be flattened by whoever makes it.
+
+    Raises:
+        ConfigError: `teacher.cache_top_k` is not smaller than the number of classes.
+    """
+    tokens = None if mask is None else mask.shape[1]
+    found = []
+    for name, value in named(output).items():
+        kind: Kind = "example"
+        shape = tuple(value.shape[1:])
+        if tokens is not None and value.ndim == 4 and shape[1:] == (tokens, tokens):
+            kind, shape = "pair", shape[:1]
+        elif tokens is not None and value.ndim >= 3 and shape[0] == tokens:
+            kind, shape = "token", shape[1:]
+        top_k = storage.top_k if name == "logits" else None
+        if top_k is not None and top_k >= shape[-1]:
+            raise ConfigError(
+                f"teacher.cache_top_k={top_k}: the teacher has {shape[-1]} classes; expected fewer than that, or null"
+            )
+        found.append(Spec(name, kind, shape, storage.dtype, top_k))
+    return found
+
+
+def named(output: ModelOutput) -> dict[str, Tensor]:
+    """Return logits and features under their names."""
+    return {"logits": output.logits, **output.features}
+
+
+def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Tensor | None) -> None:
+    """Hold an answer to what the first one was like.
+
+    Raises:
+        CacheError: Another set of outputs, or one of another shape.
+    """
+    values = named(output)
+    if values.keys() != {spec.name for spec in specs}:
+        expected = ", ".join(spec.name for spec in specs)
+        raise CacheError(f"the teacher answered {', '.join(values)}; this cache holds {expected}")
+    for spec in specs:
+        shape: tuple[int, ...] = spec.shape
+        if spec.kind != "example":
+            if mask is None:
+                raise CacheError(f"{spec.name} is stored for real tokens only: its batches need an attention mask")
+            tokens = mask.shape[1]
+            shape = (*shape, tokens, tokens) if spec.kind == "pair" else (tokens, *shape)
+        if tuple(values[spec.name].shape) != (len(index), *shape):
+            raise CacheError(
+                f"the teacher's {spec.name} is {tuple(values[spec.name].shape)}; from its first answers on "
+                f"{(len(index), *shape)} was expected for these {len(index)} examples"
+            )
+
+
+def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dict[str, Tensor]:
+    """Return what is stored of one output of a batch: the units of its examples, one after the other, on the CPU.
+
+    Args:
+        spec: Which output.
+        value: The batch's answer, as `spec.kind` says.
+        mask: `(B, L)` bool, True where there is a real token; None for a network without.
+        index: `(B,)`, named in errors.
+
+    Raises:
+        CacheError: A number that is not finite, or that float16 cannot hold.
+    """
+    value = value.detach().cpu().float()
+    owner = index
+    if spec.kind == "token":
+        assert mask is not None
+        value, owner = value[mask], index.repeat_interleave(mask.sum(1))
+    elif spec.kind == "pair":
+        assert mask is not None
+        real = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(value)
+        value, owner = value[real], index[real.nonzero()[:, 0]]
+    _check_finite(spec, value, owner)
+    name, *more = spec.parts
+    number = spec.parts[name][1]
+    if spec.top_k is None:
+        found = {name: value.to(number)}
+    else:
+        largest, classes = value.topk(spec.top_k)
+        rest = value.scatter(-1, classes, -math.inf).logsumexp(-1)
+        found = {name: largest.to(number), more[0]: classes.to(spec.parts[more[0]][1]), more[1]: rest}
+    _check_finite(spec, found[name], owner)
+    return found
+
+
+def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """Return the float32 answer from the stored parts of a batch, zeros where the mask of a per-token output is False.
+
+    Args:
+        spec: Which output.
+        parts: Of every unit what `spec.parts` says, already in the places of the batch, zeros where there is none.
+        mask: `(B, L)` bool, for an output per token.
+    """
+    if spec.top_k is None:
+        return next(iter(parts.values())).float()
+    name, *more = spec.parts
+    classes = spec.shape[-1]
+    rest = parts[more[1]] - math.log(classes - spec.top_k)
+    if spec.kind == "token" and mask is not None:
+        rest = rest.masked_fill(~mask.reshape(*mask.shape, *[1] * (rest.ndim - 2)), 0.0)
+    dense = rest[..., None].expand(*rest.shape, classes).contiguous()
+    return dense.scatter_(-1, parts[more[0]].long(), parts[name].float())
+
+
+def _check_finite(spec: Spec, stored: Tensor, owner: Tensor) -> None:
+    if torch.isfinite(stored).all():
+        return
+    first = int((~torch.isfinite(stored)).nonzero()[0, 0])
+    where = f"the teacher's {spec.name} for the example with index {int(owner[first])}"
+    if stored.dtype == torch.float32:
+        raise CacheError(f"{where} has a NaN or an infinite number: such answers are not stored; mend the teacher")
+    largest = torch.finfo(stored.dtype).max
+    raise CacheError(
+        f"{where} has a number beyond {largest:g}, the largest of {spec.dtype}: set teacher.cache_dtype=float32"
+    )

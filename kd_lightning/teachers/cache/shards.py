@@ -1,0 +1,202 @@
+"""One shard: a safetensors file that is written once, checked by its sha256 and read where the system maps it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd_lightning.runtime.errors import CacheError
+from kd_lightning.runtime.files import half_saved, replacing
+from kd_lightning.teachers.cache.manifest import SHARD_NAME, ShardRecord, cannot_write, remedy
+from kd_lightning.teachers.cache.outputs import Spec
+
+_TEMPORARY = (".shard-*.safetensors.*", ".manifest.json.*", ".refresh.json.*")
+
+Raw = NDArray[Any]
+"""Numbers as they lie in the file; bfloat16, which numpy does not know, as int16."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a shard is written, and what is held in memory.
+
+    Attributes:
+        shard_bytes: A shard is written when this much has been added.
+        shard_seconds: It is also written when the last one was this long ago, so that little is lost to a kill.
+        resident_bytes: A fixed-width output whose N rows take at most this much is held in memory as one table.
+    """
+
+    shard_bytes: int = 64 * 2**20
+    shard_seconds: float = 20.0
+    resident_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Answers to some examples: a mapped shard, or what has arrived since the last one was written.
+
+    Attributes:
+        index: Which examples, `(n,)` int64.
+        lengths: The real tokens of each, `(n,)` int32; None where no output is per token.
+        parts: The units of all of them by the name of the tensor.
+    """
+
+    index: NDArray[np.int64]
+    lengths: NDArray[np.int32] | None
+    parts: Mapping[str, Raw]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Segment:
+        """Return views on a shard's tensors."""
+        arrays = {name: raw(tensor) for name, tensor in tensors.items()}
+        if "members" in arrays:
+            arrays["index"] = np.flatnonzero(np.unpackbits(arrays.pop("members")))
+        return cls(arrays.pop("index"), arrays.pop("length", None), arrays)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the answers."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def units(self, spec: Spec) -> NDArray[np.int64]:
+        """Return how many units of an output each example has, `(n,)`."""
+        lengths = np.zeros(len(self.index), np.int64) if self.lengths is None else self.lengths.astype(np.int64)
+        return np.broadcast_to(np.asarray(spec.units(lengths, lengths**2), np.int64), lengths.shape)
+
+
+def raw(tensor: Tensor) -> Raw:
+    """Return a tensor's numbers as an array on the same memory."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def cooked(array: Raw, dtype: torch.dtype) -> Tensor:
+    """Return an array of `raw` as the tensor it was, on the same memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory for a table: numpy asks the system for huge pages, in which rows at random are found sooner."""
+    return cooked(np.empty(shape, numpy_dtype(dtype)), dtype)
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return the dtype of `raw`."""
+    return raw(torch.empty(0, dtype=dtype)).dtype
+
+
+def write_shard(folder: Path, tensors: dict[str, Tensor], fingerprint: str) -> ShardRecord:
+    """Write a shard under the next free number, in one step.
+
+    Raises:
+        CacheError: The disk is full or cannot be written; nothing half-written stays.
+    """
+    taken = [int(match[1]) for path in folder.glob("shard-*") if (match := SHARD_NAME.fullmatch(path.name))]
+    path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
+    try:
+        with replacing(path) as temporary:
+            save_file(_packed(tensors), temporary, metadata={"fingerprint": fingerprint})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+    return ShardRecord(path.name, len(tensors["index"]), size, sha256)
+
+
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the ascending `index` by one bit for each example up to the last, `members`, where that is shorter."""
+    index = tensors["index"].numpy()
+    if index[-1] // 8 + 1 >= index.nbytes:
+        return tensors
+    bits = np.zeros(int(index[-1]) + 1, np.bool_)
+    bits[index] = True
+    rest = {name: tensor for name, tensor in tensors.items() if name != "index"}
+    return {"members": torch.from_numpy(np.packbits(bits)), **rest}
+
+
+def join(specs: Sequence[Spec], segments: Sequence[tuple[Segment, NDArray[np.bool_]]]) -> dict[str, Tensor]:
+    """Return the tensors of one shard: of each segment the examples that are wanted of it, in ascending order."""
+    index = np.concatenate([segment.index for segment, _ in segments])
+    rows = np.flatnonzero(np.concatenate([keep for _, keep in segments]))
+    rows = rows[index[rows].argsort()]
+    found = {"index": torch.from_numpy(index[rows])}
+    if any(spec.kind != "example" for spec in specs):
+        lengths = np.concatenate([segment.lengths for segment, _ in segments if segment.lengths is not None])
+        found["length"] = torch.from_numpy(lengths[rows])
+    for spec in specs:
+        units = np.concatenate([segment.units(spec) for segment, _ in segments])
+        begin, wanted = (units.cumsum() - units)[rows], units[rows]
+        places = np.repeat(begin - (wanted.cumsum() - wanted), wanted) + np.arange(wanted.sum())
+        for name, (_, dtype) in spec.parts.items():
+            found[name] = cooked(np.concatenate([segment.parts[name] for segment, _ in segments])[places], dtype)
+    return found
+
+
+def open_shard(folder: Path, record: ShardRecord) -> Segment:
+    """Map a shard; nothing but its header is read now.
+
+    Raises:
+        CacheError: The file is missing or not as long as it was.
+    """
+    path = folder / record.file
+    if (wrong := _size_problem(path, record)) is not None:
+        raise CacheError(f"{wrong}; {remedy(folder)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Segment.of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:  # removed this very moment, or never a shard
+        raise CacheError(f"{path} cannot be read ({error}); {remedy(folder)}") from error
+
+
+def shard_problem(folder: Path, record: ShardRecord) -> str | None:
+    """Say what is wrong with a shard's file, None when it is to the bit what was written."""
+    path = folder / record.file
+    if (wrong := _size_problem(path, record)) is not None:
+        return wrong
+    try:
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if whole else f"{path} is damaged: its sha256 is not that of what was written"
+
+
+def _size_problem(path: Path, record: ShardRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path} is missing ({error.strerror})"
+    return None if size == record.bytes else f"{path} is damaged: it has {size} bytes of {record.bytes}"
+
+
+def leftovers(folder: Path, used: set[str], fingerprint: str) -> list[Path]:
+    """Return what killed processes left: half-written files, and shards of this cache that no manifest names.
+
+    A file that only has a shard's name, or is one of another cache, is not ours and is left alone.
+    """
+    found = [*half_saved(folder), *(path for pattern in _TEMPORARY for path in folder.glob(pattern))]
+    for path in folder.glob("shard-*"):
+        if SHARD_NAME.fullmatch(path.name) and path.name not in used and _fingerprint(path) == fingerprint:
+            found.append(path)
+    return sorted(found)
+
+
+def _fingerprint(path: Path) -> str | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint")
+    except (SafetensorError, OSError):
+        return None  # not a shard at all

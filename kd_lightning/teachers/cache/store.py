@@ -1,0 +1,422 @@
+"""The cache: answers of a teacher by example, read and added to in one process, shared with others through files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_lightning.runtime.errors import CacheError
+from kd_lightning.teachers.cache.manifest import MANIFEST, REFRESH, Manifest, remedy
+from kd_lightning.teachers.cache.outputs import Spec, Storage, check_shapes, decode, encode, named, specs_of
+from kd_lightning.teachers.cache.places import NOWHERE, Places, read
+from kd_lightning.teachers.cache.shards import (
+    Limits,
+    Segment,
+    cooked,
+    empty,
+    join,
+    open_shard,
+    shard_problem,
+    write_shard,
+)
+from kd_lightning.teachers.cache.upkeep import InUse, Say, locked, log, problems, shard_files, sweep
+from kd_lightning.types import ModelOutput
+
+DEFAULT_STORAGE = Storage()
+DEFAULT_LIMITS = Limits()
+
+
+class TeacherCache:
+    """A teacher's answers by example `index`. Made by `create`, `open` or `refreshing`, not by its constructor.
+
+    Reading needs no lock, and any number of processes may. Adding needs none either: each shard is written under the
+    lock, after the shards that others have written meanwhile were taken in. Whoever is going to ask the teacher about
+    everything that is missing holds the lock throughout (`writing`), so that two do not ask about the same.
+
+    Args:
+        folder: With the manifest and the shards.
+        manifest: As read from the folder.
+        limits: When shards are written and what is held in memory.
+        manifest_name: `refresh.json` while an older cache in the same folder is still in force.
+        in_use: Held since before the manifest was read, so that nobody removes the files.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, limits: Limits, manifest_name: str = MANIFEST, *, in_use: InUse
+    ) -> None:
+        self.folder, self.manifest, self.limits = folder, manifest, limits
+        self._manifest_name, self._in_use = manifest_name, in_use
+        self._device = torch.device("cpu")
+        self._segments: dict[int, Segment] = {}
+        self._mapped: set[str] = set()  # names of the shards among them
+        self._waiting: list[int] = []  # those that are in no file yet
+        self._waiting_bytes = 0
+        self._next = 0
+        self._written = time.monotonic()
+        self._seconds = 0.0
+        self._known = 0
+        self._in_memory = False  # all answers to all examples
+        self._places = Places(manifest.num_examples, variable=False)
+        self._tables: dict[str, dict[str, Tensor]] = {}  # by output and part
+        self._list_outputs()
+        self._prepare()
+
+    # -- coming to be -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, folder: Path, key: dict[str, Any], num_examples: int, storage: Storage = DEFAULT_STORAGE, *,
+        teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS,
+    ) -> Self:  # fmt: skip
+        """Begin a cache, or open the one that is there already, of this key and storage.
+
+        Args:
+            folder: Where it is put; `FOLDER.lock` beside it is its lock.
+            key: Everything that decides the answers, as nested plain values: weights and code of the teacher,
+                tokenizer, preprocessing, data, precision, requested outputs.
+            num_examples: N, how many examples the data has; their `index` goes from 0 to N - 1.
+            storage: How answers are kept.
+            teacher: A name for people, shown by `kd-cache info`.
+            data: Likewise.
+            limits: When shards are written and what is held in memory.
+
+        Raises:
+            CacheError: The folder cannot be written, or holds a cache that is damaged or of something else.
+        """
+        folder = Path(folder)
+        manifest = Manifest(key, num_examples, storage, teacher=teacher, data=data)
+        in_use = InUse(folder, make=True)
+        if not (folder / MANIFEST).exists():
+            with locked(folder):
+                if not (folder / MANIFEST).exists():
+                    manifest.write(folder / MANIFEST)
+        found = cls.open(folder, key, num_examples, limits=limits, in_use=in_use)
+        if found.manifest.storage != storage:
+            raise CacheError(
+                f"{folder} was stored as {found.manifest.storage}, now {storage} is asked for: give another path, "
+                "or set teacher.cache=refresh"
+            )
+        return found
+
+    @classmethod
+    def open(
+        cls, folder: Path, key: dict[str, Any] | None = None, num_examples: int | None = None, *,
+        repair: bool = False, say: Say = log.warning, limits: Limits = DEFAULT_LIMITS, in_use: InUse | None = None,
+    ) -> Self:  # fmt: skip
+        """Open a cache after checking all of it: the manifest, each shard's size and sha256, what it answers for.
+
+        Args:
+            folder: Where it is.
+            key: What it must answer for; None takes whatever is there.
+            num_examples: How many examples it must be for.
+            repair: Drop damaged shards, so that their examples are asked about again, instead of refusing the cache.
+            say: Told which shards were dropped and how many answers went with each.
+            limits: When shards are written and what is held in memory.
+            in_use: Of a caller who holds one already.
+
+        Raises:
+            CacheError: There is none, it is damaged (names the file), or it answers for something else (names what).
+        """
+        folder = Path(folder)
+        in_use = in_use or InUse(folder)
+        manifest = Manifest.read(folder / MANIFEST)
+        manifest.check(folder, key, num_examples)
+        wrong = problems(folder, manifest)
+        if wrong and not repair:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise CacheError(
+                f"{next(iter(wrong.values()))}{more}; `kd-cache verify {folder}` checks all of it, teacher.cache=auto "
+                "has the teacher answer these examples again and teacher.cache=refresh all of them"
+            )
+        if wrong:
+            with locked(folder, say):
+                manifest = Manifest.read(folder / MANIFEST)
+                wrong = problems(folder, manifest)
+                manifest.shards = [record for record in manifest.shards if record not in wrong]
+                manifest.write(folder / MANIFEST)
+                for record, problem in wrong.items():
+                    say(f"{problem}: dropped, its {record.examples} examples will be asked about again")
+                    (folder / record.file).unlink(missing_ok=True)
+        return cls(folder, manifest, limits, in_use=in_use)
+
+    @classmethod
+    @contextlib.contextmanager
+    def refreshing(
+        cls, folder: Path, key: dict[str, Any], num_examples: int, storage: Storage = DEFAULT_STORAGE, *,
+        teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS, say: Say = log.info,
+    ) -> Iterator[Self]:  # fmt: skip
+        """Build a cache anew while the old one in the folder, if any, stays in force until the new one is complete.
+
+        Yields an empty cache, to be filled before the block ends; it is the folder's from then on, in one step. When
+        the block fails, or the process is killed, the old one is what it was. Arguments as in `create`.
+
+        Raises:
+            CacheError: Answers are missing at the end, or the folder cannot be written.
+        """
+        folder = Path(folder)
+        manifest = Manifest(key, num_examples, storage, teacher=teacher, data=data)
+        with locked(folder, say):
+            in_use = InUse(folder, make=True)
+            sweep(folder)
+            manifest.write(folder / REFRESH)
+            cache = cls(folder, manifest, limits, REFRESH, in_use=in_use)
+            try:
+                yield cache
+                cache.flush()
+                if not cache.complete:
+                    raise CacheError(f"{folder} was not refreshed: {len(cache.missing())} answers are missing")
+                replaced = shard_files(folder)
+                os.replace(folder / REFRESH, folder / MANIFEST)
+                cache._manifest_name = MANIFEST
+                for path in replaced:
+                    path.unlink(missing_ok=True)
+            finally:
+                sweep(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs to open the same files; what is in no file yet is written first."""
+        self.flush()
+        return {
+            "folder": self.folder, "limits": self.limits, "name": self._manifest_name,
+            "fingerprint": self.manifest.fingerprint,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the files. Their sizes are checked; the checksums were by whoever sent this."""
+        in_use = InUse(state["folder"])
+        manifest = Manifest.read(state["folder"] / state["name"])
+        manifest.check_same(state["folder"], state["fingerprint"])
+        self.__init__(  # type: ignore[misc]
+            state["folder"], manifest, state["limits"], state["name"], in_use=in_use
+        )
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether all N examples are answered."""
+        return self._known == self.manifest.num_examples
+
+    def known(self, index: Tensor) -> Tensor:
+        """Return whether each of the examples is answered, `(B,)` bool on the CPU."""
+        return torch.from_numpy(self._places.known(index.cpu().numpy()))
+
+    def missing(self) -> Tensor:
+        """Return the examples that are not answered yet, ascending, `(M,)` int64."""
+        return torch.from_numpy(np.flatnonzero(self._places.segment == NOWHERE))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Answer on this device from now on; tables held in memory move there."""
+        self._device = torch.device(device)
+        with torch.inference_mode(False):
+            for table in self._tables.values():
+                table.update({name: part.to(self._device) for name, part in table.items()})
+        self._list_outputs()
+        return self
+
+    def lookup(self, index: Tensor, mask: Tensor | None = None, features: Sequence[str] | None = None) -> ModelOutput:
+        """Return the answers to a batch, in its order, as float32 on the device of `to`.
+
+        Args:
+            index: Which examples, `(B,)` int64; any order, any number of times.
+            mask: `(B, L)`, nonzero at real tokens; where an output is per token. Padding may be on either side, and of
+                another length than when the teacher answered; answers are zero there.
+            features: Which of the stored features to return; None: all.
+
+        Raises:
+            CacheError: An example that is not answered, or that has another number of tokens than it had then.
+        """
+        if torch.is_inference_mode_enabled():  # autograd takes no tensor that was made in there
+            with torch.inference_mode(False):
+                return self.lookup(index, mask, features)
+        here = None
+        if not self._in_memory:
+            here = index.cpu().numpy()
+            self._places.check(here)
+        if index.device != self._device:
+            index = index.to(self._device)
+        values = {}
+        try:
+            for spec, exact in self._outputs:
+                if features is not None and spec.name != "logits" and spec.name not in features:
+                    continue
+                answer = self._answer(spec, index, here, mask) if exact is None else exact.index_select(0, index)
+                values[spec.name] = answer
+        except (IndexError, RuntimeError):
+            self._places.check(index.cpu().numpy())
+            raise
+        return ModelOutput(values.pop("logits"), values)
+
+    def _answer(self, spec: Spec, rows: Tensor, here: NDArray[np.int64] | None, mask: Tensor | None) -> Tensor:
+        """Return one output of a batch: from its table, or from the mapped files, `here` being `rows` as an array."""
+        if (table := self._tables.get(spec.name)) is not None:
+            return decode(spec, {name: part.index_select(0, rows) for name, part in table.items()})
+        assert here is not None
+        return read(spec, self._places, self._segments, here, mask).to(self._device)
+
+    # -- adding -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self, say: Say = log.info) -> Iterator[None]:
+        """Hold the lock, so that this process alone has the teacher answer what is missing.
+
+        What other processes wrote before is taken in first, and what killed ones left is removed. At the end, also at
+        an untimely one, what was added is written.
+
+        Args:
+            say: Told, once, whom this process waits for.
+        """
+        with locked(self.folder, say):
+            sweep(self.folder, refreshing=self._manifest_name == REFRESH)
+            self._catch_up()
+            try:
+                yield
+            finally:
+                self.flush()
+
+    def add(self, index: Tensor, output: ModelOutput, mask: Tensor | None = None, seconds: float = 0.0) -> None:
+        """Keep the answers to those of a batch's examples that are not answered yet.
+
+        They can be looked up at once, as they will be read from the files: in the storage's dtype, with its top-k. A
+        shard is written when enough has come together (`Limits`).
+
+        Args:
+            index: Which examples, `(B,)` int64.
+            output: The teacher's answers, on any device.
+            mask: `(B, L)`, nonzero at real tokens; None for a network without one.
+            seconds: How long the teacher took.
+
+        Raises:
+            CacheError: Answers that are not finite, or unlike the first ones; an index outside 0..N-1; a full disk.
+            ConfigError: `teacher.cache_top_k` does not fit the number of classes.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            index, mask = index.cpu(), None if mask is None else mask.cpu().bool()
+            specs = self.manifest.specs or specs_of(output, mask, self.manifest.storage)
+            check_shapes(specs, output, index, mask)
+            self._places.check_range(index.numpy())
+            fresh = torch.from_numpy(self._places.fresh(index.numpy()))
+            if len(fresh) == 0:
+                return
+            values = {name: value.index_select(0, fresh.to(value.device)) for name, value in named(output).items()}
+            index, mask = index[fresh], None if mask is None else mask[fresh]
+            tensors: dict[str, Tensor] = {"index": index}
+            for spec in specs:
+                tensors |= encode(spec, values[spec.name], mask, index)
+            if mask is not None and any(spec.kind != "example" for spec in specs):
+                tensors["length"] = mask.sum(1, dtype=torch.int32)
+            if not self.manifest.specs:
+                self.manifest.specs = specs
+                self._prepare()
+            segment = Segment.of(tensors)
+            self._waiting.append(self._take_in(segment))
+        self._waiting_bytes += segment.nbytes
+        self._seconds += seconds
+        overdue = time.monotonic() - self._written > self.limits.shard_seconds
+        if overdue or self._waiting_bytes >= self.limits.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard.
+
+        Raises:
+            CacheError: The disk is full. What is in files already stays valid, and is gone on from.
+        """
+        if not self._waiting:
+            return
+        with locked(self.folder):
+            self._catch_up()
+            keep = {n: self._places.segment[self._segments[n].index] == n for n in self._waiting}
+            tensors = join(self.manifest.specs, [(self._segments[n], keep[n]) for n in self._waiting])
+            if len(tensors["index"]):  # others may have written all of it meanwhile
+                self._write_shard(tensors)
+        for number in self._waiting:
+            del self._segments[number]
+        self._waiting, self._waiting_bytes, self._seconds = [], 0, 0.0
+        self._written = time.monotonic()
+
+    def _write_shard(self, tensors: dict[str, Tensor]) -> None:
+        record = write_shard(self.folder, tensors, self.manifest.fingerprint)
+        manifest = dataclasses.replace(
+            self.manifest, shards=[*self.manifest.shards, record], seconds=self.manifest.seconds + self._seconds
+        )
+        try:
+            manifest.write(self.folder / self._manifest_name)
+        except CacheError:
+            (self.folder / record.file).unlink()
+            raise
+        self.manifest = manifest
+        self._open_shards()
+
+    # -- what is known of the files -----------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Make the tables, once it is known what is stored, and open the shards."""
+        specs, number = self.manifest.specs, self.manifest.num_examples
+        if not specs:
+            return
+        self._places = Places(number, variable=any(spec.kind != "example" for spec in specs))
+        with torch.inference_mode(False):
+            for spec in specs:
+                if spec.kind == "example" and spec.unit_bytes * number <= self.limits.resident_bytes:
+                    self._tables[spec.name] = {
+                        name: empty((number, *shape), dtype).to(self._device)
+                        for name, (shape, dtype) in spec.parts.items()
+                    }
+        self._list_outputs()
+        self._open_shards()
+
+    def _list_outputs(self) -> None:
+        """List the outputs, each with its table where that holds the very answers: then reading is one gather."""
+        self._outputs: list[tuple[Spec, Tensor | None]] = []
+        for spec in self.manifest.specs:
+            exact = spec.name in self._tables and spec.top_k is None and spec.dtype == "float32"
+            self._outputs.append((spec, self._tables[spec.name][next(iter(spec.parts))] if exact else None))
+
+    def _open_shards(self) -> None:
+        for record in self.manifest.shards:
+            if record.file not in self._mapped:
+                self._take_in(open_shard(self.folder, record))
+                self._mapped.add(record.file)
+
+    def _take_in(self, segment: Segment) -> int:
+        """Have a segment's examples read from it from now on; return its number."""
+        number, self._next = self._next, self._next + 1
+        self._segments[number] = segment
+        self._known += int((self._places.segment[segment.index] == NOWHERE).sum())
+        self._in_memory = self.complete and len(self._tables) == len(self.manifest.specs)
+        self._places.register(number, segment)
+        rows = torch.from_numpy(segment.index).to(self._device)
+        with torch.inference_mode(False):
+            for table in self._tables.values():
+                for name, part in table.items():
+                    part[rows] = cooked(segment.parts[name], part.dtype).to(self._device)
+        return number
+
+    def _catch_up(self) -> None:
+        """Take in what other processes have written since; by whoever holds the lock."""
+        manifest = Manifest.read(self.folder / self._manifest_name)
+        manifest.check_same(self.folder, self.manifest.fingerprint)
+        for record in manifest.shards:
+            if record.file not in self._mapped and (wrong := shard_problem(self.folder, record)) is not None:
+                raise CacheError(f"{wrong}; {remedy(self.folder)}")
+        ours, self.manifest = self.manifest.specs, manifest
+        if ours and manifest.specs and ours != manifest.specs:
+            raise CacheError(
+                f"{self.folder} holds {manifest.specs}, this teacher answers {ours}; {remedy(self.folder)}"
+            )
+        if ours:
+            manifest.specs = ours
+            self._open_shards()
+        else:
+            self._prepare()

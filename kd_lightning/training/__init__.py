@@ -1,0 +1,1 @@
+"""One training: modules, objective, optimizers, schedules, the fit itself and the folder that it leaves."""

@@ -1,0 +1,85 @@
+"""Checkpoints to go on from after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from kd_lightning.runtime.files import replacing
+from kd_lightning.training.callbacks.checkpoints import SealedCheckpoints
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps the whole state of a training in one file, renewed every so many optimizer steps.
+
+    Lightning's `ModelCheckpoint` saves before the validation of the same step; a training resumed from there never
+    makes that look, so it may select other weights. Here a checkpoint that falls on a look waits until it is over, and
+    until the callbacks listed before this one, which select the best weights, have seen it.
+
+    Args:
+        path: The file, written beside itself and moved into place.
+        every_n_steps: Optimizer steps from one checkpoint to the next.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self._step = 0
+        self._waiting = False
+        self._row_due = False  # the row of the last checkpoint's step is logged after it
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from the step the training goes on from."""
+        self._step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the row of the last step with the checkpoint of that step."""
+        if self._row_due and trainer.is_global_zero and isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):
+            trainer.strategy.checkpoint_io.keep_logs(self.path.parent)
+        self._row_due = False
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Return whether to save after this optimizer step; asked once after each."""
+        return trainer.global_step % self.every_n_steps == 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, unless a look at validation is about to follow."""
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        self._step = trainer.global_step
+        if not self.is_due(trainer):
+            return
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if trainer.enable_validation and trainer.val_check_batch and batches % trainer.val_check_batch == 0:
+            self._waiting = True
+        else:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what waited for this look."""
+        if self._waiting and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._waiting, self._row_due = False, True
+        for logger in trainer.loggers:  # nobody logs again what came before the checkpoint
+            logger.save()
+        if isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):  # which replaces the file itself
+            trainer.save_checkpoint(self.path, weights_only=False)
+            return
+        if trainer.world_size == 1:
+            with replacing(self.path) as temporary:
+                trainer.save_checkpoint(temporary, weights_only=False)
+            return
+        whole = self.path.with_name(f".{self.path.name}.all")  # one name on every rank: they save together
+        trainer.save_checkpoint(whole, weights_only=False)
+        if trainer.is_global_zero:
+            whole.replace(self.path)
+        trainer.strategy.barrier()

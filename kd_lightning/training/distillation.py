@@ -1,0 +1,205 @@
+"""Distillation, and the same training without a teacher.
+
+One step reads top to bottom: a batch goes to the teacher and to the student, the objective compares what they say,
+and the student follows the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.models.adapt import evaluating, run_network
+from kd_lightning.models.cohort import Cohort
+from kd_lightning.models.features import FeatureTap
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.tasks import Task
+from kd_lightning.teachers import FrozenTeacher, Teacher
+from kd_lightning.training.module import NetworkModule
+from kd_lightning.training.objective import Objective
+from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable
+from kd_lightning.types import Batch, ModelOutput
+
+
+class DistillationModule(NetworkModule):
+    r"""A trainable student learns from a teacher.
+
+    With the reference objective (`conf/distillation/soft_target.yaml`) the loss is
+    `(1 - alpha) * CE(z_s, y) + alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, for logits z, temperature T
+    and weight alpha (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+
+    The student and the objective's own parameters (projectors) are trained and checkpointed. The teacher stands
+    outside the module tree: no optimizer, no `train()`, no DDP wrapper and no checkpoint ever sees it.
+
+    Args:
+        student: Any network; see `kd_lightning.models.adapt.run_network` for what it may take and return.
+        teacher: Answers batches without a gradient: `FrozenTeacher`, `CachedTeacher`, ...; None where the objective
+            reads no teacher.
+        objective: The loss: named terms and their weights.
+        optimizer: Makes the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-3)`.
+        scheduler: Makes the learning-rate schedule from the optimizer and the number of steps.
+        num_classes: C, for the validation metrics.
+        seed: Seeds each step's dropout, so that a resumed run repeats an uninterrupted one.
+        task: What is predicted; by default one of C classes.
+
+    Raises:
+        ConfigError: The objective reads a teacher, and there is none; or features that the teacher does not give.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        objective: Objective,
+        optimizer: OptimizerCallable,
+        scheduler: SchedulerCallable | None = None,
+        *,
+        num_classes: int,
+        seed: int = 0,
+        task: Task | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task, objective=objective)
+        if teacher is None and objective.uses_teacher:
+            raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
+        self.student = student
+        self._ask = FeatureTap(student, objective.needs_student)
+        self._outside = (teacher,)  # a tuple hides it from nn.Module's registration
+        self.val_fidelity = self.task.fidelity()
+        if not objective.planned and (teacher is None or hasattr(teacher, "network")):
+            self.plan(getattr(teacher, "network", student))
+            needs = list(objective.needs_teacher)
+            if teacher is not None and (lacking := set(needs) - set(getattr(teacher, "features", ()))):
+                lacks = ", ".join(sorted(lacking))
+                raise ConfigError(f"the objective reads the teacher's {lacks}: give the teacher features={needs}")
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher."""
+        return self._outside[0]
+
+    @property
+    def trained(self) -> nn.Module:
+        """The student, without its peers."""
+        return self.student.peers[0] if isinstance(self.student, Cohort) else self.student
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        """Let a teacher that follows the training (as `FinishedTeacher` does) follow it."""
+        return [self.teacher] if isinstance(self.teacher, L.Callback) else []
+
+    def plan(self, teacher: nn.Module) -> None:
+        """Settle which layers of the student meet which of the teacher's network, unless that is done."""
+        if not self.objective.planned:
+            self.objective.plan(self.student, teacher)
+            self._ask = FeatureTap(self.student, self.objective.needs_student)
+
+    def connect(self, batch: Batch, examples: int) -> None:
+        """Build projectors and whatever else the objective sizes by what the networks say of a batch.
+
+        Without a graph and in eval mode, so that no buffer (BatchNorm's statistics) changes.
+
+        Args:
+            batch: One batch of the data, on the student's device.
+            examples: How many examples the data has.
+        """
+        with evaluating(self.student), torch.no_grad():
+            student = self._ask(batch)
+            self.objective.connect(student, self._expected(batch, student), examples)
+
+    def setup(self, stage: str) -> None:
+        """Bring the teacher to the device the student will be on; connect the objective if that is still to be done."""
+        if stage == "fit" and self.objective.connects:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if data is None:
+                raise ConfigError(
+                    "the objective has projectors to build: call module.connect(batch, examples) before fit"
+                )
+            torch.manual_seed(self.seed)
+            batch = self.trainer.strategy.broadcast(next(iter(data.val_dataloader())))  # the same for all processes
+            self.connect(batch, data.num_examples)
+        super().setup(stage)
+        if isinstance(self.teacher, FrozenTeacher) and self.teacher.sharded:
+            if self.mesh is None:
+                raise ConfigError("a sharded teacher needs a strategy that shards the student, too: trainer=fsdp2")
+            self.teacher.shard(self.mesh)
+        if self.teacher is not None:
+            self.teacher.to(self.trainer.strategy.root_device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what only a training builds (projectors) where nothing is trained."""
+        super().on_load_checkpoint(checkpoint)
+        if self.objective.connects:
+            state = checkpoint["state_dict"]
+            for name in [name for name in state.keys() - self.state_dict().keys() if name.startswith("objective.")]:
+                del state[name]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the objective's value for one batch."""
+        student = self._ask(batch)
+        loss: Tensor
+        expected, counts = self._expected(batch, student), self.step.mean(batch, batch_idx)
+        loss, parts = self.objective(student, expected, batch, self.progress, counts)
+        self.log_step(batch, loss, lambda: self.objective.account(parts, self.progress))
+        self.log_gradients(batch_idx, lambda: self.objective.gradients(parts, self.progress))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the student against labels and against its teacher, if it has one."""
+        student = run_network(self.student, batch).logits
+        self.score(student, batch)
+        if self.teacher is None:
+            return
+        near = self.val_fidelity(student, self.teacher(batch).logits, batch)
+        self.log_dict({f"val/{name}": metric for name, metric in near.items()})
+
+    def _expected(self, batch: Batch, student: ModelOutput) -> ModelOutput:
+        """Return what the teacher says of a batch; where the objective does not read it, the student's own output."""
+        if self.teacher is None or not self.objective.uses_teacher:
+            return student
+        return self.teacher(batch)
+
+
+class SupervisedModule(NetworkModule):
+    """The same training from labels alone: fine-tunes the teacher, and trains the baseline a student is held against.
+
+    Args:
+        network: Any network.
+        optimizer: As for `DistillationModule`.
+        scheduler: As for `DistillationModule`.
+        num_classes: C.
+        seed: As for `DistillationModule`.
+        task: As for `DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable,
+        scheduler: SchedulerCallable | None = None,
+        *,
+        num_classes: int,
+        seed: int = 0,
+        task: Task | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task)
+        self.network = network
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network."""
+        return self.network
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch: the mean cross-entropy, or what the task learns by from its labels."""
+        output = run_network(self.network, batch)
+        loss: Tensor
+        loss, _ = self.objective(output, output, batch, self.progress, self.step.mean(batch, batch_idx))
+        self.log_step(batch, loss)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the network against labels."""
+        self.score(run_network(self.network, batch).logits, batch)

@@ -1,0 +1,234 @@
+"""What training with and without a teacher share: optimizer, progress, validation scores, repeatable randomness."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from kd_lightning.losses.term import at_least_float32
+from kd_lightning.models.adapt import run_network
+from kd_lightning.runtime.sharding import full, shard
+from kd_lightning.tasks import Classification, Task
+from kd_lightning.training.objective import Objective
+from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable, parameter_groups
+from kd_lightning.training.step_counts import StepCounts
+from kd_lightning.types import Batch, ModelOutput, is_labelled
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+GRADIENTS_EVERY = 50
+"""Optimizer steps from one comparison of the terms' gradients to the next; each is a short backward pass a term."""
+
+
+class NetworkModule(L.LightningModule):
+    """Trains one network; subclasses say with what loss."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        scheduler: SchedulerCallable | None,
+        *,
+        num_classes: int,
+        seed: int,
+        task: Task | None,
+        objective: Objective | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.scheduler, self.seed = optimizer, scheduler, seed
+        self.task = task or Classification(num_classes)
+        self.objective = objective or Objective(*self.task.terms())
+        self.from_labels, self.val_scores = self.task.loss(), self.task.scores()
+        self.skipped_steps = 0
+        self.norm_watched: Callable[[Tensor], None] | None = None  # shown the gradients' norm before they are clipped
+        self._whole: tuple[nn.Module, ...] = ()  # a tuple hides it from nn.Module's registration
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The network that the training is for."""
+
+    @property
+    def whole(self) -> nn.Module:
+        """That network; where its weights are sharded the first process's copy, which is to be given saved weights."""
+        return self._whole[0] if self._whole else self.trained
+
+    def weights_of_trained(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a checkpoint's `state_dict` holds of that network, by its own names."""
+        prefix = next(name for name, module in self.named_modules() if module is self.trained) + "."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def setup(self, stage: str) -> None:
+        """See to it that means are taken over whole steps (see `StepCounts`), and that terms may sit out steps."""
+        trainer: Any = self.trainer
+        self.step = StepCounts(trainer, self.objective.counts)
+        if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
+            look, around = self.step.around, trainer.datamodule.around
+            trainer.datamodule.around = look if around is None else lambda loader: around(look(loader))
+        if isinstance(trainer.precision_plugin, HalfPrecision):
+            # It would make all of a batch narrow, also labels, which lose their numbers. `run_network` sees to images.
+            trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        if isinstance(trainer.strategy, DDPStrategy):  # DDP is made after this hook
+            if self.objective.pauses:  # what sits out then has no gradient, as in one process
+                trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+            # Banks and the like, which may be large, are alike already: not sent to all processes in every step.
+            kept = [f"objective.{name}" for name, _ in self.objective.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, kept)  # type: ignore[no-untyped-call]
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The processes to share all weights; None where the strategy has each process keep its own."""
+        strategy = self.trainer.strategy
+        return strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
+
+    def configure_model(self) -> None:
+        """Shard the weights where the strategy leaves that to the module (`trainer=fsdp2`)."""
+        if self.mesh is not None and not isinstance(self, FSDPModule):
+            if self.global_rank == 0:
+                self._whole = (self.trainer.precision_plugin.convert_module(copy.deepcopy(self.trained)),)
+            shard(self.trained, self.mesh, together=True)
+            shard(self.objective, self.mesh, together=True)  # apart: its weights may be wider than the network's
+            shard(self, self.mesh)
+            for method in ("training_step", "validation_step", "test_step", "predict_step"):
+                register_fsdp_forward_method(self, method)
+
+    @property
+    def progress(self) -> float:
+        """Share of the planned optimizer steps that is done, in [0, 1]."""
+        return min(self.trainer.global_step / max(self.trainer.estimated_stepping_batches - 1, 1), 1.0)
+
+    def on_train_start(self) -> None:
+        """Count the epoch that a training begins which was resumed from the last step of the one before.
+
+        Lightning 2.6 then closes that epoch and does not take the next for begun, so that a checkpoint made in it looks
+        as if made between two epochs, and cannot be resumed from.
+        """
+        loop: Any = self.trainer.fit_loop
+        epochs = loop.epoch_progress
+        if loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""
+        seed = _mix(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed goes through every backend there is, each step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def log_step(self, batch: Batch, loss: Tensor, parts: Callable[[], dict[str, Any]] = dict) -> None:
+        """Log the loss and its parts in the first step, and in those that `log_every_n_steps` has the loggers write.
+
+        For each value that is logged Lightning goes through all it has logged so far: too much for every step.
+        """
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == 0 or (every and (step + 1) % every == 0):  # 0: never
+            size = len(batch["labels"])
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+            self.log_dict({f"train/{name}": value for name, value in parts().items()}, batch_size=size)
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                self.log("train/skipped_steps", float(self.skipped_steps), batch_size=size)
+
+    def log_gradients(self, batch_idx: int, compare: Callable[[], dict[str, float]]) -> None:
+        """Compare the terms' gradients in the first step and every 50th after it, on the step's first batch.
+
+        Written straight to the loggers: what goes through `self.log` is written again until there is a new value.
+        Without loggers nothing is compared, nor where a process holds a shard of the network (FSDP).
+        """
+        trainer: Any = self.trainer
+        due = batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % GRADIENTS_EVERY == 0
+        whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if due and whole and trainer.loggers and trainer.log_every_n_steps:
+            values = {f"train/{name}": value for name, value in compare().items()}
+            for logger in trainer.loggers if values else ():
+                logger.log_metrics(values, step=trainer.global_step)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score the network against labels."""
+        self.score(run_network(self.trained, batch).logits, batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return `(B, C)` float32: the probabilities of classes, or scores; see `Task.predictions`."""
+        return self.task.predictions(at_least_float32(run_network(self.trained, batch).logits))
+
+    def score(self, logits: Tensor, batch: Batch, split: str = "val") -> None:
+        """Update and log the scores of a split."""
+        labelled = int(is_labelled(batch["labels"]).sum())
+        said = ModelOutput(at_least_float32(logits))
+        self.log(f"{split}/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
+        for name, metric in self.val_scores(logits, batch["labels"], batch).items():
+            self.log(f"{split}/{name}", metric, prog_bar=name == self.task.main)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and count the steps that a GradScaler (float16) leaves out for gradients that overflow.
+
+        To Lightning they are steps: they count towards `max_steps`, and the learning rate moves on.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 0.0
+        super().optimizer_step(*args, **kwargs)
+        if scaler is not None and scaler.get_scale() < scale:
+            self.skipped_steps += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of steps left out."""
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from it."""
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, also around a fused optimizer.
+
+        Lightning refuses that under every mixed precision, since with a GradScaler (float16) the optimizer would undo
+        the scaling after the clipping. In bfloat16 nothing is scaled and clipping is safe. On a CPU gradients that are
+        short enough already are left alone, where torch multiplies all of them by one.
+        """
+        plugin = self.trainer.precision_plugin  # FSDP's is another class: a norm over one shard would be wrong
+        unscaled = type(plugin) is Precision or (type(plugin) is MixedPrecision and plugin.scaler is None)
+        if not (unscaled and gradient_clip_val and gradient_clip_algorithm in (None, "norm")):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        given = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = full(torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]))
+        if self.norm_watched is not None:
+            self.norm_watched(norm)
+        if self.device.type != "cpu" or not norm <= gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(given, gradient_clip_val, norm)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer over decayed and undecayed parameters, and the schedule over all planned steps."""
+        optimizer = self.optimizer(parameter_groups(self))
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _mix(*numbers: int) -> int:
+    """Mix integers into one 63-bit seed; neighbouring inputs give unrelated seeds (the finaliser of SplitMix64)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1

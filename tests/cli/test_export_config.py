@@ -1,0 +1,232 @@
+"""Every experiment as Lightning CLI files: Hydra's objects, trained to the same weights. Offline and small."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import pytest
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from kd_lightning.cli import lightning as cli
+from kd_lightning.cli.export_config import write
+from kd_lightning.config.instantiate import conf_dir
+from kd_lightning.data.text.tokens import load_tokenizer
+from kd_lightning.pipeline.multi_task import pipeline_of
+from kd_lightning.runtime.fingerprints import read_json
+from kd_lightning.training.distillation import DistillationModule
+from tests.conftest import tiny_overrides, write_toy_csv
+from tests.data.images import write_fashion
+from tests.end_to_end.test_multi_task import TASKS
+from tests.toy_reviews import write_archive, write_tokenizer
+
+Composed = Callable[..., DictConfig]
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
+
+
+class Capture(L.Callback):
+    """What a training begins with, by the name of its folder."""
+
+    found: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        data, module = trainer.datamodule, pl_module
+        batch = next(iter(data.train_dataloader()))
+        found: dict[str, Any] = {
+            "module": type(module).__name__,
+            "network": str(module.trained),
+            "weights": copy.deepcopy(module.state_dict()),
+            "optimizer": [
+                {key: len(value) if key == "params" else value for key, value in group.items()}
+                for group in module.optimizers().param_groups
+            ],
+            "rates": [module.lr_schedulers().lr_lambdas[0](step) for step in range(5)],
+            "task": module.task.description,
+            "data": (data.fingerprint, data.batch_size, data.seed, data._tokens, data._pool),
+            "batch": batch,
+            "trainer": [
+                trainer.max_steps, trainer.max_epochs, trainer.val_check_batch, trainer.gradient_clip_val,
+                trainer.accumulate_grad_batches, trainer.precision, trainer.log_every_n_steps,
+            ],
+            "seed": module.seed,
+            "compiled": sum(part._compiled_call_impl is not None for part in module.modules()),
+        }  # fmt: skip
+        if isinstance(module, DistillationModule):
+            objective = module.objective
+            answer = None if module.teacher is None else module._expected(batch, module._ask(batch))
+            found |= {
+                "terms": str(objective),
+                "balance": type(objective.balance).__name__,
+                "needs": (objective.needs_student, objective.needs_teacher),
+                "settings": [objective.settings(progress) for progress in (0.0, 0.3, 0.8, 1.0)],
+                "attributes": [_plain(term) for term in objective.modules()],
+                "answer": None if answer is None else {"logits": answer.logits, **answer.features},
+            }
+        folder = Path(trainer.default_root_dir)
+        stage = "/".join(folder.parts[folder.parts.index("run") + 1 :])
+        Capture.found[stage] = found
+
+
+def _plain(module: torch.nn.Module) -> dict[str, Any]:
+    """The settings of a loss term."""
+    kinds = (int, float, str, bool, tuple, list, slice)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for name, value in one.items():
+            assert_same(value, other[name], f"{path}.{name}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, value in enumerate(one):
+            assert_same(value, other[number], f"{path}[{number}]")
+    else:
+        assert one == other, path
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the experiments fetch, in small: sentences, pictures, and a pretrained encoder with a MiniLM's layers."""
+    folder = tmp_path_factory.mktemp("fetched")
+    write_fashion(folder / "fashion_mnist", train=200, test=40)
+    tokenizer = load_tokenizer(str(write_tokenizer(folder / "minilm")), [])
+    torch.manual_seed(0)
+    size = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 12}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder / "minilm")
+    write_archive(folder / "reviews", movies=90, others=30)
+    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm")}
+
+
+@pytest.fixture
+def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (
+        "data.sources.reviews",
+        "data.sources.fashion_mnist",
+        "data.text.substitutes",
+        "data.text.tokens",
+        "models.hf",
+    ):
+        monkeypatch.setattr(f"kd_lightning.{module}.fetch", fetched.__getitem__)
+
+
+def brief(experiment: str, steps: int) -> list[str]:
+    """An experiment as it stands, with all its classes and their sizes, for fewer steps."""
+    more = [f"tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS[1:]] if "multi" in experiment else []
+    budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}", "validations=2"]
+    return [f"experiment={experiment}", *budget, CAPTURE, *more]
+
+
+def toy(folder: Path, steps: int) -> list[str]:
+    """The quickstart with tiny networks on toy data."""
+    small = [one for one in tiny_overrides(write_toy_csv(folder / "toy.csv", rows=120), folder) if "run_dir" not in one]
+    budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}"]
+    return ["experiment=quickstart", *budget, CAPTURE, *small, "~teacher.network.frozen_layers", "data.transfer=[]"]
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["kd-cli", *arguments])
+    cli.command_line()
+
+
+def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Train with the pipeline and with the CLI, each in a home of its own, and compare; return the stages."""
+    monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "home"))
+    Capture.found = {}
+    pipeline_of(composed(*overrides, f"run_dir={tmp_path / 'hydra/run'}")).run()
+    expected, Capture.found = Capture.found, {}
+
+    monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "other home"))
+    cfg = composed(*overrides, f"run_dir={tmp_path / 'cli/run'}")
+    files = write(cfg, tmp_path / "files", "kd-config ...")
+    for file in files:
+        run_cli(monkeypatch, "fit", "--config", str(file), "--trainer.enable_progress_bar=false")
+    names = [str(file.relative_to(tmp_path / "files").with_suffix("")) for file in files]
+    assert names == list(expected) == list(Capture.found), "the stages, in their order"
+    for name in names:
+        assert_same(Capture.found[name], expected[name], name)
+        one, other = (load_file(tmp_path / way / "run" / name / "model.safetensors") for way in ("hydra", "cli"))
+        assert_same(one, other, f"{name} after training")
+        records = [read_json(tmp_path / way / "run" / name / "stage.json") for way in ("hydra", "cli")]
+        for key in ("steps", "best_step", "validation", "selected_by"):
+            assert records[0][key] == records[1][key], (name, key)
+    return names
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_the_same_objects_both_ways(
+    experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_ways(brief(experiment, 2), composed, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_trains_to_the_same_weights_both_ways(
+    experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over more than two epochs: the first one fills the cache of the teacher's answers."""
+    both_ways(brief(experiment, 40), composed, tmp_path, monkeypatch)
+
+
+RISING = "{_target_: kd_lightning.schedules.Linear, start: 0.2, end: 0.9}"
+
+
+class Own(torch.nn.Module):
+    """A network that the package does not know."""
+
+    def __init__(self, num_classes: int, vocab_size: int, width: int = 4) -> None:
+        super().__init__()
+        self.words, self.out = torch.nn.EmbeddingBag(vocab_size, width), torch.nn.Linear(width, num_classes)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(self.words(input_ids))
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["distillation=hint"],
+        ["distillation=crd", "balance=gradnorm"],
+        ["distillation=label_trust", "teacher.calibrate=true"],
+        ["teacher.cache=off", "trainer.accumulate_grad_batches=2"],
+        ["teacher.cache_dtype=float16", "teacher.cache_top_k=2", f"alpha={RISING}"],
+        ["stages=[teacher,baseline,distill,finetune]", "scheduler=warmup_cosine"],
+        ["assistants=['${student}']", "data.teacher_tokenizer=wordpiece:90"],
+        ["model@student=custom", "student._target_=tests.cli.test_export_config.Own", "+student.width=5"],
+        ["model@student=simkd", "distillation=simkd", "student.backbone.hidden_size=8"],
+        ["teacher.seeds=2", "model@student=embeddings_from_teacher", "student.network.embedding_size=8"],
+        ["compile=true", "peers=['${student}']", "distillation=deep_mutual", "stages=[distill]"],
+        ["~logger.csv", "~logger.tensorboard", "~callbacks.learning_rate"],
+    ],
+    ids=lambda more: more[0].partition("=")[0],
+)  # fmt: skip
+def test_other_compositions_train_the_same_both_ways(
+    more: list[str], composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = toy(tmp_path, 8)
+    if any(one.startswith("model@student") for one in more):
+        small = [one for one in small if not one.startswith(("model@student", "student."))]
+    both_ways([*small, *more], composed, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_weights_of_tasks_multiply_schedules_both_ways(
+    composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"alpha={RISING}", "+tasks.domain.weight=3", "+tasks.rating.weight=0.5"]
+    both_ways([*brief("multi_task", 2), *more], composed, tmp_path, monkeypatch)

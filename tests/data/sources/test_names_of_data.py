@@ -1,0 +1,57 @@
+"""The fingerprints themselves: what a user's teacher answers, teachers and baselines are found by after an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_lightning.data import FashionMNIST, TextFiles
+from tests.data.images import write_fashion
+
+CHANGED = (
+    "data that were this are something else now, and everything that users keep of theirs is made anew: "
+    "was that meant? (a new version of tokenizers may do it too)"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "whole", "without_pool"),
+    [
+        ({}, "14f02c9645a727d1", "8eff27ad46e26b76"),
+        ({"views": 2}, "4ac86e85c01c4b5a", "8eff27ad46e26b76"),
+        ({"views": 2, "view_sets": 3, "mask_probability": 0.3}, "ec613835992561fb", "8eff27ad46e26b76"),
+        (
+            {"views": 2, "view_sets": None, "replace_probability": 0.1, "replace_by": "class", "pool_ratio": 0.5},
+            "35b4f54fbcf5c79f",
+            "8eff27ad46e26b76",
+        ),
+    ],
+    ids=["plain", "views", "sets of views", "replaced words"],
+)
+def test_texts(
+    toy_csv: Callable[..., Path], tmp_path: Path, options: dict[str, Any], whole: str, without_pool: str
+) -> None:
+    (tmp_path / "more.txt").write_text("more of the same\nand still more\n")
+    data = TextFiles(str(toy_csv()), tokenizer="wordpiece:200", transfer=[str(tmp_path / "more.txt")], **options)
+    data.prepare()
+    found = [data.fingerprint[:16], data.select(pool=False).fingerprint[:16]]
+    assert found == [whole, without_pool], CHANGED
+
+
+@pytest.mark.parametrize(
+    ("options", "whole", "without_pool"),
+    [
+        ({}, "0c3a7feb06dab229", "0c3a7feb06dab229"),
+        ({"views": 2, "view_sets": 3, "transfer_examples": 20}, "85e5a07995a67a0c", "f88fc8e1f8c64114"),
+        ({"views": 1, "mixup_probability": 0.5, "pool_ratio": 0.5}, "627f0950171b7fa2", "0c3a7feb06dab229"),
+    ],
+    ids=["plain", "sets of views", "mixed"],
+)
+def test_images(tmp_path: Path, options: dict[str, Any], whole: str, without_pool: str) -> None:
+    data = FashionMNIST(str(write_fashion(tmp_path / "fashion")), train_examples=100, **options)
+    data.prepare()
+    found = [data.fingerprint[:16], data.select(pool=False).fingerprint[:16]]
+    assert found == [whole, without_pool], CHANGED

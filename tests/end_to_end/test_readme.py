@@ -1,0 +1,104 @@
+"""The README is true: its tables are what results/ say, and its snippets run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from tests import ROOT
+from tests.conftest import tiny_overrides, write_toy_csv
+
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+QUICK = [
+    "model@teacher.network=lstm_teacher", "teacher.network.hidden_size=16", "teacher.network.embedding_size=16",
+    "data.tokenizer=wordpiece:400", "model@student=lstm_student",
+]  # fmt: skip
+
+
+def test_tables_are_what_the_results_say() -> None:
+    result = subprocess.run(
+        [sys.executable, "scripts/update_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_page_of_strategies_is_what_the_files_say() -> None:
+    result = subprocess.run(
+        [sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_names_every_choice_and_scheme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for group in ("model", "data"):
+        names = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+        assert not [name for name in names if f"`{name}`" not in text]
+    experiments = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
+    assert not [name for name in experiments if f"experiment={name}" not in text and f"`{name}`" not in text]
+
+
+def run(line: str, folder: Path) -> str:
+    environment = {**os.environ, "KD_LIGHTNING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    result = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{line}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_bring_your_own_snippets_run_as_they_stand(tmp_path: Path) -> None:
+    """Every command of the sections runs in one folder, in order, with settings appended only to make it small."""
+    write_toy_csv(tmp_path / "my.csv")
+    for language, text in BLOCKS:
+        if found := re.match(r"# file: (\S+)\n", text):
+            path = tmp_path / found[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert language in ("bash", "text", "python", "yaml")
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.replace("\\\n", "").splitlines()]
+    trained = [line for line in lines if line.startswith("kd-train")]
+    assert len(trained) == 4
+    small = tiny_overrides(tmp_path / "my.csv", tmp_path)
+    budget = [o for o in small if o.startswith(("trainer", "teacher.trainer", "teacher.val", "valid", "teacher.opt"))]
+    outputs = {}
+    for line in lines:
+        if line.startswith("make"):
+            continue
+        if line.startswith("kd-train"):
+            name = re.search(r"name=(\w+)", line)[1]  # type: ignore[index]
+            line += " " + " ".join(budget)
+            if name == "mine":
+                line += " " + " ".join(QUICK)
+            if name == "taught":
+                save_teacher(tmp_path / "my_teacher", tmp_path / "runs/mine/teacher/tokenizer")
+            outputs[name] = run(line, tmp_path)
+        else:
+            assert "p(science)" in run(line, tmp_path)
+    assert set(outputs) == {"mine", "bag", "taught", "huber"}
+    for name, output in outputs.items():
+        assert "distilled student" in output, name
+        assert (tmp_path / "runs" / name / "report.json").is_file()
+    assert "finished before" not in outputs["bag"]
+
+
+def save_teacher(folder: Path, tokenizer: Path) -> None:
+    """A finished Hugging Face classifier for three classes, with its tokenizer, as save_pretrained leaves them."""
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(loaded), num_labels=3, max_position_embeddings=64, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    loaded.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    example = next(text for kind, text in BLOCKS if kind == "python" and not text.startswith("# file:"))
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    assert "tensor(" in run(f"{sys.executable} example.py", tmp_path)

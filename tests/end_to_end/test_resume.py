@@ -1,0 +1,115 @@
+"""A run that is killed goes on, mid-epoch, to the very weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import ROOT
+from tests.conftest import tiny_overrides, write_toy_csv
+
+SETTINGS = [
+    "trainer.max_epochs=3", "data.views=1", "student.dropout=0.3", "checkpoint_every_n_steps=7",
+    "+callbacks.kill={_target_: tests.killer.KillAt, stage: distill}",
+]  # fmt: skip
+"""21 steps an epoch of the pool, 63 in all; validation at 31 and 62."""
+
+
+def kd_train(home: Path, *overrides: str, kill_at: int = -1) -> int:
+    environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "KILL_AT_STEP": str(kill_at)}
+    result = subprocess.run(
+        [sys.executable, "-m", "kd_lightning.cli.train", *overrides],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode in (0, -signal.SIGKILL), result.stderr
+    return result.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (11, ()),  # in the first epoch, which fills the cache of the teacher's answers
+        (26, ()),  # in the middle of the second epoch, after the checkpoint of step 21 = the end of the first
+        (33, ()),  # after the checkpoint of step 28, on the far side of a look at validation
+        (33, ("checkpoint_every_n_steps=31",)),  # the checkpoint falls on a step that also looks at validation
+        (23, ("checkpoint_every_n_steps=21", "validations=3")),  # on one that also ends an epoch
+        (17, ("trainer.accumulate_grad_batches=2", "checkpoint_every_n_steps=5")),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(step: int, more: tuple[str, ...], tmp_path: Path) -> None:
+    csv_file = write_toy_csv(tmp_path / "toy.csv")
+    whole, killed = ([*tiny_overrides(csv_file, tmp_path / name), *SETTINGS, *more] for name in ("whole", "killed"))
+    assert kd_train(tmp_path / "home", *whole) == 0
+    home = tmp_path / "home of the killed"  # else it would read the answers that the other run has kept
+    assert kd_train(home, *killed, kill_at=step) == -signal.SIGKILL
+    folder = tmp_path / "killed" / "seed_0" / "distill"
+    assert (folder / "checkpoints" / "resume.ckpt").is_file()
+    assert not (folder / "stage.json").exists()
+    assert kd_train(home, *killed) == 0
+
+    reference = load_file(tmp_path / "whole" / "seed_0" / "distill" / "model.safetensors")
+    resumed = load_file(folder / "model.safetensors")
+    assert reference.keys() == resumed.keys()
+    for name, tensor in reference.items():
+        assert torch.equal(resumed[name], tensor), name
+    records = [json.loads((tmp_path / name / "seed_0/distill/stage.json").read_text()) for name in ("whole", "killed")]
+    assert records[0]["steps"] == records[1]["steps"]
+    assert records[0]["best_step"] == records[1]["best_step"]
+    assert records[0]["validation"] == records[1]["validation"]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    curves = [report["models"]["distilled"]["curves"][0]["validation_accuracy"] for report in reports]
+    assert curves[0] == curves[1], "the learning curve survives the kill"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    csv_file = write_toy_csv(tmp_path / "toy.csv")
+    common = [
+        "stages=[teacher,baseline,distill]",
+        "student.dropout=0",
+        "teacher.network.dropout=0",
+        "trainer.max_epochs=3",
+    ]
+    one = [*tiny_overrides(csv_file, tmp_path / "one"), *common]
+    two = [
+        *tiny_overrides(csv_file, tmp_path / "two"),
+        *common,
+        "trainer=ddp",
+        "data.batch_size=8",
+        "teacher.batch_size=16",
+    ]
+    two += ["trainer.max_epochs=3", f"teacher.checkpoint={tmp_path / 'one'}", "stages=[baseline,distill]"]
+    two = [override for override in two if not override.startswith("data.tokenizer")]
+    assert kd_train(tmp_path / "home", *one) == 0
+    assert kd_train(tmp_path / "home", *two) == 0
+    for stage in ("baseline", "distill"):
+        weights = [load_file(tmp_path / name / "seed_0" / stage / "model.safetensors") for name in ("one", "two")]
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(
+                weights[1][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_every_point_its_folder_and_its_settings(tmp_path: Path) -> None:
+    csv_file = write_toy_csv(tmp_path / "toy.csv")
+    small = tiny_overrides(csv_file, tmp_path / "whole")
+    assert kd_train(tmp_path / "home", *small, "stages=[teacher]") == 0
+    chosen = [override for override in small if not override.startswith(("run_dir", "data.tokenizer"))]
+    sweep = [*chosen, f"teacher.checkpoint={tmp_path / 'whole'}", "stages=[distill]"]
+    sweep.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert kd_train(tmp_path / "home", "-m", *sweep, "temperature=1,4") == 0
+    points = sorted(report.parent for report in (tmp_path / "sweep").glob("*/report.json"))
+    records = [json.loads((point / "report.json").read_text()) for point in points]
+    assert sorted(record["settings"]["temperature"] for record in records) == [1, 4]
+    weights = [load_file(point / "seed_0/distill/model.safetensors") for point in points]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

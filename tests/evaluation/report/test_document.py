@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kd_lightning.evaluation.profiling import environment
+from kd_lightning.evaluation.report import check, summary, write_report
+from kd_lightning.evaluation.report.pictures import curves_figure, tradeoff_figure
+from tests import ROOT
+from tests.evaluation.report.examples import FIVE, model, models, printed, report_of, scores
+
+
+def test_schema_of_version_one(five: dict[str, Any]) -> None:
+    assert five["schema_version"] == 1
+    assert five["seeds"] == [0, 1, 2, 3, 4]
+    assert list(five["models"]) == ["teacher", "baseline", "distilled"]
+    for entry in five["models"].values():
+        for split in ("test", "validation"):
+            assert {"accuracy", "macro_f1", "ece", "cross_entropy"} <= set(entry[split])
+            for described in entry[split].values():
+                assert {"mean", "std", "values"} <= set(described)
+        assert set(entry["size"]) == {"parameters", "parameters_without_embeddings", "bytes"}
+        assert all(isinstance(entry["latency_ms"][key], float) for key in ("p50", "p95"))
+        assert isinstance(entry["throughput"]["examples_per_second"], float)
+        assert isinstance(entry["training_seconds"]["mean"], float)
+    assert {"mean", "std", "values"} <= set(five["distillation_ratio"])
+    assert isinstance(five["command"], str)
+    assert five["environment"]["python"] == "3.11.2"
+    assert five["settings"] == {"temperature": 2.0, "alpha": 0.9, "folder": "runs"}
+    assert five["stages"]["distill"] == 88.0
+    assert five["data"]["n_test"] == 2000
+    assert five["data"]["splits"]["train"] == 8000
+    assert five["warnings"] == []
+
+
+def test_document_survives_strict_json(everything: dict[str, Any]) -> None:
+    text = json.dumps(everything, allow_nan=False)
+    assert json.loads(text) == everything
+
+
+def test_statistics_are_numpys(five: dict[str, Any]) -> None:
+    baseline, distilled = np.array(FIVE["baseline"]), np.array(FIVE["distilled"])
+    described = five["models"]["distilled"]["test"]["accuracy"]
+    assert described["mean"] == pytest.approx(distilled.mean())
+    assert described["std"] == pytest.approx(distilled.std(ddof=1))
+    assert described["values"] == list(FIVE["distilled"])
+    assert described["standard_error"] == pytest.approx(math.sqrt(distilled.mean() * (1 - distilled.mean()) / 2000))
+    assert five["data"]["standard_error"] == pytest.approx(math.sqrt(baseline.mean() * (1 - baseline.mean()) / 2000))
+    ratios = (distilled - baseline) / (0.846 - baseline)
+    assert five["distillation_ratio"]["values"] == pytest.approx(list(ratios))
+    assert five["distillation_ratio"]["mean"] == pytest.approx(ratios.mean())
+    assert five["distillation_ratio"]["std"] == pytest.approx(ratios.std(ddof=1))
+    means = (distilled.mean() - baseline.mean()) / (0.846 - baseline.mean())
+    assert five["distillation_ratio"]["of_means"] == pytest.approx(means)
+    p, q, gains = baseline.mean(), distilled.mean(), distilled - baseline
+    variance = p * (1 - p) / 2000 + q * (1 - q) / 2000 + gains.var(ddof=1) / 5
+    assert five["difference"]["mean"] == pytest.approx(gains.mean())
+    assert five["difference"]["standard_error"] == pytest.approx(math.sqrt(variance))
+
+
+def test_paired_difference_is_the_standard_error_of_the_mean_gain() -> None:
+    generator = np.random.default_rng(0)
+    right = generator.random((2, 1, 400)) < np.array([0.7, 0.8])[:, None, None]
+    results = models(baseline=(right[0].mean(),), distilled=(right[1].mean(),))
+    results[1] = replace(results[1], correct=right[0].tolist())
+    results[2] = replace(results[2], correct=right[1].tolist())
+    difference = report_of(results, n_test=400)["difference"]
+    gains = right[1, 0].astype(float) - right[0, 0]
+    assert difference["paired"] is True
+    assert difference["standard_error"] == pytest.approx(gains.std(ddof=1) / 20)
+
+
+def test_one_seed_has_no_deviation(single: dict[str, Any]) -> None:
+    assert single["models"]["distilled"]["test"]["accuracy"]["std"] is None
+    assert single["distillation_ratio"]["std"] is None
+    assert single["distillation_ratio"]["values"] == pytest.approx([(0.824 - 0.759) / (0.846 - 0.759)])
+
+
+def test_nan_and_infinity_become_null() -> None:
+    results = models()
+    results[2] = replace(results[2], test=[{**scores(0.8), "ece": math.nan, "cross_entropy": math.inf}])
+    test = report_of(results)["models"]["distilled"]["test"]
+    assert test["ece"] == {"mean": None, "std": None, "values": [None]}
+    assert test["cross_entropy"]["values"] == [None]
+
+
+def test_ratio_is_null_where_the_teacher_is_no_better() -> None:
+    report = report_of(models(teacher=0.755, **FIVE))
+    undefined = [b >= 0.755 for b in FIVE["baseline"]]
+    assert [value is None for value in report["distillation_ratio"]["values"]] == undefined
+    assert report["distillation_ratio"]["mean"] == pytest.approx((0.819 - 0.752) / (0.755 - 0.752))
+
+
+@pytest.mark.parametrize("names", [["teacher"], ["baseline"], ["teacher", "baseline"], ["distilled"]])
+def test_reports_on_some_of_the_models(names: list[str], tmp_path: Path) -> None:
+    report = report_of([model(name, [0.8]) for name in names])
+    assert report["distillation_ratio"]["mean"] is None
+    assert "0.800" in summary(report)
+    assert "0.800" in printed(report)
+    write_report(report, tmp_path)
+
+
+def test_results_without_measurements_are_reported(tmp_path: Path) -> None:
+    bare = {"size": None, "latency": None, "throughput": None, "training_seconds": [], "curves": [], "validation": []}
+    report = report_of([replace(result, **bare) for result in models()])
+    assert report["models"]["teacher"]["training_seconds"] is None
+    assert curves_figure(report) is None
+    assert tradeoff_figure(report) is None
+    write_report(report, tmp_path)
+    assert "png" not in (tmp_path / "report.md").read_text()
+
+
+def test_lists_must_fit_the_seeds() -> None:
+    with pytest.raises(ValueError, match="distilled: 2 test results for 1 seeds"):
+        report_of([model("distilled", [0.8, 0.8])], seeds=[0])
+    with pytest.raises(ValueError, match="at most once"):
+        report_of([model("distilled", [0.8]), model("distilled", [0.8])])
+
+
+def has(report: dict[str, Any], words: str) -> bool:
+    return any(words in warning for warning in check(report))
+
+
+def test_warns_of_a_teacher_no_better_than_the_majority() -> None:
+    assert has(report_of(models(), majority=0.9), "Do not distill from this teacher")
+    assert not has(report_of(models(), majority=0.8), "Do not distill from this teacher")
+
+
+def test_warns_of_a_student_no_better_than_the_majority() -> None:
+    assert has(report_of(models(), majority=0.8), "student from labels: accuracy 0.759 is no better than always")
+    assert not has(report_of(models(), majority=0.7), "is no better than always")
+
+
+def test_warns_of_a_teacher_worse_than_the_baseline() -> None:
+    assert has(report_of(models(teacher=0.75)), "the distillation ratio means nothing")
+    assert not has(report_of(models()), "the distillation ratio means nothing")
+
+
+def test_warns_of_seeds_without_a_ratio() -> None:
+    assert has(report_of(models(teacher=0.762, **FIVE)), "undefined for 1 of 5 seeds")
+    assert not has(report_of(models(**FIVE)), "undefined")
+
+
+def test_warns_of_distillation_that_harms() -> None:
+    assert has(report_of(models(distilled=(0.7,))), "Distillation made it worse")
+    assert not has(report_of(models()), "Distillation made it worse")
+
+
+def test_warns_of_a_difference_within_the_noise() -> None:
+    # standard error of the difference: sqrt(0.759 * 0.241 / n + 0.824 * 0.176 / n) = 0.0404 at n = 200, 0.0128 at 2000
+    words = "not distinguishable from noise on this test set"
+    assert has(report_of(models(), n_test=200), words)
+    assert not has(report_of(models(), n_test=2000), words)
+
+
+def test_warns_of_one_seed(single: dict[str, Any], five: dict[str, Any]) -> None:
+    assert has(single, "One seed only")
+    assert not has(five, "One seed only")
+
+
+def test_every_key_is_documented(everything: dict[str, Any]) -> None:
+    text = (ROOT / "docs" / "report_schema.md").read_text(encoding="utf-8")
+    distilled = everything["models"]["distilled"]
+    groups = [
+        everything,
+        everything["models"],
+        distilled,
+        distilled["test"],
+        distilled["size"],
+        distilled["latency_ms"],
+    ]
+    groups += [distilled["throughput"], everything["data"], everything["difference"], everything["distillation_ratio"]]
+    for key in {key for group in groups for key in group} | set(environment()):
+        assert f"`{key}`" in text, key

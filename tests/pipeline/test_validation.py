@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config import instantiate as config
+from kd_lightning.pipeline.validation import validate
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.training import schedules
+from kd_lightning.training.objective import Objective
+
+Composed = Callable[..., DictConfig]
+CONF = config.conf_dir()
+
+
+@pytest.mark.parametrize("experiment", [None, *sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))])
+def test_every_experiment_composes_and_validates(composed: Composed, experiment: str | None) -> None:
+    cfg = composed(*([f"experiment={experiment}"] if experiment else []))
+    validate(cfg)
+    assert cfg.name == (experiment or "run")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
+    + [f"logger={name}" for name in options("logger")]
+    + [f"model@student={name}" for name in options("model") if name not in ("hf", "timm", "custom", "from_run")]
+    + ["trainer=cpu", "trainer=ddp"],
+)
+def test_every_option_validates(composed: Composed, override: str) -> None:
+    cfg = composed(override)
+    package = override.removeprefix("logger=")
+    if package in ("mlflow", "wandb") and importlib.util.find_spec(package) is None:
+        with pytest.raises(ConfigError, match=rf"logger\.{package}: .* needs a package that is missing"):
+            validate(cfg)
+        return
+    validate(cfg)
+    group = override.partition("=")[0]
+    assert cfg[group.partition("@")[2] or group], "the choice fills its node"
+
+
+@pytest.mark.parametrize("distillation", options("distillation"))
+def test_every_distillation_builds_an_objective(composed: Composed, distillation: str) -> None:
+    cfg = composed(f"distillation={distillation}", "temperature=3", "alpha=0.25")
+    objective = config.build(cfg.distillation)
+    assert isinstance(objective, Objective)
+    if distillation == "soft_target":
+        assert objective.weights == {"ce": 0.75, "kd": 0.25}
+        assert objective.settings(0.0) == {"weight/ce": 0.75, "weight/kd": 0.25, "kd/temperature": 3}
+
+
+def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
+    linear = "{_target_: kd_lightning.schedules.Linear, start: 1.0, end: 0.5}"
+    warm = "{_target_: kd_lightning.schedules.Step, values: [8, 2], boundaries: [0.5]}"
+    cfg = composed(f"alpha={linear}", f"temperature={warm}")
+    validate(cfg)
+    objective = config.build(cfg.distillation)
+    assert isinstance(objective.weights["ce"], schedules.OneMinus)
+    assert objective.settings(0.5) == {"weight/ce": 0.25, "weight/kd": 0.75, "kd/temperature": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["temperature=0"], "temperature=0 must be above 0"),
+        (["optimizer.lr=null"], "optimizer.lr=null is not a number"),
+        (["+optimizer.betas=[0.9]"], "optimizer.betas=[0.9] is not a list of 2"),
+        (["distillation.weights.kd=-1"], "distillation.weights.kd must not be negative"),
+        (["+temprature=4"], "temprature: there is no such key; did you mean 'temperature'"),
+        (["+teacher.bath_size=8"], "teacher.bath_size: there is no such key; did you mean 'batch_size'"),
+        (["teacher.batch_size=abc"], "teacher.batch_size='abc' is not a whole number"),
+        (["teacher.trainer.max_epochs=many"], "teacher.trainer.max_epochs='many' is not"),
+        (["+teacher.trainer.max_epoch=3"], "takes no 'max_epoch'; did you mean 'max_epochs'"),
+        (["teacher.validations=0"], "teacher.validations=0 must be at least 1"),
+        (["finetune.lr=abc"], "finetune.lr='abc' is not a number"),
+        (["seed=-1"], "seed=-1 must be at least 0"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 must be at least 1"),
+        (["finetune.max_epochs=0"], "finetune.max_epochs=0 must be at least 1"),
+        (["data.batch_size=null"], "data.batch_size=null is not a whole number"),
+        (["+trainer.callbacks=[]"], "trainer.callbacks is set by the pipeline"),
+        (["trainer.devices=2"], "use trainer=ddp (ddp_spawn) on one machine"),
+        (["temperature={_target_: kd_lightning.schedules.Linear, start: 4, end: 0}"], "temperature=0 must be above 0"),
+        (["alpha={_target_: kd_lightning.schedules.Linear, start: 0.5, end: 2}"], "must be between 0"),
+        (["temperature=warm"], "temperature='warm' is neither a number nor a schedule"),
+        (["alpha=1.5"], "alpha=1.5 must be between 0"),
+        (["seeds=0"], "seeds=0 must be at least 1"),
+        (["seed=one"], "seed='one' is not a whole number"),
+        (["stages=[teacher,distil]"], "no stage 'distil'; did you mean 'distill'"),
+        (["stages=[distill,teacher]"], "in this order"),
+        (["stages=[teacher,finetune]"], "needs distill before it"),
+        (["teacher.cache=maybe"], "teacher.cache='maybe' is neither a mode nor a path"),
+        (["resume=perhaps"], "resume='perhaps' must be auto or never"),
+        (["trainer.precision=16-mixed"], "16-mixed needs a GPU"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs='many' is not"),
+        (["+trainer.max_epoch=3"], "lightning.Trainer takes no 'max_epoch'; did you mean 'max_epochs'"),
+        (["+student.hidden=3"], "takes no 'hidden'; did you mean 'hidden_size'"),
+        (["student.hidden_size=wide"], "student.hidden_size='wide' is not a whole number"),
+        (["student.pooling=middle"], "student.pooling='middle' is not"),
+        (["distillation.terms.kd._target_=kd_lightning.losses.SoftTarget"], "did you mean 'SoftTargetLoss'"),
+        (["+distillation.terms.kd.temprature=3"], "distillation.terms.kd.temprature"),
+        (["data=text_files"], "data.train_file needs a value"),
+        (["model@student=hf"], "student.name needs a value"),
+        (["model@student=custom"], "student._target_ needs a value"),
+        (["data.batch_size=big"], "data.batch_size='big' is not a whole number"),
+        (["+data.views_count=2"], "data.views_count"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_with_the_key_and_the_mend(composed: Composed, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        validate(composed(*overrides))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["gpu", "fsdp"])
+def test_a_gpu_trainer_without_a_gpu_is_refused(composed: Composed, name: str) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU, and torch finds none here"):
+        validate(composed(f"trainer={name}"))
+
+
+def test_tokenizers_follow_from_the_networks(composed: Composed, tmp_path: Path) -> None:
+    def tokenizers(*overrides: str) -> tuple[str, str | None]:
+        data = composed(*overrides).data
+        return data.tokenizer, data.teacher_tokenizer
+
+    assert tokenizers() == ("minilm", "minilm")
+    assert tokenizers("model@teacher.network=lstm_teacher") == ("minilm", None)
+    assert tokenizers("model@teacher.network=hf", "teacher.network.name=bert") == ("bert", "bert")
+    assert tokenizers("model@student=hf", "student.name=other") == ("other", "minilm")
+    assert tokenizers("teacher.checkpoint=finished") == ("finished", "finished")
+    saved = tmp_path / "teacher" / "tokenizer"
+    saved.mkdir(parents=True)
+    assert tokenizers(f"teacher.checkpoint={tmp_path}") == (str(saved), str(saved))
+
+
+def test_build_fills_in_only_what_is_not_set(composed: Composed) -> None:
+    node = OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 3})
+    layer = config.build(node, out_features=5, in_features=9, vocab_size=7)
+    assert isinstance(layer, torch.nn.Linear)
+    assert (layer.in_features, layer.out_features) == (3, 5)
+
+
+def test_a_missing_extra_is_one_line(composed: Composed, tmp_path: Path) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ConfigError, match=r"WandbLogger needs a package that is missing: .*wandb"):
+        config.build(composed("logger=wandb").logger.wandb, save_dir=str(tmp_path))
+
+
+def test_a_users_mistake_inside_a_constructor_is_not_wrapped() -> None:
+    node = {"_target_": "kd_lightning.schedules.Linear", "start": 1.0, "end": 0.0, "until": 2.0}
+    with pytest.raises(ConfigError, match="share of the training"):
+        config.build(node)
