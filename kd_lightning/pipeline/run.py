@@ -22,7 +22,6 @@ from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.rebuild import describe
 from kd_lightning.pipeline.from_run import from_run
-from kd_lightning.pipeline.links import check_links
 from kd_lightning.pipeline.preflight import has_start, rehearse, source_of, takes_from_teacher
 from kd_lightning.pipeline.sources import check_sources
 from kd_lightning.pipeline.teacher_provider import (
@@ -53,6 +52,7 @@ from kd_lightning.teachers import (
 from kd_lightning.training.callbacks import CacheFilling, MeanTeacher
 from kd_lightning.training.distillation import DistillationModule, SupervisedModule
 from kd_lightning.training.fit import train
+from kd_lightning.training.links import check_links
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.run_folder import (
     find_stage,

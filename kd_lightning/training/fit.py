@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from kd_lightning.config.instantiate import build
-from kd_lightning.pipeline.links import check_stage_links
 from kd_lightning.runtime import signals as preemption
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import Interrupted, KDError
@@ -31,6 +30,7 @@ from kd_lightning.training.callbacks.checkpoints import (
     restore_logs,
 )
 from kd_lightning.training.callbacks.divergence import put_away
+from kd_lightning.training.links import check_stage_links
 from kd_lightning.training.run_folder import check_fingerprint, read_stage
 from kd_lightning.training.stage import Stage, averages, keep, planned_steps, validate_every
 

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from kd_lightning.cli.evaluate import main as kd_eval
 from kd_lightning.cli.export import main as kd_export
-from kd_lightning.pipeline.links import check_links
 from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.training.links import check_links
 from tests.conftest import tiny_overrides
 
 Composed = Callable[..., DictConfig]
