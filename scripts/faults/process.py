@@ -82,11 +82,11 @@ class Outcome:
         return (self.err.strip().splitlines() or [""])[-1]
 
 
-def preload() -> None:
+def preload(names: Sequence[str] = PRELOADED) -> None:
     """Import what the commands import, one thread for each command to come."""
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
     os.environ.update(COLUMNS="200", HF_HUB_OFFLINE="1", PIP_NO_INDEX="1")  # nothing is fetched
-    for name in PRELOADED:
+    for name in names:
         importlib.import_module(name)
     import torch
 

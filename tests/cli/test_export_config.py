@@ -28,7 +28,12 @@ from tests.end_to_end.test_multi_task import TASKS
 from tests.toy_reviews import write_archive, write_tokenizer
 
 Composed = Callable[..., DictConfig]
-EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+QUICK = {"fashion_resnet", "mean_teacher", "reviews_bilstm"}
+"""Pictures; no trained teacher; views, and a teacher's embeddings. Several tasks: the last test of this file."""
+EXPERIMENTS = [
+    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
+]
 CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
 
 
@@ -101,12 +106,12 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
 def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the experiments fetch, in small: sentences, pictures, and a pretrained encoder with a MiniLM's layers."""
     folder = tmp_path_factory.mktemp("fetched")
-    write_fashion(folder / "fashion_mnist", train=200, test=40)
+    write_fashion(folder / "fashion_mnist", train=60, test=20)
     tokenizer = load_tokenizer(str(write_tokenizer(folder / "minilm")), [])
     torch.manual_seed(0)
     size = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 12}
     BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder / "minilm")
-    write_archive(folder / "reviews", movies=90, others=30)
+    write_archive(folder / "reviews", movies=30, others=10)
     return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm")}
 
 
@@ -133,6 +138,7 @@ def toy(folder: Path, steps: int) -> list[str]:
     """The quickstart with tiny networks on toy data."""
     small = [one for one in tiny_overrides(write_toy_csv(folder / "toy.csv", rows=120), folder) if "run_dir" not in one]
     budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}"]
+    budget.append("stages=[teacher,distill]")
     return ["experiment=quickstart", *budget, CAPTURE, *small, "~teacher.network.frozen_layers", "data.transfer=[]"]
 
 
@@ -166,19 +172,11 @@ def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_builds_the_same_objects_both_ways(
-    experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both_ways(brief(experiment, 2), composed, tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_to_the_same_weights_both_ways(
     experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over more than two epochs: the first one fills the cache of the teacher's answers."""
-    both_ways(brief(experiment, 40), composed, tmp_path, monkeypatch)
+    both_ways(brief(experiment, 24), composed, tmp_path, monkeypatch)
 
 
 RISING = "{_target_: kd_lightning.schedules.Linear, start: 0.2, end: 0.9}"
@@ -224,9 +222,8 @@ def test_other_compositions_train_the_same_both_ways(
     both_ways([*small, *more], composed, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
 def test_weights_of_tasks_multiply_schedules_both_ways(
     composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = [f"alpha={RISING}", "+tasks.domain.weight=3", "+tasks.rating.weight=0.5"]
+    more = ["stages=[teacher,distill]", f"alpha={RISING}", "+tasks.domain.weight=3", "+tasks.rating.weight=0.5"]
     both_ways([*brief("multi_task", 2), *more], composed, tmp_path, monkeypatch)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from kd_lightning.runtime.errors import environment_fault, interruptible
 from kd_lightning.runtime.files import replacing, write_file
-from tests.cli.test_commands import command
+from tests.forks import command
 
 
 @contextmanager

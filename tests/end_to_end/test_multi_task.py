@@ -25,8 +25,8 @@ from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.training.run_folder import load_run
-from tests.cli.test_commands import command
 from tests.conftest import write_toy_csv
+from tests.forks import command
 from tests.toy_reviews import write_archive, write_tokenizer
 
 Composed = Callable[..., DictConfig]

@@ -24,7 +24,7 @@ from kd_lightning.data import TextFiles
 from kd_lightning.runtime import signals as preemption
 from kd_lightning.runtime.errors import Interrupted
 from kd_lightning.training.callbacks import Preemption
-from tests import ROOT
+from tests import ROOT, forks
 from tests.conftest import tiny_overrides, write_toy_csv
 
 INT, TERM, USR1, USR2 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
@@ -432,12 +432,14 @@ def test_one_process_goes_on_with_the_next_step(
         assert torch.equal(second.state_dict()[name], weight), name
 
 
-def kd_train(home: Path, *overrides: str, signals: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1"}
+def kd_train(folder: Path, home: str, *overrides: str, signals: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"KD_LIGHTNING_HOME": str(folder / home), "OMP_NUM_THREADS": "1"}
     environment |= {"SIGNALS_AT": signals} if signals else {}
+    if "trainer=ddp" not in overrides:
+        return forks.command("kd-train", *overrides, cwd=folder, environment=environment)
     return subprocess.run(
         [sys.executable, "-m", "kd_lightning.cli.train", *overrides],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -452,15 +454,15 @@ def goes_on_to_the_same_weights(folder: Path, signals: str, *more: str) -> str:
         ]
         for name in ("whole", "stopped")
     )  # fmt: skip
-    done = kd_train(folder / "home", *whole)
+    done = kd_train(folder, "home", *whole)
     assert done.returncode == 0, done.stderr
-    home = folder / "home of the stopped"  # else it would read the answers that the other run has kept
-    ended = kd_train(home, *stopped, signals=signals)
+    home = "home of the stopped"  # else it would read the answers that the other run has kept
+    ended = kd_train(folder, home, *stopped, signals=signals)
     assert ended.returncode == 1
     places = [folder / name / "seed_0" / "distill" for name in ("whole", "stopped")]
     assert (places[1] / "checkpoints" / "resume.ckpt").is_file()
     assert not (places[1] / "stage.json").exists()
-    done = kd_train(home, *stopped)
+    done = kd_train(folder, home, *stopped)
     assert done.returncode == 0, done.stderr
     assert "teacher  finished before" in done.stdout
 

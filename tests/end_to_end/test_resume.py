@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import ROOT
+from tests import forks
 from tests.conftest import tiny_overrides, write_toy_csv
 
 SETTINGS = [
@@ -24,11 +21,8 @@ SETTINGS = [
 
 
 def kd_train(home: Path, *overrides: str, kill_at: int = -1) -> int:
-    environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "KILL_AT_STEP": str(kill_at)}
-    result = subprocess.run(
-        [sys.executable, "-m", "kd_lightning.cli.train", *overrides],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment = {"KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "KILL_AT_STEP": str(kill_at)}
+    result = forks.command("kd-train", *overrides, cwd=home.parent, environment=environment)
     assert result.returncode in (0, -signal.SIGKILL), result.stderr
     return result.returncode
 

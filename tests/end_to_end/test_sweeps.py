@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from kd_lightning.config import instantiate as config
 from kd_lightning.pipeline.resolvers import register_resolvers
-from tests import ROOT
+from tests import ROOT, forks
 from tests.conftest import tiny_overrides, write_toy_csv
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,11 +41,13 @@ main()
 @pytest.fixture
 def kd_train(tmp_path: Path) -> Run:
     def run(*overrides: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
-        start = ["-m", "kd_lightning.cli.train"] if code is None else ["-c", code]
-        environment = {**os.environ, "KD_LIGHTNING_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        environment = {"KD_LIGHTNING_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        if code is None:
+            return forks.command("kd-train", *overrides, cwd=tmp_path, environment=environment, limit=600)
         return subprocess.run(
-            [sys.executable, *start, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-        )
+            [sys.executable, "-c", code, *overrides], cwd=ROOT, env={**os.environ, **environment},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
 
     return run
 

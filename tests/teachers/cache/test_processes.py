@@ -24,6 +24,9 @@ from tests.teachers.cache.examples import KEY, MAPPED, SMALL, Known, count, full
 from tests.waiting import end_of, wait_for
 
 SPAWN = multiprocessing.get_context("spawn")
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes as new as spawned ones, of one that has imported this file."""
+FORKS.set_forkserver_preload([__name__])
 NUMBER = 600
 
 
@@ -107,7 +110,7 @@ def test_killed_at_any_moment_it_is_whole_and_gone_on_from(tmp_path: Path, refre
     stored = 0
     for _ in range(1 if refresh else 3):
         event = draw.randrange(4, 280 if refresh else 100)  # of 300 or more; the third makes the manifest
-        [process] = started(SPAWN.Process(target=build, args=(folder, 0, 0.0, refresh, event)))
+        [process] = started(FORKS.Process(target=build, args=(folder, 0, 0.0, refresh, event)))
         assert end_of(process) == -signal.SIGKILL, f"it did not come to event {event}"
         assert verify(folder) == []
         if refresh:
@@ -134,15 +137,15 @@ def test_killed_at_any_moment_it_is_whole_and_gone_on_from(tmp_path: Path, refre
 
 def test_two_builders_ask_about_each_example_once(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    joined(started(*(SPAWN.Process(target=build, args=(folder, seed, 0.005)) for seed in (0, 1))))
+    joined(started(*(FORKS.Process(target=build, args=(folder, seed, 0.005)) for seed in (0, 1))))
     reads_back(folder, Known(NUMBER))
     assert (tmp_path / "asked").stat().st_size == NUMBER + 10  # the first batch twice, by one of them
 
 
 def test_two_that_share_the_work_end_with_one_good_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    ready = SPAWN.Barrier(2)
-    joined(started(*(SPAWN.Process(target=share, args=(folder, seed, ready)) for seed in (0, 1))))
+    ready = FORKS.Barrier(2)
+    joined(started(*(FORKS.Process(target=share, args=(folder, seed, ready)) for seed in (0, 1))))
     reads_back(folder, Known(NUMBER))
     assert len({r["file"] for r in json.loads((folder / "manifest.json").read_text())["shards"]}) > 5
 
@@ -164,8 +167,8 @@ def hold(folder: Path, held: Any, release: Any) -> None:
 def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cache = TeacherCache.create(folder, KEY, 5)
-    held, release = SPAWN.Event(), SPAWN.Event()
-    [process] = started(SPAWN.Process(target=hold, args=(folder, held, release)))
+    held, release = FORKS.Event(), FORKS.Event()
+    [process] = started(FORKS.Process(target=hold, args=(folder, held, release)))
     wait_for(held.is_set, "the lock to be held", process)
     with pytest.raises(CacheError, match=f"is being written by process {process.pid} on "), locked(folder, wait=False):
         pass
@@ -182,8 +185,8 @@ def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    held, release = SPAWN.Event(), SPAWN.Event()
-    [process] = started(SPAWN.Process(target=hold, args=(tmp_path / "cache", held, release)))
+    held, release = FORKS.Event(), FORKS.Event()
+    [process] = started(FORKS.Process(target=hold, args=(tmp_path / "cache", held, release)))
     wait_for(held.is_set, "the lock to be held", process)
     os.kill(process.pid, signal.SIGKILL)
     end_of(process)
