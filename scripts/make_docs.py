@@ -15,8 +15,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from kd_lightning.config import instantiate as config
 from kd_lightning.config.catalog import Strategy, strategies
+from kd_lightning.config.instantiate import build, conf_dir
 from kd_lightning.losses.layers import LayerwiseTerm
 from kd_lightning.losses.term import Term
 from kd_lightning.pipeline.resolvers import register_resolvers
@@ -37,8 +37,8 @@ is written by `python scripts/make_docs.py` from those files.
 
 def objective(name: str) -> Objective:
     """Build a strategy's objective with the values of its file."""
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        built: Objective = config.build(compose("config", [f"distillation={name}"]).distillation)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        built: Objective = build(compose("config", [f"distillation={name}"]).distillation)
     return built
 
 
@@ -104,7 +104,7 @@ def page() -> str:
     rows = json.loads(path.read_text(encoding="utf-8"))["strategies"] if path.is_file() else []
     measured = {row["name"]: row for row in rows}
     base = measured["labels_only"]["test"]["mean"] if measured else None
-    found = strategies(config.conf_dir() / "distillation")
+    found = strategies(conf_dir() / "distillation")
     index = ["| strategy | idea | models |", "| :-- | :-- | :-- |"]
     index += [f"| [`{s.name}`](#{s.name}) | {s.idea} | {', '.join(s.models)} |" for s in found]
     return "\n".join([INTRO, *index, "", *(section(strategy, measured, base) for strategy in found)])

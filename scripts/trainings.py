@@ -66,14 +66,14 @@ def pipeline(settings: Sequence[str], quiet: bool = True) -> Any:
     from hydra import compose, initialize_config_dir
     from rich.console import Console
 
-    from kd_lightning.config import instantiate as config
+    from kd_lightning.config.instantiate import conf_dir
     from kd_lightning.pipeline.multi_task import pipeline_of
     from kd_lightning.pipeline.resolvers import register_resolvers
-    from kd_lightning.runtime.log_filters import quiet as hush
+    from kd_lightning.runtime import log_filters
 
-    hush()
+    log_filters.quiet()
     register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", list(settings))
     return pipeline_of(cfg, Console(file=io.StringIO()) if quiet else None)
 

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.pipeline.resolvers import register_resolvers
 
 MARKERS = {
@@ -53,7 +53,7 @@ def composed() -> Callable[..., DictConfig]:
     register_resolvers()
 
     def make(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return compose("config", overrides=list(overrides))
 
     return make

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import build, conf_dir
 from kd_lightning.data import MultiTaskData, TextFiles
 from kd_lightning.data.datamodule import ClassificationData
 from kd_lightning.data.sampler import rank_and_world
@@ -80,13 +80,13 @@ def network(data: ClassificationData, seed: int, width: int, layers: int) -> nn.
 
 def composed(*overrides: str) -> DictConfig:
     register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 def objective(name: str, balance: str, *overrides: str) -> Objective:
     cfg = composed(f"distillation={name}", "data=text_files", "data.train_file=x", *overrides)
-    built: Objective = config.build(cfg.distillation, balance=balance)
+    built: Objective = build(cfg.distillation, balance=balance)
     return built
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kd_lightning.evaluation import profiling as measure
+from kd_lightning.evaluation import profiling
 from kd_lightning.evaluation.report import (
     Curve,
     DataSummary,
@@ -36,7 +36,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
 LATENCY_EXAMPLES = 100
-Speed = tuple[measure.Latency | None, measure.Throughput | None]
+Speed = tuple[profiling.Latency | None, profiling.Throughput | None]
 
 
 def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _make(pipeline: Pipeline, folders: dict[str, list[Path]], command: str, trai
         task=f"{type(data).__name__}: {data.title}",
         seeds=pipeline.seeds,
         command=command,
-        environment=measure.environment(),
+        environment=profiling.environment(),
         settings={
             "temperature": cfg["temperature"], "alpha": cfg["alpha"], "balance": cfg["balance"],
             "steps": pipeline.steps, "batch_size": data.batch_size, "learning_rate": cfg["optimizer"].get("lr"),
@@ -142,7 +142,7 @@ def _teacher(pipeline: Pipeline, said: dict[str, Answers], speed: Speed) -> Mode
         title=f"{len(teachers)} teachers" if len(teachers) > 1 else "teacher",
         test=[task.evaluate(said["test"], said["test"].logits)],
         validation=[task.evaluate(said["validation"], said["validation"].logits)],
-        size=measure.size(pipeline.teacher.network),
+        size=profiling.size(pipeline.teacher.network),
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[sum(read_stage(folder)["seconds"] for folder in folders)] if folders else [],
@@ -169,7 +169,7 @@ def _student(
         title=title,
         test=scores["test"],
         validation=scores["validation"],
-        size=measure.size(network, folders[-1] / "model.safetensors"),
+        size=profiling.size(network, folders[-1] / "model.safetensors"),
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
@@ -203,11 +203,13 @@ def _speeds(pipeline: Pipeline, folders: dict[str, list[Path]]) -> dict[str, Spe
         for name in networks
     }
     singles = {
-        name: _spread(sorted(measure.single_examples(own), key=lambda example: int(example["index"])), LATENCY_EXAMPLES)
+        name: _spread(
+            sorted(profiling.single_examples(own), key=lambda example: int(example["index"])), LATENCY_EXAMPLES
+        )
         for name, own in batches.items()
     }
-    latency = measure.measure_latency(networks, singles)
-    throughput = measure.measure_throughput(networks, {name: _spread(own, 4) for name, own in batches.items()})
+    latency = profiling.measure_latency(networks, singles)
+    throughput = profiling.measure_throughput(networks, {name: _spread(own, 4) for name, own in batches.items()})
     return {name: (latency[name], throughput[name]) for name in networks}
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from kd_lightning.config.instantiate import build
-from kd_lightning.runtime import signals as preemption
+from kd_lightning.runtime import signals
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import Interrupted, KDError
 from kd_lightning.runtime.files import alone, naming, remove_temporary
@@ -70,7 +70,7 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         if finished:
             say(console, f"{stage.name}  finished before, reused from {stage.folder}")
         else:
-            with preemption.holding():
+            with signals.holding():
                 _fit(stage, console)
     return read_stage(stage.folder)
 

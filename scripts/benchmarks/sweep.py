@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.common import Measure, interleave, ratios
 from benchmarks.task import save_teacher, silence
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.runtime.assets import fetch
@@ -65,7 +65,7 @@ def _write_sentences(path: Path) -> None:
 
 
 def _train(folder: Path, run: str, overrides: list[str]) -> None:
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose(
             "config",
             [

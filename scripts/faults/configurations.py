@@ -151,11 +151,11 @@ def _keys(data: str) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from kd_lightning.config import instantiate as config
+    from kd_lightning.config.instantiate import conf_dir
     from kd_lightning.pipeline.resolvers import register_resolvers
 
     register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", overrides=[*SETTINGS, f"data.train_file={data}"])
     return dict(_flat(OmegaConf.to_container(cfg, resolve=True)))
 

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from kd_lightning.cli.slurm.command import main
 from kd_lightning.cli.slurm.status import JOBS, remember, status
 from kd_lightning.cli.slurm.sweep import expand, recorded
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.runtime.borders import visible
 from kd_lightning.runtime.errors import KDError
@@ -374,7 +374,7 @@ def test_run_and_log_name_each_other(
 def test_the_launcher_takes_tasks_nodes_and_gpus_from_the_trainer() -> None:
     register_resolvers()
     given = ["hydra/launcher=slurm", "name=a", "trainer=ddp", "trainer.devices=3", "trainer.num_nodes=2"]
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         launcher = compose("config", given, return_hydra_config=True).hydra.launcher
         assert (launcher.tasks_per_node, launcher.nodes, launcher.gpus_per_node) == (3, 2, None)
         on_gpus = compose("config", [*given, "trainer.accelerator=gpu"], return_hydra_config=True).hydra.launcher

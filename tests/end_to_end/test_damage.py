@@ -18,7 +18,7 @@ from rich.console import Console
 
 from kd_lightning.cli import evaluate, predict
 from kd_lightning.cli.export import main as export
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.export.benchmark import main as benchmark
 from kd_lightning.pipeline.compare import _curve, compare
@@ -47,7 +47,7 @@ def train(folder: Path, *more: str, report: bool = False) -> str:
     """Train in this process, and return what was said."""
     register_resolvers()
     overrides = [*tiny_overrides(folder.parent / "toy.csv", folder), *SHORT, *more]
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", overrides=overrides)
     said = StringIO()
     pipeline = Pipeline(cfg, Console(file=said, width=200))

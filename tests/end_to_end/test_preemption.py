@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from kd_lightning.data import TextFiles
-from kd_lightning.runtime import signals as preemption
+from kd_lightning.runtime import signals
 from kd_lightning.runtime.errors import Interrupted
 from kd_lightning.training.callbacks import Preemption
 from tests import ROOT, forks
@@ -33,13 +33,13 @@ INT, TERM, USR1, USR2 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SI
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Handle the signals as a command does that has just begun, outside of any cluster."""
-    handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-    monkeypatch.setattr(preemption, "_before", {})
-    monkeypatch.setattr(preemption, "_asked", None)
-    monkeypatch.setattr(preemption, "_held", False)
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    monkeypatch.setattr(signals, "_before", {})
+    monkeypatch.setattr(signals, "_asked", None)
+    monkeypatch.setattr(signals, "_held", False)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    preemption.watch()
+    signals.watch()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -68,7 +68,7 @@ def tell(number: signal.Signals) -> None:
 
 def train(number: signal.Signals | None, error: Exception | None = None) -> None:
     """Do what a command does from a training's begin to its end, or until it is saved: be told something, and stop."""
-    with preemption.holding():
+    with signals.holding():
         if number is not None:
             tell(number)
         if error is not None:
@@ -82,11 +82,11 @@ def rank_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("watched")
 def test_while_a_network_trains_a_signal_is_noted_and_the_later_kind_counts() -> None:
-    preemption.hold()
+    signals.hold()
     noted = []
     for number in (TERM, USR1, TERM, USR2, USR1):
         tell(number)
-        noted.append(preemption.asked())
+        noted.append(signals.asked())
     assert noted == [TERM, USR1, USR1, USR2, USR2]
 
 
@@ -108,7 +108,7 @@ def test_ctrl_c_ends_a_command_in_one_line_after_the_step(
     assert ended.value.code == 130
     line = capsys.readouterr().err.splitlines()[-1]  # the first one, to the terminal itself, says that it waits
     assert line == "kd-train: interrupted: distill is saved at step 5; the same command goes on"
-    preemption._asked = None
+    signals._asked = None
     with pytest.raises(SystemExit) as ended:
         tell(INT)
     assert ended.value.code == 130
@@ -136,15 +136,15 @@ def test_lightning_handles_no_signal_of_a_command(
     load = TextFiles.train_dataloader
 
     def told(self: TextFiles) -> Any:  # Lightning asks for it then
-        if preemption.asked() is None:
+        if signals.asked() is None:
             os.kill(os.getpid(), number)
         return load(self)
 
     handlers = signal.getsignal(TERM), signal.getsignal(INT)
-    preemption.hold()
+    signals.hold()
     monkeypatch.setattr(TextFiles, "train_dataloader", told)
     learner = fit(write_toy_csv(tmp_path / "toy.csv", rows=60), tmp_path / "run", 1)
-    assert preemption.asked() is number
+    assert signals.asked() is number
     assert len(learner.seen) == 1
     assert not learner.trainer.received_sigterm
     assert (signal.getsignal(TERM), signal.getsignal(INT)) == handlers
@@ -164,9 +164,9 @@ def test_what_ends_before_the_next_step_ends_as_it_would_have() -> None:
 def test_a_signal_from_before_it_was_handled_is_heard(watched: None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [USR1])  # as `env --block-signal` does for the first seconds
     signal.pthread_kill(threading.get_ident(), USR1)  # to this thread: others, which torch started, do not block it
-    assert preemption.asked() is None
+    assert signals.asked() is None
     with pytest.raises(SystemExit, match="SIGUSR1: nothing was being trained"):
-        preemption.watch()
+        signals.watch()
 
 
 @pytest.mark.usefixtures("watched")
@@ -233,7 +233,7 @@ def test_the_other_processes_leave_the_queue_to_the_first(
     rank_one(monkeypatch)
     tell(USR1)  # goes on, until the first process ends the job
     assert signal.getsignal(TERM) is signal.SIG_DFL
-    preemption.watch()
+    signals.watch()
     train(USR1)  # in its last step
     assert signal.getsignal(TERM) is signal.SIG_DFL
     with pytest.raises(SystemExit) as ended:
@@ -292,15 +292,15 @@ def test_under_submitit_submitit_puts_the_job_back_and_we_do_not(
         rank_one(monkeypatch)
     paths = JobPaths(tmp_path, job_id="41", task_id=rank)
     SlurmJobEnvironment()._handle_signals(paths, delayed)  # before kd-train begins
-    monkeypatch.setattr(preemption, "_before", {})
-    preemption.watch()
+    monkeypatch.setattr(signals, "_before", {})
+    signals.watch()
 
     tell(TERM)  # SLURM sends it along with the other one
-    assert preemption.asked() is None
+    assert signals.asked() is None
     ended: SystemExit | None = None
     try:
         if training:
-            with preemption.holding():
+            with signals.holding():
                 tell(USR2)
                 assert told.read_text() == "", "not before the training is saved"
                 raise Interrupted("saved")
@@ -328,10 +328,10 @@ def test_a_signal_during_the_exchange_waits_for_the_next(
         os.kill(os.getpid(), USR1)
 
     monkeypatch.setattr("torch.distributed.all_reduce", exchange)
-    preemption.hold()
+    signals.hold()
     assert not callback.is_due(trainer)
     assert callback.is_due(trainer)
-    assert said == [0, 1 + preemption.SIGNALS.index(USR1)]
+    assert said == [0, 1 + signals.SIGNALS.index(USR1)]
 
 
 def test_what_another_process_heard_counts_here(watched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,11 +339,9 @@ def test_what_another_process_heard_counts_here(watched: None, tmp_path: Path, m
         world_size=2, strategy=SimpleNamespace(root_device="cpu"), global_step=1, max_steps=9
     )
     callback = Preemption(tmp_path / "resume.ckpt", 1000, "distill")
-    monkeypatch.setattr(
-        "torch.distributed.all_reduce", lambda tensor, _: tensor.fill_(1 + preemption.SIGNALS.index(USR1))
-    )
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, _: tensor.fill_(1 + signals.SIGNALS.index(USR1)))
     assert callback.is_due(trainer)
-    assert preemption.asked() is USR1
+    assert signals.asked() is USR1
 
 
 class Learner(L.LightningModule):
@@ -376,7 +374,7 @@ class Tell(L.Callback):
         self.step, self.looking = step, looking
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if not self.looking and trainer.global_step == self.step and preemption.asked() is None:
+        if not self.looking and trainer.global_step == self.step and signals.asked() is None:
             os.kill(os.getpid(), USR1)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -415,16 +413,16 @@ def test_one_process_goes_on_with_the_next_step(
     file = write_toy_csv(tmp_path / "toy.csv", rows=240)
     whole = fit(file, tmp_path / "whole", accumulate)
     assert len(whole.looks) >= 3
-    preemption.hold()
+    signals.hold()
     first = fit(file, tmp_path / "two", accumulate, Tell(step, looking))
-    assert preemption.asked() is USR1
+    assert signals.asked() is USR1
     file_to_resume = tmp_path / "two" / "resume.ckpt"
     if stops is None:
         assert first.seen == whole.seen
         assert not file_to_resume.exists()
         return
     assert first.seen == whole.seen[: stops * accumulate], "one step more, and no batch after it"
-    preemption._asked = None
+    signals._asked = None
     second = fit(file, tmp_path / "two", accumulate, resume=file_to_resume)
     assert first.seen + second.seen == whole.seen
     assert first.looks + second.looks == whole.looks, "no look is left out or made twice"

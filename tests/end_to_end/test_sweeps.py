@@ -16,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.pipeline.resolvers import register_resolvers
 from tests import ROOT, forks
 from tests.conftest import tiny_overrides, write_toy_csv
@@ -63,7 +63,7 @@ def points(sweep: Path, file: str) -> list[Path]:
 
 def test_presets_compose() -> None:
     register_resolvers()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         grid = compose("config", overrides=["sweep=temperature_alpha"], return_hydra_config=True).hydra
         assert grid.mode.name == "MULTIRUN"
         assert dict(grid.sweeper.params) == {"temperature": "1,2,4,8", "alpha": "0.1,0.5,0.9"}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd_lightning.evaluation import profiling as measure
+from kd_lightning.evaluation import profiling
 from kd_lightning.evaluation.profiling import environment, measure_latency, measure_throughput, single_examples, size
 from kd_lightning.types import Batch
 
@@ -102,8 +102,8 @@ def test_wrong_batches_are_refused() -> None:
 
 def test_percentile_is_numpys() -> None:
     values = np.random.default_rng(0).random(37).tolist()
-    assert measure._percentile(values, 0.95) == pytest.approx(np.percentile(values, 95))
-    assert measure._percentile([3.0], 0.95) == 3.0
+    assert profiling._percentile(values, 0.95) == pytest.approx(np.percentile(values, 95))
+    assert profiling._percentile([3.0], 0.95) == 3.0
 
 
 def test_single_examples_lose_their_padding() -> None:
@@ -167,7 +167,7 @@ def test_environment_is_plain_data() -> None:
 
 def test_environment_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        measure, "__file__", str(tmp_path / "site-packages" / "kd_lightning" / "evaluation" / "profiling.py")
+        profiling, "__file__", str(tmp_path / "site-packages" / "kd_lightning" / "evaluation" / "profiling.py")
     )
     assert environment()["git_commit"] is None
 
@@ -175,11 +175,11 @@ def test_environment_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.Monk
 def test_environment_without_git_or_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / "kd_lightning").mkdir()
-    monkeypatch.setattr(measure, "__file__", str(tmp_path / "kd_lightning" / "evaluation" / "profiling.py"))
+    monkeypatch.setattr(profiling, "__file__", str(tmp_path / "kd_lightning" / "evaluation" / "profiling.py"))
 
     def no_git(*_: object, **__: object) -> None:
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", no_git)
-    monkeypatch.setattr(measure, "_version", lambda package: None)
+    monkeypatch.setattr(profiling, "_version", lambda package: None)
     assert environment()["git_commit"] is None

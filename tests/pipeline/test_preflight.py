@@ -21,7 +21,7 @@ from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.tasks import task_of
-from kd_lightning.training import fit as training
+from kd_lightning.training import fit
 from kd_lightning.training.stage import Stage, planned_steps, validate_every
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -235,7 +235,7 @@ def reached(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     def fail(stage: Stage, *others: object) -> None:
         raise AssertionError(f"came to {stage.name}")
 
-    monkeypatch.setattr(training, "_fit", fail)
+    monkeypatch.setattr(fit, "_fit", fail)
     with pytest.raises(KDError) as refused:
         pipeline_of(cfg, Console(quiet=True)).run()
     return str(refused.value)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from omegaconf import DictConfig
 
-from kd_lightning.pipeline import run as module
+from kd_lightning.pipeline import run
 from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.runtime.errors import KDError
 from tests.conftest import tiny_overrides
@@ -36,7 +36,7 @@ def refused(
         raise ReadError
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(module, "_prepared", read)
+    monkeypatch.setattr(run, "_prepared", read)
     monkeypatch.chdir(tmp_path)
 
     def make(*given: str) -> str:

@@ -19,7 +19,7 @@ from kd_lightning.cli.cache import main as kd_cache
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.run import Pipeline
-from kd_lightning.runtime import memoize as shared
+from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, fit_weights
@@ -49,9 +49,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_shared() -> Iterator[None]:
-    shared._KEPT.clear()
+    memoize._KEPT.clear()
     yield
-    shared._KEPT.clear()
+    memoize._KEPT.clear()
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_damaged_file_is_named_and_its_answers_are_asked_for_again(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    shared._KEPT.clear()
+    memoize._KEPT.clear()
     with pytest.raises(CacheError, match=shard.name):
         distil("teacher.cache=require").run()
     asked.clear()
@@ -275,7 +275,7 @@ def test_a_refresh_that_was_killed_before_any_cache_existed_is_begun_anew(
     pipeline = distil()
     (folder,) = pipeline.build_caches()
     (folder / "manifest.json").rename(folder / "refresh.json")
-    shared._KEPT.clear()
+    memoize._KEPT.clear()
     with pytest.raises(CacheError, match="not stored: nothing is in"):
         distil("teacher.cache=require").run()
     distil().run()

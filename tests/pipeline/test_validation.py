@@ -9,14 +9,14 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kd_lightning.config import instantiate as config
+from kd_lightning.config.instantiate import build, conf_dir
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training import schedules
 from kd_lightning.training.objective import Objective
 
 Composed = Callable[..., DictConfig]
-CONF = config.conf_dir()
+CONF = conf_dir()
 
 
 @pytest.mark.parametrize("experiment", [None, *sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))])
@@ -52,7 +52,7 @@ def test_every_option_validates(composed: Composed, override: str) -> None:
 @pytest.mark.parametrize("distillation", options("distillation"))
 def test_every_distillation_builds_an_objective(composed: Composed, distillation: str) -> None:
     cfg = composed(f"distillation={distillation}", "temperature=3", "alpha=0.25")
-    objective = config.build(cfg.distillation)
+    objective = build(cfg.distillation)
     assert isinstance(objective, Objective)
     if distillation == "soft_target":
         assert objective.weights == {"ce": 0.75, "kd": 0.25}
@@ -64,7 +64,7 @@ def test_temperature_and_alpha_may_be_schedules(composed: Composed) -> None:
     warm = "{_target_: kd_lightning.schedules.Step, values: [8, 2], boundaries: [0.5]}"
     cfg = composed(f"alpha={linear}", f"temperature={warm}")
     validate(cfg)
-    objective = config.build(cfg.distillation)
+    objective = build(cfg.distillation)
     assert isinstance(objective.weights["ce"], schedules.OneMinus)
     assert objective.settings(0.5) == {"weight/ce": 0.25, "weight/kd": 0.75, "kd/temperature": 2}
 
@@ -145,7 +145,7 @@ def test_tokenizers_follow_from_the_networks(composed: Composed, tmp_path: Path)
 
 def test_build_fills_in_only_what_is_not_set(composed: Composed) -> None:
     node = OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 3})
-    layer = config.build(node, out_features=5, in_features=9, vocab_size=7)
+    layer = build(node, out_features=5, in_features=9, vocab_size=7)
     assert isinstance(layer, torch.nn.Linear)
     assert (layer.in_features, layer.out_features) == (3, 5)
 
@@ -154,10 +154,10 @@ def test_a_missing_extra_is_one_line(composed: Composed, tmp_path: Path) -> None
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed here")
     with pytest.raises(ConfigError, match=r"WandbLogger needs a package that is missing: .*wandb"):
-        config.build(composed("logger=wandb").logger.wandb, save_dir=str(tmp_path))
+        build(composed("logger=wandb").logger.wandb, save_dir=str(tmp_path))
 
 
 def test_a_users_mistake_inside_a_constructor_is_not_wrapped() -> None:
     node = {"_target_": "kd_lightning.schedules.Linear", "start": 1.0, "end": 0.0, "until": 2.0}
     with pytest.raises(ConfigError, match="share of the training"):
-        config.build(node)
+        build(node)

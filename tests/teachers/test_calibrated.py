@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
 from kd_lightning.pipeline.run import Pipeline
-from kd_lightning.runtime import memoize as shared
+from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.tasks.predictions import answers
@@ -49,7 +49,7 @@ def test_its_bounds() -> None:
 def test_a_run_with_a_calibrated_teacher(
     composed: Callable[..., DictConfig], toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
-    shared._KEPT.clear()
+    memoize._KEPT.clear()
     said = StringIO()
     base = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.calibrate=true", "stages=[teacher,distill]"]
     pipeline = Pipeline(composed(*base), Console(file=said))

@@ -17,7 +17,7 @@ from kd_lightning.cli.lightning_config import Converter
 from kd_lightning.data import FashionMNIST, TextFiles
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.run import Pipeline
-from kd_lightning.runtime import memoize as shared
+from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.tasks.predictions import answers
@@ -146,7 +146,7 @@ def test_what_folds_exclude(
 def test_a_run_with_a_cross_fitted_teacher(
     composed: Callable[..., DictConfig], toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
-    shared._KEPT.clear()
+    memoize._KEPT.clear()
     base = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.folds=3", "teacher.calibrate=true", "data.views=1"]
     pipeline = Pipeline(composed(*base), Console(file=StringIO()))
     pipeline.run()

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from kd_lightning.runtime import signals as preemption
+from kd_lightning.runtime import signals
 from kd_lightning.runtime.errors import Interrupted
 from kd_lightning.training.callbacks.resume import ResumeCheckpoint
 
@@ -31,7 +31,7 @@ class Preemption(ResumeCheckpoint):
     def __init__(self, path: Path, every_n_steps: int, stage: str) -> None:
         super().__init__(path, every_n_steps)
         self.stage = stage
-        self._watching = preemption.watching()
+        self._watching = signals.watching()
         self._stopping = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -42,9 +42,9 @@ class Preemption(ResumeCheckpoint):
         if not self._watching:
             return
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        if not preemption.watching():
-            preemption.hold()
-            preemption.watch()
+        if not signals.watching():
+            signals.hold()
+            signals.watch()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -61,14 +61,14 @@ class Preemption(ResumeCheckpoint):
 
     def _agreed(self, trainer: L.Trainer) -> bool:
         """Return whether a process has been told to stop: what the exchange says, and nothing that came after it."""
-        asked = preemption.asked()
+        asked = signals.asked()
         if trainer.world_size == 1:
             return asked is not None
-        noted = 0 if asked is None else 1 + preemption.SIGNALS.index(asked)
+        noted = 0 if asked is None else 1 + signals.SIGNALS.index(asked)
         most = torch.tensor([noted], device=trainer.strategy.root_device)
         # Here a signal is likely to come: most of a fast step is waiting for the others.
         dist.all_reduce(most, dist.ReduceOp.MAX)
         number = int(most.item())
         if number:
-            preemption.ask(preemption.SIGNALS[number - 1])
+            signals.ask(signals.SIGNALS[number - 1])
         return number > 0

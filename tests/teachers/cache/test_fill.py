@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from kd_lightning.runtime.errors import CacheError
-from kd_lightning.teachers.cache import fill as module
 from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, estimate, fill
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.store import TeacherCache
@@ -119,7 +118,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
     cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = Known(60)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
     with pytest.raises(
         CacheError, match=r"would take .* for each of 60 examples\) and its disk has 10.0 kB free: .*top_k"
     ):
