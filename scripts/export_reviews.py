@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.export.benchmark import document, markdown, measure, picture, show, subjects_of, write
+from kd_lightning.cli.benchmark import show
+from kd_lightning.export.benchmark import document, markdown, measure, picture, subjects_of, write
 from kd_lightning.export.write import export, plan
 from kd_lightning.runtime.files import write_file
 

@@ -9,21 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.cli.runner import begin, command
 from kd_lightning.runtime.borders import shown, tell
-from kd_lightning.runtime.errors import CacheError, ConfigError, KDError, interruptible
+from kd_lightning.runtime.errors import CacheError, ConfigError
 
 if TYPE_CHECKING:
     from kd_lightning.teachers.cache.manifest import Manifest
 
 
-@interruptible("kd-cache", "what was stored stays, and the same command goes on from it")
+@command("kd-cache", "what was stored stays, and the same command goes on from it")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-cache`."""
     given = _parser().parse_args(arguments)
-    try:
-        sys.exit(given.command(given))
-    except KDError as error:
-        sys.exit(f"kd-cache: {error}")
+    sys.exit(given.command(given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,30 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(given: argparse.Namespace) -> int:
-    import os
+    from kd_lightning.cli.hydra_errors import compose, explained
 
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    with explained(given.overrides):
+        cfg = compose(given.overrides)
+        from kd_lightning.pipeline.multi_task import pipeline_of
 
-    from kd_lightning.config import instantiate as config
-    from kd_lightning.pipeline.resolvers import register_resolvers
-
-    register_resolvers()
-    sys.path.insert(0, os.getcwd())  # a user's own network is named by the module we are started beside
-    try:
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=given.overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise KDError(config.first_line(error)) from error
-    from kd_lightning.pipeline.multi_task import pipeline_of
-    from kd_lightning.runtime.log_filters import quiet
-    from kd_lightning.runtime.threads import settle_threads
-
-    quiet()
-    settle_threads()
-
-    _table(pipeline_of(cfg).build_caches())
+        begin()
+        _table(pipeline_of(cfg).build_caches())
     return 0
 
 
@@ -111,7 +93,7 @@ def _prune(given: argparse.Namespace) -> int:
     verb, freed = ("would remove" if given.dry_run else "removed"), 0
     for folder in given.paths or _everywhere():
         if not is_cache(folder):
-            raise CacheError(f"{folder} holds no teacher outputs, so nothing of it is removed")
+            raise ConfigError(f"{folder} holds no teacher outputs, so nothing of it is removed")
         try:
             with locked(folder, wait=False), unread(folder):
                 reason = _why_removed(folder, given)

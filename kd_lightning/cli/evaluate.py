@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.config.trust import trust_option, trusting_command
+from kd_lightning.cli.runner import command, run_parser, trusting_folders
 from kd_lightning.evaluation.run_files import data_settings, file_options, is_numbered, reader_for
 from kd_lightning.runtime.borders import tell
-from kd_lightning.runtime.errors import KDError, interruptible
+from kd_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +33,7 @@ def text_logits(model: TrainedModel, sentences: Sequence[Sentence], batch_size: 
         `(N, C)` float32, in the order of the sentences.
 
     Raises:
-        KDError: The model reads no text.
+        ConfigError: The model reads no text.
     """
     import torch
 
@@ -65,7 +63,7 @@ def image_logits(model: TrainedModel, paths: Sequence[Path], batch_size: int = 6
         `(N, C)` float32, in the order of the files.
 
     Raises:
-        KDError: The model reads no images, or a file is none.
+        ConfigError: The model reads no images, or a file is none.
     """
     import numpy as np
     import torch
@@ -74,7 +72,7 @@ def image_logits(model: TrainedModel, paths: Sequence[Path], batch_size: int = 6
     from kd_lightning.models.adapt import run_network
 
     if model.images is None:
-        raise KDError(f"the model in {model.folder} does not read images")
+        raise ConfigError(f"the model in {model.folder} does not read images")
     format, logits = model.images, []
     with torch.inference_mode():
         for start in range(0, len(paths), batch_size):
@@ -86,7 +84,7 @@ def image_logits(model: TrainedModel, paths: Sequence[Path], batch_size: int = 6
 
 def _tokenizer(model: TrainedModel) -> PreTrainedTokenizerBase:
     if model.tokenizer is None:
-        raise KDError(f"the model in {model.folder} has no tokenizer: it does not read text")
+        raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
     return model.tokenizer
 
 
@@ -100,7 +98,7 @@ def evaluate_file(model: TrainedModel, file: str, reader: FileReader, numbered: 
         numbered: Whether its labels may be the classes' numbers where these are called by words.
 
     Raises:
-        KDError: The model is another, or the file is not for it.
+        ConfigError: The model is another, or the file is not for it.
     """
     import torch
 
@@ -110,12 +108,12 @@ def evaluate_file(model: TrainedModel, file: str, reader: FileReader, numbered: 
 
     _tokenizer(model)
     if not isinstance(model.task, Classification):
-        raise KDError(
+        raise ConfigError(
             f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
         )
     if model.texts != len(reader.text_columns):
         reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
-        raise KDError(f"the model in {model.folder} reads {reads}")
+        raise ConfigError(f"the model in {model.folder} reads {reads}")
     examples = encode_labels(reader.examples(file), model.class_names, numbered)
     labels = torch.tensor(examples.labels)
     return evaluate_logits(text_logits(model, examples.texts), labels) | {"examples": float(len(labels))}
@@ -128,24 +126,14 @@ def evaluate_split(model: TrainedModel, run: Path, split: str) -> dict[str, floa
     from kd_lightning.tasks.predictions import network_answers
 
     if is_export(model.folder):
-        raise KDError(f"{run} is an export, which knows no data: give the run folder, or --file")
+        raise ConfigError(f"{run} is an export, which knows no data: give the run folder, or --file")
     data = run_data(model.folder, "score the file with --file").select(tokens=role_of(model.folder))
     said = network_answers(model.network, data.val_dataloader() if split == "validation" else data.test_dataloader())
     scores: dict[str, float] = data.task.evaluate(said)
     return scores | {"examples": float(len(said.labels))}
 
 
-def run_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser for a command about a finished run: which run, which seed, JSON or not."""
-    parser = argparse.ArgumentParser(name, description=description)
-    parser.add_argument("run", type=Path, help="run folder, folder of one of its stages (RUN/teacher), or an export")
-    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    trust_option(parser)
-    return parser
-
-
-@interruptible("kd-eval", "nothing was changed")
+@command("kd-eval", "nothing was changed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-eval`."""
     parser = run_parser("kd-eval", "Score a finished run on its test split, or on another file.")
@@ -153,18 +141,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file_options(parser, labelled=True)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     given = parser.parse_args(arguments)
-    try:
-        with trusting_command(given.trust):
-            from kd_lightning.export.load import load_model
+    with trusting_folders(given.trust):
+        from kd_lightning.export.load import load_model
 
-            model = load_model(given.run, given.seed)
-            if given.file:
-                data = data_settings(given.run)
-                scores = evaluate_file(model, given.file, reader_for(data, given), is_numbered(data))
-            else:
-                scores = evaluate_split(model, given.run, given.split)
-    except KDError as error:
-        sys.exit(f"kd-eval: {error}")
+        model = load_model(given.run, given.seed)
+        if given.file:
+            data = data_settings(given.run)
+            scores = evaluate_file(model, given.file, reader_for(data, given), is_numbered(data))
+        else:
+            scores = evaluate_split(model, given.run, given.split)
     if given.json:
         print(json.dumps({"model": str(model.folder), **scores}, indent=2))
         return

@@ -1,17 +1,14 @@
-"""`kd-export`: from a run folder to files that run without this library, held against the student."""
+"""`kd-export`: export a run's student to files that run without this library, and compare its outputs with theirs."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.config.trust import trust_option, trusting_command
+from kd_lightning.cli.runner import begin, command, trust_option, trusting_folders, typed
 from kd_lightning.export.formats import FORMATS, QUANTIZE
 from kd_lightning.runtime.borders import tell
-from kd_lightning.runtime.errors import KDError, interruptible
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,32 +26,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@interruptible("kd-export", "nothing was written")
+@command("kd-export", "nothing was written")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-export`."""
     given = _parser().parse_args(arguments)
-    typed = shlex.join(["kd-export", *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        with trusting_command(given.trust):
-            from kd_lightning.export.write import export, plan
+    with trusting_folders(given.trust):
+        from kd_lightning.export.write import export, plan
 
-            if given.push_to_hub:
-                from kd_lightning.export.hub import check_repository, push_to_hub
+        if given.push_to_hub:
+            from kd_lightning.export.hub import check_repository, push_to_hub
 
-                check_repository(given.push_to_hub)
-            planned = plan(given.run, given.format, given.quantize, given.out, typed, given.seed)
-            from kd_lightning.evaluation.report.table import file_size
-            from kd_lightning.runtime.threads import settle_threads
+            check_repository(given.push_to_hub)
+        line = typed("kd-export", arguments)
+        planned = plan(given.run, given.format, given.quantize, given.out, line, given.seed)
+        begin()
+        from kd_lightning.evaluation.report.table import file_size
 
-            settle_threads()
-            exported, parity = export(planned)
-            tell(f"{given.out}: {exported.title} of {exported.network}, {exported.model} {file_size(exported.bytes)}")
-            for line in parity.lines():
-                tell(f"  {line}")
-            if given.push_to_hub:
-                tell(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
-    except KDError as error:
-        sys.exit(f"kd-export: {error}")
+        exported, parity = export(planned)
+        tell(f"{given.out}: {exported.title} of {exported.network}, {exported.model} {file_size(exported.bytes)}")
+        for line in parity.lines():
+            tell(f"  {line}")
+        if given.push_to_hub:
+            tell(f"  {push_to_hub(given.out, given.push_to_hub, given.private)}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ The data are read once, for what the files must say of them: classes, vocabulary
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.runtime.errors import ConfigError, KDError, interruptible
+from kd_lightning.cli.runner import command, typed
+from kd_lightning.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,8 +58,8 @@ def write(cfg: DictConfig, folder: Path, command: str) -> list[Path]:
     return list(texts)
 
 
-@interruptible("kd-config", "nothing was written")
-def main() -> None:
+@command("kd-config", "nothing was written")
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-config`."""
     about, _, examples = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -67,29 +67,14 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for kd-train")
     parser.add_argument("--to-cli", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    given = parser.parse_intermixed_args()
-    from hydra import compose, initialize_config_dir
-
-    from kd_lightning.cli.hydra_errors import explain
-    from kd_lightning.config import instantiate as config
-    from kd_lightning.pipeline.resolvers import register_resolvers
+    given = parser.parse_intermixed_args(arguments)
+    from kd_lightning.cli.hydra_errors import compose, explained
     from kd_lightning.runtime.files import check_place
 
-    register_resolvers()
-    sys.path.insert(0, str(Path.cwd()))  # a user's own networks and losses are named by the module they start us beside
-    try:
-        check_place(given.to_cli, f"--to-cli {given.to_cli}")
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=given.overrides)
-        for path in write(cfg, given.to_cli, shlex.join(["kd-config", *sys.argv[1:]])):
+    check_place(given.to_cli, f"--to-cli {given.to_cli}")
+    with explained(given.overrides):
+        for path in write(compose(given.overrides), given.to_cli, typed("kd-config", arguments)):
             print(f"kd-cli fit --config {path}")
-    except KDError as error:
-        sys.exit(f"kd-config: {error}")
-    except Exception as error:
-        explained = explain(error, given.overrides)
-        if explained is None:
-            raise
-        sys.exit(f"kd-config: {explained}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,77 @@
-"""Hydra's refusals of a command line, said in one line with the nearest valid key."""
+"""Configurations composed from a command line, and Hydra's refusals in one line with the nearest valid key."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.cli.runner import import_from_here
 from kd_lightning.config.instantiate import conf_dir, first_line
-from kd_lightning.runtime.errors import KDError, did_you_mean
+from kd_lightning.pipeline.resolvers import register_resolvers
+from kd_lightning.runtime import errors
+from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 
 _PLUGINS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "sweep"}
 """Settings that Hydra's plugins bring, and the extra that installs them."""
 
 
-def explain(error: Exception, overrides: list[str]) -> str | None:
-    """Turn Hydra's refusal of the command line into one line that names the nearest valid key.
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration of overrides, as `kd-train` does."""
+    from hydra import compose, initialize_config_dir
+
+    register_resolvers()
+    import_from_here()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@contextmanager
+def explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Raise what Hydra refuses in this block as an error of ours.
+
+    Args:
+        overrides: The command line's arguments.
+
+    Raises:
+        KDError: Says it in one line; a `ConfigError` where it is in the overrides.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = explain(error, list(overrides))
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def explain(error: Exception, overrides: list[str]) -> KDError | None:
+    """Turn what Hydra, its sweepers or a spawned process raised into an error of ours.
 
     Args:
         error: What was raised.
         overrides: The command line's arguments.
 
     Returns:
-        The line; None when the error is no refusal but a defect, which deserves its traceback.
+        Our error; None when it is one already, or a defect, which deserves its traceback.
     """
+    if type(error).__name__ == "ProcessRaisedException":  # torch's: a traceback of a process of trainer=ddp, as text
+        lines = re.findall(rf"^{KDError.__module__}\.(\w+): (.+)$", str(error), re.MULTILINE)
+        return getattr(errors, lines[-1][0])(lines[-1][1]) if lines else None
+    if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
+        return KDError("every point of this search failed: the report says why")
+    refusal = _refusal(error, overrides)
+    return None if refusal is None else ConfigError(refusal)
+
+
+def _refusal(error: Exception, overrides: list[str]) -> str | None:
+    """Return a line on Hydra's refusal of the command line, with the nearest valid key; None for another error."""
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    if type(error).__name__ == "ProcessRaisedException":  # torch's: a traceback of a process of trainer=ddp, as text
-        ours = re.findall(rf"^{KDError.__module__}\.\w+: (.+)$", str(error), re.MULTILINE)
-        return ours[-1] if ours else None
-
-    if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
-        return "every point of this search failed: the report says why"
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return _no_choice(overrides)
     if not isinstance(error, HydraException | OmegaConfBaseException):

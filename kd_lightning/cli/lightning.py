@@ -1,4 +1,4 @@
-"""`kd-cli`: Lightning's own command line over the same classes that `kd-train` puts together.
+"""`kd-cli`: train, validate, test or predict with Lightning's own command line.
 
     kd-cli fit --config run.yaml
     kd-cli validate --config run.yaml --ckpt_path best.ckpt        (or test, or predict)
@@ -6,21 +6,22 @@
     kd-cli fit --config run.yaml --print_config                    print what would be run
     kd-cli fit --help                                              every argument
 
-`model` is a `kd_lightning.DistillationModule` or `SupervisedModule` (or any LightningModule), `data` one of
-`kd_lightning.data`; networks, teachers, terms, optimizers and schedules are named by their `class_path`.
+It takes the classes that `kd-train` puts together: `model` is a `kd_lightning.DistillationModule` or
+`SupervisedModule` (or any LightningModule), `data` one of `kd_lightning.data`; networks, teachers, terms, optimizers
+and schedules are named by their `class_path`.
 `kd-config experiment=quickstart --to-cli FOLDER` writes such files.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.runtime.errors import KDError, interruptible
+from kd_lightning.cli.runner import MISTAKE, begin, command, import_from_here
+from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
@@ -75,32 +76,33 @@ def command_line() -> None:
     )  # fmt: skip
 
 
-@interruptible("kd-cli", "checkpoints that were saved stay; --ckpt_path=FILE goes on from one")
+@command("kd-cli", "checkpoints that were saved stay; --ckpt_path=FILE goes on from one")
 def main() -> None:
     """Entry point: a user's mistake ends in a line or two, as the parser or we say it."""
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(__doc__.strip().replace("`", ""))
-        sys.exit(0 if sys.argv[1:] else 2)
-    sys.path.insert(0, os.getcwd())  # a user's own networks and losses are named by the module they start us beside
-    from kd_lightning.runtime.log_filters import quiet
+        sys.exit(0 if sys.argv[1:] else MISTAKE)
+    import_from_here()
     from kd_lightning.runtime.processes import leave
-    from kd_lightning.runtime.threads import settle_threads
 
-    quiet()
-    settle_threads()
+    begin()
     atexit.register(leave)
     try:
         command_line()
     except Exception as error:
-        cause: BaseException | None = error
-        missing = isinstance(error, FileNotFoundError) and str(error).startswith(
-            "Checkpoint"
-        )  # Lightning's --ckpt_path
-        while not missing and cause is not None and not isinstance(cause, KDError):
-            cause = cause.__cause__  # the parser wraps what a constructor raises
-        if cause is None:
+        ours = _ours(error)
+        if ours is None:
             raise
-        sys.exit(f"kd-cli: {cause}")
+        raise ours from None
+
+
+def _ours(error: BaseException | None) -> KDError | None:
+    """Return our own error in what the parser wrapped it in, or our word for a `--ckpt_path` that is not there."""
+    if isinstance(error, FileNotFoundError) and str(error).startswith("Checkpoint"):
+        return ConfigError(str(error))
+    while error is not None and not isinstance(error, KDError):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

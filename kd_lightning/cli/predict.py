@@ -1,4 +1,4 @@
-"""`kd-predict`: what a distilled student says of sentences or images."""
+"""`kd-predict`: predict the class or the score of sentences or images with a finished student."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.cli.evaluate import image_logits, run_parser, text_logits
-from kd_lightning.config.trust import trusting_command
+from kd_lightning.cli.evaluate import image_logits, text_logits
+from kd_lightning.cli.runner import command, run_parser, trusting_folders
 from kd_lightning.evaluation.run_files import data_settings, file_options, flag, reader_for
 from kd_lightning.runtime.borders import json_line, shown
-from kd_lightning.runtime.errors import KDError, interruptible
+from kd_lightning.runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from kd_lightning.data.sources.files import FileReader
@@ -27,7 +27,7 @@ def read_given(texts: Sequence[str], encoding: str) -> list[str]:
     """Return the lines (sentences or image files) of the command line or of standard input.
 
     Raises:
-        KDError: There are none, or they are not written so.
+        ConfigError: There are none, or they are not written so.
     """
     from kd_lightning.data.labels import check_unicode
 
@@ -36,7 +36,7 @@ def read_given(texts: Sequence[str], encoding: str) -> list[str]:
             check_unicode(text, f"text {number} of the command line")
         return list(texts)
     if sys.stdin.isatty():
-        raise KDError("no sentences: give them as arguments, with --file, or on standard input")
+        raise ConfigError("no sentences: give them as arguments, with --file, or on standard input")
     from kd_lightning.data.sources.records import Manner, decoded
 
     content = decoded(sys.stdin.buffer.read(), Manner(encoding, True, flag), "standard input")
@@ -47,7 +47,7 @@ def read_file(model: TrainedModel, file: Path, reader: FileReader) -> list[Sente
     """Return what to predict for each record of a table, or for each line of any other file; None where it is empty.
 
     Raises:
-        KDError: The file cannot be read so.
+        ConfigError: The file cannot be read so.
     """
     from dataclasses import replace
 
@@ -58,7 +58,7 @@ def read_file(model: TrainedModel, file: Path, reader: FileReader) -> list[Sente
         return inputs_of(model, [line.rstrip("\n") for line in lines_of(file, reader.manner)])
     if len(reader.text_columns) != model.texts:
         reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
-        raise KDError(f"the model in {model.folder} reads {reads}")
+        raise ConfigError(f"the model in {model.folder} reads {reads}")
     return replace(reader, format=kind).sentences_and_gaps(file)
 
 
@@ -70,7 +70,7 @@ def inputs_of(model: TrainedModel, lines: Sequence[str]) -> list[Sentence | None
     for line in lines:
         texts = tuple(text.strip() for text in (line.split("\t") if model.texts == 2 else [line]))
         if len(texts) != (model.texts or 1) and not is_blank(line):
-            raise KDError(f"the model in {model.folder} reads pairs, two texts with a tab between: {line!r} is none")
+            raise DataError(f"the model in {model.folder} reads pairs, two texts with a tab between: {line!r} is none")
         found.append(None if is_blank(line) else texts)
     return found
 
@@ -79,7 +79,7 @@ def predictions(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[
     """Return what a model predicts of each input; of an empty one nothing, under the same names."""
     given = [sentence for sentence in inputs if sentence is not None]
     if not given:
-        raise KDError("no sentences: every line is empty")
+        raise DataError("no sentences: every line is empty")
     if model.images is not None:
         logits = image_logits(model, [Path(path).expanduser() for (path,) in given])
     else:
@@ -90,7 +90,7 @@ def predictions(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[
     return [dict.fromkeys(names) if row is None else row for row in rows]
 
 
-@interruptible("kd-predict", "nothing was changed")
+@command("kd-predict", "nothing was changed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-predict`."""
     parser = run_parser("kd-predict", "Classify sentences or images with a distilled student.")
@@ -103,23 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     file_options(parser, labelled=False)
     given = parser.parse_intermixed_args(arguments)  # options may stand before the sentences
-    try:
-        with trusting_command(given.trust):
-            if given.texts and given.file:
-                raise KDError("give sentences or --file, not both")
-            lines = None if given.file else read_given(given.texts, given.encoding or "utf-8")
-            if lines is not None and not any(map(str.strip, lines)):
-                raise KDError("no sentences: every line is empty")
-            from kd_lightning.export.load import load_model
+    with trusting_folders(given.trust):
+        if given.texts and given.file:
+            raise ConfigError("give sentences or --file, not both")
+        lines = None if given.file else read_given(given.texts, given.encoding or "utf-8")
+        if lines is not None and not any(map(str.strip, lines)):
+            raise ConfigError("no sentences: every line is empty")
+        from kd_lightning.export.load import load_model
 
-            model = load_model(given.run, given.seed)
-            if lines is None:
-                inputs = read_file(model, given.file, reader_for(data_settings(given.run), given))
-            else:
-                inputs = inputs_of(model, lines)
-            said = predictions(model, inputs)
-    except KDError as error:
-        sys.exit(f"kd-predict: {error}")
+        model = load_model(given.run, given.seed)
+        if lines is None:
+            inputs = read_file(model, given.file, reader_for(data_settings(given.run), given))
+        else:
+            inputs = inputs_of(model, lines)
+        said = predictions(model, inputs)
     kind = "text" if model.images is None else "image"
     rows = [{kind: "\t".join(text or ("",)), **one} for text, one in zip(inputs, said, strict=True)]
     if given.json:

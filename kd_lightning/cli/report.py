@@ -1,14 +1,13 @@
-"""`kd-report`: one page about a sweep, from what its points left in its folder."""
+"""`kd-report`: write one page about a sweep, from what its points left in its folder."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_lightning.cli.runner import command
 from kd_lightning.runtime.borders import tell
-from kd_lightning.runtime.errors import KDError, interruptible
 
 EXAMPLES = """\
 examples:
@@ -17,7 +16,7 @@ examples:
 """
 
 
-@interruptible("kd-report", "the report is as it was, or the new one")
+@command("kd-report", "the report is as it was, or the new one")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-report`."""
     parser = argparse.ArgumentParser(
@@ -30,10 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     from kd_lightning.evaluation.report.sweep import headline, report_sweep
 
-    try:
-        tell(headline(report_sweep(given.sweep), given.sweep))
-    except KDError as error:
-        sys.exit(f"kd-report: {error}")
+    tell(headline(report_sweep(given.sweep), given.sweep))
 
 
 if __name__ == "__main__":

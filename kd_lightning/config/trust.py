@@ -7,30 +7,17 @@ that deletes, loads pickles or runs what it is given. What the user's own config
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd_lightning.runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    import argparse
 
 _PACKAGES = ("kd_lightning.models.", "kd_lightning.data.", "torch.nn.", "transformers.", "timm.")
 _all: ContextVar[bool] = ContextVar("trust_all", default=False)
 _own: set[str] = set()  # what the user's configuration of this process names
-
-
-def trust_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--trust` to a command that reads runs or exports."""
-    parser.add_argument(
-        "--trust", action="store_true",
-        help="let the folders run code that they bring or name: only for folders of people you trust",
-    )  # fmt: skip
 
 
 @contextmanager
@@ -41,15 +28,6 @@ def trusting(trust: bool = True) -> Iterator[None]:
         yield
     finally:
         _all.reset(before)
-
-
-@contextmanager
-def trusting_command(trust: bool) -> Iterator[None]:
-    """As `trusting`, for a command: a trusted folder's own classes may be modules beside which it is started."""
-    if trust:
-        sys.path.insert(0, os.getcwd())
-    with trusting(trust):
-        yield
 
 
 def trusts_all() -> bool:

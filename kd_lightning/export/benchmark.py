@@ -1,10 +1,8 @@
-"""`kd-benchmark`: how fast, how large and how good a run's teacher, its student and their exports are, in turns."""
+"""How fast, how large and how good a run's teacher, its student and their exports are, in turns."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.config.trust import trust_option, trusting_command, trusts_all
+from kd_lightning.config.trust import trusts_all
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
-from kd_lightning.runtime.borders import code, drawn, shown, tell
-from kd_lightning.runtime.errors import KDError, interruptible
+from kd_lightning.runtime.borders import code, drawn, tell
+from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
@@ -54,6 +52,38 @@ class Subject:
     role: Any
 
 
+def benchmark(
+    folders: Sequence[Path], *, threads: int = 1, seed: int | None = None, out: Path | None = None, command: str = ""
+) -> tuple[dict[str, Any], Path]:
+    """Measure what the folders hold, and write the result.
+
+    Args:
+        folders: Run folders (teacher and student) and export folders.
+        threads: CPU threads of each.
+        seed: Which seed's student; None: the best on validation.
+        out: Where `benchmark.json`, `.md` and `.png` go: new, or empty. None: `benchmark` in the first run's folder.
+        command: What the files say they were written by.
+
+    Returns:
+        The result, and the folder of its files.
+
+    Raises:
+        ConfigError: There is no run among the folders, they do not fit each other, or `out` is not empty.
+        KDError: A folder is damaged, or does not load.
+    """
+    from kd_lightning.export.write import check_vacant
+
+    if threads < 1:
+        raise ConfigError(f"--threads {threads}: expected 1 or more")
+    run = next((folder for folder in folders if not is_export(folder)), folders[0])
+    out = out or run / "benchmark"
+    check_vacant(out)
+    subjects, stage = subjects_of(folders, threads, seed)
+    result = document(measure(subjects, stage, threads), command, threads, str(run))
+    write(result, out)
+    return result, out
+
+
 def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) -> tuple[list[Subject], Path]:
     """Load what the folders hold.
 
@@ -66,11 +96,11 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
         The subjects, and the stage folder of the first run's student, by whose data they are asked.
 
     Raises:
-        KDError: There is no run among the folders, or one of them is neither run nor export.
+        ConfigError: There is no run among the folders, or one of them is neither run nor export.
     """
     runs = [folder for folder in folders if not is_export(folder)]
     if not runs:
-        raise KDError("give a run folder too: its validation split is what the exports are asked about")
+        raise ConfigError("give a run folder too: its validation split is what the exports are asked about")
     students = [find_student(run, seed) for run in runs]
     found: list[Subject] = []
     for run, stage in zip(runs, students, strict=True):
@@ -126,7 +156,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         A row for each, as JSON can hold it.
 
     Raises:
-        KDError: One of them is of other classes or reads other tokens than that run.
+        ConfigError: One of them is of other classes or reads other tokens than that run.
     """
     import torch
 
@@ -141,7 +171,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         _check_fits(subject, whole, stage)
     networks = {subject.name: subject.model.network for subject in subjects}
     if len(networks) < len(subjects):
-        raise KDError("two of the folders have one name: rename one, so that the table can tell them apart")
+        raise ConfigError("two of the folders have one name: rename one, so that the table can tell them apart")
     alone = {role: _singles(own) for role, own in data.items()}
     latency = measure_latency(networks, {subject.name: alone[subject.role] for subject in subjects}, threads=threads)
     throughput: dict[str, dict[int, float | None]] = {name: dict.fromkeys(SIZES) for name in networks}
@@ -174,9 +204,9 @@ def _check_fits(subject: Subject, data: ClassificationData, stage: Path) -> None
     """Refuse what the run's examples say nothing about."""
     theirs, ours = subject.model.tokenizer, data.tokenizer_of(subject.role)
     if subject.model.class_names != data.class_names:
-        raise KDError(f"{subject.folder} knows the classes {subject.model.class_names}, {stage} {data.class_names}")
+        raise ConfigError(f"{subject.folder} knows the classes {subject.model.class_names}, {stage} {data.class_names}")
     if theirs is not None and (ours is None or theirs.get_vocab() != ours.get_vocab()):
-        raise KDError(f"{subject.folder} reads other tokens than {stage}: measure it with the run that it is of")
+        raise ConfigError(f"{subject.folder} reads other tokens than {stage}: measure it with the run that it is of")
 
 
 def _singles(data: ClassificationData) -> list[Batch]:
@@ -305,59 +335,3 @@ def write(result: Mapping[str, Any], out: Path) -> None:
         write_json(folder / "benchmark.json", result)
         write_file(folder / "benchmark.md", markdown(result) + "\n")
         picture(result, folder / "benchmark.png")
-
-
-def _parser() -> argparse.ArgumentParser:
-    about = "Latency, throughput, memory and size of a run's teacher, its student and exports, on its validation split."
-    parser = argparse.ArgumentParser("kd-benchmark", description=about)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR|EXPORT_DIR")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each; default: 1")
-    parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
-    parser.add_argument("--out", type=Path, help="folder for benchmark.json, .md and .png; default: RUN_DIR/benchmark")
-    trust_option(parser)
-    return parser
-
-
-@interruptible("kd-benchmark", "nothing was written")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `kd-benchmark`."""
-    given = _parser().parse_args(arguments)
-    typed = shlex.join(["kd-benchmark", *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        with trusting_command(given.trust):
-            from kd_lightning.export.write import check_vacant
-
-            if given.threads < 1:
-                raise KDError(f"--threads {given.threads}: expected 1 or more")
-            run = next((folder for folder in given.folders if not is_export(folder)), given.folders[0])
-            out = given.out or run / "benchmark"
-            check_vacant(out)
-            subjects, stage = subjects_of(given.folders, given.threads, given.seed)
-            result = document(measure(subjects, stage, given.threads), typed, given.threads, str(run))
-            write(result, out)
-    except KDError as error:
-        sys.exit(f"kd-benchmark: {error}")
-    show(result, out)
-
-
-def show(result: Mapping[str, Any], out: Path) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    heading, *body = table_rows(result)
-    title = f"{result['threads']} thread(s), validation split; times faster and smaller than {result['against']}"
-    table = Table(title=shown(title), title_justify="left", box=None)
-    for number, name in enumerate(heading):
-        table.add_column(shown(name), justify="right" if number else "left", no_wrap=number == 0)
-    for row in body:
-        table.add_row(*map(shown, row))
-    console = Console()
-    wanted = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, wanted)).print(table)  # a narrow terminal wraps lines, and cuts no figure off
-    tell(f"benchmark: {out / 'benchmark.md'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ from torch._decomp import global_decomposition_table
 from torch.export import Dim, ExportedProgram
 
 from kd_lightning.models.adapt import run_network
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.types import Batch
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def _program(network: nn.Module, sample: dict[str, Tensor], max_length: int | No
     shape = _SHAPES.get(tuple(sample))
     if shape is None:
         known = "; ".join(", ".join(names) for names in _SHAPES)
-        raise KDError(
+        raise ConfigError(
             f"a network that reads {', '.join(sample) or 'nothing'} cannot be exported; those that can: {known}"
         )
     wrapped = shape(network, list(sample)).eval()

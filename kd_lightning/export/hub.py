@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.export.graph import reason
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError, KDError
 
 
 def check_repository(name: str) -> None:
     """Refuse a name that no repository can have, before anything is exported for it.
 
     Raises:
-        KDError: It is not `USER/NAME`.
+        ConfigError: It is not `USER/NAME`.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -21,9 +21,9 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise KDError(f"--push-to-hub {name}: {reason(error)}") from error
+        raise ConfigError(f"--push-to-hub {name}: {reason(error)}") from error
     if "/" not in name:
-        raise KDError(f"--push-to-hub {name}: expected USER/NAME")
+        raise ConfigError(f"--push-to-hub {name}: expected USER/NAME")
 
 
 def push_to_hub(folder: Path, repository: str, private: bool = False, api: Any = None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kd_lightning.config.trust import trusting
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.formats import format_named, require_packages
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
@@ -66,5 +66,5 @@ def load_model(folder: Path, seed: int | None = None) -> TrainedModel:
     from kd_lightning.training.run_folder import load_run
 
     if seed is not None and is_export(folder):
-        raise KDError(f"--seed {seed}: {folder} is an export, which holds one student: leave --seed out")
+        raise ConfigError(f"--seed {seed}: {folder} is an export, which holds one student: leave --seed out")
     return load_export(folder) if is_export(folder) else load_run(folder, seed)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.runtime.errors import DataError, KDError
+from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.training.run_folder import (
     NETWORK,
     check_stage,
@@ -33,16 +33,17 @@ def find_student(run: Path, seed: int | None = None) -> Path:
     """Return the stage folder of a run's student; nothing is read but which files there are.
 
     Raises:
-        KDError: There is no such folder, its student is not finished, or it holds a teacher alone.
+        ConfigError: There is no such folder, or it holds no student.
+        KDError: Its student is not finished.
     """
     if not run.is_dir():
-        raise KDError(f"{run}: no such folder; give a run folder that kd-train wrote")
+        raise ConfigError(f"{run}: no such folder; give a run folder that kd-train wrote")
     if is_finished(run):
         if role_of(run) == "teacher":
-            raise KDError(f"{run} is a teacher, and only students are exported: give the run folder, {run.parent}")
+            raise ConfigError(f"{run} is a teacher, and only students are exported: give the run folder, {run.parent}")
         return run
     if seed is None and is_finished(run / "teacher") and not any(run.glob("seed_*")):
-        raise KDError(f"{run} holds a teacher and no student: train one with kd-train stages=[teacher,distill]")
+        raise ConfigError(f"{run} holds a teacher and no student: train one with kd-train stages=[teacher,distill]")
     return find_stage(run, seed)
 
 
@@ -65,7 +66,7 @@ class Source:
         """The validation split. The test split is no place to choose a format by."""
         batches = list(self.data.val_dataloader())
         if not batches:
-            raise KDError(f"the data of {self.stage} have no validation examples to hold an export against")
+            raise DataError(f"the data of {self.stage} have no validation examples to hold an export against")
         return batches
 
     @cached_property
@@ -123,9 +124,9 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
     try:
         data.prepare()
     except DataError as error:
-        raise KDError(f"{error} (has it changed since the training? {remedy})") from error
+        raise DataError(f"{error} (has it changed since the training? {remedy})") from error
     if data.labelled != trained_on:
-        raise KDError(f"the examples or labels in {_files(settings)} changed since the training: {remedy}")
+        raise DataError(f"the examples or labels in {_files(settings)} changed since the training: {remedy}")
     return data
 
 

@@ -12,7 +12,7 @@ from kd_lightning.config.trust import trusting
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.formats import Format, Written, check_choice
 from kd_lightning.export.source import Source, find_student, open_source
-from kd_lightning.runtime.errors import KDError, environment_fault
+from kd_lightning.runtime.errors import ConfigError, KDError, environment_fault
 from kd_lightning.runtime.files import check_place, naming, temporary_folder
 
 if TYPE_CHECKING:
@@ -150,14 +150,14 @@ def check_vacant(out: Path) -> None:
         there = out.is_dir()
         full = there and any(out.iterdir())
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise KDError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
     if there:
         if full:
-            raise KDError(f"--out {out} is not empty: choose another folder, or remove it")
+            raise ConfigError(f"--out {out} is not empty: choose another folder, or remove it")
         if out.resolve() == Path.cwd():
-            raise KDError(f"--out {out} is the folder that you are in, which is replaced: name one inside it")
+            raise ConfigError(f"--out {out} is the folder that you are in, which is replaced: name one inside it")
     elif out.exists() or out.is_symlink():
-        raise KDError(f"--out {out} is a file: choose another folder")
+        raise ConfigError(f"--out {out} is a file: choose another folder")
     check_place(out.resolve().parent if there else out, f"--out {out}")
 
 

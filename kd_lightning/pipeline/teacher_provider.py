@@ -21,7 +21,7 @@ from kd_lightning.models.rebuild import describe
 from kd_lightning.pipeline.resolvers import tokenizer_beside
 from kd_lightning.pipeline.validation import CACHE_MODES, number_of_teachers
 from kd_lightning.runtime.console import say
-from kd_lightning.runtime.errors import CacheError, ConfigError, KDError
+from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, file_digest, network_digest, read_json
 from kd_lightning.runtime.memoize import shared, stamps
 from kd_lightning.tasks import Regression
@@ -119,9 +119,9 @@ def read_teacher(folder: Path, data: ClassificationData) -> TeacherNetwork:
         )
     tokenizer = data.tokenizer_of("teacher")
     if model.tokenizer is not None and (tokenizer is None or model.tokenizer.get_vocab() != tokenizer.get_vocab()):
-        raise KDError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
+        raise ConfigError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
     if model.images != data.image_format:
-        raise KDError(f"the teacher in {folder} reads {model.images}, the data give it {data.image_format}")
+        raise ConfigError(f"the teacher in {folder} reads {model.images}, the data give it {data.image_format}")
     return TeacherNetwork(model.network, fingerprint, str(folder), folder)
 
 

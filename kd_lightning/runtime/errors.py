@@ -1,21 +1,16 @@
-"""Errors a user can act on. The entry points print them as one line, without a traceback."""
+"""Errors a user can act on. A command prints them as one line, and its exit code tells their class (`cli.runner`)."""
 
 from __future__ import annotations
 
 import difflib
 import errno
-import functools
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable
-from typing import ParamSpec
-
-Given = ParamSpec("Given")
+from collections.abc import Iterable
 
 
 class KDError(Exception):
-    """Something the user can mend; the message says what was given, what was expected and what to change."""
+    """A failure that the user can act on; the message says what was given, what was expected and what to change."""
 
     def __str__(self) -> str:
         """Return the message, with no control character of a name in it that commands a terminal."""
@@ -114,30 +109,3 @@ def did_you_mean(given: str, valid: Iterable[str], limit: int = 3) -> str:
     if near:
         return "; did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     return "; valid: " + ", ".join(names) if names else ""
-
-
-def interruptible(command: str, kept: str) -> Callable[[Callable[Given, None]], Callable[Given, None]]:
-    """Have Ctrl-C end a command with one line and the shell's code for it, 130, and a full disk and its like with one.
-
-    Args:
-        command: Its name.
-        kept: What of its work stays, for the line.
-    """
-
-    def wrapped(main: Callable[Given, None]) -> Callable[Given, None]:
-        @functools.wraps(main)
-        def run(*arguments: Given.args, **named: Given.kwargs) -> None:
-            try:
-                main(*arguments, **named)
-            except KeyboardInterrupt:
-                print(f"{command}: interrupted; {kept}", file=sys.stderr)
-                sys.exit(130)
-            except Exception as error:
-                fault = environment_fault(error)
-                if fault is None:
-                    raise
-                sys.exit(f"{command}: {fault}")
-
-        return run
-
-    return wrapped

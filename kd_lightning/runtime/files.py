@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from kd_lightning.runtime.errors import ConfigError, environment_fault, nameless_disk_fault
+from kd_lightning.runtime.errors import ConfigError, KDError, environment_fault, nameless_disk_fault
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
@@ -141,6 +141,7 @@ def check_place(folder: Path, given: str) -> None:
 
     Raises:
         ConfigError: Says why, in the words of `environment_fault`.
+        KDError: The disk is full, or fails.
     """
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if _is_there(place))
@@ -150,7 +151,8 @@ def check_place(folder: Path, given: str) -> None:
             file.write(bytes(4096))  # which a full disk has no room for
     except OSError as error:
         reason = environment_fault(OSError(error.errno, error.strerror)) or error.strerror or type(error).__name__
-        raise ConfigError(f"{given}: nothing can be written there ({reason})") from error
+        kind = KDError if nameless_disk_fault(OSError(error.errno, error.strerror)) else ConfigError
+        raise kind(f"{given}: nothing can be written there ({reason})") from error
 
 
 def _is_there(place: Path) -> bool:

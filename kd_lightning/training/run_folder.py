@@ -180,7 +180,8 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     lacks one, no other student is taken in its place.
 
     Raises:
-        KDError: There is no finished student, or the run is unfinished.
+        ConfigError: There is no student.
+        KDError: The run is unfinished.
     """
     if is_finished(folder):
         return folder
@@ -199,7 +200,7 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
         raise KDError(f"{folder} is unfinished ({how}): {GO_ON}{instead}")
     if not found:
         which = "" if seed is None else f" of seed {seed}"
-        raise KDError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
+        raise ConfigError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
     return max(found, key=lambda stage: validation_score(read_stage(stage)))
 
 

@@ -145,7 +145,7 @@ def trial(scene: Scene, root: Path, at: int, way: str, size: int) -> dict[str, A
     wrong = ill_ended(killed, way, whole)
     again = command(scene.line, place.work, place.home, prepare=prepared)
     said["second"] = {"code": again.code, "err": again.err[-2000:]}
-    if whole and again.code == 1 and "is not empty" in again.last:
+    if whole and again.code == 2 and "is not empty" in again.last:
         return said | {"outcome": wrong or "finished"}  # it was finished when the kill came
     if again.code != 0:
         return said | {"outcome": "traceback" if again.crashed else "not finished", "detail": again.last}

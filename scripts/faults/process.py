@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 COMMANDS = {
     "kd-train": "kd_lightning.cli.train", "kd-cache": "kd_lightning.cli.cache", "kd-eval": "kd_lightning.cli.evaluate",
     "kd-predict": "kd_lightning.cli.predict", "kd-export": "kd_lightning.cli.export",
-    "kd-benchmark": "kd_lightning.export.benchmark", "kd-report": "kd_lightning.cli.report",
+    "kd-benchmark": "kd_lightning.cli.benchmark", "kd-report": "kd_lightning.cli.report",
 }  # fmt: skip
 PRELOADED = (
     *COMMANDS.values(), "kd_lightning.pipeline.validation", "kd_lightning.pipeline.compare",
@@ -74,7 +74,7 @@ class Outcome:
         """Whether it ended with one line of its own, and nobody else's; argparse's usage counts as one."""
         own = [line for line in self.err.splitlines() if line.startswith("kd-")]
         foreign = FOREIGN.search(self.err)
-        return len(own) == 1 and own[0] == self.last and (foreign is None or self.code == 2)
+        return len(own) == 1 and own[0] == self.last and (foreign is None or ": error: " in self.last)
 
     @property
     def last(self) -> str:

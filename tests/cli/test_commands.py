@@ -58,7 +58,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: st
     # Whether an import says something too is seen where a process imports everything.
     run = installed if arguments == ["temperature=-1"] else forks.command
     result = run("kd-train", *arguments, cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -68,7 +68,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments: list[str], says: st
 @pytest.mark.parametrize("name", ["kd-predict", "kd-eval"])
 def test_a_folder_without_a_run_is_one_line(name: str, tmp_path: Path) -> None:
     result = forks.command(name, str(tmp_path / "none"), *(["a text"] if name == "kd-predict" else []), cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(f"{name}: ")
     assert "no finished student" in result.stderr
     assert "Traceback" not in result.stderr
@@ -76,5 +76,5 @@ def test_a_folder_without_a_run_is_one_line(name: str, tmp_path: Path) -> None:
 
 def test_predict_without_sentences_is_one_line(tmp_path: Path) -> None:
     result = installed("kd-predict", str(tmp_path), cwd=tmp_path, stdin="\n  \n")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip() == "kd-predict: no sentences: every line is empty"

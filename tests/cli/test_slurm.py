@@ -158,6 +158,7 @@ def test_a_mistake_is_one_line(arguments: list[str], says: str, program: Program
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra sweep is not installed")
     with pytest.raises(SystemExit) as ended:
         main(["pipeline", *arguments])
+    assert ended.value.code == 2
     assert says in str(ended.value)
     assert str(ended.value).startswith("kd-slurm: ")
     assert "\n" not in str(ended.value)
@@ -171,7 +172,7 @@ def test_without_the_extra_one_line_names_it(tmp_path: Path) -> None:
         [sys.executable, "-m", "kd_lightning.cli.train", "-m", "hydra/launcher=slurm", "temperature=1,2"],
         capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120,
     )  # fmt: skip
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == (
         "kd-train: hydra/launcher/submitit_slurm comes with a package that is missing: "
         "pip install 'kd-lightning[slurm]'\n"

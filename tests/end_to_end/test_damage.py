@@ -17,10 +17,10 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from kd_lightning.cli import evaluate, predict
+from kd_lightning.cli.benchmark import main as benchmark
 from kd_lightning.cli.export import main as export
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.evaluation.report import load_report
-from kd_lightning.export.benchmark import main as benchmark
 from kd_lightning.pipeline.compare import _curve, compare
 from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import Pipeline

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd_lightning.runtime.errors import environment_fault, interruptible
+from kd_lightning.cli.runner import command as one_line
+from kd_lightning.runtime.errors import environment_fault
 from kd_lightning.runtime.files import replacing, write_file
 from tests.forks import command
 
@@ -31,8 +32,9 @@ def disk_of(size: int) -> Iterator[None]:
 def ends(work: Callable[[], object]) -> str:
     """Return the line in which a command that does some work ends."""
     with pytest.raises(SystemExit) as ended:
-        interruptible("kd-thing", "nothing is kept")(lambda: work() and None)()
-    line = str(ended.value.code)
+        one_line("kd-thing", "nothing is kept")(work)()
+    assert ended.value.code == 1
+    line = str(ended.value)
     assert line.startswith("kd-thing: ")
     assert "\n" not in line
     return line
@@ -118,7 +120,7 @@ def test_a_defect_keeps_its_traceback() -> None:
             raise KeyError("a defect while another error is handled") from None
 
     with pytest.raises(KeyError):
-        interruptible("kd-thing", "nothing is kept")(work)()
+        one_line("kd-thing", "nothing is kept")(work)()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,6 @@ def test_a_defect_keeps_its_traceback() -> None:
 def test_a_run_that_cannot_have_its_folder_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = command("kd-train", "experiment=quickstart", *arguments, cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert says in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr

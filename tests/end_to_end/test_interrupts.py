@@ -11,7 +11,7 @@ COMMANDS = {
     "kd-eval": ("cli.evaluate", "export.load.load_model", ["run"]),
     "kd-predict": ("cli.predict", "export.load.load_model", ["run", "a text"]),
     "kd-export": ("cli.export", "export.write.plan", ["run", "--format", "onnx", "--out", "out"]),
-    "kd-benchmark": ("export.benchmark", "export.benchmark.subjects_of", ["run"]),
+    "kd-benchmark": ("cli.benchmark", "export.benchmark.subjects_of", ["run"]),
     "kd-report": ("cli.report", "evaluation.report.sweep.report_sweep", ["sweep"]),
     "kd-cache": ("cli.cache", "teachers.cache.upkeep.verify", ["verify", "cache"]),
 }

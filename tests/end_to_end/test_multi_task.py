@@ -252,7 +252,7 @@ def test_the_command_takes_tasks_of_the_users_own_files(tmp_path: Path, own_home
     assert (tmp_path / "runs/own/tasks/two/teacher/stage.json").is_file()
     assert json.loads((tmp_path / "runs/own/report.json").read_text())["data"]["class_names"][3] == "two: food"
     result = command("kd-train", *chosen, "+tasks.twoo.weight=2", cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip() == "kd-train: tasks.twoo: there is no such task in data.tasks; did you mean 'two'?"
 
 

@@ -78,7 +78,7 @@ def test_presets_compose() -> None:
 
 def test_without_the_plugin_one_line_names_the_extra(kd_train: Run) -> None:
     result = kd_train("sweep=optuna", code=WITHOUT_PLUGINS)
-    assert result.returncode == 1
+    assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert "pip install 'kd-lightning[sweep]'" in line
 
@@ -87,7 +87,7 @@ def test_strategies_students_and_seeds_have_folders_of_their_own(kd_train: Run, 
     sweep = tmp_path / "sweep"
     choices = ("model@student=bilstm,lstm_student", "distillation=soft_target,dkd", "seed=0,1")
     result = kd_train("-m", *choices, "alpha=7", f"run_dir={sweep}")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("kd-train: alpha=7 must be between 0")
     names = {point.name for point in points(sweep, "failure.json")}
@@ -105,7 +105,7 @@ def test_strategies_students_and_seeds_have_folders_of_their_own(kd_train: Run, 
 
 def test_a_preset_needs_no_flag_and_a_points_command_is_no_sweep(kd_train: Run, tmp_path: Path) -> None:
     result = kd_train("sweep=temperature_alpha", "alpha=7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    assert result.returncode == 1
+    assert result.returncode == 2
     found = points(tmp_path / "sweep", "failure.json")
     assert {point.name for point in found} == {f"alpha=7,temperature={temperature}" for temperature in (1, 2, 4, 8)}
     commands = {str(record(point, "overrides.json")["command"]) for point in found}
@@ -117,7 +117,7 @@ def test_a_preset_needs_no_flag_and_a_points_command_is_no_sweep(kd_train: Run, 
 def test_processes_that_would_run_the_sweep_again_are_refused_with_the_remedy(kd_train: Run, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     result = kd_train("-m", "trainer=ddp", "trainer.strategy=ddp", "temperature=1,2", f"hydra.sweep.dir={sweep}")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     said = result.stderr.splitlines()[-1]
     assert said.startswith("kd-train: trainer.strategy=ddp with 2 processes would start the whole command (in a sweep")
@@ -147,7 +147,7 @@ def test_a_failing_point_does_not_stop_the_rest_and_finished_ones_are_kept(kd_tr
     sweep = tmp_path / "sweep"
     own = [*tiny_overrides(write_toy_csv(tmp_path / "toy.csv"), tmp_path / "alone"), f"hydra.sweep.dir={sweep}"]
     first = kd_train("-m", *own, "temperature=1,4", "alpha=0.5,2", "seed=0")
-    assert first.returncode == 1
+    assert first.returncode == 2
     assert first.stderr.splitlines()[-1].startswith("kd-train: alpha=2 must be between 0")
     failed, finished = points(sweep, "failure.json"), points(sweep, "score.json")
     assert (len(failed), len(finished)) == (2, 2)

@@ -27,7 +27,7 @@ def test_the_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path) ->
     in_wheel = {str(path.relative_to(site / "kd_lightning")) for path in (site / "kd_lightning/conf").rglob("*.yaml")}
     assert in_wheel == in_checkout
     entry_points = next(site.glob("*.dist-info")).joinpath("entry_points.txt").read_text()
-    assert all(f"{name} = kd_lightning." in entry_points for name in ("kd-train", "kd-eval", "kd-predict"))
+    assert all(f"{name} = kd_lightning." in entry_points for name in ("kd", "kd-train", "kd-eval", "kd-predict"))
 
     environment = {**os.environ, "PYTHONPATH": str(site)}
     where = "import kd_lightning.config.instantiate as c; print(c.conf_dir())"
@@ -37,7 +37,7 @@ def test_the_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path) ->
     )  # fmt: skip
     assert found.stdout.strip() == str(site / "kd_lightning" / "conf")
     composed = subprocess.run(
-        [sys.executable, "-m", "kd_lightning.cli.train", "--cfg", "job", "experiment=quickstart"],
+        [sys.executable, "-m", "kd_lightning.cli", "train", "--cfg", "job", "experiment=quickstart"],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert "name: quickstart" in composed.stdout

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from kd_lightning.cli.benchmark import main as kd_benchmark
 from kd_lightning.cli.export import main as kd_export
 from kd_lightning.data.text.tokens import load_tokenizer
-from kd_lightning.export.benchmark import main as kd_benchmark
+from kd_lightning.export.benchmark import benchmark
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import finish_stage, read_stage
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -44,23 +46,25 @@ def test_everything_is_measured_and_written(bilstm: Path, tmp_path: Path, capsys
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--threads", "0"], "--threads 0: expected 1 or more"), (["--seed", "9"], "no finished student of seed 9")],
+    [({"threads": 0}, "--threads 0: expected 1 or more"), ({"seed": 9}, "no finished student of seed 9")],
 )
-def test_options_that_make_no_sense(bilstm: Path, tmp_path: Path, options: list[str], says: str) -> None:
-    with pytest.raises(SystemExit, match=says):
-        kd_benchmark([str(bilstm), *options, "--out", str(tmp_path / "measured")])
+def test_options_that_make_no_sense(bilstm: Path, tmp_path: Path, options: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        benchmark([bilstm], out=tmp_path / "measured", **options)
     assert not (tmp_path / "measured").exists()
 
 
 def test_exports_alone_have_nobody_to_ask_about(bilstm: Path, tmp_path: Path) -> None:
     kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="give a run folder too"):
-        kd_benchmark([str(tmp_path / "out"), "--out", str(tmp_path / "measured")])
+    with pytest.raises(ConfigError, match="give a run folder too"):
+        benchmark([tmp_path / "out"], out=tmp_path / "measured")
 
 
 def measured(folders: list[Path], out: Path) -> list[dict[str, Any]]:
-    kd_benchmark([*map(str, folders), "--out", str(out)])
-    rows: list[dict[str, Any]] = json.loads((out / "benchmark.json").read_text(encoding="utf-8"))["rows"]
+    result, folder = benchmark(folders, out=out)
+    assert folder == out
+    assert result == json.loads((out / "benchmark.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = result["rows"]
     return rows
 
 
@@ -100,5 +104,5 @@ def test_runs_that_read_other_tokens_are_not_compared(bilstm: Path, tmp_path: Pa
         str(other / "seed_0/distill/tokenizer")
     )
     finish_stage(other / "seed_0/distill", read_stage(other / "seed_0/distill"))
-    with pytest.raises(SystemExit, match=r"other.*reads other tokens than .*: measure it with the run that it is of"):
-        kd_benchmark([str(bilstm), str(other), "--out", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"other.*reads other tokens than .*: measure it with the run that it is of"):
+        benchmark([bilstm, other], out=tmp_path / "out")

@@ -211,7 +211,7 @@ def refusal(cfg: DictConfig, override: str) -> str:
     except KDError as error:
         return str(error)
     except Exception as error:  # Hydra's, or a defect, of which `explain` knows nothing
-        return explain(error, [override]) or f"Traceback: {error!r}"
+        return str(explain(error, [override]) or f"Traceback: {error!r}")
     return "nothing: it was accepted"
 
 

@@ -45,10 +45,10 @@ def outcome(faults: Any, code: int | None, err: str) -> Any:
 @pytest.mark.parametrize(
     ("err", "code", "one"),
     [
-        ("kd-train: alpha=2 must lie in [0, 1]\n", 1, True),
+        ("kd-train: alpha=2 must lie in [0, 1]\n", 2, True),
         ("TextFiles: 63 train\nkd-train: no\n", 1, True),  # a notice before it
         ("usage: kd-eval [-h]\nkd-eval: error: no\n", 2, True),
-        ("Error executing job with overrides: []\nkd-train: no\n", 1, False),
+        ("Error executing job with overrides: []\nkd-train: no\n", 2, False),
         ("kd-train: no\nand why\n", 1, False),
         ("x.py:1: UserWarning: hm\nkd-train: no\n", 1, False),
         ("", 1, False),

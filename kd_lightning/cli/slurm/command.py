@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd_lightning.cli.runner import command
 from kd_lightning.runtime.borders import shown, tell
-from kd_lightning.runtime.errors import KDError, interruptible
+from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
     from kd_lightning.cli.slurm.chain import Job
@@ -25,7 +25,7 @@ conf/hydra/launcher/slurm.yaml has the jobs' partition, time, CPUs, memory and G
 """
 
 
-@interruptible("kd-slurm", "squeue shows which jobs were submitted")
+@command("kd-slurm", "squeue shows which jobs were submitted")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-slurm`."""
     parser = _parser()
@@ -34,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.overrides += rest  # those after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        given.command(given)
-    except KDError as error:
-        sys.exit(f"kd-slurm: {error}")
+    given.command(given)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,13 +61,13 @@ def _pipeline(given: argparse.Namespace) -> None:
     from kd_lightning.cli.slurm.chain import chain
     from kd_lightning.cli.slurm.status import begun, finished, submitted
     from kd_lightning.cli.slurm.sweep import expand
-    from kd_lightning.runtime import slurm_queue as queue
+    from kd_lightning.runtime import slurm_queue
 
-    if not given.dry_run and not queue.available():
-        raise KDError("there is no sbatch on PATH: run this where jobs are submitted, or add --dry-run")
+    if not given.dry_run and not slurm_queue.available():
+        raise ConfigError("there is no sbatch on PATH: run this where jobs are submitted, or add --dry-run")
     sweep = expand([*given.overrides, *shlex.split(given.sweep)], "hydra/launcher=slurm")
     folder, places = sweep.folder, begun(sweep.folder)
-    if still := queue.queued(submitted(folder)["jobs"].values()):
+    if still := slurm_queue.queued(submitted(folder)["jobs"].values()):
         raise KDError(f"{folder}: its jobs are in the queue still; to begin anew, scancel {' '.join(sorted(still))}")
     unfinished = [
         number
@@ -94,7 +91,7 @@ def _show(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) ->
 def _submit(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) -> None:
     """Submit the chain; where sbatch refuses a job, or it cannot be noted, none of them stays in the queue."""
     from kd_lightning.cli.slurm.status import remember
-    from kd_lightning.runtime import slurm_queue as queue
+    from kd_lightning.runtime import slurm_queue
     from kd_lightning.runtime.files import write_file
 
     ids: dict[str, str] = {}
@@ -103,11 +100,11 @@ def _submit(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) 
         write_file(files[job.name], job.script)
     try:
         for job in jobs:
-            ids[job.name] = queue.submit(files[job.name], job.dependency(ids))
+            ids[job.name] = slurm_queue.submit(files[job.name], job.dependency(ids))
             tell(f"{job.name:8}  job {ids[job.name]}" + (f", after {ids[job.after]}" if job.after else ""))
         remember(folder, ids, points)
     except (KDError, OSError):
-        queue.cancel(list(ids.values()))
+        slurm_queue.cancel(list(ids.values()))
         raise
     tell(f"kd-slurm status {folder}")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from kd_lightning.cli.slurm.sweep import recorded, varied
 from kd_lightning.config.sweep import FAILURE, OVERRIDES, SCORE
-from kd_lightning.runtime import slurm_queue as queue
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime import slurm_queue
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json, write_json
 from kd_lightning.runtime.seals import read_sealed
 
@@ -65,17 +65,17 @@ def status(folder: Path) -> tuple[list[Row], list[Row]]:
     """Return the rows of the chain's jobs, and those of the points.
 
     Raises:
-        KDError: The folder holds no sweep.
+        ConfigError: The folder holds no sweep.
     """
     chain, there = submitted(folder), begun(folder)
     points = _points(folder, chain, there)
     if not points:
-        raise KDError(f"{folder} holds no sweep: expected a folder that kd-train -m or kd-slurm pipeline wrote")
+        raise ConfigError(f"{folder} holds no sweep: expected a folder that kd-train -m or kd-slurm pipeline wrote")
     places = [there.get(frozenset(point)) for point in points]
     wrote = [_last_job(place) for place in places]
     planned = [_planned_job(folder, number, chain) for number in range(len(points))]
     known = {*filter(None, [*wrote, *planned]), *chain["jobs"].values()}
-    waiting, over = queue.queued(known), queue.ended(known)
+    waiting, over = slurm_queue.queued(known), slurm_queue.ended(known)
     jobs = [plan if plan in waiting else last or plan for plan, last in zip(planned, wrote, strict=True)]
     names = [" ".join(name) or "(the only point)" for name in varied(points)]
     rows = [_row(*point, waiting, over) for point in zip(names, places, jobs, strict=True)]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.cli.hydra_errors import explain
-from kd_lightning.config import instantiate as config
+from kd_lightning.cli.hydra_errors import explained
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.config.sweep import GRID
 from kd_lightning.pipeline.resolvers import register_resolvers
-from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.errors import ConfigError
 
 Parser = Callable[[list[str]], list[Any]]
 """Turns overrides into Hydra's objects of them."""
@@ -46,7 +46,7 @@ def expand(overrides: Sequence[str], *defaults: str) -> Sweep:
         defaults: Further overrides, of which those given count more: `hydra/launcher=slurm`.
 
     Raises:
-        KDError: Hydra refuses them, or they ask for a sweeper whose points are not known beforehand.
+        ConfigError: Hydra refuses them, or they ask for a sweeper whose points are not known beforehand.
     """
     from hydra import compose
 
@@ -88,15 +88,10 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Parser]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     register_resolvers()
-    try:
-        with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-            yield OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides
-    except (HydraException, OmegaConfBaseException) as error:
-        raise KDError(explain(error, list(overrides))) from error
+    with explained(overrides), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides
 
 
 def _product(parse: Parser, task: Sequence[str], params: Mapping[str, Any] | None = None) -> list[list[str]]:

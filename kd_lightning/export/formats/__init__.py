@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from kd_lightning.runtime.errors import KDError, did_you_mean
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ class Format(Protocol):
     READS: tuple[str, ...]
 
     def check(self, model: TrainedModel) -> None:
-        """Raise `KDError` where the format cannot hold this student."""
+        """Raise `ConfigError` where the format cannot hold this student."""
 
     def write(self, source: Source, quantize: str, folder: Path) -> Written:
         """Write the model."""
@@ -65,10 +65,10 @@ def format_named(name: str) -> Format:
     """Return a format.
 
     Raises:
-        KDError: There is none of this name.
+        ConfigError: There is none of this name.
     """
     if name not in FORMATS:
-        raise KDError(f"--format {name} is unknown{did_you_mean(name, FORMATS)}")
+        raise ConfigError(f"--format {name} is unknown{did_you_mean(name, FORMATS)}")
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))
 
 
@@ -76,18 +76,18 @@ def check_choice(format: str, quantize: str) -> Format:
     """Return a format that can be quantised so, with its packages installed.
 
     Raises:
-        KDError: It cannot, or a package is missing; says what can, or what to install.
+        ConfigError: It cannot, or a package is missing; says what can, or what to install.
     """
     chosen = format_named(format)
     if quantize not in QUANTIZE:
-        raise KDError(f"--quantize {quantize} is unknown{did_you_mean(quantize, QUANTIZE)}")
+        raise ConfigError(f"--quantize {quantize} is unknown{did_you_mean(quantize, QUANTIZE)}")
     if quantize not in chosen.QUANTIZE:
-        raise KDError(f"--format {format} has no {quantize}; it can be: {', '.join(chosen.QUANTIZE)}")
+        raise ConfigError(f"--format {format} has no {quantize}; it can be: {', '.join(chosen.QUANTIZE)}")
     require_packages(format, chosen.NEEDS)
     return chosen
 
 
 def require_packages(format: str, names: tuple[str, ...]) -> None:
-    """Raise `KDError` where a package is not installed."""
+    """Raise `ConfigError` where a package is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise KDError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")
+        raise ConfigError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")

@@ -14,7 +14,7 @@ from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import MultiTask, Regression
 
 if TYPE_CHECKING:
@@ -32,17 +32,17 @@ def check(model: TrainedModel) -> None:
     """Refuse what is no classifier of `transformers`, and several tasks, which none of its pipelines can read."""
     network = model.network
     if isinstance(model.task, MultiTask):
-        raise KDError(
+        raise ConfigError(
             f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
             "and from_pretrained knows classifiers of one; it can be: safetensors, pt2, onnx"
         )
     if isinstance(network, PooledClassifier):
-        raise KDError(
+        raise ConfigError(
             f"--format huggingface: no class of transformers has this student's pooling={network.pooling}; train one "
             "with student.pooling=bert (transformer) or checkpoint (hf, minilm), or export to safetensors, pt2, onnx"
         )
     if not isinstance(network, PreTrainedModel) or not _is_classifier(network):
-        raise KDError(
+        raise ConfigError(
             f"--format huggingface: {type(network).__name__} is no classifier of transformers, so from_pretrained "
             "could not load it; it can be: safetensors, pt2, onnx"
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, following, trace, whole_lstms
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ MOST_BYTES = 2 * 1024**3
 def check(model: TrainedModel) -> None:
     """Refuse a network that is too large for one file."""
     if (size := sum(tensor.nbytes for tensor in model.network.state_dict().values())) >= MOST_BYTES:
-        raise KDError(
+        raise ConfigError(
             f"--format onnx: {size / 1e9:.1f} GB of weights do not fit a single ONNX file (2 GB); it can be: "
             "safetensors, huggingface, pt2"
         )

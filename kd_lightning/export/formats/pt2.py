@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_lightning.config.trust import trusts_all
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, trace
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.files import write_file
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def load_graph(file: Path) -> Any:
         KDError: Nobody said that it is trusted, or it holds what `write` does not write.
     """
     if not trusts_all():
-        raise KDError(
+        raise ConfigError(
             f"{file} may run code when it is loaded (torch.export evaluates expressions of it): if you trust whoever "
             "made it, add --trust (in Python: load_export(..., trust=True)), or use the format onnx or safetensors"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from kd_lightning.config.sweep import FAILURE, GRID, OVERRIDES, SCORE
 from kd_lightning.evaluation.report.files import load_report
-from kd_lightning.runtime.errors import DataError, KDError
+from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.runtime.seals import read_sealed
 from kd_lightning.training.run_folder import read_config
 
@@ -91,21 +91,25 @@ def read_points(folder: Path) -> list[Point]:
     """Read a sweep's points, in the order of their names.
 
     Raises:
-        KDError: There is no such folder, or it holds no points.
+        ConfigError: There is no such folder, or it holds no points.
         DataError: A file of a point is damaged.
     """
     if not folder.is_dir():
         wrong = "a file" if folder.exists() else "no such folder"
-        raise KDError(f"{folder}: {wrong}; expected the folder of a sweep (kd-train -m ...)")
+        raise ConfigError(f"{folder}: {wrong}; expected the folder of a sweep (kd-train -m ...)")
     points = [_read(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES}"))]
     if points:
         return points
     if any((folder / name).exists() for name in ("report.json", "config.yaml", "teacher", "seed_0")):
         where = f"its report is {folder / 'report.md'}" if (folder / "report.md").exists() else "it is not finished"
-        raise KDError(f"{folder} holds a single run, not a sweep: {where}")
+        raise ConfigError(f"{folder} holds a single run, not a sweep: {where}")
     if sweeps := sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{OVERRIDES}")}):
-        raise KDError(f"{folder} holds no points of a sweep, but folders of some: kd-report {' or '.join(sweeps[:3])}")
-    raise KDError(f"{folder} holds no points of a sweep: kd-train -m ... gives each a folder with {OVERRIDES} in it")
+        raise ConfigError(
+            f"{folder} holds no points of a sweep, but folders of some: kd-report {' or '.join(sweeps[:3])}"
+        )
+    raise ConfigError(
+        f"{folder} holds no points of a sweep: kd-train -m ... gives each a folder with {OVERRIDES} in it"
+    )
 
 
 def as_value(text: str) -> Value:
