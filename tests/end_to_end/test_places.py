@@ -11,28 +11,22 @@ import lightning as L
 import numpy as np
 import pytest
 
-from kd_lightning.cli import export_config as to_cli
+from kd_lightning.cli.benchmark import main as kd_benchmark
 from kd_lightning.cli.cache import main as kd_cache
 from kd_lightning.cli.export import main as kd_export
+from kd_lightning.cli.export_config import main as kd_config
 from kd_lightning.cli.report import main as kd_report
 from kd_lightning.data.image.store import store_images
 from kd_lightning.data.text.tokens import encode_store, load_tokenizer
 from kd_lightning.export import benchmark
-from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.files import check_place
 from tests.end_to_end.test_environment import disk_of, ends
 from tests.evaluation.report.sweeps import grid
 
-
-def kd_config(arguments: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["kd-config", *arguments])
-        to_cli.main()
-
-
 COMMANDS: dict[str, Callable[[str], None]] = {
     "kd-export": lambda place: kd_export(["no_run", "--format", "onnx", "--out", place]),
-    "kd-benchmark": lambda place: benchmark.main(["no_run", "--out", place]),
+    "kd-benchmark": lambda place: kd_benchmark(["no_run", "--out", place]),
     "kd-config": lambda place: kd_config(["no_such_key=1", "--to-cli", place]),
 }
 
@@ -61,8 +55,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_all_else(
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path) -> None:
     check_place(tmp_path / "new" / "place", "--out new")
-    with disk_of(1000), pytest.raises(ConfigError, match=r"^--out new: nothing can be written there \(.*; "):
+    with disk_of(1000), pytest.raises(KDError, match=r"^--out new: nothing can be written there \(.*; ") as refused:
         check_place(tmp_path / "new" / "place", "--out new")
+    assert not isinstance(refused.value, ConfigError), "it is no mistake of the user's"
     assert not list(tmp_path.iterdir())
 
 
