@@ -32,7 +32,7 @@ from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.losses.term import Scheduled, Term
 from kd_lightning.models.transformer import transformer
 from kd_lightning.pipeline.resolvers import register_resolvers
-from kd_lightning.tasks import MultiTask, Regression
+from kd_lightning.tasks import Classification, MultiTask, Regression
 from kd_lightning.teachers import CachedTeacher, EMATeacher, FrozenTeacher, Teacher
 from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.store import TeacherCache
@@ -107,7 +107,7 @@ def distilled(
         cache = TeacherCache.create(folder / f"answers-{world}-{rank_and_world()[0]}", {}, data.num_examples)
         fill(cache, teacher, data.all_dataloader())
         teacher = CachedTeacher(cache)
-    module = DistillationModule(student, teacher, loss, SGD, num_classes=CLASSES)
+    module = DistillationModule(student, teacher, loss, SGD, task=Classification(CLASSES))
     if name == "crd":  # as the pipeline does: its constants are estimated from one batch, which is the same for all
         module.connect(next(iter(data.val_dataloader())), data.num_examples)
     return module, data
@@ -116,12 +116,12 @@ def distilled(
 def mean_teacher(folder: Path, world: int) -> tuple[NetworkModule, Any]:
     data = text(folder, world)
     student, loss = network(data, 0, 8, 2), objective("soft_target", "fixed")
-    return DistillationModule(student, EMATeacher(student, 0.9), loss, SGD, num_classes=CLASSES), data
+    return DistillationModule(student, EMATeacher(student, 0.9), loss, SGD, task=Classification(CLASSES)), data
 
 
 def supervised(folder: Path, world: int) -> tuple[NetworkModule, Any]:
     data = text(folder, world)
-    return SupervisedModule(network(data, 0, 8, 2), SGD, num_classes=CLASSES), data
+    return SupervisedModule(network(data, 0, 8, 2), SGD, task=Classification(CLASSES)), data
 
 
 def several_tasks(folder: Path, world: int, taught: bool) -> tuple[NetworkModule, Any]:
@@ -132,12 +132,12 @@ def several_tasks(folder: Path, world: int, taught: bool) -> tuple[NetworkModule
     task = MultiTask({name: own.task for name, own in both.tasks.items()}, {"more": 0.5, "less": 2.0})
     student, above = network(both, 0, 8, 2), network(both, 1, 12, 3)
     if not taught:
-        return SupervisedModule(student, SGD, num_classes=2 * CLASSES, task=task), both
+        return SupervisedModule(student, SGD, task=task), both
     terms: dict[str, Term] = {f"{name}/ce": task.term(name, CrossEntropyLoss()) for name in task.tasks}
     terms |= {f"{name}/kd": task.term(name, SoftTargetLoss(2.0)) for name in task.tasks}
     weights: dict[str, Scheduled] = dict.fromkeys(terms, 0.5)
     teacher = FrozenTeacher(above)
-    return DistillationModule(student, teacher, Objective(terms, weights), SGD, num_classes=6, task=task), both
+    return DistillationModule(student, teacher, Objective(terms, weights), SGD, task=task), both
 
 
 class Tagger(nn.Module):
@@ -170,7 +170,7 @@ def sequences(folder: Path, world: int) -> tuple[NetworkModule, Any]:
     torch.manual_seed(0)
     terms = {"ce": CrossEntropyLoss(causal=True), "kd": SoftTargetLoss(2.0, causal=True)}
     loss = Objective(terms, {"ce": 0.5, "kd": 0.5})
-    module = Positions(Tagger(), FrozenTeacher(Tagger()), loss, SGD, num_classes=WORDS)
+    module = Positions(Tagger(), FrozenTeacher(Tagger()), loss, SGD, task=Classification(WORDS))
     return module, DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def overflowing(folder: Path, world: int) -> tuple[NetworkModule, Any]:
     """
     size = GLOBAL_BATCH // world
     batch = {"pixel_values": torch.ones(size, 2), "labels": torch.full((size,), 100.0)}
-    module = SupervisedModule(nn.Linear(2, 1), SGD, num_classes=1, task=Regression())
+    module = SupervisedModule(nn.Linear(2, 1), SGD, task=Regression())
     return module, DataLoader([batch] * 4, batch_size=None)  # type: ignore[arg-type]
 
 

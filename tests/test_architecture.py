@@ -5,6 +5,7 @@ Each rule is a function from a package's folder to what breaks it, and is shown 
 
 from __future__ import annotations
 
+import ast
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -71,6 +72,32 @@ def needless(package: Path, floor: str, allowed: tuple[str, ...]) -> list[str]:
         known = one.imported.split(".")[0] in sys.stdlib_module_names
         if room(one.importer) == floor and not known and not f"{one.imported}.".startswith(allowed):
             found.append(f"{one.importer}:{one.line} imports {one.imported}")
+    return found
+
+
+def type_questions(package: Path) -> list[str]:
+    """Return where somebody outside of tasks/ asks of which type a task is: that is the wall this house has no more."""
+    kinds = {"Classification", "Regression", "MultiTask"}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] == "tasks":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                names = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                names |= {name.attr for name in ast.walk(node.args[1]) if isinstance(name, ast.Attribute)}
+                found += [f"{path.relative_to(package)}:{node.lineno}"] * bool(names & kinds)
+    return found
+
+
+def beside_a_task(package: Path) -> list[str]:
+    """Return the functions that are given a number of classes beside the task that knows it."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+                found += [f"{path.relative_to(package)}:{node.name}"] * ({"task", "num_classes"} <= names)
     return found
 
 
@@ -200,3 +227,14 @@ def test_a_loss_that_needs_more_is_found(text: str, tmp_path: Path) -> None:
     assert needless(package, "losses", LOSSES) == []
     (package / "losses" / "b.py").write_text(f"def f():\n    {text}", encoding="utf-8")
     assert len(needless(package, "losses", LOSSES)) == 1
+
+
+def test_nobody_outside_of_tasks_asks_for_a_tasks_type(tmp_path: Path) -> None:
+    assert type_questions(PACKAGE) == []
+    assert beside_a_task(PACKAGE) == []
+    for name in ("tasks", "export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = isinstance(task, (tasks.Regression, int))\nisinstance(task, Task)\n")
+    (tmp_path / "b.py").write_text("def module(task, *, num_classes): ...\ndef network(num_classes): ...\n")
+    assert type_questions(tmp_path) == ["export/a.py:1"]
+    assert beside_a_task(tmp_path) == ["b.py:module"]

@@ -103,11 +103,10 @@ def evaluate_file(model: TrainedModel, file: str, reader: FileReader, numbered: 
     import torch
 
     from kd_lightning.data.text.corpus import encode_labels
-    from kd_lightning.tasks import Classification
     from kd_lightning.tasks.metrics import evaluate_logits
 
     _tokenizer(model)
-    if not isinstance(model.task, Classification):
+    if model.task.classes is None:
         raise ConfigError(
             f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
         )

@@ -14,7 +14,6 @@ from kd_lightning.pipeline.multi_task import MultiTaskPipeline
 from kd_lightning.pipeline.preflight import takes_from_teacher
 from kd_lightning.pipeline.run import Pipeline, cache_of_assistants, finetuning, teacher_name
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.tasks import Classification, MultiTask, Regression, Task
 from kd_lightning.training.run_folder import teacher_stage
 from kd_lightning.training.stage import averages, planned_steps, validate_every
 
@@ -189,11 +188,9 @@ class Converter:
 
     def learning(self, optimizer: Node, scheduler: Node, seed: int) -> Node:
         """Return the arguments that both kinds of training have."""
-        task = self.pipeline.task
-        more = {} if isinstance(task, Classification) else {"task": _task(task)}
         return {
             "optimizer": converted(optimizer), "scheduler": converted(scheduler),
-            "num_classes": self.data.num_classes, "seed": seed, **more,
+            "task": converted(self.pipeline.task.settings), "seed": seed,
         }  # fmt: skip
 
     def supervised(self, network: Node, optimizer: Node, scheduler: Node, seed: int) -> Node:
@@ -240,8 +237,8 @@ class Converter:
 
     def objective_of_tasks(self) -> Node:
         """Return every task's own loss, on its examples, times its weight."""
+        assert isinstance(self.pipeline, MultiTaskPipeline)
         task, terms, weights = self.pipeline.task, {}, {}
-        assert isinstance(task, MultiTask)
         for number, (name, one) in enumerate(task.tasks.items()):
             own = self.cfg["tasks"].get(name, {}).get("distillation", self.cfg["distillation"])
             span, factor = task.spans[name], task.weights[name]
@@ -249,7 +246,7 @@ class Converter:
                 weight = converted(own["weights"][part])
                 terms[f"{name}/{part}"] = class_path(
                     "kd_lightning.losses.task_term.TaskTerm", term=converted(term), name=name, number=number,
-                    columns=f"range({span.start}, {span.stop})", scores=isinstance(one, Regression),
+                    columns=f"range({span.start}, {span.stop})", scores=one.classes is None,
                 )  # fmt: skip
                 weights[f"{name}/{part}"] = (
                     class_path("kd_lightning.schedules.Times", factor=factor, value=weight)
@@ -322,11 +319,3 @@ def _of_cli(value: Any) -> Any:
 def _stage_of(checkpoint: str) -> str:
     """Return the stage of a run that its teacher is; other checkpoints as they are."""
     return str(teacher_stage(Path(checkpoint)) or checkpoint)
-
-
-def _task(task: Task) -> Node:
-    path = f"kd_lightning.tasks.{type(task).__name__}"
-    if isinstance(task, MultiTask):
-        tasks = {name: _task(one) for name, one in task.tasks.items()}
-        return class_path(path, tasks=tasks, weights=dict(task.weights))
-    return class_path(path, classes=task.outputs) if isinstance(task, Classification) else class_path(path)

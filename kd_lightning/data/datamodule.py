@@ -330,9 +330,9 @@ class ClassificationData(L.LightningDataModule, ABC):
                 f"teacher.folds={count}: data.view_sets=null makes views without an index, of which it is not known "
                 "who has seen their example: set teacher.cache_views=K"
             )
-        classes = np.zeros(len(train), np.int64) if isinstance(self.task, Regression) else self._labels[: len(train)]
+        strata = self.task.strata(self._labels[: len(train)])
         found = np.full(self.num_examples, -1, np.int64)
-        found[stratified_order(classes, self.split_seed)] = np.arange(len(train)) * count // len(train)
+        found[stratified_order(strata, self.split_seed)] = np.arange(len(train)) * count // len(train)
         if len(views):
             found[views.start : views.stop] = found[np.arange(len(views)) % (len(train) * self.views) // self.views]
         return found

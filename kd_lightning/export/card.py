@@ -12,7 +12,7 @@ from kd_lightning.export.exported import Exported
 from kd_lightning.export.history import KNOWN, History, hub_names
 from kd_lightning.runtime.borders import code, html_free, markdown, visible
 from kd_lightning.runtime.files import write_file
-from kd_lightning.tasks import MultiTask, Regression, Task, task_of
+from kd_lightning.tasks import task_of
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
@@ -62,7 +62,7 @@ def _metadata(exported: Exported, run: History) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     task = task_of(exported.predicts)
-    pipeline = None if isinstance(task, MultiTask) else f"{_reads(exported)}-classification"  # the hub's word for both
+    pipeline = f"{_reads(exported)}-classification" if task.problem_type else None  # the hub's word, also of scores
     data = [name for origin in run.sources for name in origin.names]
     results = [
         EvalResult(
@@ -73,7 +73,7 @@ def _metadata(exported: Exported, run: History) -> str:
         for metric, value in run.test_scores(run.own_name).items()
         if metric in (task.main, "macro_f1")
     ]  # fmt: skip
-    tags = ["knowledge-distillation"] * run.taught + ["regression"] * isinstance(task, Regression)
+    tags = ["knowledge-distillation"] * run.taught + [*task.tags]
     tags += ["kd_lightning", exported.format] + [exported.quantize] * (exported.quantize != "none")
     began = run.start.names if run.start else ()
     licences = {KNOWN[name].licence.lower() if name in KNOWN else None for name in began}
@@ -115,23 +115,7 @@ def _use(exported: Exported) -> str:
     if exported.format == "huggingface" and images is not None:
         use = "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor."
     inputs = ", ".join(f"`{name}`" for name in exported.inputs)
-    return f"{files}{opset}. Inputs: {inputs}; {reads}. {_outputs(task, exported.class_names)} {use}"
-
-
-def _outputs(task: Task, names: list[str]) -> str:
-    """Say what the columns of the logits are."""
-    if isinstance(task, MultiTask):
-        parts = [
-            f"{markdown(name)}: {'a score' if isinstance(own, Regression) else 'classes'}, "
-            f"column{'s' if len(span) > 1 else ''} {'-'.join(map(str, dict.fromkeys((span[0], span[-1]))))}"
-            for (name, own), span in zip(task.tasks.items(), task.spans.values(), strict=True)
-        ]
-        return f"`logits` has the columns of all tasks ({'; '.join(parts)})."
-    if isinstance(task, Regression):
-        return (
-            f"`logits` has one column, which is the score ({', '.join(map(markdown, names))}): no softmax, no sigmoid."
-        )
-    return "`logits` has a column for each class; `export.json` has their names."
+    return f"{files}{opset}. Inputs: {inputs}; {reads}. {task.columns(list(map(markdown, exported.class_names)))} {use}"
 
 
 def _scores(exported: Exported, run: History) -> str:
@@ -198,13 +182,7 @@ def _parity(exported: Exported) -> str:
 
 
 def _limits(exported: Exported, run: History) -> list[str]:
-    task, names = task_of(exported.predicts), ", ".join(map(markdown, exported.class_names))
-    if isinstance(task, Regression):
-        lines = [f"It gives a number ({names}) for whatever it is given, in no fixed range."]
-    elif isinstance(task, MultiTask):
-        lines = [f"It answers for each of {', '.join(map(markdown, task.tasks))}, whatever it is given."]
-    else:
-        lines = [f"It knows {names} and nothing else: whatever it is given, it says one of them."]
+    lines = [task_of(exported.predicts).limits(list(map(markdown, exported.class_names)))]
     if exported.max_length is not None:
         lines.append(f"What comes after {exported.max_length} tokens is not read.")
     kinds = "sources and languages" if exported.images is None else "sources and kinds of images"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_lightning.evaluation.profiling import single_examples
 from kd_lightning.runtime.errors import KDError
-from kd_lightning.tasks import Classification, MultiTask, Task
+from kd_lightning.tasks import Task
 from kd_lightning.tasks.predictions import Answers, network_answers
 from kd_lightning.types import Batch
 
@@ -139,7 +139,7 @@ def measure_parity(
         largest_difference=math.nan if any(map(math.isnan, largest)) else max(largest),
         mean_difference=float((told.logits - said.logits).abs().mean()),
         scale=max(1.0, float(said.logits.abs().max())),
-        agreement=_share(_same_labels(task, said, told)),
+        agreement=_share(task.same_label(said, told)),
         kl=_mean_of(above[1], "kl_to_teacher"),
         student=_finite(above[0]),
         export=_finite(above[1]),
@@ -181,20 +181,6 @@ def require(parity: Parity, title: str) -> None:
     """Raise `KDError` where an export is too far from its student."""
     if excess := parity.excess():
         raise KDError(f"{title} does not answer as the student did ({excess}): nothing was written")
-
-
-def _same_labels(task: Task, said: Answers, told: Answers) -> Tensor | None:
-    """Return for each label that is given whether both give the same; None where there are no labels."""
-    if isinstance(task, Classification):
-        return said.logits.argmax(1) == told.logits.argmax(1)
-    if isinstance(task, MultiTask) and said.task is not None:
-        found = []
-        for number, (name, part) in enumerate(task.tasks.items()):
-            rows, span = said.task == number, slice(task.spans[name].start, task.spans[name].stop)
-            if isinstance(part, Classification):
-                found.append(said.logits[rows, span].argmax(1) == told.logits[rows, span].argmax(1))
-        return torch.cat(found) if found else None
-    return None
 
 
 def _share(same: Tensor | None) -> float | None:

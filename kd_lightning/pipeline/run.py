@@ -262,7 +262,7 @@ class Pipeline:
         teacher = self.own_average(student, objective) if above is None else teacher
         module = DistillationModule(
             student, teacher, objective, build(self.cfg["optimizer"]), build(self.cfg["scheduler"]),
-            num_classes=self.data.num_classes, seed=seed, task=self.task,
+            task=self.task, seed=seed,
         )  # fmt: skip
         if objective.connects:
             torch.manual_seed(seed)
@@ -507,8 +507,7 @@ class Pipeline:
             network=network,
             network_settings=network_settings,
             module=lambda network: SupervisedModule(
-                network, build(optimizer), build(scheduler), num_classes=self.data.num_classes, seed=seed,
-                task=self.task,
+                network, build(optimizer), build(scheduler), task=self.task, seed=seed,
             ),
             data=data,
             role="teacher" if name.startswith("teacher") else "student",

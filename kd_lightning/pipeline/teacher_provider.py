@@ -24,7 +24,6 @@ from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, file_digest, network_digest, read_json
 from kd_lightning.runtime.memoize import shared, stamps
-from kd_lightning.tasks import Regression
 from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import (
     AheadTeacher,
@@ -198,15 +197,15 @@ class Answering:
         """
         if self.settings["cache"] != "off":
             self._check_repeatable()
-            top_k, classes = self._storage().top_k, self.data.num_classes
+            top_k, classes = self._storage().top_k, self.data.task.outputs
             if top_k is not None and top_k >= classes:
                 raise ConfigError(f"teacher.cache_top_k={top_k} must be below the number of classes, {classes}")
             if teacher is not None and self.settings["cache"] == "require":
                 for member in self.asked_apart(teacher):
                     self.cache(member)
-        if self.members > 1 and isinstance(self.data.task, Regression):
+        if self.members > 1 and self.data.task.classes is None:
             check_scores(self.settings["weights"], self.settings["combine"])
-        if self.settings["calibrate"] and isinstance(self.data.task, Regression):
+        if self.settings["calibrate"] and self.data.task.classes is None:
             raise ConfigError("teacher.calibrate: a teacher that gives scores has no probabilities to calibrate")
         precision, features = self.settings["precision"], self.features
         if self.members > 1 and features:

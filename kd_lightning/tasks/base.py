@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -50,10 +52,22 @@ class Task(ABC):
     Attributes:
         main: The score by which checkpoints are selected and models compared; higher is better.
         outputs: How many numbers a network puts out for it.
+        classes: C, where it is one of C classes; None where what is predicted has no probabilities.
     """
 
     main: str
     outputs: int
+    classes: int | None = None
+
+    @property
+    def parts(self) -> Mapping[str, Task]:
+        """The tasks that it consists of, by name; none where it is one."""
+        return {}
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What builds this task again: its `_target_` and arguments."""
 
     def labels(self, values: Tensor) -> Tensor:
         """Return labels `(B,)` of several tasks' common type as this task's own."""
@@ -86,6 +100,30 @@ class Task(ABC):
     @abstractmethod
     def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Return in plain values what the logits `(C,)` of one example say; `names` are the data's `class_names`."""
+
+    def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Return in which proportion folds are to be alike: a number for each of the labels `(N,)`."""
+        return np.zeros(len(labels), np.int64)
+
+    def same_label(self, said: Answers, told: Answers) -> Tensor | None:
+        """Return for each label that is given whether both give the same; None where none is given."""
+        return None
+
+    # -- what an export tells of it -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def columns(self, names: Sequence[str]) -> str:
+        """Return a sentence about the columns of the logits; `names` are the data's, fit for Markdown."""
+
+    @abstractmethod
+    def limits(self, names: Sequence[str]) -> str:
+        """Return a sentence about what it cannot predict."""
+
+    tags: tuple[str, ...] = ()
+    """By which the hub finds it, besides those of every student."""
+
+    problem_type: str | None = None
+    """What transformers' classifiers call it; None where no class of transformers predicts it."""
 
     @property
     @abstractmethod

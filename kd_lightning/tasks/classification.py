@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
@@ -21,10 +23,15 @@ class Classification(Task):
         classes: C.
     """
 
-    main = "accuracy"
+    main, problem_type = "accuracy", "single_label_classification"
 
     def __init__(self, classes: int) -> None:
-        self.outputs = classes
+        self.outputs = self.classes = classes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its class and C."""
+        return {"_target_": "kd_lightning.tasks.Classification", "classes": self.outputs}
 
     def labels(self, values: Tensor) -> Tensor:
         """Return them as whole numbers."""
@@ -70,6 +77,22 @@ class Classification(Task):
         """Return whether the most probable class is the label; where the logits are NaN there is none."""
         found: list[bool] = ((said.logits.argmax(1) == said.labels) & ~said.logits.isnan().any(1)).tolist()
         return found
+
+    def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the classes."""
+        return labels.astype(np.int64)
+
+    def same_label(self, said: Answers, told: Answers) -> Tensor:
+        """Return whether the most probable class is the same."""
+        return said.logits.argmax(1) == told.logits.argmax(1)
+
+    def columns(self, names: Sequence[str]) -> str:
+        """Return that they are the classes'."""
+        return "`logits` has a column for each class; `export.json` has their names."
+
+    def limits(self, names: Sequence[str]) -> str:
+        """Return that it knows its classes only."""
+        return f"It knows {', '.join(names)} and nothing else: whatever it is given, it says one of them."
 
     def guess(self, labels: Tensor) -> float:
         """Return the share of the most frequent class."""

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from kd_lightning.losses.task_term import TaskTerm
 from kd_lightning.losses.term import Term
+from kd_lightning.runtime.borders import markdown
 from kd_lightning.tasks.base import Scores, Task
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.predictions import Answers
@@ -39,9 +40,20 @@ class MultiTask(Task):
         self.spans = dict(zip(tasks, (range(start, end) for start, end in pairwise(ends)), strict=True))
         self.outputs = sum(task.outputs for task in tasks.values())
 
+    @property
+    def parts(self) -> Mapping[str, Task]:
+        """Its tasks."""
+        return self.tasks
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its class, its tasks' settings and their weights."""
+        tasks = {name: task.settings for name, task in self.tasks.items()}
+        return {"_target_": "kd_lightning.tasks.MultiTask", "tasks": tasks, "weights": dict(self.weights)}
+
     def term(self, name: str, term: Term) -> TaskTerm:
         """Return a loss term for the rows and columns of one task."""
-        number, scores = list(self.tasks).index(name), isinstance(self.tasks[name], Regression)
+        number, scores = list(self.tasks).index(name), self.tasks[name].classes is None
         return TaskTerm(term, name, number, self.spans[name], scores)
 
     def terms(self) -> tuple[dict[str, Term], dict[str, float]]:
@@ -68,11 +80,36 @@ class MultiTask(Task):
         found: dict[str, float] = {}
         for number, (name, task) in enumerate(self.tasks.items()):
             rows, span = said.task == number, self.spans[name]
-            own = Answers(said.index[rows], said.logits[rows, span.start : span.stop], task.labels(said.labels[rows]))
             above = None if teacher is None else teacher[rows, span.start : span.stop]
-            found |= {f"{name}/{score}": value for score, value in task.evaluate(own, above).items()}
+            found |= {f"{name}/{score}": value for score, value in task.evaluate(self.of(name, said), above).items()}
         mains = [found[f"{name}/{task.main}"] for name, task in self.tasks.items()]
         return {"average": sum(mains) / len(mains)} | found
+
+    def of(self, name: str, said: Answers) -> Answers:
+        """Return one task's rows and columns of all tasks' answers."""
+        assert said.task is not None
+        rows, span = said.task == list(self.tasks).index(name), self.spans[name]
+        labels = self.tasks[name].labels(said.labels[rows])
+        return Answers(said.index[rows], said.logits[rows, span.start : span.stop], labels)
+
+    def same_label(self, said: Answers, told: Answers) -> Tensor | None:
+        """Return it for the examples of every task that has labels, one task after the other."""
+        parts = (t.same_label(self.of(name, said), self.of(name, told)) for name, t in self.tasks.items())
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if found else None
+
+    def columns(self, names: Sequence[str]) -> str:
+        """Return which are whose."""
+        parts = [
+            f"{markdown(name)}: {'a score' if task.classes is None else 'classes'}, "
+            f"column{'s' if len(span) > 1 else ''} {'-'.join(map(str, dict.fromkeys((span[0], span[-1]))))}"
+            for (name, task), span in zip(self.tasks.items(), self.spans.values(), strict=True)
+        ]
+        return f"`logits` has the columns of all tasks ({'; '.join(parts)})."
+
+    def limits(self, names: Sequence[str]) -> str:
+        """Return that it predicts for every task."""
+        return f"It answers for each of {', '.join(map(markdown, self.tasks))}, whatever it is given."
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return each task's, side by side as its logits are."""

@@ -19,7 +19,20 @@ from kd_lightning.types import Batch, is_labelled
 class Regression(Task):
     """One score, labelled with a float; NaN where there is no label."""
 
-    main, outputs = "pearson", 1
+    main, outputs, tags, problem_type = "pearson", 1, ("regression",), "regression"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its class."""
+        return {"_target_": "kd_lightning.tasks.Regression"}
+
+    def columns(self, names: Sequence[str]) -> str:
+        """Return that there is one, the score."""
+        return f"`logits` has one column, which is the score ({', '.join(names)}): no softmax, no sigmoid."
+
+    def limits(self, names: Sequence[str]) -> str:
+        """Return that its scores are unbounded."""
+        return f"It gives a number ({', '.join(names)}) for whatever it is given, in no fixed range."
 
     def loss(self) -> Term:
         """Return the mean squared error."""

@@ -42,9 +42,8 @@ class DistillationModule(NetworkModule):
         objective: The loss: named terms and their weights.
         optimizer: Makes the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-3)`.
         scheduler: Makes the learning-rate schedule from the optimizer and the number of steps.
-        num_classes: C, for the validation metrics.
+        task: What is predicted: `Classification(C)`, ...; it has the metrics of validation.
         seed: Seeds each step's dropout, so that a resumed run repeats an uninterrupted one.
-        task: What is predicted; by default one of C classes.
 
     Raises:
         ConfigError: The objective reads a teacher, and there is none; or features that the teacher does not give.
@@ -58,11 +57,10 @@ class DistillationModule(NetworkModule):
         optimizer: OptimizerCallable,
         scheduler: SchedulerCallable | None = None,
         *,
-        num_classes: int,
+        task: Task,
         seed: int = 0,
-        task: Task | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task, objective=objective)
+        super().__init__(optimizer, scheduler, task=task, seed=seed, objective=objective)
         if teacher is None and objective.uses_teacher:
             raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
         self.student = student
@@ -169,9 +167,8 @@ class SupervisedModule(NetworkModule):
         network: Any network.
         optimizer: As for `DistillationModule`.
         scheduler: As for `DistillationModule`.
-        num_classes: C.
-        seed: As for `DistillationModule`.
         task: As for `DistillationModule`.
+        seed: As for `DistillationModule`.
     """
 
     def __init__(
@@ -180,11 +177,10 @@ class SupervisedModule(NetworkModule):
         optimizer: OptimizerCallable,
         scheduler: SchedulerCallable | None = None,
         *,
-        num_classes: int,
+        task: Task,
         seed: int = 0,
-        task: Task | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, num_classes=num_classes, seed=seed, task=task)
+        super().__init__(optimizer, scheduler, task=task, seed=seed)
         self.network = network
 
     @property

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from kd_lightning.losses.term import at_least_float32
 from kd_lightning.models.adapt import run_network
 from kd_lightning.runtime.sharding import full, shard
-from kd_lightning.tasks import Classification, Task
+from kd_lightning.tasks import Task
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable, parameter_groups
 from kd_lightning.training.step_counts import StepCounts
@@ -41,14 +41,13 @@ class NetworkModule(L.LightningModule):
         optimizer: OptimizerCallable,
         scheduler: SchedulerCallable | None,
         *,
-        num_classes: int,
+        task: Task,
         seed: int,
-        task: Task | None,
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.optimizer, self.scheduler, self.seed = optimizer, scheduler, seed
-        self.task = task or Classification(num_classes)
+        self.task = task
         self.objective = objective or Objective(*self.task.terms())
         self.from_labels, self.val_scores = self.task.loss(), self.task.scores()
         self.skipped_steps = 0

@@ -17,6 +17,7 @@ from benchmarks.task import (
     take_turns,
     train_ours,
 )
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher
 from kd_lightning.training.distillation import DistillationModule, SupervisedModule
 
@@ -33,11 +34,11 @@ def run() -> list[Measure]:
 
 def _one(name: str, teacher: CachedTeacher) -> Measure:
     def distilled() -> float:
-        module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, num_classes=2)
+        module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, task=Classification(2))
         return train_ours(module, WARM, STEPS, logging=True)
 
     def labels_only() -> float:
-        module = SupervisedModule(student(name), optimizer(), scheduler, num_classes=2)
+        module = SupervisedModule(student(name), optimizer(), scheduler, task=Classification(2))
         return train_ours(module, WARM, STEPS, logging=True)
 
     seconds = take_turns({"distilled": distilled, "labels only": labels_only}, ROUNDS)

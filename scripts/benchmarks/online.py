@@ -23,6 +23,7 @@ from benchmarks.task import (
     train_ours,
 )
 from kd_lightning.config.resolvers import fast_answers
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.distillation import DistillationModule
 from kd_lightning.types import Batch
@@ -46,7 +47,7 @@ def _one(name: str) -> list[Measure]:
 
     def ours(precision: str) -> float:
         teacher = FrozenTeacher(network, precision)  # type: ignore[arg-type]
-        module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, num_classes=2)
+        module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, task=Classification(2))
         return train_ours(module, WARM, STEPS, logging=True)
 
     fast = fast_answers()

@@ -25,6 +25,7 @@ from benchmarks.task import (
     train_by_hand,
     train_ours,
 )
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher
 from kd_lightning.training.distillation import DistillationModule
 
@@ -44,7 +45,7 @@ def _one(name: str, teacher: CachedTeacher) -> list[Measure]:
     table = teacher.cache.lookup(torch.arange(reviews().num_examples)).logits
 
     def ours() -> float:
-        module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, num_classes=2)
+        module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, task=Classification(2))
         return train_ours(module, WARM, STEPS, logging=True)
 
     def by_hand() -> float:

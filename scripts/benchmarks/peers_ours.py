@@ -12,6 +12,7 @@ from benchmarks.task import student as build_student
 from kd_lightning.config.resolvers import fast_answers
 from kd_lightning.models.hf import finished
 from kd_lightning.runtime.fingerprints import digest, network_digest
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.training.distillation import DistillationModule
@@ -35,7 +36,7 @@ def ours(
         asked: Teacher = FrozenTeacher(network, "float32" if float32 else fast_answers())
         if cached:
             asked = our_cached_teacher(asked, data, Path(folder))
-        module = DistillationModule(small, asked, objective(), optimizer(), scheduler, num_classes=2)
+        module = DistillationModule(small, asked, objective(), optimizer(), scheduler, task=Classification(2))
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - started
     return scored(small, data, seconds)

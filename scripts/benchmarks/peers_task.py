@@ -17,6 +17,7 @@ from kd_lightning.data.text.corpus import Corpus
 from kd_lightning.models.hf import pretrained
 from kd_lightning.runtime.assets import home, new_folder
 from kd_lightning.runtime.log_filters import quiet
+from kd_lightning.tasks import Classification
 from kd_lightning.tasks.predictions import network_answers
 from kd_lightning.training.distillation import SupervisedModule
 
@@ -64,7 +65,7 @@ def train_teacher() -> dict[str, str]:
         torch.manual_seed(0)
         network: Any = pretrained("minilm", 2)
         optimizer = partial(torch.optim.AdamW, lr=5e-5, fused=True)
-        module = SupervisedModule(network, optimizer, scheduler, num_classes=2)
+        module = SupervisedModule(network, optimizer, scheduler, task=Classification(2))
         plain_trainer(1, fast_precision()).fit(module, datamodule=Reviews().select(tokens="teacher", pool=False))
         with new_folder(folder) as temporary:
             network.save_pretrained(temporary)

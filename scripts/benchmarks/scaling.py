@@ -26,6 +26,7 @@ from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.transformer import transformer
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
 from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.store import TeacherCache
@@ -119,7 +120,11 @@ def train(data: TextData, student: nn.Module, teacher: Teacher) -> None:
     """Train for one epoch from labels and the teacher."""
     objective = Objective({"ce": CrossEntropyLoss(), "kd": SoftTargetLoss(2.0)}, {"ce": 0.1, "kd": 0.9})
     module = DistillationModule(
-        student, teacher, objective, partial(torch.optim.AdamW, lr=1e-3, fused=True), num_classes=data.num_classes
+        student,
+        teacher,
+        objective,
+        partial(torch.optim.AdamW, lr=1e-3, fused=True),
+        task=Classification(data.num_classes),
     )
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, limit_val_batches=0, logger=False, enable_checkpointing=False,

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.task import objective, textbook_loss
 from kd_lightning.models.transformer import transformer
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, Teacher
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.training.callbacks import ResumeCheckpoint, StageProgress
@@ -175,12 +176,12 @@ def optimizer() -> Any:
 
 def supervised(network: nn.Module) -> SupervisedModule:
     """Return a training from labels as the pipeline makes it."""
-    return SupervisedModule(network, optimizer(), warmup_linear, num_classes=CLASSES)
+    return SupervisedModule(network, optimizer(), warmup_linear, task=Classification(CLASSES))
 
 
 def distilled(student: nn.Module, teacher: Teacher) -> DistillationModule:
     """Return a distillation as the pipeline makes it."""
-    return DistillationModule(student, teacher, objective(), optimizer(), warmup_linear, num_classes=CLASSES)
+    return DistillationModule(student, teacher, objective(), optimizer(), warmup_linear, task=Classification(CLASSES))
 
 
 def stored(given: list[Batch], folder: Path) -> CachedTeacher:

@@ -27,6 +27,7 @@ from tests import ROOT
 from tests.conftest import tiny_overrides, write_toy_csv
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
+TASK = {"class_path": "kd_lightning.tasks.Classification", "init_args": {"classes": 3}}
 LSTM: dict[str, Any] = {
     "class_path": "kd_lightning.models.bilstm.BiLSTM",
     "init_args": {"num_classes": 3, "vocab_size": 200, "embedding_size": 8, "hidden_size": 8},
@@ -60,7 +61,7 @@ def by_hand(folder: Path) -> dict[str, Any]:
         "model": {
             "class_path": "kd_lightning.DistillationModule",
             "init_args": {
-                "student": student, "teacher": teacher, "objective": objective, "num_classes": 3,
+                "student": student, "teacher": teacher, "objective": objective, "task": TASK,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
                 "scheduler": "kd_lightning.training.optim.warmup_linear",
             },
@@ -99,7 +100,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--trainer.epochs=3"], ["trainer.epochs"]),
         (["--nothing=3"], ["nothing"]),
         (["--trainer.max_epochs=many"], ["trainer.max_epochs", "many"]),
-        (["--model.init_args.num_classes=three"], ["num_classes", "three"]),
+        (["--model.init_args.task.init_args.classes=three"], ["classes", "three"]),
         (["--data.init_args.max_length=long"], ["max_length", "long"]),
         (["--model.init_args.optimizer.init_args.lr=fast"], ["lr", "fast"]),
         (

@@ -23,6 +23,7 @@ from kd_lightning.losses.term import Term
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.simkd import simkd
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.distillation import DistillationModule
 from kd_lightning.training.objective import Objective
@@ -148,7 +149,9 @@ def made(name: str, kind: str, composed: Callable[..., DictConfig], *overrides: 
     objective: Objective = build(composed(f"distillation={name}", "alpha=0.5", *overrides).distillation)
     objective.plan(student, teacher_network)
     teacher = FrozenTeacher(teacher_network, features=objective.needs_teacher)
-    module = DistillationModule(student, teacher, objective, partial(torch.optim.AdamW, lr=1e-3), num_classes=CLASSES)
+    module = DistillationModule(
+        student, teacher, objective, partial(torch.optim.AdamW, lr=1e-3), task=Classification(CLASSES)
+    )
     module.connect(data.batches[0], EXAMPLES)
     return module, data
 

@@ -26,6 +26,7 @@ from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.sharding import full, shard
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.distillation import SupervisedModule
 from kd_lightning.training.run_folder import load_run
@@ -87,7 +88,7 @@ def test_a_second_time_nothing_is_sharded(mesh: DeviceMesh) -> None:
 
 def test_what_surrounds_a_sharded_network_is_sharded_apart(mesh: DeviceMesh) -> None:
     """Projectors may be wider than the network (`precision=bf16-true`), and a unit has one precision."""
-    module = SupervisedModule(small().bfloat16(), SGD, num_classes=3)
+    module = SupervisedModule(small().bfloat16(), SGD, task=Classification(3))
     module.extra = torch.nn.Linear(3, 8)
     shard(module.network, mesh, together=True)
     shard(module, mesh)

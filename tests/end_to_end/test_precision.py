@@ -106,7 +106,7 @@ def overflowing(label: float) -> tuple[SupervisedModule, Data]:
     """A score to regress, far away."""
     examples = {"pixel_values": torch.ones(16, 2), "labels": torch.full((16,), label), "index": torch.arange(16)}
     torch.manual_seed(0)
-    module = SupervisedModule(nn.Linear(2, 1), partial(torch.optim.SGD, lr=1e-6), num_classes=1, task=Regression())
+    module = SupervisedModule(nn.Linear(2, 1), partial(torch.optim.SGD, lr=1e-6), task=Regression())
     return module, Data(examples)
 
 

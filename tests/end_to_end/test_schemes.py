@@ -27,6 +27,7 @@ from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import file_digest
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import EMATeacher
 from kd_lightning.teachers.cache.manifest import Manifest
 from kd_lightning.training.callbacks import MeanTeacher
@@ -251,10 +252,10 @@ def test_peers_without_a_loss_and_a_loss_without_peers_are_refused(
 def test_a_module_without_a_teacher_takes_only_an_objective_that_reads_none() -> None:
     network = BiLSTM(3, 20, hidden_size=4)
     labels = Objective({"ce": CrossEntropyLoss()}, {"ce": 1.0})
-    assert DistillationModule(network, None, labels, torch.optim.SGD, num_classes=3).teacher is None
+    assert DistillationModule(network, None, labels, torch.optim.SGD, task=Classification(3)).teacher is None
     soft = Objective({"kd": SoftTargetLoss()}, {"kd": 1.0})
     with pytest.raises(ConfigError, match="the objective reads a teacher: give one"):
-        DistillationModule(network, None, soft, torch.optim.SGD, num_classes=3)
+        DistillationModule(network, None, soft, torch.optim.SGD, task=Classification(3))
 
 
 def test_exits_are_trained_and_gone_afterwards(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
@@ -412,7 +413,7 @@ def test_each_process_has_an_average_of_its_own() -> None:
     teacher = EMATeacher(student)
     teacher.network.share_memory()  # as ddp_spawn hands it over
     module = DistillationModule(
-        student, teacher, Objective({"kd": SoftTargetLoss()}, {"kd": 1.0}), torch.optim.SGD, num_classes=2
+        student, teacher, Objective({"kd": SoftTargetLoss()}, {"kd": 1.0}), torch.optim.SGD, task=Classification(2)
     )
     MeanTeacher().on_train_start(type("Trainer", (), {"global_step": 0})(), module)  # type: ignore[arg-type]
     assert not any(parameter.is_shared() for parameter in teacher.network.parameters())

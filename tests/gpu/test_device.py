@@ -31,6 +31,7 @@ from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import AheadTeacher, CachedTeacher, FrozenTeacher, Teacher
 from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.store import TeacherCache
@@ -104,7 +105,9 @@ def fit(
 
 def distilled(teacher: Teacher, student: nn.Module | None = None, lr: float = 1e-3, fused: bool = True) -> Any:
     adamw = partial(torch.optim.AdamW, lr=lr, fused=fused)
-    return DistillationModule(student or network(1, hidden_size=32), teacher, objective(), adamw, num_classes=3)
+    return DistillationModule(
+        student or network(1, hidden_size=32), teacher, objective(), adamw, task=Classification(3)
+    )
 
 
 # -- the same numbers as on a CPU -------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ def test_a_training_with_the_teacher_ahead_is_the_same_bit_by_bit(precision: str
             teacher = AheadTeacher(teacher)
             data.around = teacher.around
         module = DistillationModule(
-            network(1), teacher, objective(), partial(torch.optim.AdamW, lr=1e-3), num_classes=3
+            network(1), teacher, objective(), partial(torch.optim.AdamW, lr=1e-3), task=Classification(3)
         )
         losses = fit(module, data, precision=precision)
         found.append((losses, {name: x.cpu() for name, x in module.student.state_dict().items()}))

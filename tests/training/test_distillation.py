@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss, Term
+from kd_lightning.tasks import Classification
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher
 from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.store import TeacherCache
@@ -83,7 +84,7 @@ def teacher_network() -> TeacherNetwork:
 
 def make(objective: Objective | None = None, teacher: Any = None, **options: Any) -> DistillationModule:
     torch.manual_seed(1)
-    options = {"optimizer": partial(torch.optim.AdamW, lr=0.05), "num_classes": CLASSES, **options}
+    options = {"optimizer": partial(torch.optim.AdamW, lr=0.05), "task": Classification(CLASSES), **options}
     student = options.pop("student", None) or Student()
     return DistillationModule(student, teacher or FrozenTeacher(teacher_network()), objective or reference(), **options)
 
@@ -488,7 +489,10 @@ def test_several_micro_batches_make_one_step() -> None:
 
 def test_learning_from_labels() -> None:
     torch.manual_seed(1)
-    module, record = SupervisedModule(Student(), partial(torch.optim.SGD, lr=0.1), num_classes=CLASSES), Record()
+    module, record = (
+        SupervisedModule(Student(), partial(torch.optim.SGD, lr=0.1), task=Classification(CLASSES)),
+        Record(),
+    )
     data = batches([9, 5], unlabelled=True)
     make_trainer(callbacks=[record]).fit(module, loader(data))
     for batch, before, logged in zip(data, record.before, record.metrics, strict=True):
@@ -501,7 +505,7 @@ def test_distillation_with_alpha_zero_is_learning_from_labels() -> None:
     data = batches([9, 5, 9], unlabelled=True)
     distilled = make(reference(alpha=0.0))
     torch.manual_seed(1)
-    baseline = SupervisedModule(Student(), partial(torch.optim.AdamW, lr=0.05), num_classes=CLASSES)
+    baseline = SupervisedModule(Student(), partial(torch.optim.AdamW, lr=0.05), task=Classification(CLASSES))
     for module in (distilled, baseline):
         make_trainer(max_epochs=2).fit(module, loader(data))
     torch.testing.assert_close(distilled.student.state_dict(), baseline.network.state_dict())

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kd_lightning.tasks import Classification
 from kd_lightning.training.distillation import SupervisedModule
 from kd_lightning.training.module import NetworkModule, _mix
 from kd_lightning.types import Batch
@@ -50,7 +51,7 @@ class Data(L.LightningDataModule):
 
 def fit(data: Data | None = None, seed: int = 0, ckpt_path: Path | None = None, **options: Any) -> SupervisedModule:
     torch.manual_seed(5)
-    module = SupervisedModule(Noisy(), partial(torch.optim.AdamW, lr=0.1), num_classes=2, seed=seed)
+    module = SupervisedModule(Noisy(), partial(torch.optim.AdamW, lr=0.1), task=Classification(2), seed=seed)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, **{"max_epochs": 2, **options},
@@ -111,7 +112,7 @@ def test_the_schedule_covers_the_planned_steps() -> None:
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     rates: list[float] = []
-    module = SupervisedModule(Noisy(), partial(torch.optim.SGD, lr=8.0), schedule, num_classes=2)
+    module = SupervisedModule(Noisy(), partial(torch.optim.SGD, lr=8.0), schedule, task=Classification(2))
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, max_epochs=2, accumulate_grad_batches=3, callbacks=[Rates()],

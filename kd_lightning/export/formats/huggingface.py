@@ -15,7 +15,6 @@ from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.tasks import MultiTask, Regression
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
@@ -31,9 +30,9 @@ READS: tuple[str, ...] = ()
 def check(model: TrainedModel) -> None:
     """Refuse what is no classifier of `transformers`, and several tasks, which none of its pipelines can read."""
     network = model.network
-    if isinstance(model.task, MultiTask):
+    if model.task.problem_type is None:
         raise ConfigError(
-            f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
+            f"--format huggingface: this student has {len(model.task.parts)} tasks ({', '.join(model.task.parts)}), "
             "and from_pretrained knows classifiers of one; it can be: safetensors, pt2, onnx"
         )
     if isinstance(network, PooledClassifier):
@@ -61,8 +60,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     names = source.model.class_names
     network.config.id2label = dict(enumerate(names))
     network.config.label2id = {name: number for number, name in enumerate(names)}
-    regression = isinstance(source.model.task, Regression)  # whose score `pipeline` would else put through a sigmoid
-    network.config.problem_type = "regression" if regression else "single_label_classification"
+    network.config.problem_type = source.model.task.problem_type  # a score would else go through a sigmoid
     network.config.dtype = DTYPES[quantize]
     network.save_pretrained(folder)
     return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])
