@@ -30,7 +30,7 @@ def command(
     """Run a command as the shell would, after its imports.
 
     Args:
-        line: `kd-train`, `kd-predict` or `kd-eval`, and its arguments.
+        line: Its name and arguments.
         cwd: Where it is started; what it prints is kept beside this folder.
         environment: Variables besides those of this process.
         stdin: What it can read.

@@ -23,6 +23,7 @@ COMMANDS = {
     "kd-train": "kd_lightning.cli.train", "kd-cache": "kd_lightning.cli.cache", "kd-eval": "kd_lightning.cli.evaluate",
     "kd-predict": "kd_lightning.cli.predict", "kd-export": "kd_lightning.cli.export",
     "kd-benchmark": "kd_lightning.cli.benchmark", "kd-report": "kd_lightning.cli.report",
+    "kd-cli": "kd_lightning.cli.lightning", "kd-config": "kd_lightning.cli.export_config",
 }  # fmt: skip
 PRELOADED = (
     *COMMANDS.values(), "kd_lightning.pipeline.validation", "kd_lightning.pipeline.compare",

@@ -23,7 +23,7 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.distillation import DistillationModule
 from kd_lightning.training.optim import warmup_linear
 from kd_lightning.training.run_folder import load_run
-from tests import ROOT
+from tests import ROOT, forks
 from tests.conftest import tiny_overrides, write_toy_csv
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
@@ -241,7 +241,15 @@ def test_what_cannot_be_converted_is_one_line(
     assert not (tmp_path / "files").exists()
 
 
-def kd(module: str, *arguments: str, home: Path) -> str:
+def kd(name: str, *arguments: str, home: Path) -> str:
+    environment = {"KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    result = forks.command(name, *arguments, cwd=home.parent, environment=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def started(module: str, *arguments: str, home: Path) -> str:
+    """Run a command in a process of its own, which may start others."""
     environment = {**os.environ, "KD_LIGHTNING_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     result = subprocess.run(
         [sys.executable, "-m", f"kd_lightning.{module}", *arguments], env=environment, capture_output=True, text=True,
@@ -265,23 +273,21 @@ def test_help_is_quick_and_has_examples(module: str, tmp_path: Path) -> None:
 def test_fit_validate_test_and_predict_from_files_that_kd_config_wrote(tmp_path: Path) -> None:
     home, files = tmp_path / "home", tmp_path / "files"
     small = tiny_overrides(write_toy_csv(tmp_path / "toy.csv", rows=120), tmp_path / "run")
-    commands = kd("cli.export_config", *small, "seeds=1", "--to-cli", str(files), home=home).splitlines()
+    commands = kd("kd-config", *small, "seeds=1", "--to-cli", str(files), home=home).splitlines()
     assert commands == [f"kd-cli fit --config {files / name}.yaml" for name in
                         ("teacher", "seed_0/baseline", "seed_0/distill")]  # fmt: skip
     for command in commands:
-        kd("cli.lightning", *command.split()[1:], *QUIET[:2], home=home)
+        kd("kd-cli", *command.split()[1:], *QUIET[:2], home=home)
     stage = tmp_path / "run" / "seed_0" / "distill"
     chosen = ["--config", str(files / "seed_0/distill.yaml"), "--ckpt_path", str(stage / "lightning/best.ckpt")]
     record = json.loads((stage / "stage.json").read_text())
-    assert f"{record['validation']['accuracy']:.4f}"[:5] in kd(
-        "cli.lightning", "validate", *chosen, *QUIET[:2], home=home
-    )
-    said = kd("cli.lightning", "test", *chosen, *QUIET[:2], home=home)
+    assert f"{record['validation']['accuracy']:.4f}"[:5] in kd("kd-cli", "validate", *chosen, *QUIET[:2], home=home)
+    said = kd("kd-cli", "test", *chosen, *QUIET[:2], home=home)
     assert "test/accuracy" in said
-    kd("cli.lightning", "predict", *chosen, *QUIET[:2], home=home)
+    kd("kd-cli", "predict", *chosen, *QUIET[:2], home=home)
     rows = [json.loads(line) for line in (stage / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 24
-    scored = json.loads(kd("cli.evaluate", str(stage), "--file", str(tmp_path / "toy.csv"), "--json", home=home))
+    scored = json.loads(kd("kd-eval", str(stage), "--file", str(tmp_path / "toy.csv"), "--json", home=home))
     assert scored["examples"] == 120
     assert load_run(tmp_path / "run").folder == stage
 
@@ -298,10 +304,10 @@ def test_two_processes_train_as_those_of_kd_train(tmp_path: Path) -> None:
     """Whose processes are spawned, where `kd-cli` is started again for each."""
     small = [*tiny_overrides(write_toy_csv(tmp_path / "toy.csv"), tmp_path / "run"), "trainer=ddp"]
     small += ["trainer.max_epochs=2", "stages=[teacher,distill]"]
-    for command in kd(
+    for command in started(
         "cli.export_config", *small, "--to-cli", str(tmp_path / "files"), home=tmp_path / "home"
     ).splitlines():
-        kd("cli.lightning", *command.split()[1:], *QUIET[:2], home=tmp_path / "home")
+        started("cli.lightning", *command.split()[1:], *QUIET[:2], home=tmp_path / "home")
     stage = tmp_path / "run" / "seed_0" / "distill"
     chosen = [
         "--config",
@@ -309,10 +315,10 @@ def test_two_processes_train_as_those_of_kd_train(tmp_path: Path) -> None:
         "--ckpt_path",
         str(stage / "lightning/best.ckpt"),
     ]
-    kd("cli.lightning", "predict", *chosen, *QUIET[:2], home=tmp_path / "home")
+    started("cli.lightning", "predict", *chosen, *QUIET[:2], home=tmp_path / "home")
     rows = [json.loads(line)["index"] for line in (stage / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == len(set(rows)) == 48, "what each of the two said"
-    kd("cli.train", *small, f"run_dir={tmp_path / 'whole'}", home=tmp_path / "other home")
+    started("cli.train", *small, f"run_dir={tmp_path / 'whole'}", home=tmp_path / "other home")
     for stage in ("teacher", "seed_0/distill"):
         one, other = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("run", "whole"))
         assert all(torch.equal(value, other[name]) for name, value in one.items()), stage

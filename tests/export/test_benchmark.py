@@ -60,6 +60,12 @@ def test_exports_alone_have_nobody_to_ask_about(bilstm: Path, tmp_path: Path) ->
         benchmark([tmp_path / "out"], out=tmp_path / "measured")
 
 
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no memory, which takes a process for each that answers: the first test does."""
+    monkeypatch.setattr("kd_lightning.export.benchmark.peak_memory", lambda *_: 10**8)
+
+
 def measured(folders: list[Path], out: Path) -> list[dict[str, Any]]:
     result, folder = benchmark(folders, out=out)
     assert folder == out
@@ -77,7 +83,7 @@ def without_teacher(run: Path, folder: Path, checkpoint: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("no_memory")
 def test_a_teacher_of_another_run_is_measured_too_and_once(
     bilstm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +98,7 @@ def test_a_teacher_of_another_run_is_measured_too_and_once(
     assert next(row for row in rows if row["kind"] == "teacher")["times_faster"] == 1.0, "all are compared with it"
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_batches_that_the_split_cannot_fill_are_no_figures(bilstm: Path, tmp_path: Path) -> None:
     (_, row) = measured([bilstm], tmp_path / "out")  # 24 examples
     assert [size for size, value in row["throughput"].items() if value is None] == ["32", "128"]

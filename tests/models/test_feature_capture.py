@@ -96,7 +96,7 @@ def compiled(kind: str, order: str, backend: str) -> None:
     ("kind", "order"),
     [
         ("bert", "compiled, tapped"),
-        ("bert", "tapped, compiled"),
+        pytest.param("bert", "tapped, compiled", marks=pytest.mark.slow),
         ("bilstm", "tapped, compiled"),
         ("cnn", "compiled, tapped"),
         ("cnn", "wrapped"),
@@ -133,8 +133,15 @@ def compiled_in_training(kind: str, order: str, backend: str) -> None:
     assert frames["total"] == frames["ok"] == 1
 
 
-@pytest.mark.parametrize("order", ["compiled, tapped", "tapped, compiled"])
-@pytest.mark.parametrize("kind", ["bert", "cnn"])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        ("bert", "tapped, compiled"),
+        pytest.param("bert", "compiled, tapped", marks=pytest.mark.slow),
+        ("cnn", "compiled, tapped"),
+        ("cnn", "tapped, compiled"),
+    ],
+)
 def test_compiled_in_training_pooled_is_before_dropout(kind: str, order: str) -> None:
     compiled_in_training(kind, order, "eager")
 
