@@ -54,13 +54,13 @@ def circle(found: list[Import]) -> list[str]:
 
 
 def entries(package: Path) -> list[str]:
-    """Return what stands at the package's top level; a wheel carries conf/ there, too."""
-    return sorted(path.name for path in package.iterdir() if path.name not in ("__pycache__", "conf"))
+    """Return what stands at the package's top level, but for conf/ of a wheel and the marker for type checkers."""
+    return sorted(path.name for path in package.iterdir() if path.name not in ("__pycache__", "conf", "py.typed"))
 
 
 def homeless(package: Path) -> list[str]:
     """Return modules that stand in no room, and folders with modules that Python does not take for packages."""
-    top = [name for name in entries(package) if name not in ("__init__.py", "py.typed")]
+    top = [name for name in entries(package) if name != "__init__.py"]
     files = [path for path in package.rglob("*.py") if not (path.parent / "__init__.py").is_file()]
     return [name for name in top if name.removesuffix(".py") not in FLOOR] + [str(path) for path in files]
 

@@ -1,4 +1,8 @@
-"""Data modules: where sentences and images come from, and how they become batches."""
+"""Data modules: where sentences and images come from, and how they become batches.
+
+>>> import kd_lightning as kd
+>>> data = kd.data.TextFiles("my.csv", tokenizer="wordpiece:400", batch_size=16)  # read when the training begins
+"""
 
 from kd_lightning.data.datamodule import ClassificationData, selected
 from kd_lightning.data.image.datamodule import ImageCorpus, ImageData

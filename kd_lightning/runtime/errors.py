@@ -10,7 +10,15 @@ from collections.abc import Iterable
 
 
 class KDError(Exception):
-    """A failure that the user can act on; the message says what was given, what was expected and what to change."""
+    """A failure that the user can act on; the message says what was given, what was expected and what to change.
+
+    >>> import kd_lightning as kd
+    >>> try:
+    ...     kd.Objective(terms={}, weights={})
+    ... except kd.KDError as error:
+    ...     print(error)
+    objective.terms is empty: name at least one loss term
+    """
 
     def __str__(self) -> str:
         """Return the message, with no control character of a name in it that commands a terminal."""

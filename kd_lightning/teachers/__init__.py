@@ -1,4 +1,9 @@
-"""Where the teacher's answers come from: a policy object that is called with a batch, never trained."""
+"""Where the teacher's answers come from: a policy object that is called with a batch, never trained.
+
+>>> from torch import nn
+>>> import kd_lightning as kd
+>>> teacher = kd.teachers.EMATeacher(student=nn.Linear(4, 2), decay=0.99)
+"""
 
 from kd_lightning.teachers.ahead import AheadTeacher
 from kd_lightning.teachers.cached import CachedTeacher

@@ -35,6 +35,15 @@ class CachedTeacher(Teacher):
             the first batch's for all.
         say: Told that estimate.
         features: Which of the stored features to answer with; None: all.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> import kd_lightning as kd
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> cache = kd.TeacherCache.create(f"{tempfile.mkdtemp()}/cache", {"teacher": "a name of mine"}, num_examples=2)
+    >>> teacher = CachedTeacher(cache, kd.FrozenTeacher(network))
+    >>> teacher({"pixel_values": torch.ones(2, 1, 2, 2), "index": torch.tensor([0, 1])}).logits.shape
+    torch.Size([2, 3])
     """
 
     def __init__(

@@ -169,6 +169,17 @@ class SupervisedModule(NetworkModule):
         scheduler: As for `DistillationModule`.
         task: As for `DistillationModule`.
         seed: As for `DistillationModule`.
+
+    >>> from functools import partial
+    >>> from kd_lightning.tasks import Classification
+    >>> examples = [{"pixel_values": torch.ones(1, 2, 2), "labels": torch.tensor(0)}] * 4
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> module = SupervisedModule(network, partial(torch.optim.AdamW, lr=1e-3), task=Classification(3))
+    >>> off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    >>> trainer = L.Trainer(max_steps=2, accelerator="cpu", **dict.fromkeys(off, False))
+    >>> trainer.fit(module, torch.utils.data.DataLoader(examples, batch_size=2))
+    >>> trainer.global_step
+    2
     """
 
     def __init__(

@@ -2,6 +2,10 @@
 
 A schedule is any callable from training progress (0 at the first step, 1 at the last) to a float. Progress is the
 trainer's step count over its planned steps, so a resumed run goes on where it was.
+
+>>> import kd_lightning as kd
+>>> kd.losses.SoftTargetLoss(temperature=kd.schedules.Linear(start=8.0, end=2.0))
+SoftTargetLoss()
 """
 
 from __future__ import annotations

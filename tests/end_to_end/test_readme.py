@@ -85,6 +85,9 @@ def test_bring_your_own_snippets_run_as_they_stand(tmp_path: Path) -> None:
         assert "distilled student" in output, name
         assert (tmp_path / "runs" / name / "report.json").is_file()
     assert "finished before" not in outputs["bag"]
+    reading = next(text for kind, text in BLOCKS if kind == "python" and "load_run" in text)
+    (tmp_path / "reading.py").write_text(reading, encoding="utf-8")
+    assert "['food', 'science', '运动'] tensor([[" in run(f"{sys.executable} reading.py", tmp_path)
 
 
 def save_teacher(folder: Path, tokenizer: Path) -> None:

@@ -1,4 +1,11 @@
-"""Lightning callbacks of the pipeline."""
+"""Lightning callbacks of the pipeline, and for trainers of your own.
+
+>>> import lightning as L
+>>> import kd_lightning as kd
+>>> trainer = L.Trainer(
+...     accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[kd.callbacks.MeanTeacher()]
+... )
+"""
 
 from kd_lightning.training.callbacks.compilation import Compilation
 from kd_lightning.training.callbacks.divergence import Divergence
