@@ -6,13 +6,15 @@ Each rule is a function from a package's folder to what breaks it, and is shown 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from draw_architecture import LAYERS, PACKAGE, Import, imports, room
+from draw_architecture import GROUND, LAYERS, PACKAGE, PICTURE, Import, between_rooms, draw, imports, room
+from tests import ROOT
 
 FLOOR = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 LEFT = ("kd_lightning.pipeline.preflight", "kd_lightning.pipeline.run")
@@ -124,6 +126,31 @@ def test_the_top_level_has_few_entries_and_every_module_a_room() -> None:
 
 def test_losses_need_torch_and_nothing_else() -> None:
     assert needless(PACKAGE, "losses", LOSSES) == []
+
+
+def drawn(picture: Path) -> tuple[set[str], set[tuple[str, ...]]]:
+    """Return the rooms and the arrows of a picture."""
+    text = picture.read_text(encoding="utf-8")
+    arrows = {tuple(pair) for pair in re.findall(r'id="imports-(\w+)-(\w+)"', text)}
+    return set(re.findall(r'id="room-(\w+)"', text)), arrows
+
+
+def test_the_picture_shows_the_imports() -> None:
+    """Its numbers are of the day it was drawn, its arrows are today's: scripts/draw_architecture.py draws it again."""
+    rooms, arrows = drawn(PICTURE)
+    assert rooms == set(FLOOR)
+    assert arrows == {pair for pair in between_rooms(PACKAGE) if pair[1] not in GROUND}
+
+
+def test_the_page_names_every_room_and_no_file_that_is_not_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [name for name in FLOOR if f"\n**{name}** " not in page] == []
+    files = set(re.findall(r"`([\w/]+\.(?:py|md|toml|yaml))`", page))
+    places = [path.as_posix() for path in (*PACKAGE.rglob("*.py"), *ROOT.glob("*.*"), *(ROOT / "docs").glob("*"))]
+    places += [path.as_posix() for path in (*(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").glob("*.py"))]
+    lacking = [file for file in files if "NAME" not in file and not any(p.endswith(f"/{file}") for p in places)]
+    assert lacking == []
+    assert "(docs/architecture.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def made_up(folder: Path, **files: str) -> Path:
@@ -238,3 +265,12 @@ def test_nobody_outside_of_tasks_asks_for_a_tasks_type(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("def module(task, *, num_classes): ...\ndef network(num_classes): ...\n")
     assert type_questions(tmp_path) == ["export/a.py:1"]
     assert beside_a_task(tmp_path) == ["b.py:module"]
+
+
+def test_a_picture_of_other_imports_is_another_picture(tmp_path: Path) -> None:
+    package = made_up(tmp_path, data__a="from kd_lightning.tasks import b", tasks__b="", types="")
+    draw(package, tmp_path / "one.svg")
+    assert drawn(tmp_path / "one.svg") == (set(FLOOR), {("data", "tasks")})
+    (package / "data" / "a.py").write_text("from kd_lightning.config import c", encoding="utf-8")
+    draw(package, tmp_path / "other.svg")
+    assert drawn(tmp_path / "other.svg")[1] == {("data", "config")}
