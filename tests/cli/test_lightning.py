@@ -295,7 +295,7 @@ def test_fit_validate_test_and_predict_from_files_that_kd_config_wrote(tmp_path:
         [sys.executable, "-m", "kd_lightning.cli.lightning", "fit", "--config", str(files / "teacher.yaml")],
         env={**os.environ, "KD_LIGHTNING_HOME": str(home)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert again.stderr.splitlines()[-1].startswith(f"kd-cli: {tmp_path / 'run/teacher'} holds a finished training")
 
 
