@@ -117,7 +117,7 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
             "same kd-train again to its end"
         )
     cfg = read_config(root)
-    settings = found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root)
+    settings = _without_caches(found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root))
     data: ClassificationData = build_saved(settings, root / "config.yaml")
     data.read_with(saved_tokenizers(stage, root))
     trained_on = read_task(stage)["data"]
@@ -128,6 +128,13 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
     if data.labelled != trained_on:
         raise DataError(f"the examples or labels in {_files(settings)} changed since the training: {remedy}")
     return data
+
+
+def _without_caches(settings: Any) -> Any:
+    """Return data's settings with no say in where their caches are written: a folder that somebody sent has none."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: None if key == "cache_dir" else _without_caches(value) for key, value in settings.items()}
 
 
 def saved_tokenizers(stage: Path, root: Path) -> dict[Role, str]:

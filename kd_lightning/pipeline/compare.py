@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ TITLES: dict[str, tuple[str, str]] = {
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
 LATENCY_EXAMPLES = 100
+_PICTURES = re.compile(r"!\[[^\n]*\]\((\w+\.png)\)")
+"""Of a report.md."""
 Speed = tuple[profiling.Latency | None, profiling.Throughput | None]
 
 
@@ -57,7 +60,7 @@ def compare(pipeline: Pipeline, command: str) -> dict[str, Any]:
 
 
 def _known_report(pipeline: Pipeline, trainings: str) -> dict[str, Any] | None:
-    """Return the report of these trainings, if it is there and whole; `report.md` is written again where it is gone."""
+    """Return the report of these trainings, if it is there and whole; what it shows is drawn again where it is gone."""
     if not (pipeline.folder / "report.json").is_file():
         return None
     try:
@@ -67,7 +70,9 @@ def _known_report(pipeline: Pipeline, trainings: str) -> dict[str, Any] | None:
         return None
     if report["settings"].get("trainings") != trainings:
         return None
-    if not (pipeline.folder / "report.md").is_file():
+    text = pipeline.folder / "report.md"
+    shown = _PICTURES.findall(text.read_text(encoding="utf-8")) if text.is_file() else [text.name]
+    if not all((pipeline.folder / name).is_file() for name in shown):
         write_report(report, pipeline.folder)
     return report
 

@@ -219,6 +219,10 @@ def _step(module: nn.Module, loss: Tensor, optimizer: dict[str, Any]) -> None:
         raise ConfigError("nothing in it can be trained: its loss reaches no weight")
     loss.backward()  # type: ignore[no-untyped-call]
     build(optimizer)(parameter_groups(module)).step()
+    if not all(weight.isfinite().all() for weight in module.parameters()):
+        raise ConfigError(
+            f"a step at lr={optimizer.get('lr')} makes weights that are no numbers: lower the optimizer's lr"
+        )
 
 
 def _check_outputs(said: ModelOutput, classes: int) -> None:

@@ -112,7 +112,7 @@ def did_you_mean(given: str, valid: Iterable[str], limit: int = 3) -> str:
     >>> did_you_mean("zzz", ["temperature", "alpha"])
     '; valid: alpha, temperature'
     """
-    names = sorted(valid)
+    names = sorted(set(valid))
     near = difflib.get_close_matches(given, names, n=limit, cutoff=0.6)
     if near:
         return "; did you mean " + " or ".join(f"'{name}'" for name in near) + "?"

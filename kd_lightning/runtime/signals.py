@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn
@@ -118,7 +118,23 @@ def _heard(number: int, frame: FrameType | None) -> None:
     elif rank() > 0 and number != signal.SIGINT:
         _wait_for_the_first()
     elif number != signal.SIGTERM or job_id() is None:
-        _leave("nothing was being trained")
+        try:
+            _leave("nothing was being trained")
+        except SystemExit as left:
+            _end(left)
+
+
+def _end(left: SystemExit) -> NoReturn:
+    """End this process here and now.
+
+    An exception from a handler is raised in whatever runs at that moment: a destructor swallows it, an import that it
+    breaks off is tried again by others. Nothing is half done here that a kill could lose.
+    """
+    if isinstance(left.code, str):
+        print(left.code, file=sys.stderr, flush=True)
+    with suppress(RuntimeError, OSError):  # it is being written to, or nobody reads it any more
+        sys.stdout.flush()
+    os._exit(left.code if isinstance(left.code, int) else 1)
 
 
 def _wait_for_the_first() -> None:

@@ -134,6 +134,11 @@ class DistillationModule(NetworkModule):
             for name in [name for name in state.keys() - self.state_dict().keys() if name.startswith("objective.")]:
                 del state[name]
 
+    def outputs(self, batch: Batch) -> tuple[ModelOutput, ModelOutput]:
+        """Return what student and teacher predict for a batch, as the objective compares them."""
+        student = self._ask(batch)
+        return student, self._expected(batch, student)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the objective's value for one batch."""
         student = self._ask(batch)

@@ -200,6 +200,11 @@ def test_a_damaged_configuration_or_report_is_not_believed(place: Path, run: Pat
     damage(run / "report.json", run)
     said = train(run, ALL, report=True)
     assert damage is delete or "report.json" in said.partition("it is made anew")[0]
+    for name in ("curves.png", "tradeoff.png"):
+        whole = (run / name).read_bytes()
+        (run / name).unlink()
+        train(run, ALL, report=True)
+        assert (run / name).read_bytes() == whole
     assert load_report(run)["models"]["distilled"]["test"]["accuracy"]["values"] == accuracy
     damage(run / "config.yaml", run)
     with pytest.raises(SystemExit, match=r"config\.yaml"):
@@ -279,6 +284,16 @@ def test_a_run_reads_with_its_own_tokenizer(
 
     monkeypatch.setattr("kd_lightning.data.text.tokens._train_wordpiece", learn_no_more)
     assert evaluated(place / "run", capsys) == before
+
+
+def test_a_runs_configuration_says_not_where_to_write(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = evaluated(run, capsys)
+    text = (run / "config.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    assert "cache_dir: null" in text
+    victim = run.parent / "victim"
+    (run / "config.yaml").write_text(text.replace("cache_dir: null", f"cache_dir: {victim}"), encoding="utf-8")
+    assert evaluated(run, capsys) == before
+    assert not victim.exists()
 
 
 # -- what a killed run goes on from ------------------------------------------------------------------------------------

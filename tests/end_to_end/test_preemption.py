@@ -30,6 +30,11 @@ from tests.conftest import tiny_overrides, write_toy_csv
 INT, TERM, USR1, USR2 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
 
+def raised(left: SystemExit) -> None:
+    """Raise what would end the process of these tests."""
+    raise left
+
+
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Handle the signals as a command does that has just begun, outside of any cluster."""
@@ -37,6 +42,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(signals, "_before", {})
     monkeypatch.setattr(signals, "_asked", None)
     monkeypatch.setattr(signals, "_held", False)
+    monkeypatch.setattr(signals, "_end", raised)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     signals.watch()
@@ -88,6 +94,20 @@ def test_while_a_network_trains_a_signal_is_noted_and_the_later_kind_counts() ->
         tell(number)
         noted.append(signals.asked())
     assert noted == [TERM, USR1, USR1, USR2, USR2]
+
+
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_signal_ends_a_command_wherever_it_comes(number: signal.Signals) -> None:
+    code = (
+        "import os, signal; from kd_lightning.runtime import signals; signals.watch()\n"
+        "class Ends:\n"
+        f"    def __del__(self): os.kill(os.getpid(), {int(number)})\n"
+        "one = Ends(); del one; print('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130 if number == INT else 1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("nothing was being trained; the same command goes on")
 
 
 @pytest.mark.usefixtures("watched")

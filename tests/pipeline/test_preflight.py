@@ -259,6 +259,8 @@ LATER = [
     (["model@student=transformer", "student.num_layers=0"], "num_layers"),
     (["model@student=embeddings_from_teacher", "student.scale=-1"], "scale"),
     (["distillation=minilm"], "attention"),
+    (["optimizer.lr=1e300"], "student: a step at lr=1e+300 makes weights that are no numbers"),
+    (["teacher.optimizer.lr=1e300"], "teacher: a step at lr=1e+300 makes weights that are no numbers"),
     (
         [f"{STOP}val/acuracy}}"],
         "callbacks.stop.monitor=val/acuracy is logged by no stage; did you mean 'val/accuracy'",

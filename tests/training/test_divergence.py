@@ -17,10 +17,12 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kd_lightning.losses import SoftTargetLoss
 from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.runtime.errors import ConfigError, Diverged
 from kd_lightning.training.callbacks import Divergence
 from kd_lightning.training.distillation import DistillationModule
+from kd_lightning.types import Batch, ModelOutput
 from tests import ROOT
 from tests.config.test_catalog import Data, examples_of, made
 from tests.conftest import tiny_overrides
@@ -141,6 +143,25 @@ def test_a_teacher_that_is_no_number_is_blamed_and_not_the_rate(
     with torch.no_grad():
         module.teacher.network.classifier.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(Diverged, match="the teacher's outputs for this batch are not finite"):
+        fit(module, data, tmp_path)
+
+
+class Breaks(SoftTargetLoss):
+    """Is no number from its eighth call on."""
+
+    calls = 0
+
+    def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        self.calls += self.training
+        return super().parts(student, teacher, batch) * (float("nan") if self.calls > 7 else 1)
+
+
+def test_a_term_that_is_no_number_is_blamed_and_not_the_rate(
+    tmp_path: Path, composed: Callable[..., DictConfig]
+) -> None:
+    module, data = made("soft_target", "text", composed)
+    module.objective.terms["kd"] = Breaks(2.0)
+    with pytest.raises(Diverged, match="distillation's kd alone is no number, for outputs that are"):
         fit(module, data, tmp_path)
 
 

@@ -175,9 +175,23 @@ def _cause(module: NetworkModule, batch: Batch, key: str, precision: str) -> str
             return (
                 "the teacher's outputs for this batch are not finite: use another teacher, or teacher.precision=float32"
             )
+    if terms := _broken_terms(module, batch):
+        return f"distillation's {', '.join(terms)} alone is no number, for outputs that are: look at that loss"
     if precision.startswith("16"):
         return f"16 bits may be too narrow: set trainer.precision=bf16-mixed, or lower {key}"
     return f"lower {key}{_weights(module)}"
+
+
+def _broken_terms(module: NetworkModule, batch: Batch) -> list[str]:
+    """Return the terms whose values are no numbers where the networks' outputs, and other terms, are."""
+    if not isinstance(module, DistillationModule):
+        return []
+    with torch.no_grad():
+        student, expected = module.outputs(batch)
+        _, parts = module.objective(student, expected, batch, module.progress)
+    broken = [name for name, part in parts.items() if not part.isfinite()]
+    whole = all(x.isfinite().all() for x in (student.logits, *student.features.values()))
+    return broken if whole and len(broken) < len(parts) else []
 
 
 def _weights(module: NetworkModule) -> str:
