@@ -26,6 +26,7 @@ def test_the_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path) ->
     in_checkout = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml")}
     in_wheel = {str(path.relative_to(site / "kd_lightning")) for path in (site / "kd_lightning/conf").rglob("*.yaml")}
     assert in_wheel == in_checkout
+    assert (site / "kd_lightning" / "py.typed").is_file()
     entry_points = next(site.glob("*.dist-info")).joinpath("entry_points.txt").read_text()
     assert all(f"{name} = kd_lightning." in entry_points for name in ("kd", "kd-train", "kd-eval", "kd-predict"))
 
