@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from kd_lightning.cli import lightning as cli
 from kd_lightning.cli.export_config import write
+from kd_lightning.cli.lightning import command_line
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.pipeline.multi_task import pipeline_of
@@ -144,7 +144,7 @@ def toy(folder: Path, steps: int) -> list[str]:
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["kd-cli", *arguments])
-    cli.command_line()
+    command_line()
 
 
 def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -15,9 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from kd_lightning.cli import export_config as to_cli
-from kd_lightning.cli import lightning as cli
-from kd_lightning.cli.lightning import partially
+from kd_lightning.cli import export_config
+from kd_lightning.cli.lightning import main, parser, partially
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.distillation import DistillationModule
@@ -86,7 +85,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """Run a command that the parser must refuse with exit code 2; return what it says of the mistake."""
     monkeypatch.setattr(sys, "argv", ["kd-cli", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     assert left.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -128,7 +127,7 @@ def test_the_configuration_is_printed_and_can_be_read_again(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["kd-cli", "fit", "--config", str(file), "--data.batch_size=7", "--print_config"])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     assert left.value.code == 0
     printed = capsys.readouterr().out
     content = yaml.safe_load(printed)
@@ -136,7 +135,7 @@ def test_the_configuration_is_printed_and_can_be_read_again(
     assert content["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
     assert content["model"]["init_args"]["student"]["init_args"]["dropout"] == 0.3, "defaults are filled in"
     content = {key: content[key] for key in ("seed_everything", "model", "data", "trainer")}
-    again = cli.parser().instantiate_classes(cli.parser().parse_object(content))
+    again = parser().instantiate_classes(parser().parse_object(content))
     assert isinstance(again.model, DistillationModule)
     assert again.data.batch_size == 7
 
@@ -149,7 +148,7 @@ def test_a_file_written_by_hand_trains_and_its_checkpoint_is_scored_elsewhere(
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["kd-cli", *arguments, *QUIET])
-        cli.main()
+        main()
 
     best = [
         "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}",
@@ -183,7 +182,7 @@ def test_a_teacher_that_does_not_exist_is_one_line(
     file.write_text(yaml.safe_dump(content))
     monkeypatch.setattr(sys, "argv", ["kd-cli", "fit", "--config", str(file), *QUIET])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     assert str(left.value).startswith("kd-cli: ")
     assert "./nowhere" in str(left.value)
 
@@ -192,7 +191,7 @@ def test_a_checkpoint_that_does_not_exist_is_one_line(file: Path, monkeypatch: p
     arguments = ["test", "--config", str(file), "--ckpt_path", "nowhere.ckpt", *QUIET]
     monkeypatch.setattr(sys, "argv", ["kd-cli", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     assert left.value.code == 2
     assert str(left.value) == "kd-cli: Checkpoint file not found: nowhere.ckpt"
 
@@ -203,7 +202,7 @@ def test_a_teacher_that_does_not_give_what_is_read_is_one_line(file: Path, monke
     file.write_text(yaml.safe_dump(content))
     monkeypatch.setattr(sys, "argv", ["kd-cli", "fit", "--config", str(file), *QUIET])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     assert left.value.code == 2
     assert str(left.value) == "kd-cli: the objective reads the teacher's pooled: give the teacher features=['pooled']"
 
@@ -235,7 +234,7 @@ def test_what_cannot_be_converted_is_one_line(
     small = tiny_overrides(write_toy_csv(tmp_path / "toy.csv"), tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["kd-config", *small, *overrides, "--to-cli", str(tmp_path / "files")])
     with pytest.raises(SystemExit) as left:
-        to_cli.main()
+        export_config.main()
     assert left.value.code == 2
     assert says in str(left.value)
     assert not (tmp_path / "files").exists()
