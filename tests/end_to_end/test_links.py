@@ -46,8 +46,9 @@ def test_a_training_refuses_links(
     link, before = tmp_path / "run" / inside, listing(victim)
     link.parent.mkdir(parents=True)
     link.symlink_to(victim / "kept.txt" if "." in link.name else victim)
-    for shared in ("null", tmp_path / "shared"):
-        cfg = composed(*tiny_overrides(toy_csv, tmp_path / "run"), f"shared_dir={shared}")
+    cfg = composed(*tiny_overrides(toy_csv, tmp_path / "run"))
+    for shared in (None, str(tmp_path / "shared")):
+        cfg.shared_dir = shared
         with pytest.raises(ConfigError, match=r"is a link: .* put a folder") as refused:
             Pipeline(cfg)
         assert str(link) in str(refused.value)

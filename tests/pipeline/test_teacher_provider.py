@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich.console import Console
 
 from kd_lightning.cli.cache import main as kd_cache
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
+from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import Pipeline
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import CacheError, ConfigError
@@ -54,11 +58,23 @@ def nothing_shared() -> Iterator[None]:
     memoize._KEPT.clear()
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one trained teacher, on what `toy_csv` holds. Copied by who uses it."""
+    folder = tmp_path_factory.mktemp("taught")
+    base = tiny_overrides(write_toy_csv(folder / "toy.csv"), folder / "teacher_run")
+    register_resolvers()
+    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        patch.setenv("KD_LIGHTNING_HOME", str(folder / "home"))
+        Pipeline(compose("config", [*base, "stages=[teacher]"]), Console(file=StringIO())).run()
+    return folder / "teacher_run"
+
+
 @pytest.fixture
-def distil(composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path) -> Callable[..., Pipeline]:
+def distil(composed: Composed, taught: Path, toy_csv: Path, tmp_path: Path, own_home: Path) -> Callable[..., Pipeline]:
     """Make a pipeline that distils from one trained teacher into a run folder of its own."""
     base = tiny_overrides(toy_csv, tmp_path / "teacher_run")
-    Pipeline(composed(*base, "stages=[teacher]"), Console(file=StringIO())).run()
+    shutil.copytree(taught, tmp_path / "teacher_run")
     moved = [o for o in base if not o.startswith(("run_dir", "data.tokenizer"))]
     number = itertools.count()
 
@@ -285,7 +301,6 @@ def test_a_refresh_that_was_killed_before_any_cache_existed_is_begun_anew(
 def test_the_command_builds_what_a_run_then_requires(
     distil: Callable[..., Pipeline], toy_csv: Path, tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    distil()  # trains the teacher
     base = [o for o in tiny_overrides(toy_csv, tmp_path / "built") if not o.startswith("data.tokenizer")]
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as done:
