@@ -31,7 +31,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "kd.KDError; print(*(name for name in sys.modules if name.startswith('kd_lightning.')))\n"
         "kd.losses; print('torch' in sys.modules, 'lightning' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=120
+    )
     first, second, third = done.stdout.splitlines()
     assert [name for name in first.split() if name.split(".")[0] not in sys.stdlib_module_names] == ["kd_lightning"]
     assert set(second.split()) == {"kd_lightning.runtime", "kd_lightning.runtime.errors"}
@@ -143,13 +145,17 @@ def test_a_file_of_lightnings_command_line_names_public_paths() -> None:
         ("kd_lightning.data.ImageFolder", "kd_lightning.data.sources.image_folder.ImageFolder"),
     ],
 )
-def test_files_of_a_run_may_name_data_by_either_path(public: str, module: str) -> None:
+def test_files_of_a_run_may_name_data_by_either_path(public: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "_own", set())
     for target in (public, module):
         trust.check_saved({"_target_": target}, Path("config.yaml"))
 
 
 @pytest.mark.parametrize("name", [name for name in kd.__all__ if not isinstance(getattr(kd, name), ModuleType)])
-def test_files_of_a_run_reach_by_a_public_path_no_more_than_by_the_modules(name: str) -> None:
+def test_files_of_a_run_reach_by_a_public_path_no_more_than_by_the_modules(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "_own", set())  # what runs of other tests name
     for target in (f"kd_lightning.{name}", f"{kd._HOMES[name]}.{name}"):
         with pytest.raises(kd.KDError, match="would run"):
             trust.check_saved({"_target_": target}, Path("model.json"))
