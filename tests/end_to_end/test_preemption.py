@@ -38,7 +38,8 @@ def raised(left: SystemExit) -> None:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Handle the signals as a command does that has just begun, outside of any cluster."""
-    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(signals, "_before", {})
     monkeypatch.setattr(signals, "_asked", None)
     monkeypatch.setattr(signals, "_held", False)
