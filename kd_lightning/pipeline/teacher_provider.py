@@ -41,7 +41,7 @@ from kd_lightning.teachers.cache.manifest import MANIFEST, Manifest
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.ensemble import EnsembleNetwork, check_scores
-from kd_lightning.training.run_folder import check_stage, is_finished, load_run, teacher_stage
+from kd_lightning.training.run_folder import LOGS, check_stage, is_finished, load_run, teacher_stage
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _load_member(checkpoint: str, data: ClassificationData, console: Console) ->
 
 def read_teacher(folder: Path, data: ClassificationData) -> TeacherNetwork:
     """Read back a teacher that a run trained; its files must be whole, also the curves that a report draws."""
-    check_stage(folder)
+    check_stage(folder, LOGS)  # `load_run` checks the others
     fingerprint = file_digest(folder / "model.safetensors")
     model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
     if model.class_names != data.class_names:

@@ -150,8 +150,9 @@ def check_place(folder: Path, given: str) -> None:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(4096))  # which a full disk has no room for
     except OSError as error:
-        reason = environment_fault(OSError(error.errno, error.strerror)) or error.strerror or type(error).__name__
-        kind = KDError if nameless_disk_fault(OSError(error.errno, error.strerror)) else ConfigError
+        plain = OSError(error.errno, error.strerror)  # without the path, which `given` names
+        reason = environment_fault(plain) or error.strerror or type(error).__name__
+        kind = KDError if nameless_disk_fault(plain) else ConfigError
         raise kind(f"{given}: nothing can be written there ({reason})") from error
 
 

@@ -104,8 +104,7 @@ class DistillationModule(NetworkModule):
             examples: How many examples the data has.
         """
         with evaluating(self.student), torch.no_grad():
-            student = self._ask(batch)
-            self.objective.connect(student, self._expected(batch, student), examples)
+            self.objective.connect(*self.outputs(batch), examples)
 
     def setup(self, stage: str) -> None:
         """Bring the teacher to the device the student will be on; connect the objective if that is still to be done."""
@@ -141,10 +140,8 @@ class DistillationModule(NetworkModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the objective's value for one batch."""
-        student = self._ask(batch)
         loss: Tensor
-        expected, counts = self._expected(batch, student), self.step.mean(batch, batch_idx)
-        loss, parts = self.objective(student, expected, batch, self.progress, counts)
+        loss, parts = self.objective(*self.outputs(batch), batch, self.progress, self.step.mean(batch, batch_idx))
         self.log_step(batch, loss, lambda: self.objective.account(parts, self.progress))
         self.log_gradients(batch_idx, lambda: self.objective.gradients(parts, self.progress))
         return loss
