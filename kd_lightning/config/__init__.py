@@ -1,1 +1,1 @@
-"""From a composed configuration to objects: building, trust, catalog, and the numbers that keys accept."""
+"""The schema of the keys, and from a composed configuration to objects: building, trust, catalog, numbers."""

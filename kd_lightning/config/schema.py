@@ -1,0 +1,376 @@
+"""The keys of a run's configuration: what each is for, what it takes, and how composed settings become typed ones.
+
+The docstring under a field is the one place that tells what its key is for: the comments of conf/config.yaml and
+`kd-train --help` come from it. conf/config.yaml has the defaults. What names a class (`Node`) stays a dictionary, since
+its keys are the arguments of that class.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config.instantiate import to_dict
+from kd_lightning.config.numbers import check_numbers
+from kd_lightning.config.values import Range, check_value
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
+
+Node = dict[str, Any]
+"""A class and its arguments: `_target_` and what that takes."""
+Schedule = Annotated[float | Node, "a number or a schedule (see kd_lightning/training/schedules.py)"]
+"""A number, or one that changes in the course of a training."""
+Count = Annotated[int, Range(1)]
+
+StageName = Literal["teacher", "baseline", "distill", "finetune"]
+Balance = Literal["fixed", "unit_initial", "gradnorm", "uncertainty"]
+Combine = Literal["probabilities", "logits"]
+Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+
+STAGES: tuple[str, ...] = get_args(StageName)
+"""All stages, in the order in which they run."""
+CACHE_MODES = ("auto", "off", "require", "refresh")
+"""Values of `teacher.cache` that are no path."""
+CACHED = ("precision", "cache_dtype", "cache_top_k")
+"""The keys below `teacher` that decide what is stored of a teacher's outputs."""
+OUTPUTS = (*CACHED, "combine", "weights", "folds", "calibrate")
+"""The keys below `teacher` that decide which outputs a student learns from."""
+ARRANGEMENT = ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps")
+"""The keys of a run that decide no result: what runs, where its files go, and how often they are written."""
+TEACHER_ARRANGEMENT = ("cache", "features", "answer_batch_size", "device", "compile", "sharded")
+"""The keys below `teacher` that decide no result: where its outputs come from, not what they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The teacher: how it is loaded or fine-tuned, and how its outputs reach the students."""
+
+    checkpoint: str | list[str] | None
+    """A finished teacher: a run folder of ours, or a Hugging Face folder or name; a list: their ensemble.
+    null: fine-tune `network`."""
+    seed: int
+    """Of the fine-tuning; the same for every `seed` of the students, and unlike theirs, lest networks alike start
+    alike."""
+    seeds: Count
+    """So many teachers, fine-tuned with seeds from there on, teach as an ensemble."""
+    folds: Count
+    """So many teachers, each fine-tuned without one fold of the training examples: the one that has not seen an example
+    predicts it and its views, all of them together predict everything else; 1: one teacher of all examples."""
+    combine: Combine
+    """What an ensemble averages: probabilities or logits."""
+    weights: list[float] | Literal["learned", "confidence"] | None
+    """Of an ensemble's members: null (equal), one number each, learned (on the validation split) or confidence (each
+    example's own, by how sure a member is)."""
+    calibrate: bool
+    """Whether its logits are divided by the temperature that fits them to the validation split; of folds: to the
+    training examples, each predicted by the teacher that has not seen it."""
+    ema: Annotated[float | None, Range(0, 1)]
+    """Decay of a mean teacher, such as 0.99: the moving average of the student's own weights, and no other teacher is
+    trained (experiment=mean_teacher); null: none."""
+    cache: str
+    """auto: the teacher's outputs are stored, while the first epoch trains or, where seeds or sweep points share them,
+    before. require: they must be stored already (kd-cache build); refresh: compute them again; off: compute them in
+    every step; a path: store them there."""
+    cache_dtype: StoredDtype
+    """How outputs are stored: float32, float16 or bfloat16."""
+    cache_top_k: Annotated[int | None, Range(1)]
+    """Store each example's K largest logits and the mass of the rest; null: all of them."""
+    cache_views: Count
+    """Sets of views (data.views) that the epochs take turns with."""
+    precision: Precision
+    """In what the teacher computes, whatever the student trains in: float32, bf16, float16 (GPU) or int8-dynamic
+    (CPU)."""
+    features: list[str]
+    """What it outputs besides logits, for losses that read it: ["hidden[-1]"], ["attention[0]"], [embeddings],
+    [pooled]."""
+    answer_batch_size: Count
+    """Examples in a batch when its outputs are computed before a training."""
+    device: str | None
+    """A GPU of its own for it, such as cuda:1, when cache=off; null: where the student is. Not yet run on two GPUs."""
+    compile: bool
+    """Whether to torch.compile it."""
+    sharded: bool
+    """With trainer=fsdp or fsdp2 and cache=off: true shares its weights out to the processes, layer by layer, as the
+    student's are; false: each has all of them."""
+    batch_size: Count
+    """Overrides `data.batch_size` while the teacher is fine-tuned."""
+    trainer: Node
+    """Overrides keys of `trainer` while the teacher is fine-tuned."""
+    validations: Count
+    """Overrides `validations` while the teacher is fine-tuned."""
+    network: Node
+    """The network to fine-tune: model@teacher.network=NAME chooses one."""
+    optimizer: Node
+    """The optimizer of the fine-tuning: optimizer@teacher.optimizer=NAME chooses one."""
+    scheduler: Node
+    """The learning rate's schedule of the fine-tuning: scheduler@teacher.scheduler=NAME chooses one."""
+
+    @property
+    def number(self) -> int:
+        """How many teachers predict together."""
+        return len(self.checkpoint) if isinstance(self.checkpoint, list) else self.folds * self.seeds
+
+    def chosen(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """Return some of its keys, such as `OUTPUTS`, with their values."""
+        return {key: getattr(self, key) for key in keys}
+
+    def overridden(self, given: Node) -> TeacherConfig:
+        """Return it with the keys that one task gives its own teacher."""
+        merged = dict(given)
+        for key in ("network", "optimizer", "scheduler", "trainer"):
+            if key in given and "_target_" not in given[key]:  # another class takes other arguments
+                merged[key] = {**getattr(self, key), **given[key]}
+        return replace(self, **merged)
+
+    def of_assistant(self) -> TeacherConfig:
+        """Return how an assistant teaches: one network, whose outputs cannot be stored before it is trained."""
+        cache = "auto" if self.cache == "require" else self.cache
+        return replace(self, checkpoint=None, seeds=1, folds=1, features=[], cache=cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Trains the distilled student on from labels, when it is among `stages`."""
+
+    lr: float
+    """The learning rate; all else is as in `optimizer` and `scheduler`."""
+    max_epochs: Count
+    """How often it goes through the training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is particular to one of several tasks."""
+
+    weight: Annotated[float, Range(0)] = 1.0
+    """Factor of its loss."""
+    distillation: Node | None = None
+    """Its loss, where it is not the one for all."""
+    teacher: Node = field(default_factory=dict)
+    """Keys that override those of `teacher`, for its own teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The whole of a run. Every key can be set on the command line: kd-train temperature=4 data.batch_size=64."""
+
+    name: str
+    """Of the run, and of its folder inside runs/."""
+    run_dir: str
+    """Where the run's files go; a finished run there is reused, never overwritten."""
+    shared_dir: str | None
+    """Where teachers, assistants and baselines are kept that several runs have in common; null: in each run's own
+    folder. In a sweep it is the folder `shared` beside the points."""
+    stages: list[StageName]
+    """Which stages run, in this order: teacher, baseline, distill, finetune."""
+    seed: int
+    """The first seed; everything but the teacher is repeated for seed, seed + 1, ... (seeds of them)."""
+    seeds: Count
+    """How many seeds."""
+    temperature: Schedule
+    """T of the softened distributions; a number > 0 or a schedule (kd_lightning.schedules.Linear, Cosine, Step)."""
+    alpha: Schedule
+    """Weight of the teacher's term in (1 - alpha) CE + alpha T^2 KL; a number in [0, 1] or a schedule."""
+    balance: Balance
+    """How the loss's terms are brought to one scale before they are weighted: fixed (as they are), unit_initial (each
+    starts at 1), gradnorm (alike in gradient, learned) or uncertainty (learned variances); see
+    kd_lightning/training/loss_balancing.py."""
+    resume: Literal["auto", "never"]
+    """auto: finished stages are reused and a killed one continues where it was; never: the run folder must be new."""
+    validations: Count
+    """How often a training evaluates the validation split; the best weights are kept."""
+    checkpoint_every_n_steps: Count
+    """How much work a kill can lose."""
+    compile: bool
+    """Whether to torch.compile the students."""
+    assistants: list[Node]
+    """Networks between teacher and student, each distilled from the one before it, which then teaches the next:
+    networks as `student` is one. A larger one is a teacher assistant; '[${student}]' is one generation of born-again
+    networks more."""
+    peers: list[Node]
+    """Students that train beside the student and learn from it as it learns from them (distillation=deep_mutual); only
+    the student is kept. Networks as `student` is one: '[${student}]' is a second one of its kind."""
+    tasks: dict[str, TaskConfig]
+    """Several tasks (data=multi_task, whose `tasks` are their data): what is particular to each, by its name. `weight`
+    of its loss; `distillation`, where it is not the one for all; `teacher`: keys that override those below, for its own
+    teacher."""
+    teacher: TeacherConfig
+    """The teacher's keys."""
+    finetune: FinetuneConfig
+    """Trains the distilled student on from labels, when it is among `stages`."""
+    data: Node
+    """The data: data=NAME chooses them."""
+    student: Node
+    """The network to train: model@student=NAME chooses one."""
+    distillation: Node
+    """The loss: distillation=NAME chooses a strategy."""
+    optimizer: Node
+    """The students' optimizer: optimizer=NAME chooses one."""
+    scheduler: Node
+    """The learning rate's schedule: scheduler=NAME chooses one."""
+    trainer: Node
+    """Arguments of lightning.Trainer: trainer=NAME chooses the hardware."""
+    callbacks: Node
+    """Lightning callbacks by name, beside the pipeline's own."""
+    logger: Node
+    """Lightning loggers by name: logger=NAME chooses one."""
+
+    @classmethod
+    def parse(cls, settings: DictConfig | Mapping[str, Any]) -> RunConfig:
+        """Read a composed configuration, or what `as_dict` returned.
+
+        Raises:
+            ConfigError: A key is unknown, missing, of the wrong type or out of its range; it is named, with the nearest
+                valid one.
+        """
+        if OmegaConf.is_config(settings) and (missing := sorted(map(str, OmegaConf.missing_keys(settings)))):
+            raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
+        plain: dict[str, Any] = to_dict(settings) if OmegaConf.is_config(settings) else dict(settings)
+        cfg = _read(cls, "", plain)
+        check_numbers(plain)
+        _check_stages(cfg.stages)
+        _check_name(cfg.name)
+        _check_teacher("teacher.", plain["teacher"])
+        for name, task in cfg.tasks.items():
+            prefix = f"tasks.{name}.teacher."
+            _values(TeacherConfig, prefix, task.teacher)
+            _check_teacher(prefix, task.teacher)
+        return cfg
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, which `parse` reads."""
+        return asdict(self)
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds of the students."""
+        return list(range(self.seed, self.seed + self.seeds))
+
+    @property
+    def teacher_trainer(self) -> Node:
+        """The trainer's settings while the teacher is fine-tuned."""
+        return self.trainer | self.teacher.trainer
+
+    @property
+    def finetune_trainer(self) -> Node:
+        """The trainer's settings while the distilled student is fine-tuned."""
+        return self.trainer | {"max_epochs": self.finetune.max_epochs, "max_steps": -1}
+
+    @property
+    def finetune_optimizer(self) -> Node:
+        """The optimizer's settings while the distilled student is fine-tuned."""
+        return self.optimizer | {"lr": self.finetune.lr}
+
+    @property
+    def losses(self) -> dict[str, Node]:
+        """The losses by the key that sets them: the one for all, and those of single tasks."""
+        own = {name: task.distillation for name, task in self.tasks.items()}
+        named = {f"tasks.{name}.distillation": node for name, node in own.items() if node is not None}
+        return {"distillation": self.distillation, **named}
+
+    def of_task(self, name: str) -> RunConfig:
+        """Return the run that makes one task's teacher, in RUN_DIR/tasks/NAME."""
+        own = self.tasks.get(name, TaskConfig())
+        return replace(
+            self,
+            data=self.data["tasks"][name],
+            run_dir=str(Path(self.run_dir, "tasks", name)),
+            stages=["teacher"],
+            tasks={},
+            teacher=self.teacher.overridden(own.teacher),
+            distillation=self.distillation if own.distillation is None else own.distillation,
+        )
+
+
+Group = TypeVar("Group", RunConfig, TeacherConfig, FinetuneConfig, TaskConfig)
+
+
+def _read(kind: type[Group], prefix: str, node: dict[str, Any]) -> Group:
+    """Read a group of keys."""
+    values = _values(kind, prefix, node)
+    needed = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
+    if lacking := [key for key in needed if key not in node]:
+        raise ConfigError(f"{prefix}{lacking[0]} was removed (~{prefix}{lacking[0]}), and no run can do without it")
+    return kind(**values)
+
+
+def _values(kind: type, prefix: str, node: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that are there as their fields have them."""
+    types = hints(kind)
+    if unknown := [str(key) for key in node if key not in types]:
+        raise ConfigError(f"{prefix}{unknown[0]}: there is no such key{did_you_mean(unknown[0], types)}")
+    return {key: _value(f"{prefix}{key}", value, types[key]) for key, value in node.items()}
+
+
+def _value(path: str, value: Any, expected: Any) -> Any:
+    """Return a key's value as its field has it."""
+    group = is_dataclass(expected) or get_origin(expected) is dict
+    if group and value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{path}={value!r} is no group of keys; to choose one: {_choice(path)}")
+    if value is not None and is_dataclass(expected):
+        return _read(typing.cast(type[Any], expected), f"{path}.", value)
+    if value is not None and get_origin(expected) is dict and is_dataclass(inside := get_args(expected)[1]):
+        return {name: _value(f"{path}.{name}", one, inside) for name, one in value.items()}
+    check_value(path, value, expected)
+    return value
+
+
+def _choice(path: str) -> str:
+    """Return how a group is chosen on the command line."""
+    if path in ("student", "teacher.network"):
+        return f"model@{path}=NAME"
+    group, _, name = path.rpartition(".")
+    return f"{name}@{path}=NAME" if group else f"{path}=NAME"
+
+
+def _check_stages(stages: list[Any]) -> None:
+    if stages != sorted(set(stages), key=STAGES.index) or not stages:
+        raise ConfigError(f"stages={stages} must be some of {list(STAGES)}, in this order, each once")
+    if "finetune" in stages and "distill" not in stages:
+        raise ConfigError("stages: finetune goes on from the distilled student, so it needs distill before it")
+
+
+def _check_name(name: str) -> None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"name={name}: a name is that of a folder inside runs/; for another place set run_dir=FOLDER")
+
+
+def _check_teacher(prefix: str, given: dict[str, Any]) -> None:
+    """Check the texts below `teacher`, or those that a task gives its own."""
+    mode = given.get("cache", "auto")
+    if mode not in CACHE_MODES and ("/" not in mode or "://" in mode):
+        raise ConfigError(
+            f"{prefix}cache={mode!r} is neither a mode nor a path on this machine (which has a slash)"
+            f"{did_you_mean(mode, CACHE_MODES)}"
+        )
+    if given.get("checkpoint") == []:
+        raise ConfigError(f"{prefix}checkpoint=[] names no teacher: give one, a list of several, or null")
+
+
+@cache
+def hints(kind: type) -> dict[str, Any]:
+    """Return the types of a group's keys by name."""
+    found = typing.get_type_hints(kind, include_extras=True)
+    return {one.name: found[one.name] for one in fields(kind)}
+
+
+@cache
+def docs(kind: type) -> dict[str, str]:
+    """Return what a group's keys are for, by name: the docstrings under its fields."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for above, below in pairwise(definition.body):
+        if isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name) and isinstance(below, ast.Expr):
+            found[above.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return found
