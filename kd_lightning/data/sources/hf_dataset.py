@@ -86,7 +86,7 @@ class HFDataset(TextData):
 
     def read(self) -> Corpus:
         """Load the data set and settle which split serves as what."""
-        splits = _load(self.dataset_name, self.config_name)
+        splits = load_splits(self.dataset_name, self.config_name)
         for key in ("train_split", "validation_split", "test_split"):
             chosen = getattr(self, key)
             if chosen is not None and chosen not in splits:
@@ -161,7 +161,7 @@ def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
     dataset, _, config_name = name.removeprefix(PREFIX).partition(":")
     columns = reader.text_columns
     found: list[Sentence] = []
-    for split, table in _load(dataset, config_name or None).items():
+    for split, table in load_splits(dataset, config_name or None).items():
         source = f"{dataset}, split {split!r}"
         check_columns(table.column_names, columns, f"{source}: ", data_key)
         found += _sentences(table, columns, source)
@@ -174,7 +174,13 @@ def _sentences(table: Any, columns: Mapping[str, str], source: str) -> Iterator[
         yield tuple([text_of(cell, f"{source}: row {i}, column {column!r}") for cell, column in pairs])
 
 
-def _load(name: str, config_name: str | None) -> Mapping[str, Any]:
+def load_splits(name: str, config_name: str | None) -> Mapping[str, Any]:
+    """Return the splits of a data set of the hub, or of a folder.
+
+    Raises:
+        DataError: It cannot be loaded.
+        ConfigError: `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError as error:

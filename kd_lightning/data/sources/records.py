@@ -64,10 +64,7 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
         DataError: The file cannot be read so.
         ConfigError: An encoding that there is not.
     """
-    if not path.is_file():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, beside) if beside else f" (nor is there a folder {path.parent})"
-        raise DataError(f"{path}: no such file{near if '?' in near or not beside else ''}")
+    check_file(path)
     if kind == "parquet":
         return "row", _parquet_records(path, columns, manner)
     lines = lines_of(path, manner, newline="" if kind in ("csv", "tsv") else None)
@@ -82,6 +79,18 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
         entries = enumerate(_parsed(path, "".join(everything), 1), start=1)
         return "entry", _objects(path, "entry", entries, columns, manner)
     return "line", _objects(path, "line", _json_lines(path, everything), columns, manner)
+
+
+def check_file(path: Path) -> None:
+    """Refuse a path that leads to no file; the message has the nearest name beside it.
+
+    Raises:
+        DataError: There is none.
+    """
+    if not path.is_file():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, beside) if beside else f" (nor is there a folder {path.parent})"
+        raise DataError(f"{path}: no such file{near if '?' in near or not beside else ''}")
 
 
 def lines_of(path: Path, manner: Manner, newline: str | None = None) -> Iterator[str]:
@@ -234,10 +243,8 @@ def _objects(
 ) -> Iterator[Record]:
     for number, record in found:
         if not isinstance(record, dict):
-            shown = json.dumps(record, ensure_ascii=False)[:40]
-            raise DataError(
-                f"{path}: {word} {number}: expected an object like {{{columns['text_column']!r}: ...}}, got {shown}"
-            )
+            shown, column = json.dumps(record, ensure_ascii=False)[:40], next(iter(columns.values()))
+            raise DataError(f"{path}: {word} {number}: expected an object like {{{column!r}: ...}}, got {shown}")
         check_columns(list(record), columns, f"{path}: {word} {number}: ", manner.key)
         yield number, record
 

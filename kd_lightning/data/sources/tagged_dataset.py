@@ -1,0 +1,45 @@
+"""Tagged words of data sets of the Hugging Face hub, or of folders written by `Dataset.save_to_disk`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kd_lightning.data.sources.files import data_key
+from kd_lightning.data.sources.records import check_columns
+from kd_lightning.data.sources.tagged_files import TaggedReader
+from kd_lightning.data.text.tagged import Place, TaggedText
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
+
+
+def tagged_split(splits: Mapping[str, Any], split: str, name: str, reader: TaggedReader) -> list[TaggedText]:
+    """Return the tagged texts of a split; tags that are numbers go by the names stored with them.
+
+    Args:
+        splits: Of the data set.
+        split: Which of them.
+        name: What the data set is called in messages.
+        reader: Which columns it has.
+
+    Raises:
+        ConfigError: No such split.
+        DataError: No such column, or what the reader refuses.
+    """
+    if split not in splits:
+        raise ConfigError(f"data: {split!r} is no split of {name}{did_you_mean(split, splits)}")
+    table, source = splits[split], f"{name}, split {split!r}"
+    check_columns(table.column_names, reader.columns, f"{source}: ", data_key)
+    reader = replace(reader, names=reader.names or stored_names(table, reader))
+    columns = list(reader.columns.values())
+    rows = zip(*(table[column] for column in columns), strict=True)
+    return [
+        reader.text(dict(zip(columns, cells, strict=True)), Place(f"{source}: row", number))
+        for number, cells in enumerate(rows, start=1)
+    ]
+
+
+def stored_names(table: Any, reader: TaggedReader) -> list[str]:
+    """Return what numbers in the column of tags stand for, as it is stored with them; nothing where it is not."""
+    feature = table.features.get(reader.tags_column)
+    return list(getattr(getattr(feature, "feature", None), "names", None) or ())
