@@ -1,4 +1,4 @@
-"""What the curves of scripts/study.py say: of each study one plain sentence, made of its figures."""
+"""What the curves of scripts/study.py show: for each study a plain sentence and a table, made of its figures."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def _points(gain: float, error: float) -> str:
     return f"{100 * gain:+z.1f} ± {100 * error:.1f}"
 
 
+def _table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, [":--", *["--:"] * (len(heading) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def labels(curves: Curves) -> str:
     """Say of data_efficiency which share of the labels is enough with a teacher."""
     taught = sorted(curves["teacher, all sentences"], key=lambda point: point["x"])
@@ -46,54 +51,56 @@ def labels(curves: Curves) -> str:
 
     added = _gain(_point(curves, "teacher, all sentences", 100), _point(curves, START_LINE, 100))
     return (
-        f"With a teacher, {enough(LABELS_LINE)} and more do what all of them do alone, and {enough(START_LINE)} "
-        f"what all of them do from the same start; where all have labels, it adds {_points(*added)} points to that (a "
-        "share is one draw of labels with one teacher; all validation labels select)."
+        f"With a teacher, {enough(LABELS_LINE)} are enough to match a student trained on all of them, and "
+        f"{enough(START_LINE)} to match one that also starts from the teacher. With all labels, the teacher adds "
+        f"{_points(*added)} points to the latter. Each share is one draw of labels with one teacher; selection uses "
+        "all validation labels."
     )
 
 
 def noise(curves: Curves) -> str:
-    """Say of label_noise what is left of every line's accuracy, and what trusting labels less adds to that."""
+    """Say of label_noise how accuracy falls for every line, and what trusting labels less adds."""
     shares = [point["x"] for point in curves[LABELS_LINE]]
     lines = sorted(curves, key=lambda line: _at(curves, line, max(shares)), reverse=True)
-    parts = [
-        f"{line.replace(', ', ' ')} {', '.join(f'{100 * _at(curves, line, x):.1f}' for x in shares)}" for line in lines
-    ]
 
-    def trusting(other: str) -> str:
+    def trusting(title: str, other: str) -> list[str]:
         pairs = ((_point(curves, TRUST_LINE, x), _point(curves, other, x)) for x in shares)
-        return ", ".join(_points(*_gain(*pair)) for pair in pairs)
+        return [title, *(_points(*_gain(*pair)) for pair in pairs)]
 
+    heading = ["wrong labels", *(f"{x:g} %" for x in shares)]
+    rows = [[line, *(f"{100 * _at(curves, line, x):.1f}" for x in shares)] for line in lines]
+    rows.append(trusting("label_trust minus soft targets of the same teachers", FOLDS_LINE))
+    rows.append(trusting("label_trust minus soft targets of one teacher", SOFT_LINE))
+    best = lines[0]
     return (
-        f"Accuracy in % with {', '.join(f'{x:g}' for x in shares)} % wrong labels, at alpha 0.5: {'; '.join(parts)}. "
-        "label_trust asks teachers of two folds, each of which learned from half of the labels: it has "
-        f"{trusting(FOLDS_LINE)} points (with the standard error) more than soft targets of these teachers, and "
-        f"{trusting(SOFT_LINE)} more than those of one teacher."
+        f"With {max(shares):g} % wrong labels, {best} does best. Accuracy in %, at alpha 0.5; differences in points "
+        "with their standard error. label_trust uses teachers of two folds, each trained on half of the labels.\n\n"
+        + _table(heading, rows)
     )
 
 
 def sensitivity(curves: Curves) -> str:
-    """Say what each of the three settings moves, and how many of their combinations beat labels."""
+    """Say how far each of the three settings moves accuracy, and how many of their combinations beat labels."""
     plane = max(curves[START_LINE], key=lambda point: point["validation"]["mean"])
     taught = [point for line, points in curves.items() if line.startswith("T ") for point in points]
     gains = [_gain(point, plane) for point in taught]
     above = sum(gain > 2 * error for gain, error in gains)
     below = sum(gain < -2 * error for gain, error in gains)
     means = [100 * point["test"]["mean"] for point in taught]
-    ranges = ", ".join(
-        f"{name} {_moved(curves, key):.1f}"
-        for name, key in (
-            ("the learning rate", lambda line, point: point["x"]),
-            ("alpha", lambda line, point: line.split(", ")[1]),
-            ("temperature", lambda line, point: line.split(", ")[0]),
-        )
-    )
+    moved = {
+        "learning rate": _moved(curves, lambda line, point: point["x"]),
+        "alpha": _moved(curves, lambda line, point: line.split(", ")[1]),
+        "temperature": _moved(curves, lambda line, point: line.split(", ")[0]),
+    }
+    most = max(moved, key=moved.__getitem__)
+    rows = [[name, f"{moved[name]:.1f}"] for name in sorted(moved, key=lambda name: -moved[name])]
+    rows += [["worst setting, %", f"{min(means):.1f}"], ["best setting, %", f"{max(means):.1f}"]]
+    base = f"labels from the same start, at their best rate ({plane['x']:g}), %"
+    rows.append([base, f"{100 * plane['test']['mean']:.1f}"])
     return (
-        f"From its worst value to its best, averaged over the others, each moves accuracy by so many points: {ranges}. "
-        f"Of {len(taught)} settings {above} are better and "
-        f"{below} worse, by two standard errors, than labels from the same start at the rate that is best on "
-        f"validation ({plane['x']:g}: {100 * plane['test']['mean']:.1f} %); they lie between {min(means):.1f} and "
-        f"{max(means):.1f} %."
+        f"The {most} matters most. Of {len(taught)} settings, {above} are better than labels from the same start and "
+        f"{below} worse, by two standard errors. The first rows are points of accuracy between a setting's worst and "
+        "best value, averaged over the others.\n\n" + _table(["setting", "accuracy"], rows)
     )
 
 
@@ -110,30 +117,38 @@ def _moved(curves: Curves, key: Callable[[str, dict[str, Any]], Any]) -> float:
 def architectures(curves: Curves) -> str:
     """Say of architecture_gap what each teacher adds to each student, and which is whose best."""
     taught = {line: points for line, points in curves.items() if line != LABELS_LINE}
-    said = []
-    for line, points in taught.items():
-        gains = ", ".join(
-            f"{point['x']} {_points(*_gain(point, _point(curves, LABELS_LINE, point['x'])))}" for point in points
-        )
-        said.append(f"{line.removesuffix(' teaches')} ({100 * points[0]['teacher']:.1f} %) {gains}")
     students = [point["x"] for point in curves[LABELS_LINE]]
-    best = [f"{x}: {max(taught, key=lambda line: _at(curves, line, x)).removesuffix(' teaches')}" for x in students]
+    rows = []
+    for line, points in taught.items():
+        gains = {point["x"]: _points(*_gain(point, _point(curves, LABELS_LINE, point["x"]))) for point in points}
+        title = line.removesuffix(" teaches")
+        rows.append([title, f"{100 * points[0]['teacher']:.1f}", *(gains.get(x, "") for x in students)])
+    best = {x: max(taught, key=lambda line: _at(curves, line, x)).removesuffix(" teaches") for x in students}
+    names = list(dict.fromkeys(best.values()))
+    verdict = (
+        f"Best teacher for every student: {names[0]}."
+        if len(names) == 1
+        else "Best teacher: " + ", ".join(f"{name} for {x}" for x, name in best.items()) + "."
+    )  # fmt: skip
     return (
-        "What a teacher adds to labels alone, in points and with the standard error, to students that start from "
-        f"nothing: {'; '.join(said)}. Best for {'; best for '.join(best)}."
+        f"{verdict} What each teacher adds to labels alone, in points with the standard error; students start from "
+        "random weights.\n\n" + _table(["teacher", "its accuracy, %", *students], rows)
     )
 
 
 def quality(curves: Curves) -> str:
     """Say of teacher_quality from which teacher on a better one makes no better student."""
     points = sorted(curves["distilled"], key=lambda point: point["x"])
-    pairs = ", ".join(f"{point['x']:.1f} teaches {100 * point['test']['mean']:.1f}" for point in points)
     best = points[-1]
     enough = next(point for point in points if abs(_gain(best, point)[0]) <= 2 * _gain(best, point)[1])
     return (
-        f"A better teacher makes a better student up to one of {enough['x']:.1f} %: what the best one's student has "
-        f"more than that one's, {_points(*_gain(best, enough))} points, is within two standard errors (accuracy in % "
-        f"of teachers and of their students, which start from nothing: {pairs})."
+        f"A better teacher makes a better student up to a teacher of {enough['x']:.1f} %: beyond, the gain of "
+        f"{_points(*_gain(best, enough))} points is within two standard errors. Students start from random weights."
+        "\n\n"
+        + _table(
+            ["teacher, %", "student, %"],
+            [[f"{point['x']:.1f}", f"{100 * point['test']['mean']:.1f}"] for point in points],
+        )
     )
 
 
@@ -146,41 +161,53 @@ def levers(curves: Curves) -> str:
         name = "labels alone, from the same start"
         gains[name], validation[name] = _gain(point, base), point["validation"]["mean"]
 
-    def those(chosen: Callable[[float, float], bool]) -> str:
-        names = sorted((name for name, gain in gains.items() if chosen(*gain)), key=lambda name: -gains[name][0])
-        return ", ".join(f"{name} {_points(*gains[name])}{doubt(name)}" for name in names) or "nothing"
+    def verdict(name: str) -> str:
+        gain, error = gains[name]
+        if abs(gain) <= 2 * error:
+            return "within noise"
+        if gain < 0:
+            return "worse"
+        return "better" if validation[name] > validation[AS_IT_STANDS] else "better, but not on validation"
 
-    def doubt(name: str) -> str:
-        lucky = gains[name][0] > 2 * gains[name][1] and validation[name] <= validation[AS_IT_STANDS]
-        return " (not on validation)" if lucky else ""
-
+    rows = [[name, _points(*gains[name]), verdict(name)] for name in sorted(gains, key=lambda name: -gains[name][0])]
+    worse, better = (sum(row[2].startswith(word) for row in rows) for word in ("worse", "better"))
     return (
-        f"Against {100 * base['test']['mean']:.1f} % as it stands, in points and with the standard error: better by "
-        f"more than two of them {those(lambda gain, error: gain > 2 * error)}; worse "
-        f"{those(lambda gain, error: gain < -2 * error)}; neither {those(lambda gain, error: abs(gain) <= 2 * error)}."
+        f"As it stands, the recipe scores {100 * base['test']['mean']:.1f} %. Of {len(rows)} changes, {better} are "
+        f"better and {worse} worse by more than two standard errors.\n\n"
+        + _table(["change", "points", "verdict"], rows)
     )
 
 
 def calibration(curves: Curves) -> str:
-    """Say what calibration does to the errors of teacher and student."""
+    """Say what calibrating the teacher does to the calibration errors of teacher and student."""
     plain, calibrated = (curves[f"teacher {how}"] for how in ("as it is", "calibrated"))
-    changes = ", ".join(
-        f"{point['test']['mean']:.3f} to {_at(curves, 'teacher calibrated', point['x']):.3f} at T {point['x']:g}"
-        for point in plain
-    )
+    rows = [["teacher", f"{plain[0]['teacher']:.3f}", f"{calibrated[0]['teacher']:.3f}"]]
+    for point in plain:
+        after = _at(curves, "teacher calibrated", point["x"])
+        rows.append([f"student at T {point['x']:g}", f"{point['test']['mean']:.3f}", f"{after:.3f}"])
+    lowered = sum(float(after) < float(before) for _, before, after in rows[1:])
     return (
-        f"Calibration takes the teacher's error (ECE) from {plain[0]['teacher']:.3f} to {calibrated[0]['teacher']:.3f} "
-        f"and the student's from {changes}."
+        f"A calibrated teacher lowers the student's calibration error at {lowered} of {len(rows) - 1} temperatures "
+        "(expected calibration error, ECE).\n\n" + _table(["", "as it is", "calibrated"], rows)
     )
 
 
 def budgets(curves: Curves) -> str:
-    """Say of stage_budget which recipes for the same task no other one beats, and what those for other tasks take."""
-    parts = ", ".join(f"{name} {100 * score:.1f} % after {seconds:.0f} s" for seconds, score, name in front(curves))
-    others = [f"{name} takes {found[-1]['x']:.0f} s" for name, found in curves.items() if not _on_reviews(name)]
+    """Say of stage_budget which recipes for the same task no other one beats, and what each takes."""
+    best = [name for _, _, name in front(curves)]
+    rows = [
+        [
+            f"`{name}`",
+            f"{points[-1]['x']:.0f}",
+            f"{100 * points[-1]['test']['mean']:.1f}",
+            "yes" if name in best else "",
+        ]
+        for name, points in curves.items()
+    ]
     return (
-        f"On reviews no recipe is both faster to train and better than these: {parts}; for other tasks, "
-        f"{', '.join(others)} (one core, the teacher's answers kept)."
+        "For the reviews, the recipes marked in the last column are the ones that no other beats in both time and "
+        "accuracy (one core, teacher outputs cached).\n\n"
+        + _table(["recipe", "training, s", "test score, %", "unbeaten on reviews"], rows)
     )
 
 

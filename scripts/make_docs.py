@@ -27,11 +27,11 @@ PAGE = ROOT / "docs" / "strategies.md"
 MATH = re.compile(r"^\.\. math::(.*(?:\n(?:[ \t]+.*|\s*(?=\n[ \t])))*)", re.MULTILINE)
 INTRO = """# Distillation strategies
 
-`kd-train distillation=NAME` trains with any of these; each is one file of `conf/distillation/`, whose weights and
-options can be set like any key, and one file of `kd_lightning/losses/`, which needs torch and nothing else. This page
-is written by `python scripts/make_docs.py` from those files.
+`kd-train distillation=NAME` trains with one of these. A strategy is a file in `conf/distillation/`, whose weights and
+options are ordinary keys, and a file in `kd_lightning/losses/`, which needs only torch. How they compare on one
+student: [comparison.md](comparison.md). `python scripts/make_docs.py` writes this page from those files.
 
-*Reads* names what a loss is given besides logits and labels, by the names of `kd_lightning/models/features.py`.
+*Reads* lists what a loss uses besides logits and labels, by the names in `kd_lightning/models/features.py`.
 """
 
 
@@ -77,7 +77,7 @@ def section(strategy: Strategy, measured: dict[str, Any], base: float | None) ->
     for formula in dict.fromkeys(shown):
         lines += ["```math", formula, "```", ""]
     models = ", ".join(strategy.models) + (f" ({strategy.remark})" if strategy.remark else "")
-    weights = ", ".join(f"{name} {_weight(weight)}" for name, weight in built.weights.items())
+    weights = ", ".join(f"`{name}={_weight(weight)}`" for name, weight in built.weights.items())
     lines += [
         f"* Paper: {strategy.paper}",
         f"* Models: {models}",
@@ -88,13 +88,13 @@ def section(strategy: Strategy, measured: dict[str, Any], base: float | None) ->
         test = row["test"]
         lines.append(
             f"* Measured: {100 * test['mean']:.1f} ± {100 * test['std']:.1f} % on the reviews' test split, "
-            f"{100 * (test['mean'] - base):+.1f} points against labels only ([comparison](../README.md#strategies))"
+            f"{100 * (test['mean'] - base):+.1f} points against labels only ([comparison](comparison.md))"
         )
     return "\n".join([*lines, ""])
 
 
 def _weight(weight: Any) -> str:
-    return f"scheduled ({type(weight).__name__})" if callable(weight) else f"{weight:g}"
+    return f"{type(weight).__name__}" if callable(weight) else f"{weight:g}"
 
 
 def page() -> str:

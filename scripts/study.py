@@ -1,4 +1,4 @@
-"""Answer a question that users ask with a curve: five seeds a point, a picture, one plain sentence.
+"""Answer a question that users ask with a curve: five seeds a point, a picture, a sentence and a table.
 
 python scripts/study.py NAME            train (what is trained already is kept); validation scores only
 python scripts/study.py NAME --final    read the test split, once; write results/studies/NAME.json
@@ -82,7 +82,7 @@ class Study:
         question: In words.
         x_label: With its unit.
         points: Makes the runs.
-        sentence: Says what was found, given each curve's points.
+        finding: Returns what was found, as a sentence and a table, from each curve's points.
         score: Which figure of the test split is drawn.
         logarithmic: The x axis.
         teacher: Whether the teacher's own figure is recorded.
@@ -91,7 +91,7 @@ class Study:
     question: str
     x_label: str
     points: Callable[[], list[Point]]
-    sentence: Callable[[dict[str, list[dict[str, Any]]]], str]
+    finding: Callable[[dict[str, list[dict[str, Any]]]], str]
     score: str = "accuracy"
     logarithmic: bool = False
     teacher: bool = False
@@ -478,22 +478,23 @@ def record(name: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_file(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
     document()
-    print(study.sentence(curves))
+    print(study.finding(curves))
 
 
 def document() -> None:
     """Write docs/studies.md and the pictures from what has been measured."""
     from kd_lightning.runtime.files import write_file
 
-    lines = ["# Questions users ask, measured", ""]
+    lines = ["# Studies", ""]
     lines += [
-        "Students train for 400 steps, so that a study is done within the hour, and where nothing else is said on "
-        "sentences without views. Those of the recipes train for up to ten times as long, on views, and gain more from "
-        "their teacher (README). The studies of labels and levers take the learning rate that is best for so short a "
-        "training, 0.008; others that of the recipe, 0.002, at which teachers add less, and for transformers 0.001. "
-        "Where there are several rates, or recipes as they stand, the study says so. What follows a ± counts seeds "
-        "alone; all of them are scored on one test split. "
-        "Written by `python scripts/study.py --docs` from `results/studies/*.json`.", "",
+        "Most of these students train for 400 steps, so that a study takes an hour; a recipe trains up to ten times as "
+        "long and gains more from its teacher ([recipes.md](recipes.md)). Unless a study says otherwise, students are "
+        "BiLSTMs trained on sentences without augmented views.", "",
+        "| studies | learning rate |", "| :-- | :-- |", "| labels, levers | 0.008, the best for so short a training |",
+        "| others | 0.002, that of the recipe; 0.001 for transformers |",
+        "| several rates, or recipes as they stand | as the study says |", "",
+        "What follows a ± is the spread over seeds only: all of them are scored on one test split. "
+        "`python scripts/study.py --docs` writes this page from `results/studies/*.json`.", "",
     ]  # fmt: skip
     for name, study in STUDIES.items():
         file = RESULTS / f"{name}.json"
@@ -506,7 +507,7 @@ def document() -> None:
         picture(name, content["curves"])
         machine = content["environment"]
         lines += [
-            study.sentence(content["curves"]), "", f"![{study.question}](../results/studies/{name}.png)", "",
+            study.finding(content["curves"]), "", f"![{study.question}](../results/studies/{name}.png)", "",
             f"`{content['command']}`, {content['seeds']} seeds, {machine['cpu']}, {machine['cores']} cores, torch "
             f"{machine['versions']['torch']}, {machine['date'][:10]} (`results/studies/{name}.json`).", "",
         ]  # fmt: skip

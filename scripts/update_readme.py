@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/levers.md and docs/reliability.md from results/*.json.
+"""Write the tables of README.md and docs/*.md from results/*.json.
 
 They stand between `<!-- table: NAME -->` and `<!-- end -->`.
 
@@ -30,7 +30,7 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def benchmarks() -> str:
-    """Return the README's table of what was measured against a goal, from results/benchmarks/*.json."""
+    """Return docs/benchmarks.md's table of what was measured against a goal, from results/benchmarks/*.json."""
     lines = ["| benchmark | figure | median | low to high | runs | goal | met |"]
     lines.append("| :-- | :-- | --: | --: | --: | --: | :-- |")
     files = sorted((ROOT / "results" / "benchmarks").glob("*.json"))
@@ -67,7 +67,7 @@ def gpu() -> str:
 
 
 def strategies() -> str:
-    """Return the README's table of what every text strategy is worth to one student, from results/strategies.json."""
+    """Return docs/comparison.md's table: one student with every text strategy, from results/strategies.json."""
     content = _read(ROOT / "results" / "strategies.json")
     rows = sorted(content["strategies"], key=lambda row: -row["test"]["mean"])
     base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
@@ -76,22 +76,21 @@ def strategies() -> str:
     for row in rows:
         test, validation = _percent(row["test"]), _percent(row["validation"])
         better = 100 * (row["test"]["mean"] - base)
-        name = f"[`{row['name']}`](docs/strategies.md#{row['name']})"
+        name = f"[`{row['name']}`](strategies.md#{row['name']})"
         lines.append(f"| {name} | {test} | {better:+.1f} | {validation} |")
     machine = content["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date'][:10]}"
     lines += [
         "",
-        f"Teacher: {100 * content['teacher']['test']:.1f} %. {content['seeds']} seeds; "
-        f"{content['minutes']['cpu'] / machine['cores']:.0f} minutes of CPU time on each of {machine['cores']} cores "
-        f"({content['minutes']['wall']:.0f} on the clock, beside other work). "
-        f"`{content['command']}`, {where} (`results/strategies.json`).",
+        f"Teacher: {100 * content['teacher']['test']:.1f} %; {content['seeds']} seeds. "
+        f"`{content['command']}`, {content['minutes']['cpu'] / machine['cores']:.0f} minutes of CPU time a core, "
+        f"{where} (`results/strategies.json`).",
     ]
     return "\n".join(lines) + "\n"
 
 
 def exports() -> str:
-    """Return the README's table of exported students, with the goals, from results/export.json."""
+    """Return docs/export.md's table of exported students, with the goals, from results/export.json."""
     file = ROOT / "results" / "export.json"
     if not file.is_file():
         return "Not measured yet: `python scripts/export_reviews.py RUN_DIR` does, and writes `results/export.json`.\n"
@@ -103,104 +102,121 @@ def exports() -> str:
     return "\n".join(lines) + "\n"
 
 
-def recipes() -> str:
-    """Return the README's main table, what each recipe's student learned, from results/quality.json."""
+def _recipes() -> dict[str, Any] | None:
     file = ROOT / "results" / "quality.json"
-    if not file.is_file():
-        return "Not measured yet: `python scripts/recipes.py`, then `--final`, which writes `results/quality.json`.\n"
-    content = _read(file)
-    lines = [
-        "| recipe | student | teacher | from labels | from labels, same start | distilled | gap closed | from the same "
-        "start | goal |",
-        "| :-- | :-- | --: | --: | --: | --: | --: | --: | :-- |",
-    ]
+    return _read(file) if file.is_file() else None
+
+
+NO_RECIPES = "Not measured yet: `python scripts/recipes.py`, then `--final`, which writes `results/quality.json`.\n"
+
+
+def recipes() -> str:
+    """Return the README's main table, each recipe's student beside its teacher, from results/quality.json."""
+    if (content := _recipes()) is None:
+        return NO_RECIPES
+    lines = ["| recipe | student | teacher | from labels | distilled | gap closed |", "| :-- | :-- |" + " --: |" * 4]
     for name, row in content["recipes"].items():
-        started = _percent(row["baseline_initialised"]) if "baseline_initialised" in row else ""
-        ratio = f"{row['ratio']['mean']:.2f} ± {row['ratio']['std']:.2f}"
         lines.append(
             f"| `{name}` | {row['student']} | {100 * row['teacher']['mean']:.1f} | {_percent(row['baseline'])} | "
-            f"{started} | {_percent(row['distilled'])} | {ratio} | {_closed_from_start(row)} | {row['goal']}: "
-            f"{'met' if row['met'] else '**missed**'} |"
+            f"{_percent(row['distilled'])} | {_ratio(row['ratio'])} |"
         )
-    several = [f"`{name}`" for name, row in content["recipes"].items() if "tasks" in row]
-    others = f" (of {', '.join(several)} the mean of its tasks' accuracies and correlations)" if several else ""
     machines = {row["environment"]["cpu"]: row["environment"] for row in content["recipes"].values()}
     where = "; ".join(f"{name}, {m['cores']} cores, torch {m['versions']['torch']}" for name, m in machines.items())
     lines += [
         "",
-        f"Test accuracy in %{others}, mean and standard deviation of {content['seeds']} seeds; *gap closed* is the "
-        "distillation ratio (S_kd - S) / (T - S) against labels, and then against labels from the same start, which is "
-        "what the teacher's answers alone close, on text also those to views and transfer sentences, which students "
-        "from labels do not see (they see the views of images, which keep their labels). One seed: `kd-train "
-        "experiment=NAME`; all: `python scripts/recipes.py`, then `--final`, which reads the test split, and "
-        "`scripts/update_readme.py`; on "
-        f"{where} (`results/quality.json`).",
-        "",
-        *_details(content["recipes"]),
+        f"Test accuracy in %, mean and standard deviation over {content['seeds']} seeds; for `multi_task` the average "
+        f"of its tasks' accuracies and correlations. {where} (`results/quality.json`).",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _repeated() -> str:
-    """Return what the best recipe keeps in results/studies/best_recipe.json, which measured it again."""
-    file = ROOT / "results" / "studies" / "best_recipe.json"
-    if not file.is_file():
-        return ""
-    content = _read(file)
-    again = content["curves"]["distilled"][0]
-    return (
-        f"; measured again on {content['environment']['cpu']}, below a teacher fine-tuned anew "
-        f"({100 * again['teacher']:.1f} %), {100 * again['test']['mean'] / again['teacher']:.1f} %"
-    )
+def recipe_goals() -> str:
+    """Return each recipe's goal, whether it is met, and what remains of the gain at an equal start."""
+    if (content := _recipes()) is None:
+        return NO_RECIPES
+    lines = [
+        "| recipe | from labels, same start | distilled | gap closed from the same start | goal | met |",
+        "| :-- | --: | --: | --: | :-- | :-- |",
+    ]
+    for name, row in content["recipes"].items():
+        started = _percent(row["baseline_initialised"]) if "baseline_initialised" in row else ""
+        met = "yes" if row["met"] else "**no**"
+        lines.append(
+            f"| `{name}` | {started} | {_percent(row['distilled'])} | {_closed_from_start(row)} | {row['goal']} | "
+            f"{met} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def recipe_details() -> str:
+    """Return the figures besides accuracy that the goals name."""
+    if (content := _recipes()) is None:
+        return NO_RECIPES
+    lines = ["| recipe | figure | value |", "| :-- | :-- | --: |"]
+    for name, row in content["recipes"].items():
+        lines += [f"| `{name}` | {figure} | {value} |" for figure, value in _goal_figures(row)]
+    return "\n".join(lines) + "\n"
+
+
+def _goal_figures(row: dict[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    if "latency" in row["goal"]:
+        found.append(("share of the teacher's accuracy", f"{row['distilled']['mean'] / row['teacher']['mean']:.2%}"))
+        file = ROOT / "results" / "studies" / "best_recipe.json"
+        if file.is_file():
+            content = _read(file)
+            again, cpu = content["curves"]["distilled"][0], content["environment"]["cpu"]
+            title = f"... measured again with a teacher fine-tuned anew, on {cpu}"
+            found.append((title, f"{again['test']['mean'] / again['teacher']:.2%}"))
+        found.append(("share of the teacher's latency", f"{row['latency_share']:.2f}"))
+    if "feature strategy" in row["goal"]:
+        best = row["best_features"]
+        test = row["variants"][best]["test"]
+        more, error = gain(test["values"], row["distilled"]["values"])
+        found.append((f"accuracy with the best feature strategy on validation, `{best}`", _percent(test)))
+        found.append(("... minus plain distillation (± standard error)", f"{100 * more:.2f} ± {100 * error:.2f}"))
+    if "tasks" in row:
+        found.append(("share of its teachers' parameters", f"{row['size_share']:.2f}"))
+    return found
+
+
+def recipe_tasks() -> str:
+    """Return the scores of `multi_task` by task."""
+    if (content := _recipes()) is None:
+        return NO_RECIPES
+    lines = ["| task | teacher | from labels, same start | distilled |", "| :-- | --: | --: | --: |"]
+    for row in content["recipes"].values():
+        selected = {key.split("/")[0]: key for key in reversed(row.get("tasks", {}))}  # a task's first is its monitor
+        for key, task in row.get("tasks", {}).items():
+            if key in selected.values():
+                lines.append(
+                    f"| {key.replace('/', ', ')} | {100 * task['teacher']:.1f} | "
+                    f"{_percent(task['baseline_initialised'])} | {_percent(task['distill'])} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def recipe_minutes() -> str:
+    """Return how long one seed of each recipe trains on one core, from results/studies/stage_budget.json."""
+    file = ROOT / "results" / "studies" / "stage_budget.json"
+    if (content := _recipes()) is None or not file.is_file():
+        return "Not measured yet: `python scripts/study.py stage_budget --final`.\n"
+    lines = ["| recipe | distilled student, minutes | with its baselines, minutes |", "| :-- | --: | --: |"]
+    for name, (labels, distilled) in _read(file)["curves"].items():
+        baselines = labels["x"] * (1 + ("baseline_initialised" in content["recipes"][name]))
+        lines.append(f"| `{name}` | {distilled['x'] / 60:.0f} | {(baselines + distilled['x']) / 60:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(spread: dict[str, Any]) -> str:
+    return f"{spread['mean']:.2f} ± {spread['std']:.2f}"
 
 
 def _closed_from_start(row: dict[str, Any]) -> str:
-    """Return which share of the gap is closed by the teacher's answers, and not by what the student starts from."""
+    """Return the share of the gap that the teacher's outputs close, beyond what the student starts from."""
     if "baseline_initialised" not in row:
         return ""
-    ratio = closed(row["baseline_initialised"]["values"], row["distilled"]["values"], row["teacher"]["mean"])
-    return f"{ratio['mean']:.2f} ± {ratio['std']:.2f}"
-
-
-def _details(rows: dict[str, Any]) -> list[str]:
-    """Return what goals speak of besides the table's figures, and what training costs."""
-    said = []
-    for name, row in rows.items():
-        if "latency" in row["goal"]:
-            kept = 100 * row["distilled"]["mean"] / row["teacher"]["mean"]
-            said.append(f"* `{name}` keeps {kept:.2f} % at {row['latency_share']:.2f} of the latency{_repeated()}.")
-        if "feature strategy" in row["goal"]:
-            best = row["best_features"]
-            test = row["variants"][best]["test"]
-            more, error = gain(test["values"], row["distilled"]["values"])
-            said.append(
-                f"* The feature strategy that is best for `{name}` on validation, `{best}`: {_percent(test)}, "
-                f"{100 * more:.2f} ± {100 * error:.2f} (standard error) more than plain distillation."
-            )
-        if "tasks" in row:
-            main = {key.split("/")[0]: key for key in reversed(row["tasks"])}  # a task's first metric is its main one
-            tasks = "; ".join(
-                f"{key.replace('/', ' ')} of the teacher {100 * task['teacher']:.1f}, from labels, same start, "
-                f"{_percent(task['baseline_initialised'])}, distilled {_percent(task['distill'])}"
-                for key, task in row["tasks"].items()
-                if key in main.values()
-            )
-            said.append(f"* `{name}`, {row['size_share']:.2f} of its teachers' size, by task: {tasks}.")
-    budget = ROOT / "results" / "studies" / "stage_budget.json"
-    if budget.is_file():
-        seconds = {name: [point["x"] for point in points] for name, points in _read(budget)["curves"].items()}
-        starts = {name: "baseline_initialised" in row for name, row in rows.items()}
-        alone = {name: taught / 60 for name, (_, taught) in seconds.items()}
-        whole = {name: (labels * (1 + starts[name]) + taught) / 60 for name, (labels, taught) in seconds.items()}
-        least, most = min(alone, key=alone.__getitem__), max(alone, key=alone.__getitem__)
-        longest = max(whole, key=whole.__getitem__)
-        said.append(
-            f"* One seed distils, the teacher's answers kept, within {alone[least]:.0f} (`{least}`) to "
-            f"{alone[most]:.0f} minutes (`{most}`) on one core, and with the students from labels beside which it is "
-            f"held within {whole[longest]:.0f} (`{longest}`); the first run fine-tunes the teacher and asks it, too "
-            f"(`{budget.relative_to(ROOT)}`)."
-        )
-    return said
+    return _ratio(closed(row["baseline_initialised"]["values"], row["distilled"]["values"], row["teacher"]["mean"]))
 
 
 def ablation(name: str) -> str:
@@ -220,7 +236,7 @@ def ablation(name: str) -> str:
     ]
     for title, stage in (
         ("no teacher, the same start", "baseline_initialised"),
-        ("no teacher, nothing of it", "baseline"),
+        ("no teacher, random start", "baseline"),
     ):
         if stage in row:
             rows.append((title, "", row[stage], row["validation"][stage]))
@@ -231,10 +247,13 @@ def ablation(name: str) -> str:
 
 
 def sweep() -> str:
-    """Return what the README says of the sweep in results/sweeps: what each parameter moves, and against what."""
+    """Return how far each parameter of the sweep in results/sweeps moves the score, and the best point."""
     content = _read(ROOT / "results" / "sweeps" / "sweep.json")
     entries, machine = content["configurations"], content["environment"]
-    said = []
+    lines = [
+        "| parameter | worst value | validation accuracy | best value | validation accuracy |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
     for name in ("alpha", "temperature"):
         values = sorted({entry["values"][name] for entry in entries})
         means = {
@@ -242,23 +261,22 @@ def sweep() -> str:
             for value in values
         }
         worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-        said.append(
-            f"{name} moves the validation accuracy by {100 * (means[best] - means[worst]):.1f} points "
-            f"({means[worst]:.3f} at {worst:g}, {means[best]:.3f} at {best:g})"
-        )
+        lines.append(f"| {name} | {worst:g} | {means[worst]:.3f} | {best:g} | {means[best]:.3f} |")
     best, base = entries[0], entries[0]["baseline"]["mean"]
-    found = "beats" if best["validation"]["mean"] > base else "does not beat"
+    better = "more" if best["validation"]["mean"] > base else "less"
     points = sum(len(entry["points"]) for entry in entries)
-    return (
-        f"On `reviews`, averaged over all else, {said[0]}, and {said[1]}; in this short training even the best setting "
-        f"({best['validation']['mean']:.3f}) {found} the same student from labels ({base:.3f}). "
+    return "\n".join([
+        *lines, "",
+        f"The best point scores {best['validation']['mean']:.3f}, {better} than the same student from labels "
+        f"({base:.3f}): this training is short, and two thirds of each batch have no label, so that a small alpha "
+        "learns next to nothing from them.", "",
         f"`{content['command']}`, {points} points, {machine['cpu']}, {machine['cores']} cores, {machine['date'][:10]} "
-        f"(`results/sweeps/`, where `report.html` is the page of `kd-report`).\n"
-    )
+        "(`results/sweeps/`; `report.html` there is the page of `kd-report`).",
+    ]) + "\n"  # fmt: skip
 
 
 def faults() -> str:
-    """Return what killed, damaged, misconfigured and misled commands came to, from results/faults.json."""
+    """Return docs/reliability.md's tables of how trials of faults ended, from results/faults.json."""
     file = ROOT / "results" / "faults.json"
     return fault_table(_read(file)) if file.is_file() else "Not tried yet: `python scripts/fault_campaign.py`.\n"
 
@@ -297,7 +315,8 @@ def picture() -> None:
 
 TABLES = {
     "benchmarks": benchmarks, "gpu": gpu, "strategies": strategies, "export": exports, "sweep": sweep,
-    "recipes": recipes, "faults": faults,
+    "recipes": recipes, "recipe_goals": recipe_goals, "recipe_details": recipe_details, "recipe_tasks": recipe_tasks,
+    "recipe_minutes": recipe_minutes, "faults": faults,
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 
@@ -341,10 +360,7 @@ def main() -> None:
         record(given.record)
     if given.picture:
         picture()
-    for path in (
-        ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("levers", "processes", "reliability")),
-    ):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
         new = BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", old)
         if new == old:

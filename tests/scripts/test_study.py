@@ -90,78 +90,84 @@ def curve(*points: tuple[Any, float]) -> list[dict[str, Any]]:
     return [{"x": x, "test": one, "validation": one, "teacher": one["mean"] + 0.1} for x, one in figures]
 
 
-def test_sentences_say_what_the_figures_say(study: Any) -> None:
-    said = {name: one.sentence for name, one in study.STUDIES.items()}
+def test_findings_state_what_the_figures_show(study: Any) -> None:
+    finding = {name: one.finding for name, one in study.STUDIES.items()}
     start = "labels, start from the teacher"
     taught = {
         "labels alone": curve((5, 0.6), (100, 0.8)), start: curve((5, 0.7), (100, 0.82)),
         "teacher, all sentences": curve((5, 0.81), (10, 0.79), (50, 0.81), (100, 0.85)),
     }  # fmt: skip
-    assert said["data_efficiency"](taught).startswith(
-        "With a teacher, 50 % of the labels and more do what all of them do alone, and 100 % of the labels what"
+    assert finding["data_efficiency"](taught).startswith(
+        "With a teacher, 50 % of the labels are enough to match a student trained on all of them, and 100 % of the "
     )
-    assert "it adds +3.0 ± 0.6 points to that" in said["data_efficiency"](taught)
+    assert "the teacher adds +3.0 ± 0.6 points to the latter" in finding["data_efficiency"](taught)
     taught["teacher, all sentences"] = curve((5, 0.7), (100, 0.75))
-    assert "teacher, no share of the labels" in said["data_efficiency"](taught)
+    assert "teacher, no share of the labels" in finding["data_efficiency"](taught)
     noise = {
         "labels alone": curve((0, 0.8), (40, 0.6)), "soft targets": curve((0, 0.79), (40, 0.7)),
         "soft targets, teachers of folds": curve((0, 0.78), (40, 0.65)),
         "label_trust, teachers of folds": curve((0, 0.77), (40, 0.69)),
     }  # fmt: skip
-    assert (
-        "at alpha 0.5: soft targets 79.0, 70.0; label_trust teachers of folds 77.0, 69.0; soft targets teachers of "
-        "folds 78.0, 65.0; labels alone 80.0, 60.0. "
-    ) in said["label_noise"](noise)
-    assert said["label_noise"](noise).endswith(
-        "it has -1.0 ± 0.6, +4.0 ± 0.6 points (with the standard error) more than soft targets of these teachers, and "
-        "-2.0 ± 0.6, -1.0 ± 0.6 more than those of one teacher."
+    table = finding["label_noise"](noise)
+    assert table.startswith("With 40 % wrong labels, soft targets does best. ")
+    assert table.endswith(
+        "| wrong labels | 0 % | 40 % |\n| :-- | --: | --: |\n| soft targets | 79.0 | 70.0 |\n"
+        "| label_trust, teachers of folds | 77.0 | 69.0 |\n| soft targets, teachers of folds | 78.0 | 65.0 |\n"
+        "| labels alone | 80.0 | 60.0 |\n"
+        "| label_trust minus soft targets of the same teachers | -1.0 ± 0.6 | +4.0 ± 0.6 |\n"
+        "| label_trust minus soft targets of one teacher | -2.0 ± 0.6 | -1.0 ± 0.6 |"
     )
     swept = {
         "labels alone": curve((1, 0.6)), start: curve((1, 0.7), (2, 0.75)),
         "T 1, alpha 0.5": curve((1, 0.73), (2, 0.77)), "T 4, alpha 0.5": curve((1, 0.76), (2, 0.8)),
     }  # fmt: skip
     swept[start][0]["test"] = {"mean": 0.79, "std": 0.0}  # lucky on test, which chooses nothing
-    assert said["sensitivity"](swept).startswith(
-        "From its worst value to its best, averaged over the others, each moves accuracy by so many points: the "
-        "learning rate 4.0, alpha 0.0, temperature 3.0. Of 4 settings 2 are better and 1 worse, by two standard "
-        "errors, than labels from the same start at the rate that is best on validation (2: 75.0 %); they lie between "
-        "73.0 and 80.0 %"
+    assert finding["sensitivity"](swept).startswith(
+        "The learning rate matters most. Of 4 settings, 2 are better than labels from the same start and 1 worse, by "
+        "two standard errors."
+    )
+    assert finding["sensitivity"](swept).endswith(
+        "| learning rate | 4.0 |\n| temperature | 3.0 |\n| alpha | 0.0 |\n| worst setting, % | 73.0 |\n"
+        "| best setting, % | 80.0 |\n| labels from the same start, at their best rate (2), % | 75.0 |"
     )
     gaps = {"labels alone": curve(("a", 0.7), ("b", 0.7)), "M teaches": curve(("a", 0.75), ("b", 0.69))}
     gaps["N teaches"] = curve(("a", 0.7), ("b", 0.75))
-    assert "M (85.0 %) a +5.0 ± 0.6, b -1.0 ± 0.6" in said["architecture_gap"](gaps)
-    assert said["architecture_gap"](gaps).endswith("Best for a: M; best for b: N.")
+    assert "| M | 85.0 | +5.0 ± 0.6 | -1.0 ± 0.6 |" in finding["architecture_gap"](gaps)
+    assert finding["architecture_gap"](gaps).startswith("Best teacher: M for a, N for b. ")
     quality = {"distilled": curve((90.0, 0.805), (80.0, 0.7), (85.0, 0.8))}
-    assert said["teacher_quality"](quality).startswith(
-        "A better teacher makes a better student up to one of 85.0 %: what the best one's student has more than that "
-        "one's, +0.5 ± 0.6 points"
+    assert finding["teacher_quality"](quality).startswith(
+        "A better teacher makes a better student up to a teacher of 85.0 %: beyond, the gain of +0.5 ± 0.6 points is"
     )
-    assert "80.0 teaches 70.0, 85.0 teaches 80.0, 90.0 teaches 80.5" in said["teacher_quality"](quality)
+    assert finding["teacher_quality"](quality).endswith("| 80.0 | 70.0 |\n| 85.0 | 80.0 |\n| 90.0 | 80.5 |")
     levers = {
         start: curve(("as it stands", 0.6)),
         "distilled": curve(("as it stands", 0.7), ("worse", 0.65), ("good", 0.72), ("better", 0.75), ("same", 0.71)),
     }
     levers["distilled"][2]["validation"] = {"mean": 0.69}
-    assert said["levers"](levers).endswith(
-        "better by more than two of them better +5.0 ± 0.6, good +2.0 ± 0.6 (not on validation); worse worse "
-        "-5.0 ± 0.6, labels alone, from the same start -10.0 ± 0.6; neither same +1.0 ± 0.6."
+    assert finding["levers"](levers).endswith(
+        "Of 5 changes, 2 are better and 2 worse by more than two standard errors.\n\n| change | points | verdict |\n"
+        "| :-- | --: | --: |\n| better | +5.0 ± 0.6 | better |\n"
+        "| good | +2.0 ± 0.6 | better, but not on validation |\n| same | +1.0 ± 0.6 | within noise |\n"
+        "| worse | -5.0 ± 0.6 | worse |\n| labels alone, from the same start | -10.0 ± 0.6 | worse |"
     )
     levers[start] = curve(("as it stands", 0.8))
-    assert "of them labels alone, from the same start +10.0" in said["levers"](levers)
+    assert "| labels alone, from the same start | +10.0 ± 0.6 | better |" in finding["levers"](levers)
     del levers[start]
-    assert "labels alone" not in said["best_recipe"](levers)
+    assert "labels alone" not in finding["best_recipe"](levers)
     errors = {"teacher as it is": curve((1, 0.05), (4, 0.02)), "teacher calibrated": curve((1, 0.03), (4, 0.01))}
-    assert said["calibration"](errors) == (
-        "Calibration takes the teacher's error (ECE) from 0.150 to 0.130 and the student's from 0.050 to 0.030 at T 1, "
-        "0.020 to 0.010 at T 4."
+    assert finding["calibration"](errors).startswith(
+        "A calibrated teacher lowers the student's calibration error at 2 of 2 temperatures"
+    )
+    assert finding["calibration"](errors).endswith(
+        "| teacher | 0.150 | 0.130 |\n| student at T 1 | 0.050 | 0.030 |\n| student at T 4 | 0.020 | 0.010 |"
     )
     budgets = {
         "reviews_fast": curve((5, 0.7), (9, 0.8)), "reviews_slow": curve((5, 0.7), (20, 0.79)),
         "reviews_best": curve((5, 0), (30, 0.85)), "images": curve((2, 0.8), (3, 0.9)),
     }  # fmt: skip
-    assert (
-        ": reviews_fast 80.0 % after 9 s, reviews_best 85.0 % after 30 s; for other tasks, images takes 3 s ("
-        in said["stage_budget"](budgets)
+    assert finding["stage_budget"](budgets).endswith(
+        "| `reviews_fast` | 9 | 80.0 | yes |\n| `reviews_slow` | 20 | 79.0 |  |\n"
+        "| `reviews_best` | 30 | 85.0 | yes |\n| `images` | 3 | 90.0 |  |"
     )
 
 

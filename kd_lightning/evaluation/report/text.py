@@ -20,10 +20,7 @@ def summary(report: Mapping[str, Any]) -> str:
         scores = ", ".join(f"{model['title']} {_score(accuracy[name])}" for name, model in models.items())
         return f"{title[0].upper()}{title[1:]} on the test split: {scores}."
     kept = 100 * accuracy["distilled"] / accuracy["teacher"]
-    sentence = (
-        f"The distilled student keeps {kept:.1f}% of the teacher's {title} ({accuracy['distilled']:.3f} of "
-        f"{accuracy['teacher']:.3f})"
-    )
+    sentence = f"The distilled student keeps {kept:.1f}% of the teacher's {title}"
     clauses = [clause for clause in (_size_clause(teacher, student), _speed_clause(teacher, student)) if clause]
     sentences = [sentence + (" " + " and ".join(clauses) if clauses else "") + "."]
     if accuracy.get("baseline") is not None:
@@ -111,7 +108,7 @@ def _speed_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str
     if not teacher["latency_ms"] or not student["latency_ms"]:
         return None
     factor = teacher["latency_ms"]["p50"] / student["latency_ms"]["p50"]
-    return f"answers {_times(factor)} faster" if factor >= 1 else f"answers {_times(1 / factor)} slower"
+    return f"is {_times(factor)} faster" if factor >= 1 else f"is {_times(1 / factor)} slower"
 
 
 def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:

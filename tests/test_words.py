@@ -1,0 +1,82 @@
+"""The vocabulary of the house (docs/architecture.md, "Words") throughout prose, and figures in tables.
+
+A network is not a person: it predicts and outputs. Words that the field uses in a sense of its own are listed with the
+phrases in which they stand.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+BANNED = {
+    "answer": r"answer(s|ed|ing|ings|er)?",
+    "ask": r"ask(s|ed|ing)?",
+    "say": r"said",
+    "tell": r"told",
+    "guide": r"guid(e|es|ed)",
+    "meet": r"meets?",
+    "rehearsal": r"rehears\w*",
+    "guess": r"guess(es|ed)?",
+    "by heart": r"by heart",
+}
+"""What it is instead: predicts, predictions, teacher outputs; the teacher runs; preflight; chance score."""
+
+ALLOWED = (
+    "question answering", "extractive QA",
+    "answer_batch_size",  # a configuration key
+)  # fmt: skip
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [*PAGES, *sorted(path for path in (ROOT / "conf").rglob("*.yaml") if path.name != "config.yaml")]
+"""conf/config.yaml, and the package's rooms, as they are finished."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_banned_words(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for phrase in ALLOWED:
+        text = text.replace(phrase, "")
+    pattern = re.compile(rf"(?<![A-Za-z])({'|'.join(BANNED.values())})(?![A-Za-z])", re.IGNORECASE)
+    found = [f"{number}: {line.strip()}" for number, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+    assert not found, "\n".join(found)
+
+
+def sentences(page: str) -> list[str]:
+    """Return a page's sentences without tables, code, links' targets, dates, years, arXiv ids and what a machine is.
+
+    >>> sentences("It takes 3.5 s (`a 1 2`) and 4 ± 1 MB. See [x](y_1.md).")
+    ['It takes 3.5 s () and 4 ± 1 MB.', 'See [x]().']
+    """
+    page = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    page = re.sub(r"`[^`]*`", "", page)
+    page = re.sub(r"\]\([^)]*\)", "]()", page)
+    page = re.sub(r"arXiv \d+\.\d+|\d{4}-\d\d-\d\d|\b(19|20)\d\d\b|\d+ cores, torch \S+", "", page)
+    lines = ["" if line.lstrip().startswith(("|", "#", "<!--")) else line for line in page.splitlines()]
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*[*-] )", "\n".join(lines))
+    joined = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    return [sentence for text in joined if text for sentence in re.split(r"(?<=[.?!:;])\**\s+(?=[A-Z*`\[(])", text)]
+
+
+def figures(sentence: str) -> list[str]:
+    """Return the numbers of a sentence; a spread belongs to its number.
+
+    >>> figures("0.84 ± 0.01 of F1 at 4e-3, 2,112 examples, int8, 2 x 128, version 2.13.0+cpu")
+    ['0.84 ± 0.01', '4e-3', '2,112', '2 x 128', '2.13.0']
+    """
+    one = r"[+-]?\d[\d,.]*(?:e-?\d+)?"
+    return [found.rstrip(".,") for found in re.findall(rf"(?<![\w.^{{]){one}(?: (?:±|x|to|of) {one})?", sentence)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_more_than_three_numbers_are_a_table(page: Path) -> None:
+    found = [one for one in sentences(page.read_text(encoding="utf-8")) if len(figures(one)) > 3]
+    assert not found, "\n".join(found)
+
+
+def test_the_readme_is_read_in_one_evening() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
