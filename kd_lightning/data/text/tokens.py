@@ -183,14 +183,24 @@ class TokenStore:
         Returns:
             `input_ids`, `attention_mask` and, for pairs, `token_type_ids`, `(B, L)` int64.
         """
-        start, end = self.offsets[index], self.offsets[index + 1]
-        place = start[:, None] + np.arange((end - start).max())
-        mask = place < end[:, None]
-        place = np.where(mask, place, 0)
+        place, mask = padded(self.offsets, index)
         entries = {"input_ids": np.where(mask, self.tokens[place], self.pad_token_id), "attention_mask": mask}
         if self.types is not None:
             entries["token_type_ids"] = np.where(mask, self.types[place], 0)
         return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in entries.items()}
+
+
+def padded(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return where the tokens of rows stand in a flat array, and which of the places hold any, `(B, L)` both.
+
+    Args:
+        offsets: Where each row begins and the last one ends, `(N + 1,)`.
+        index: Which rows, `(B,)`.
+    """
+    start, end = offsets[index], offsets[index + 1]
+    place = start[:, None] + np.arange((end - start).max())
+    mask = place < end[:, None]
+    return np.where(mask, place, 0), mask
 
 
 def open_store(folder: Path, pad_token_id: int, checked: bool = True) -> TokenStore:
