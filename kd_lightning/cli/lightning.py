@@ -38,9 +38,9 @@ def partially(function: str, arguments: dict[str, Any] | None = None) -> Callabl
         ConfigError: There is no such function, or it takes other arguments.
     """
     from kd_lightning.config.instantiate import lookup
-    from kd_lightning.pipeline.validation import _check_node
+    from kd_lightning.config.nodes import check_node
 
-    _check_node(function, {"_target_": function, "_partial_": True, **(arguments or {})})
+    check_node(function, {"_target_": function, "_partial_": True, **(arguments or {})})
     return partial(lookup(function), **(arguments or {}))
 
 

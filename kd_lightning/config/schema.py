@@ -37,6 +37,10 @@ Combine = Literal["probabilities", "logits"]
 Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
+NODES = (
+    "data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger", "network",
+)  # fmt: skip
+"""The keys that conf/ has choices for."""
 STAGES: tuple[str, ...] = get_args(StageName)
 """All stages, in the order in which they run."""
 CACHE_MODES = ("auto", "off", "require", "refresh")
@@ -237,7 +241,7 @@ class RunConfig:
             raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
         plain: dict[str, Any] = to_dict(settings) if OmegaConf.is_config(settings) else dict(settings)
         cfg = _read(cls, "", plain)
-        check_numbers(plain)
+        check_numbers(cfg.as_dict())  # in the order of the fields: what others are made from comes first
         _check_stages(cfg.stages)
         _check_name(cfg.name)
         _check_teacher("teacher.", plain["teacher"])
@@ -250,6 +254,12 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values, which `parse` reads."""
         return asdict(self)
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the keys that decide a run's results, with their values."""
+        kept = {key: value for key, value in self.as_dict().items() if key not in ARRANGEMENT}
+        teacher = {key: value for key, value in kept["teacher"].items() if key not in TEACHER_ARRANGEMENT}
+        return kept | {"teacher": teacher}
 
     @property
     def seed_list(self) -> list[int]:
@@ -316,7 +326,7 @@ def _value(path: str, value: Any, expected: Any) -> Any:
     """Return a key's value as its field has it."""
     group = is_dataclass(expected) or get_origin(expected) is dict
     if group and value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{path}={value!r} is no group of keys; to choose one: {_choice(path)}")
+        raise ConfigError(f"{path}={value!r} is no group of keys{_choice(path)}")
     if value is not None and is_dataclass(expected):
         return _read(typing.cast(type[Any], expected), f"{path}.", value)
     if value is not None and get_origin(expected) is dict and is_dataclass(inside := get_args(expected)[1]):
@@ -326,11 +336,12 @@ def _value(path: str, value: Any, expected: Any) -> Any:
 
 
 def _choice(path: str) -> str:
-    """Return how a group is chosen on the command line."""
-    if path in ("student", "teacher.network"):
-        return f"model@{path}=NAME"
-    group, _, name = path.rpartition(".")
-    return f"{name}@{path}=NAME" if group else f"{path}=NAME"
+    """Return how a group is chosen on the command line, if conf/ has choices."""
+    above, _, name = path.rpartition(".")
+    group = "model" if name in ("student", "network") else name
+    if name not in NODES:
+        return ""
+    return f"; to choose one: {group}@{path}=NAME" if above or group == "model" else f"; to choose one: {path}=NAME"
 
 
 def _check_stages(stages: list[Any]) -> None:

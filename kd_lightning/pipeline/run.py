@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ class Pipeline:
     """
 
     def __init__(self, cfg: DictConfig, console: Console | None = None, data: ClassificationData | None = None) -> None:
-        validate(cfg)
+        run = validate(cfg)
         self.cfg: dict[str, Any] = to_dict(cfg)
         self.cfg["data"] = absolute(self.cfg["data"])
         self.console = console or Console()
@@ -96,7 +97,7 @@ class Pipeline:
         if self.cfg["resume"] == "never" and any(self.folder.glob("**/settings.json")):
             raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
         check_links(self.folder, self.cfg["shared_dir"])
-        check_folder(self.folder, self.cfg)
+        check_folder(self.folder, replace(run, data=self.cfg["data"]))
         if rank() == 0:
             remove_temporary(self.folder)
         check_sources(self.cfg)

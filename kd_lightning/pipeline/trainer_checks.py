@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
 from kd_lightning.config.instantiate import build, first_line, processes
+from kd_lightning.config.schema import RunConfig
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.processes import launched
 from kd_lightning.training.fit import make_trainer
@@ -42,7 +43,7 @@ _UNLIKE = {
 """Trainer arguments that break what a run promises: the values that do not, and why others would."""
 
 
-def check_trainers(cfg: dict[str, Any]) -> None:
+def check_trainers(cfg: RunConfig) -> None:
     """Check the trainer's settings for the students, and as the teacher's own change them."""
     for path, trainer in _trainers(cfg):
         for key in _OURS:
@@ -64,30 +65,29 @@ def check_trainers(cfg: dict[str, Any]) -> None:
         if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")
         _check_processes(path, trainer)
-        if cfg["compile"] and processes(trainer) > 1:
+        if cfg.compile and processes(trainer) > 1:
             raise ConfigError(f"compile=true: the {processes(trainer)} processes of {path} would not compile; use one")
 
 
-def try_trainers(cfg: dict[str, Any]) -> None:
+def try_trainers(cfg: RunConfig) -> None:
     """Make all optimizers, schedules, callbacks, loggers and trainers that a run will make, and step the optimizers.
 
     Raises:
         ConfigError: Names the node of what cannot be made, or cannot step.
     """
-    for path in ("", "teacher."):
-        whole = cfg["teacher"] if path else cfg
-        _try_optimizer(f"{path}optimizer", whole["optimizer"], f"{path}scheduler", whole["scheduler"])
+    _try_optimizer("optimizer", cfg.optimizer, "scheduler", cfg.scheduler)
+    _try_optimizer("teacher.optimizer", cfg.teacher.optimizer, "teacher.scheduler", cfg.teacher.scheduler)
     with TemporaryDirectory() as folder, _silent():
-        callbacks = [_made(f"callbacks.{name}", node, L.Callback) for name, node in cfg["callbacks"].items()]
-        loggers = [_made(f"logger.{name}", node, Logger, save_dir=folder) for name, node in cfg["logger"].items()]
+        callbacks = [_made(f"callbacks.{name}", node, L.Callback) for name, node in cfg.callbacks.items()]
+        loggers = [_made(f"logger.{name}", node, Logger, save_dir=folder) for name, node in cfg.logger.items()]
         for path, trainer in _trainers(cfg):
             with named(path):
                 make_trainer(trainer, callbacks, loggers, folder, 1, 1)
 
 
-def _trainers(cfg: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "trainer", cfg["trainer"]
-    yield "teacher.trainer", cfg["trainer"] | cfg["teacher"]["trainer"]
+def _trainers(cfg: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "trainer", cfg.trainer
+    yield "teacher.trainer", cfg.teacher_trainer
 
 
 def _try_optimizer(path: str, node: dict[str, Any], schedule_path: str, schedule: dict[str, Any]) -> None:

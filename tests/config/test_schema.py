@@ -81,6 +81,7 @@ MISTAKES = [
     (["+tasks.a.teacher.cache=maybe"], "tasks.a.teacher.cache='maybe' is neither a mode nor a path"),
     (["+tasks.a.weight=-2"], "tasks.a.weight=-2 must be at least 0"),
     (["+tasks.a=2"], "tasks.a=2 is no group of keys"),
+    (["finetune=2"], "finetune=2 is no group of keys"),
     (["~seeds"], "seeds was removed (~seeds), and no run can do without it"),
     (["~teacher.seed"], "teacher.seed was removed (~teacher.seed), and no run can do without it"),
     (["~student"], "student was removed (~student), and no run can do without it"),

@@ -140,7 +140,7 @@ def test_a_second_run_reuses_everything_and_other_settings_are_refused(
     pipeline, said = run(composed(*overrides))
     assert said.count("finished before") == 5  # three teachers, baseline, student
     assert pipeline.score() == pytest.approx(record(tmp_path / "run/seed_0/distill")["validation"]["average"])
-    with pytest.raises(ConfigError, match=r"tasks\.domain\.weight was None, now 2"):
+    with pytest.raises(ConfigError, match=r"tasks\.domain\.weight was 1.0, now 2"):
         pipeline_of(composed(*overrides, "+tasks.domain.weight=2"))
 
     finished = [f"+tasks.{task}.teacher.checkpoint={tmp_path}/run/tasks/{task}" for task in TASKS]
@@ -265,10 +265,10 @@ def test_the_command_takes_tasks_of_the_users_own_files(tmp_path: Path, own_home
         (["+tasks.ratings.weight=2"], "tasks.ratings: there is no such task in data.tasks; did you mean 'rating'?"),
         (["+tasks.rating.wieght=2"], "tasks.rating.wieght: there is no such key; did you mean 'weight'?"),
         (["+tasks.sentiment.weight=-1"], "tasks.sentiment.weight=-1 must be at least 0"),
-        (["+tasks.sentiment=3"], "tasks="),
+        (["+tasks.sentiment=3"], "tasks.sentiment=3 is no group of keys"),
         (["+tasks.domain.teacher.bach_size=3"], "tasks.domain.teacher.bach_size: there is no such key"),
         (["teacher.checkpoint=x"], "leave out teacher.checkpoint (finished teachers are given as"),
-        (["peers=['${student}']"], "each task has a teacher of its own, who answers with logits; leave out peers"),
+        (["peers=['${student}']"], "each task has a teacher of its own, which outputs logits; leave out peers"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_with_the_key(composed: Composed, chosen: list[str], says: str) -> None:

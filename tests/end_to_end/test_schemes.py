@@ -319,7 +319,7 @@ def test_where_every_weight_is_zero_the_loss_is_a_zero_with_a_graph() -> None:
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [
-        (["assistants=[bilstm]"], "assistants=['bilstm'] is not"),
+        (["assistants=[bilstm]"], "assistants[0]='bilstm' is not"),
         (["peers=[{hidden_size: 3}]"], "peers[0] has no _target_: give a network, as `student` is one, or '${stud"),
         (
             ["assistants=[{_target_: kd_lightning.models.bilstm.BiLSTM, hidden: 3}]"],
@@ -329,7 +329,7 @@ def test_where_every_weight_is_zero_the_loss_is_a_zero_with_a_graph() -> None:
         (["+assistant=[]"], "assistant: there is no such key; did you mean 'assistants'"),
         (["teacher.device=cudaa"], "teacher.device='cudaa' is no device"),
         (["distillation=mgd_pooled", "distillation.terms.mgd.ratio=2"], "terms.mgd: "),
-        (["teacher.ema=1.0"], "teacher.ema=1 must be at least 0 and below 1"),
+        (["teacher.ema=1.0"], "teacher.ema=1.0 must be at least 0 and below 1"),
         (["teacher.ema=yes"], "teacher.ema="),
         (["teacher.ema=0.9"], "leave out what asks for another one (stages"),
         (
