@@ -11,6 +11,7 @@ Batch = dict[str, Tensor]
 
 * `input_ids`, `attention_mask`, `token_type_ids`: `(B, L)` int64; or `pixel_values`: `(B, C, H, W)` float
 * `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label; scores to regress are float32, NaN where none
+* `keep`: `(B, L)` bool, which tokens are predicted, or after `Task.compared` which rows of logits count
 * `index`: `(B,)` int64, each example's stable position in its data set
 * `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
 * `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's

@@ -33,6 +33,7 @@ from kd_lightning.losses.term import Scheduled, Term
 from kd_lightning.models.transformer import transformer
 from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.tasks import Classification, MultiTask, Regression
+from kd_lightning.tasks.rows import next_tokens
 from kd_lightning.teachers import CachedTeacher, EMATeacher, FrozenTeacher, Teacher
 from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.store import TeacherCache
@@ -152,11 +153,11 @@ class Tagger(nn.Module):
         return logits
 
 
-class Positions(DistillationModule):
-    """Has no scores for sequences of labels."""
+class NextTokens(Classification):
+    """Row t of the logits answers for token t + 1."""
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Do nothing."""
+    def compared(self, batch: Batch) -> Batch:
+        return next_tokens(batch)
 
 
 def sequences(folder: Path, world: int) -> tuple[NetworkModule, Any]:
@@ -168,9 +169,9 @@ def sequences(folder: Path, world: int) -> tuple[NetworkModule, Any]:
     rows = [range(start + rank * size, start + (rank + 1) * size) for start in range(0, 96, GLOBAL_BATCH)]
     batches = [{"input_ids": ids[list(own)], "labels": labels[list(own)]} for own in rows]
     torch.manual_seed(0)
-    terms = {"ce": CrossEntropyLoss(causal=True), "kd": SoftTargetLoss(2.0, causal=True)}
+    terms = {"ce": CrossEntropyLoss(), "kd": SoftTargetLoss(2.0)}
     loss = Objective(terms, {"ce": 0.5, "kd": 0.5})
-    module = Positions(Tagger(), FrozenTeacher(Tagger()), loss, SGD, task=Classification(WORDS))
+    module = DistillationModule(Tagger(), FrozenTeacher(Tagger()), loss, SGD, task=NextTokens(WORDS))
     return module, DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 

@@ -295,7 +295,7 @@ def _without_padding(example: Batch) -> Batch:
     trimmed: Batch = {}
     for name, value in example.items():
         mask = example.get("teacher_attention_mask" if name.startswith("teacher_") else "attention_mask")
-        has_tokens = mask is not None and mask.any() and value.shape == mask.shape and name not in ("index", "labels")
+        has_tokens = mask is not None and mask.any() and value.shape == mask.shape
         trimmed[name] = value[:, mask[0].bool()] if mask is not None and has_tokens else value
     return trimmed
 

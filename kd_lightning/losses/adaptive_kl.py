@@ -71,14 +71,11 @@ class AdaptiveKLLoss(LogitTerm):
     Args:
         temperature: As for `LogitTerm`.
         head_mass: The probability that makes the head of the teacher's distribution, in (0, 1).
-        causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
 
-    def __init__(
-        self, temperature: Scheduled = 1.0, head_mass: float = 0.5, causal: bool = False, classes: int | None = None
-    ) -> None:
-        super().__init__(temperature, causal, classes)
+    def __init__(self, temperature: Scheduled = 1.0, head_mass: float = 0.5, classes: int | None = None) -> None:
+        super().__init__(temperature, classes)
         self.head_mass = head_mass
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:

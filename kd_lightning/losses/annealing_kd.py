@@ -74,7 +74,6 @@ class AnnealingKDLoss(Term):
     Args:
         max_temperature: T_max >= 1, a whole number: how many sizes the teacher's logits take.
         until: Share of the training that the phase takes, inside (0, 1), as a boundary of `schedules.Step`.
-        causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side; see `compared_logits`.
 
     Raises:
@@ -83,9 +82,7 @@ class AnnealingKDLoss(Term):
 
     averages: Averages = "logits"
 
-    def __init__(
-        self, max_temperature: int = 10, until: float = 0.7, causal: bool = False, classes: int | None = None
-    ) -> None:
+    def __init__(self, max_temperature: int = 10, until: float = 0.7, classes: int | None = None) -> None:
         super().__init__()
         if max_temperature < 1 or max_temperature != int(max_temperature):
             raise ValueError(f"max_temperature={max_temperature} must be a whole number of at least 1")
@@ -93,7 +90,7 @@ class AnnealingKDLoss(Term):
             raise ValueError(
                 f"until={until} must be a share of the training inside (0, 1), since labels alone teach after it"
             )
-        self.max_temperature, self.until, self.causal, self.classes = int(max_temperature), until, causal, classes
+        self.max_temperature, self.until, self.classes = int(max_temperature), until, classes
 
     @property
     def temperature(self) -> int:
@@ -107,5 +104,5 @@ class AnnealingKDLoss(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean squared difference to the annealed logits."""
-        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.causal, self.classes)
+        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.classes)
         return annealing_kd(logits_s, logits_t, self.temperature, self.max_temperature, mask)

@@ -156,9 +156,9 @@ class BYOTLoss(Term):
         """Return the scheduled values now in force."""
         return {"alpha": self.now(self.alpha), "temperature": self.now(self.temperature)}
 
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+    def counts(self, batch: Batch) -> Tensor:
         """Return how many examples are labelled, and how many there are."""
-        return torch.cat([self.count(batch, per_position, "labels"), self.count(batch, per_position, "examples")])
+        return torch.cat([self.count(batch, "labels"), self.count(batch, "examples")])
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the sum over the exits."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.logit_term import check_labels
-from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, only_counted, reduce
+from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, kept_rows, only_counted, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -61,19 +61,16 @@ class CrossEntropyLoss(Term):
 
     Args:
         label_smoothing: epsilon in [0, 1).
-        causal: For language models: position t is scored against the label of token t + 1.
     """
 
     averages: Averages = "labels"
     uses_teacher = False
 
-    def __init__(self, label_smoothing: float = 0.0, causal: bool = False) -> None:
+    def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.label_smoothing, self.causal = label_smoothing, causal
+        self.label_smoothing = label_smoothing
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over labelled examples or positions."""
-        logits, labels = student.logits, batch["labels"]
-        if self.causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return cross_entropy(logits, labels, self.label_smoothing)
+        mask = kept_rows(student.logits, batch)
+        return cross_entropy(student.logits, batch["labels"], self.label_smoothing, mask)

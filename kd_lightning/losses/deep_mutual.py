@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.soft_target import soft_target
-from kd_lightning.losses.term import Scheduled, Term, check_mask, counted_positions, in_float32
+from kd_lightning.losses.term import Scheduled, Term, check_mask, in_float32, kept_rows
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -84,9 +84,9 @@ class DeepMutualLoss(Term):
         """Return the temperature now in force."""
         return {"temperature": self.now(self.temperature)}
 
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+    def counts(self, batch: Batch) -> Tensor:
         """Return how many logits are labelled, and how many there are."""
-        return torch.cat([self.count(batch, per_position, "labels"), self.count(batch, per_position, "logits")])
+        return torch.cat([self.count(batch, "labels"), self.count(batch, "logits")])
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean of the peers' losses."""
@@ -98,7 +98,7 @@ class DeepMutualLoss(Term):
         count = peers.shape[1]
         if count < 2:
             raise ValueError("deep mutual learning needs two peers or more, and there is one student only")
-        _, mask = counted_positions(student.logits, batch, causal=False)
+        mask = kept_rows(student.logits, batch)
         losses = []
         for k in range(count):
             others = torch.cat([peers[:, :k], peers[:, k + 1 :]], dim=1).detach()

@@ -103,7 +103,6 @@ class DISTLoss(LogitTerm):
         temperature: As for `LogitTerm`.
         inter_weight: beta, the weight of the correlations over an example's classes.
         intra_weight: gamma, the weight of the correlations over the batch for a class.
-        causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
 
@@ -112,10 +111,9 @@ class DISTLoss(LogitTerm):
         temperature: Scheduled = 1.0,
         inter_weight: float = 1.0,
         intra_weight: float = 1.0,
-        causal: bool = False,
         classes: int | None = None,
     ) -> None:
-        super().__init__(temperature, causal, classes)
+        super().__init__(temperature, classes)
         self.inter_weight, self.intra_weight = inter_weight, intra_weight
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:

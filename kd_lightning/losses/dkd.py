@@ -75,7 +75,6 @@ class DKDLoss(LogitTerm):
         temperature: As for `LogitTerm`.
         target_weight: alpha, the weight of how likely the label is.
         non_target_weight: beta, the weight of how the other classes share the rest.
-        causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
 
@@ -86,13 +85,12 @@ class DKDLoss(LogitTerm):
         temperature: Scheduled = 1.0,
         target_weight: float = 1.0,
         non_target_weight: float = 8.0,
-        causal: bool = False,
         classes: int | None = None,
     ) -> None:
-        super().__init__(temperature, causal, classes)
+        super().__init__(temperature, classes)
         self.target_weight, self.non_target_weight = target_weight, non_target_weight
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return T^2 times the weighted parts, averaged over what has a label."""
         weights = self.target_weight, self.non_target_weight
-        return dkd(student, teacher, self.labels(batch), self.now(self.temperature), *weights, mask)
+        return dkd(student, teacher, batch["labels"], self.now(self.temperature), *weights, mask)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.chunked_linear import Options, fused_linear
-from kd_lightning.losses.term import Averages, Scheduled, Term, counted_positions
+from kd_lightning.losses.term import Scheduled, Term, kept_rows
 from kd_lightning.types import Batch, ModelOutput
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -150,14 +150,13 @@ class FusedLinearKDLoss(Term):
 
     Both sides' `features` must hold `last_hidden` `(B, L, H)` and `head` `(V, H)`, the output layer's weight itself
     (not detached), and may hold `head_bias` `(V,)`. Their `logits` are not read: a model made for this term leaves out
-    its output layer and may give any small tensor for them. Which positions count is said by the batch, as for
-    `SoftTargetLoss`; the labels must be `(B, L)` unless `ce_weight` is 0.
+    its output layer and may give any small tensor for them. Positions count as for `SoftTargetLoss`, and those
+    without a label only where `ce_weight` is 0.
 
     Args:
         temperature: T > 0, or a schedule over training progress.
         ce_weight: Weight of the cross-entropy with the batch's labels.
         kd_weight: Weight of T^2 D.
-        causal: Position t answers for token t + 1.
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
         beta: The teacher's share of the mixture of `jsd`.
         label_smoothing: epsilon in [0, 1).
@@ -167,31 +166,25 @@ class FusedLinearKDLoss(Term):
         ValueError: At the first batch: a feature that is missing, or what `fused_linear_kd` refuses.
     """
 
-    averages: Averages = "logits"
-
     def __init__(
         self,
         temperature: Scheduled = 1.0,
         ce_weight: float = 0.5,
         kd_weight: float = 0.5,
-        causal: bool = False,
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
         label_smoothing: float = 0.0,
         classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.temperature, self.ce_weight, self.kd_weight, self.causal = temperature, ce_weight, kd_weight, causal
+        self.temperature, self.ce_weight, self.kd_weight = temperature, ce_weight, kd_weight
         self.divergence, self.beta = divergence, beta
         self.label_smoothing, self.classes = label_smoothing, classes
+        self.averages = "labels" if ce_weight != 0 else "logits"
 
     def settings(self) -> dict[str, float]:
         """Return the temperature now in force."""
         return {"temperature": self.now(self.temperature)}
-
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
-        """Return how many positions count, whatever stands for the logits."""
-        return super().counts(batch, per_position=True)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the weighted sum, averaged over valid positions."""
@@ -199,12 +192,9 @@ class FusedLinearKDLoss(Term):
             if missing := {"last_hidden", "head"} - output.features.keys():
                 raise ValueError(f"the {side}'s features {sorted(output.features)} lack {sorted(missing)}")
         hidden = [output.features["last_hidden"] for output in (student, teacher)]
-        keep, mask = counted_positions(hidden[0], batch, self.causal)
         labels = batch.get("labels") if self.ce_weight != 0 else None
-        if labels is not None and self.causal:
-            labels = labels[:, 1:]
         return fused_linear_kd(
-            hidden[0][:, keep], hidden[1][:, keep], student.features["head"], teacher.features["head"], labels, mask,
+            *hidden, student.features["head"], teacher.features["head"], labels, kept_rows(hidden[0], batch),
             student_bias=student.features.get("head_bias"), teacher_bias=teacher.features.get("head_bias"),
             ce_weight=self.ce_weight, kd_weight=self.kd_weight, temperature=self.now(self.temperature),
             divergence=self.divergence, beta=self.beta, label_smoothing=self.label_smoothing, classes=self.classes,

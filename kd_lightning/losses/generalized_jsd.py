@@ -68,14 +68,11 @@ class GeneralizedJSDLoss(LogitTerm):
     Args:
         temperature: As for `LogitTerm`.
         beta: The teacher's share of the mixture, in [0, 1]: 0 is forward KL, 1 reverse KL.
-        causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
 
-    def __init__(
-        self, temperature: Scheduled = 1.0, beta: float = 0.5, causal: bool = False, classes: int | None = None
-    ) -> None:
-        super().__init__(temperature, causal, classes)
+    def __init__(self, temperature: Scheduled = 1.0, beta: float = 0.5, classes: int | None = None) -> None:
+        super().__init__(temperature, classes)
         self.beta = beta
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:

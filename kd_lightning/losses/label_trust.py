@@ -65,4 +65,4 @@ class LabelTrustLoss(LogitTerm):
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return the mixture, averaged over the examples or valid positions."""
-        return label_trust(student, teacher, self.labels(batch), self.now(self.temperature), mask)
+        return label_trust(student, teacher, batch["labels"], self.now(self.temperature), mask)

@@ -56,16 +56,15 @@ class LogitMSELoss(Term):
     """Matching logits; see `logit_mse` for the formula.
 
     Args:
-        causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side; see `compared_logits`.
     """
 
     averages: Averages = "logits"
 
-    def __init__(self, causal: bool = False, classes: int | None = None) -> None:
+    def __init__(self, classes: int | None = None) -> None:
         super().__init__()
-        self.causal, self.classes = causal, classes
+        self.classes = classes
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean squared difference over examples or valid positions."""
-        return logit_mse(*compared_logits(student, teacher, batch, self.causal, self.classes))
+        return logit_mse(*compared_logits(student, teacher, batch, self.classes))

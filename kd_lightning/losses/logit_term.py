@@ -30,15 +30,14 @@ class LogitTerm(Term):
 
     Args:
         temperature: T > 0, or a schedule over training progress.
-        causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side; see `compared_logits`.
     """
 
     averages: Averages = "logits"
 
-    def __init__(self, temperature: Scheduled = 1.0, causal: bool = False, classes: int | None = None) -> None:
+    def __init__(self, temperature: Scheduled = 1.0, classes: int | None = None) -> None:
         super().__init__()
-        self.temperature, self.causal, self.classes = temperature, causal, classes
+        self.temperature, self.classes = temperature, classes
 
     def settings(self) -> dict[str, float]:
         """Return the temperature now in force."""
@@ -50,22 +49,18 @@ class LogitTerm(Term):
         Raises:
             ValueError: As `compared_logits`, or what the loss's function refuses.
         """
-        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.causal, self.classes)
+        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.classes)
         return self.compare(logits_s, logits_t, mask, batch)
-
-    def labels(self, batch: Batch) -> Tensor:
-        """Return the labels that belong to the compared logits, shifted with them."""
-        return batch["labels"][:, 1:] if self.causal else batch["labels"]
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
-        """Return the loss of logits that are cut and shifted already, a scalar.
+        """Return the loss of logits of as many classes, a scalar.
 
         Args:
             student: `(B, C)` or `(B, L, V)`.
             teacher: The same shape.
             mask: `(B, L)`, True = counts; None for `(B, C)`.
-            batch: For losses that read the labels.
+            batch: For losses that read the labels, one for each row.
         """
 
 

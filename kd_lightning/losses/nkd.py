@@ -63,7 +63,6 @@ class NKDLoss(LogitTerm):
     Args:
         temperature: As for `LogitTerm`; of the non-target part.
         non_target_weight: gamma, the weight of the non-target part.
-        causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
 
@@ -73,13 +72,11 @@ class NKDLoss(LogitTerm):
         self,
         temperature: Scheduled = 1.0,
         non_target_weight: float = 1.5,
-        causal: bool = False,
         classes: int | None = None,
     ) -> None:
-        super().__init__(temperature, causal, classes)
+        super().__init__(temperature, classes)
         self.non_target_weight = non_target_weight
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return both parts' weighted sum, averaged over what has a label."""
-        labels = self.labels(batch)
-        return nkd(student, teacher, labels, self.now(self.temperature), self.non_target_weight, mask)
+        return nkd(student, teacher, batch["labels"], self.now(self.temperature), self.non_target_weight, mask)

@@ -98,10 +98,10 @@ class RegressionLoss(Term):
         self.uses_teacher = target == "teacher"
         self.averages = "examples" if self.uses_teacher else "labels"
 
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+    def counts(self, batch: Batch) -> Tensor:
         """Return how many examples have a target."""
         if self.uses_teacher or "labels" not in batch:
-            return super().counts(batch, per_position)
+            return super().counts(batch)
         return _known(_scores(batch["labels"])).sum(dtype=torch.float32).view(1)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:

@@ -68,7 +68,6 @@ class SkewKLLoss(LogitTerm):
         temperature: As for `LogitTerm`.
         skew: The share of the first distribution in the mixture, in [0, 1).
         direction: `forward` or `reverse`.
-        causal: As for `LogitTerm`.
         classes: As for `LogitTerm`.
     """
 
@@ -77,10 +76,9 @@ class SkewKLLoss(LogitTerm):
         temperature: Scheduled = 1.0,
         skew: float = 0.1,
         direction: Direction = "forward",
-        causal: bool = False,
         classes: int | None = None,
     ) -> None:
-        super().__init__(temperature, causal, classes)
+        super().__init__(temperature, classes)
         self.skew: float = skew
         self.direction: Direction = direction
 

@@ -50,7 +50,6 @@ class SoftTargetLoss(Term):
 
     Args:
         temperature: T > 0, or a schedule over training progress.
-        causal: For language models: position t answers for token t + 1.
         classes: Compare only the first `classes` logits of each side. For vocabularies that are the same but for
             padding ids at the end, which differ in number between checkpoints of one family.
 
@@ -60,9 +59,9 @@ class SoftTargetLoss(Term):
 
     averages: Averages = "logits"
 
-    def __init__(self, temperature: Scheduled = 1.0, causal: bool = False, classes: int | None = None) -> None:
+    def __init__(self, temperature: Scheduled = 1.0, classes: int | None = None) -> None:
         super().__init__()
-        self.temperature, self.causal, self.classes = temperature, causal, classes
+        self.temperature, self.classes = temperature, classes
 
     def settings(self) -> dict[str, float]:
         """Return the temperature now in force."""
@@ -70,5 +69,5 @@ class SoftTargetLoss(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return T^2 KL(teacher || student), averaged over examples or valid positions."""
-        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.causal, self.classes)
+        logits_s, logits_t, mask = compared_logits(student, teacher, batch, self.classes)
         return soft_target(logits_s, logits_t, self.now(self.temperature), mask)

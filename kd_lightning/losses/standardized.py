@@ -71,9 +71,9 @@ class StandardizedLoss(Term):
             )
         self.term.connect(student, teacher, examples)
 
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+    def counts(self, batch: Batch) -> Tensor:
         """Return the wrapped term's."""
-        return self.term.counts(batch, per_position)
+        return self.term.counts(batch)
 
     def share(self, own: Tensor, mean: Tensor) -> Tensor:
         """Return the wrapped term's."""

@@ -47,10 +47,10 @@ class TaskTerm(Term):
         """Let the term build what it sizes by the task's logits."""
         self.term.connect(self._of(student, slice(None)), self._of(teacher, slice(None)), examples)
 
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
+    def counts(self, batch: Batch) -> Tensor:
         """Return what the term counts among the task's rows, B_k and B."""
         rows = batch["task"] == self.number
-        own = self.term.counts({name: value[rows] for name, value in batch.items()}, per_position)
+        own = self.term.counts({name: value[rows] for name, value in batch.items()})
         return torch.cat([own, torch.stack([rows.sum(), torch.ones_like(rows).sum()])])
 
     def share(self, own: Tensor, mean: Tensor) -> Tensor:

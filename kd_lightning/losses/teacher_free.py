@@ -16,6 +16,7 @@ from kd_lightning.losses.term import (
     check_mask,
     check_positive,
     in_float32,
+    kept_rows,
     reduce,
 )
 from kd_lightning.types import Batch, ModelOutput
@@ -78,15 +79,14 @@ class TeacherFreeLoss(Term):
     Args:
         temperature: T > 0, or a schedule over training progress.
         correct_probability: What the virtual teacher gives the label, in (0, 1).
-        causal: For language models: position t is scored against the label of token t + 1.
     """
 
     averages: Averages = "labels"
     uses_teacher = False
 
-    def __init__(self, temperature: Scheduled = 1.0, correct_probability: float = 0.99, causal: bool = False) -> None:
+    def __init__(self, temperature: Scheduled = 1.0, correct_probability: float = 0.99) -> None:
         super().__init__()
-        self.temperature, self.correct_probability, self.causal = temperature, correct_probability, causal
+        self.temperature, self.correct_probability = temperature, correct_probability
 
     def settings(self) -> dict[str, float]:
         """Return the temperature now in force."""
@@ -94,7 +94,5 @@ class TeacherFreeLoss(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return T^2 KL(virtual teacher || student), averaged over labelled examples or positions."""
-        logits, labels = student.logits, batch["labels"]
-        if self.causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return teacher_free(logits, labels, self.now(self.temperature), self.correct_probability)
+        mask, temperature = kept_rows(student.logits, batch), self.now(self.temperature)
+        return teacher_free(student.logits, batch["labels"], temperature, self.correct_probability, mask)

@@ -14,7 +14,7 @@ from typing import Any, Literal, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.types import IGNORE, Batch, ModelOutput, is_labelled
+from kd_lightning.types import Batch, ModelOutput, is_labelled
 
 Reduction = Literal["mean", "sum", "none"]
 Scheduled = float | Callable[[float], float]
@@ -36,14 +36,12 @@ class Term(nn.Module, ABC):
         needs_student: Names of the student's features it reads; see `kd_lightning.models.features`.
         needs_teacher: The same of the teacher.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
-        averages: What its mean is over: `examples`; `sequences`, examples with any token that is no padding; examples
-            or positions with `labels`; `logits`, which are one an example or one a position; `tokens` that are no
-            padding. What the mean over several batches is weighted by; see `counts`.
-        causal: Position t answers for token t + 1, so that the first token is not counted.
+        averages: What its mean is over: `examples`; `sequences`, examples with any token that is no padding; `logits`,
+            the rows that are kept; those of them with `labels`; `tokens` that are no padding. What the mean over
+            several batches is weighted by; see `counts`.
     """
 
     averages: Averages = "examples"
-    causal: bool = False
     uses_teacher: bool = True
     needs_student: tuple[str, ...] = ()
     needs_teacher: tuple[str, ...] = ()
@@ -61,28 +59,22 @@ class Term(nn.Module, ABC):
             examples: How many examples the data has: every `index` is below.
         """
 
-    def counts(self, batch: Batch, per_position: bool) -> Tensor:
-        """Return how many things each of its means over a batch is over, `(P,)` float32; see `parts`.
+    def counts(self, batch: Batch) -> Tensor:
+        """Return how many things each of its means over a batch is over, `(P,)` float32; see `parts`."""
+        return self.count(batch, self.averages)
 
-        Args:
-            batch: The batch.
-            per_position: The student's logits are one a position, `(B, L, V)`, and not one an example.
-        """
-        return self.count(batch, per_position, self.averages)
-
-    def count(self, batch: Batch, per_position: bool, averages: Averages) -> Tensor:
+    def count(self, batch: Batch, averages: Averages) -> Tensor:
         """Return how many things a mean over a batch is over, `(1,)` float32."""
-        labels, mask = batch.get("labels"), batch.get("attention_mask")
-        positions = labels if labels is not None and labels.ndim == 2 else mask
+        labels, mask, keep = (batch.get(name) for name in ("labels", "attention_mask", "keep"))
         counted = None
         if averages == "tokens":
             counted = mask
         elif averages == "sequences" and mask is not None:
             counted = mask.any(1)
-        elif averages in ("labels", "logits") and per_position and positions is not None:
-            counted = counted_positions(positions.unsqueeze(2), batch, self.causal)[1]
+        elif averages == "logits":
+            counted = keep
         elif averages == "labels" and labels is not None:
-            counted = is_labelled(labels)
+            counted = is_labelled(labels) if keep is None else is_labelled(labels) & keep
         if counted is None:
             first = next(iter(batch.values()))
             return torch.full((1,), float(len(first)), device=first.device)
@@ -215,47 +207,40 @@ def reduce(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
     return total / count
 
 
-def counted_positions(logits: Tensor, batch: Batch, causal: bool) -> tuple[slice, Tensor | None]:
-    """Say which positions of sequence logits count.
+def kept_rows(logits: Tensor, batch: Batch) -> Tensor | None:
+    """Return which rows of logits count: all of `(B, C)`, of `(B, L, V)` those that the batch keeps.
 
     Args:
         logits: `(B, C)`, or `(B, L, V)` for token-level outputs.
-        batch: Read for `labels` `(B, L)`, else `attention_mask` `(B, L)`.
-        causal: Position t answers for token t + 1, so the last position has no token to answer for.
+        batch: Of tokens, as `Task.compared` returns it: `keep` `(B, L)` and `labels` `(B, L)` are of the same rows.
 
     Returns:
-        The slice of positions to keep and their mask `(B, L')`, or `(slice(None), None)` for `(B, C)` logits.
+        `(B, L)` bool; None for `(B, C)` logits.
 
     Raises:
-        ValueError: Token-level logits and a batch that says nothing of its positions.
+        ValueError: Token-level logits, and no `keep` of their shape.
     """
     if logits.ndim == 2:
-        return slice(None), None
-    labels = batch.get("labels")
-    if labels is not None and labels.shape == logits.shape[:2]:
-        counts = labels != IGNORE
-    elif "attention_mask" in batch:
-        counts = batch["attention_mask"].bool()
-        if causal:  # the last padding on the left has read nothing: it does not answer for the first token
-            counts = torch.cat([counts[:, :1], counts[:, 1:] & counts[:, :-1]], dim=1)
-    else:
+        return None
+    keep = batch.get("keep")
+    if keep is None or keep.shape != logits.shape[:-1]:
+        given = "no `keep`" if keep is None else f"`keep` {tuple(keep.shape)}"
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} are per position, but the batch has neither labels of shape "
-            f"{tuple(logits.shape[:2])} nor an attention_mask to tell which positions count"
+            f"logits {tuple(logits.shape)} have a row for each position, and the batch has {given} to say which count: "
+            f"a task of tokens gives it as {tuple(logits.shape[:-1])} bool in `Task.compared`"
         )
-    return (slice(0, -1), counts[:, 1:]) if causal else (slice(None), counts)
+    return keep
 
 
 def compared_logits(
-    student: ModelOutput, teacher: ModelOutput, batch: Batch, causal: bool = False, classes: int | None = None
+    student: ModelOutput, teacher: ModelOutput, batch: Batch, classes: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return both sides' logits where a loss compares them class by class, and the mask of positions that count.
+    """Return both sides' logits where a loss compares them class by class, and the mask of rows that count.
 
     Args:
         student: With logits `(B, C)` or `(B, L, V)`.
         teacher: With logits of as many classes, or more than `classes`.
-        batch: As for `counted_positions`.
-        causal: As for `counted_positions`.
+        batch: As for `kept_rows`.
         classes: Keep only the first `classes` logits of each side: for vocabularies that differ in padding ids at the
             end.
 
@@ -270,10 +255,7 @@ def compared_logits(
         )
     if classes is not None and classes > min(sizes):
         raise ValueError(f"classes={classes}, but the student has {sizes[0]} and the teacher {sizes[1]}")
-    keep, mask = counted_positions(student.logits, batch, causal)
-    if mask is None:
-        return student.logits[:, :classes], teacher.logits[:, :classes], None
-    return student.logits[:, keep, :classes], teacher.logits[:, keep, :classes], mask
+    return student.logits[..., :classes], teacher.logits[..., :classes], kept_rows(student.logits, batch)
 
 
 def token_mask(batch: Batch, student: Tensor, teacher: Tensor, axis: int = 1) -> Tensor | None:

@@ -61,4 +61,4 @@ class WSLDLoss(LogitTerm):
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return T^2 times the weighted KL divergence, averaged over what has a label."""
-        return wsld(student, teacher, self.labels(batch), self.now(self.temperature), mask)
+        return wsld(student, teacher, batch["labels"], self.now(self.temperature), mask)

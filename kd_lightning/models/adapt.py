@@ -33,8 +33,8 @@ _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataPar
 def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     """Run `network` on the entries of `batch` that its forward names, and return its logits as a `ModelOutput`.
 
-    `labels`, `index`, `task` and `teacher_*` are never passed: a network sees what it will see when it is deployed. A
-    forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the
+    `labels`, `keep`, `index`, `task` and `teacher_*` are never passed: a network sees what it will see when deployed.
+    A forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the
     user's does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the
     signature of what they wrap.
 
@@ -49,7 +49,7 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
         ConfigError: The forward needs something that the batch lacks, or returned something without logits.
     """
     forward = _forward_of(unwrap(network))
-    names = [name for name in batch if _is_input(name)] if forward.takes_everything else forward.names
+    names = [name for name in batch if is_input(name)] if forward.takes_everything else forward.names
     arguments = {name: _narrowed(batch[name], network) for name in names if name in batch}
     missing = [name for name in forward.required if name not in arguments]
     if arguments and not missing:
@@ -103,7 +103,7 @@ def _forward_of(module: nn.Module) -> _Forward:
 def _inspect(function: Callable[..., Any], is_method: bool) -> _Forward:
     parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = tuple(p.name for p in named if p.kind is not p.POSITIONAL_ONLY and _is_input(p.name))
+    names = tuple(p.name for p in named if p.kind is not p.POSITIONAL_ONLY and is_input(p.name))
     required = [p.name for p in named if p.default is p.empty]
     by_position = [p.name for p in named[:1] if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -118,8 +118,9 @@ def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
     return x.to(weight.dtype) if weight is not None and weight.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _is_input(name: str) -> bool:
-    return name not in ("labels", "index", "task") and not name.startswith("teacher_")
+def is_input(name: str) -> bool:
+    """Say whether a network may see this entry of a batch."""
+    return name not in ("labels", "keep", "index", "task") and not name.startswith("teacher_")
 
 
 def _as_output(output: Any, network: nn.Module) -> ModelOutput:
@@ -152,7 +153,7 @@ def _describe_value(value: Any) -> str:
 def _cannot_call(network: nn.Module, forward: _Forward, missing: list[str], batch: Batch) -> str:
     name = type(unwrap(network)).__name__
     needs = f"needs {', '.join(missing)}" if missing else f"takes only {', '.join(forward.names) or 'nothing'}"
-    has = ", ".join(entry for entry in batch if _is_input(entry)) or "nothing it may see"
+    has = ", ".join(entry for entry in batch if is_input(entry)) or "nothing it may see"
     return (
         f"cannot call {name}: its forward {needs}, but the batch has {has} (labels, index and teacher_* are never "
         "passed); rename the forward's parameters to the batch's names and give the others a default"

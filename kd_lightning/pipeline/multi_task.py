@@ -135,7 +135,7 @@ class MultiTaskPipeline(Pipeline):
             asked.append(part.answerings[0].check(network, finished))
         teacher = self._joined(asked) if asked else None
         batch = self.data.select(tokens="both").one_of_each()
-        try_out(objective, student, teacher, batch, self.data.num_examples, self.data.num_classes)
+        try_out(objective, student, teacher, batch, self.task, self.data.num_examples)
         step_taught(objective, student, teacher, batch, self.cfg["optimizer"])
 
     def _network(self, part: Pipeline) -> tuple[nn.Module, TeacherNetwork | None]:

@@ -18,7 +18,7 @@ from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.teachers import EnsembleNetwork, SideBySide, Teacher
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.optim import parameter_groups
-from kd_lightning.types import Batch, ModelOutput
+from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.data import ClassificationData
@@ -71,8 +71,8 @@ def _rehearse(pipeline: Pipeline) -> None:
             answering.needs = objective.needs_teacher
             teacher = answering.check(above, pipeline.teacher if trained and number == 0 else None)
         data = pipeline.data_of(number).select(tokens="both")
-        batch = _few(data)
-        try_out(objective, network, teacher, batch, data.num_examples, pipeline.data.num_classes)
+        batch = pipeline.task.compared(_few(data))
+        try_out(objective, network, teacher, batch, pipeline.task, data.num_examples)
         step_taught(objective, network, teacher, batch, cfg["optimizer"])
 
 
@@ -189,11 +189,11 @@ def step_alone(role: Role, pipeline: Pipeline, network: nn.Module, optimizer: di
     Raises:
         ConfigError: The network cannot read the data, predicts something else, or cannot be trained.
     """
-    batch = _few(pipeline.data.select(tokens=role, pool=False))
+    batch = pipeline.task.compared(_few(pipeline.data.select(tokens=role, pool=False)))
     objective = Objective(*pipeline.task.terms())
     with named(role):
         said = run_network(network.train(), batch)
-        _check_outputs(said, pipeline.data.num_classes)
+        pipeline.task.check_logits(said.logits, batch)
         _step(network, objective(said, said, batch)[0], optimizer)
 
 
@@ -225,18 +225,8 @@ def _step(module: nn.Module, loss: Tensor, optimizer: dict[str, Any]) -> None:
         )
 
 
-def _check_outputs(said: ModelOutput, classes: int) -> None:
-    """Refuse a network that predicts other things than the data ask for."""
-    if said.logits.ndim != 2 or said.logits.shape[1] != classes:
-        shape = list(said.logits.shape)
-        raise ConfigError(
-            f"it predicts logits of shape {shape} for {len(said.logits)} examples, and the data ask for {classes} an "
-            "example: a network gives one logit for each class, also of two"
-        )
-
-
 def try_out(
-    objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, examples: int, classes: int
+    objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, task: Task, examples: int
 ) -> None:
     """Compare the two on one batch, every term whatever its weight, so that models that do not fit are refused at once.
 
@@ -247,10 +237,10 @@ def try_out(
     with evaluating(student), torch.no_grad():
         with named("student"):
             said = ask(batch)
-            _check_outputs(said, classes)
+            task.check_logits(said.logits, batch)
         with named("teacher"):
             expected = said if teacher is None else teacher(batch)
-            _check_outputs(expected, classes)
+            task.check_logits(expected.logits, batch)
         if not all(x.isfinite().all() for x in (expected.logits, *expected.features.values())) and teacher is not None:
             raise ConfigError(
                 "teacher: the teacher's outputs are not finite (NaN or infinite): its weights are damaged, or overflow "

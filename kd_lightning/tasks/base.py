@@ -1,4 +1,18 @@
-"""What a network predicts: how many numbers it puts out, how it learns them from labels, and how it is scored."""
+"""The protocol of tasks: what a network predicts, what its losses and scores compare, and how both are read.
+
+Everything that depends on what is predicted is asked of the task. A batch goes through a training so:
+
+| | an example has one row | its tokens have one each |
+|---|---|---|
+| `ModelOutput.logits` | `(B, C)` | `(B, L, C)` |
+| `compared(batch)["labels"]` | `(B,)`: one for each row of the logits | `(B, L)` |
+| `compared(batch)["keep"]` | absent: every row counts | `(B, L)` bool: the rows that count |
+
+A loss or a score over tokens is that of the kept rows in line, `logits[keep]` `(N, C)` and `labels[keep]` `(N,)`; what
+stands in other rows reaches neither value nor gradient. The logits are never cut or shifted: where a row answers for
+another token than its own (`next_tokens`), labels and `keep` move to it. `attention_mask` stays as it is, for losses on
+hidden states.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +26,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from kd_lightning.losses.term import Term
-from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.tasks.predictions import Answers
 from kd_lightning.types import Batch
 
@@ -37,10 +51,12 @@ class Scores(nn.Module):
         """Add a batch and return the metrics, to be logged.
 
         Args:
-            logits: `(B, C)`.
-            against: Labels `(B,)`, or a teacher's logits `(B, C)`.
-            batch: The batch itself.
+            logits: `(B, C)` or `(B, L, C)`.
+            against: Labels `(B,)` or `(B, L)`, or a teacher's logits.
+            batch: The batch as `Task.compared` returns it.
         """
+        if "keep" in batch:
+            logits, against = logits[batch["keep"]], against[batch["keep"]]
         for metric in self.metrics.values():
             metric.update(logits, against)  # type: ignore[operator]
         return dict(self.metrics)  # type: ignore[arg-type]
@@ -68,6 +84,22 @@ class Task(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What builds this task again: its `_target_` and arguments."""
+
+    def compared(self, batch: Batch) -> Batch:
+        """Return the batch with what student, teacher and labels are compared by: a label and `keep` for each row."""
+        return batch
+
+    def check_logits(self, logits: Tensor, batch: Batch) -> None:
+        """Refuse a network that predicts something else.
+
+        Raises:
+            ConfigError: Names the logits' shape and what it should be.
+        """
+        if logits.ndim != 2 or logits.shape[1] != self.outputs:
+            raise ConfigError(
+                f"it predicts logits of shape {list(logits.shape)} for {len(logits)} examples, and the data ask for "
+                f"{self.outputs} an example: a network gives one logit for each class, also of two"
+            )
 
     def labels(self, values: Tensor) -> Tensor:
         """Return labels `(B,)` of several tasks' common type as this task's own."""

@@ -141,7 +141,8 @@ class DistillationModule(NetworkModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the objective's value for one batch."""
         loss: Tensor
-        loss, parts = self.objective(*self.outputs(batch), batch, self.progress, self.step.mean(batch, batch_idx))
+        rows = self.task.compared(batch)
+        loss, parts = self.objective(*self.outputs(batch), rows, self.progress, self.step.mean(batch, batch_idx))
         self.log_step(batch, loss, lambda: self.objective.account(parts, self.progress))
         self.log_gradients(batch_idx, lambda: self.objective.gradients(parts, self.progress))
         return loss
@@ -149,10 +150,11 @@ class DistillationModule(NetworkModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score the student against labels and against its teacher, if it has one."""
         student = run_network(self.student, batch).logits
-        self.score(student, batch)
+        rows = self.task.compared(batch)
+        self.score(student, rows)
         if self.teacher is None:
             return
-        near = self.val_fidelity(student, self.teacher(batch).logits, batch)
+        near = self.val_fidelity(student, self.teacher(batch).logits, rows)
         self.log_dict({f"val/{name}": metric for name, metric in near.items()})
 
     def _expected(self, batch: Batch, student: ModelOutput) -> ModelOutput:
@@ -205,10 +207,11 @@ class SupervisedModule(NetworkModule):
         """Return the loss of one batch: the mean cross-entropy, or what the task learns by from its labels."""
         output = run_network(self.network, batch)
         loss: Tensor
-        loss, _ = self.objective(output, output, batch, self.progress, self.step.mean(batch, batch_idx))
+        rows = self.task.compared(batch)
+        loss, _ = self.objective(output, output, rows, self.progress, self.step.mean(batch, batch_idx))
         self.log_step(batch, loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score the network against labels."""
-        self.score(run_network(self.network, batch).logits, batch)
+        self.score(run_network(self.network, batch).logits, self.task.compared(batch))

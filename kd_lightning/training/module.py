@@ -72,7 +72,7 @@ class NetworkModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """See to it that means are taken over whole steps (see `StepCounts`), and that terms may sit out steps."""
         trainer: Any = self.trainer
-        self.step = StepCounts(trainer, self.objective.counts)
+        self.step = StepCounts(trainer, lambda batch: self.objective.counts(self.task.compared(batch)))
         if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
             look, around = self.step.around, trainer.datamodule.around
             trainer.datamodule.around = look if around is None else lambda loader: around(look(loader))
@@ -156,15 +156,16 @@ class NetworkModule(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score the network against labels."""
-        self.score(run_network(self.trained, batch).logits, batch, "test")
+        self.score(run_network(self.trained, batch).logits, self.task.compared(batch), "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return `(B, C)` float32: the probabilities of classes, or scores; see `Task.predictions`."""
         return self.task.predictions(at_least_float32(run_network(self.trained, batch).logits))
 
     def score(self, logits: Tensor, batch: Batch, split: str = "val") -> None:
-        """Update and log the scores of a split."""
-        labelled = int(is_labelled(batch["labels"]).sum())
+        """Update and log the scores of a split, of a batch as `Task.compared` returns it."""
+        known = is_labelled(batch["labels"])
+        labelled = int((known & batch["keep"] if "keep" in batch else known).sum())
         said = ModelOutput(at_least_float32(logits))
         self.log(f"{split}/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
         for name, metric in self.val_scores(logits, batch["labels"], batch).items():

@@ -111,12 +111,8 @@ class Objective(nn.Module):
             self.connected = True
 
     def counts(self, batch: Batch) -> Tensor:
-        """Return how many things the terms' means over a batch are over, one after the other; see `Term.counts`.
-
-        First for logits of whole examples, then for logits of positions: a step's counts are taken before it is known
-        which of them the student puts out.
-        """
-        return torch.cat([term.counts(batch, per_position) for per_position in (False, True) for term in self._terms()])
+        """Return how many things the terms' means over a batch are over, one after the other; see `Term.counts`."""
+        return torch.cat([term.counts(batch) for term in self._terms()])
 
     def forward(
         self,
@@ -151,7 +147,7 @@ class Objective(nn.Module):
             parts = {name: part.sum() for name, part in means.items()}
             if mean_counts is None:
                 return self.balance(parts, weights), parts
-            return self.balance(self._shared(means, batch, mean_counts, student.logits.ndim == 3), weights), parts
+            return self.balance(self._shared(means, batch, mean_counts), weights), parts
 
     def account(self, parts: Mapping[str, Tensor], progress: float) -> dict[str, Any]:
         """Return what to log of a step: each term's value and its share of the loss, and `settings`."""
@@ -180,12 +176,10 @@ class Objective(nn.Module):
             values.update({f"{name}/{key}": value for key, value in term.settings().items()})
         return values
 
-    def _shared(
-        self, means: dict[str, Tensor], batch: Batch, mean_counts: Tensor, per_position: bool
-    ) -> dict[str, Tensor]:
+    def _shared(self, means: dict[str, Tensor], batch: Batch, mean_counts: Tensor) -> dict[str, Tensor]:
         """Return the terms' means times this batch's shares of the step, summed by term."""
-        own = {name: term.counts(batch, per_position) for name, term in zip(self.terms, self._terms(), strict=True)}
-        of_step = torch.split(mean_counts.chunk(2)[per_position], [len(counts) for counts in own.values()])
+        own = {name: term.counts(batch) for name, term in zip(self.terms, self._terms(), strict=True)}
+        of_step = torch.split(mean_counts, [len(counts) for counts in own.values()])
         shares = {
             name: term.share(own[name], mean) for name, term, mean in zip(own, self._terms(), of_step, strict=True)
         }

@@ -190,24 +190,6 @@ def test_a_mask_leaves_out_what_has_a_label(batch: tuple[Tensor, Tensor]) -> Non
         cross_entropy(logits, labels, mask=mask[:, 0])
 
 
-def test_causal_scores_position_t_on_token_t_plus_one() -> None:
-    logits = torch.zeros(1, 3, 4, dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor([[[0.0, 5.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0], [0.0, 0.0, 0.0, 5.0]]], dtype=torch.float64)
-    value = loss(logits + bias, torch.tensor([[3, 1, 2]]), causal=True)  # says 1, 2 after the first and second token
-    assert value.item() == pytest.approx(-log_softmax([5.0, 0, 0, 0])[0])
-    value.backward()
-    assert logits.grad is not None
-    assert (logits.grad != 0).any(-1).tolist() == [[True, True, False]]
-
-
-def test_causal_leaves_ignored_tokens_out() -> None:
-    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = torch.tensor([[IGNORE, IGNORE, 3, 4], [2, 0, IGNORE, IGNORE]])
-    picked = torch.stack([logits[0, 1], logits[0, 2], logits[1, 0]])
-    expected = by_numpy(picked, torch.tensor([3, 4, 0])).mean()
-    assert loss(logits, labels, causal=True).item() == pytest.approx(expected)
-
-
 def test_the_term_smooths_and_needs_no_teacher(batch: tuple[Tensor, Tensor]) -> None:
     term = CrossEntropyLoss(label_smoothing=0.3)
     value = term(ModelOutput(batch[0]), ModelOutput(torch.zeros(0)), {"labels": batch[1]})

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_lightning.losses import SoftTargetLoss, chunked_linear
-from kd_lightning.losses.cross_entropy import cross_entropy
+from kd_lightning.losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from kd_lightning.losses.fused_linear import FusedLinearKDLoss, chunked_soft_target, fused_linear_kd
 from kd_lightning.losses.soft_target import soft_target
+from kd_lightning.tasks.rows import next_tokens
 from kd_lightning.training.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.pair import in_two
@@ -501,31 +502,30 @@ def outputs(case: Case) -> tuple[ModelOutput, ModelOutput, Batch]:
     nothing = torch.zeros(())
     student = {"last_hidden": case.h_s.view(4, 4, 5), "head": case.w_s, "head_bias": case.b_s}
     teacher = {"last_hidden": case.h_t.view(4, 4, 4), "head": case.w_t, "head_bias": case.b_t}
-    batch = {"labels": case.labels.view(4, 4)}
+    batch = {"labels": case.labels.view(4, 4), "keep": torch.ones(4, 4, dtype=torch.bool)}
     return ModelOutput(nothing, student), ModelOutput(nothing, teacher), batch
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_term_counts_as_the_terms_of_the_logits_do(case: Case, causal: bool) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_term_counts_as_the_terms_of_the_logits_do(case: Case, shifted: bool) -> None:
     student, teacher, batch = outputs(case)
-    value = FusedLinearKDLoss(2.0, ce_weight=0.3, kd_weight=0.7, causal=causal)(student, teacher, batch)
+    if shifted:
+        batch = next_tokens(batch | {"input_ids": batch["labels"]})
+    value = FusedLinearKDLoss(2.0, ce_weight=0.3, kd_weight=0.7)(student, teacher, batch)
     logits = [ModelOutput(z.view(4, 4, V)) for z in case.logits()]
-    z, labels = (logits[0].logits[:, :-1], batch["labels"][:, 1:]) if causal else (logits[0].logits, batch["labels"])
-    expected = 0.3 * cross_entropy(z, labels) + 0.7 * SoftTargetLoss(2.0, causal)(*logits, batch)
+    known = batch | {"keep": batch["keep"] & (batch["labels"] != IGNORE)}
+    expected = 0.3 * CrossEntropyLoss()(*logits, batch) + 0.7 * SoftTargetLoss(2.0)(*logits, known)
     torch.testing.assert_close(value, expected)
     for actual, exact in zip(gradients(value, case), gradients(expected, case), strict=True):
         torch.testing.assert_close(actual, exact)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_term_without_labels_goes_by_the_attention_mask(case: Case, causal: bool) -> None:
-    student, teacher, _ = outputs(case)
-    batch = {"attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]])}
-    term = FusedLinearKDLoss(2.0, ce_weight=0.0, kd_weight=1.0, causal=causal, classes=V - 1)
+def test_the_term_without_a_cross_entropy_counts_all_that_is_kept(case: Case) -> None:
+    student, teacher, batch = outputs(case)
+    batch["keep"] = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    term = FusedLinearKDLoss(2.0, ce_weight=0.0, kd_weight=1.0, classes=V - 1)
     logits = [ModelOutput(z.view(4, 4, V)) for z in case.logits()]
-    torch.testing.assert_close(
-        term(student, teacher, batch), SoftTargetLoss(2.0, causal, classes=V - 1)(*logits, batch)
-    )
+    torch.testing.assert_close(term(student, teacher, batch), SoftTargetLoss(2.0, classes=V - 1)(*logits, batch))
 
 
 def test_the_terms_temperature_follows_its_schedule(case: Case) -> None:

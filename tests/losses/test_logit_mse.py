@@ -43,9 +43,10 @@ def test_shapes_that_differ() -> None:
         logit_mse(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3, dtype=torch.bool))
 
 
-def test_the_term_cuts_classes_and_shifts_positions() -> None:
+def test_the_term_cuts_classes_and_leaves_rows_out() -> None:
     student, teacher = ModelOutput(randn(2, 4, 5)), ModelOutput(randn(2, 4, 7, seed=1))
+    keep = torch.tensor([[True, True, False, True], [True, False, False, True]])
     with pytest.raises(ValueError, match="the student has 5 classes and the teacher 7"):
-        LogitMSELoss()(student, teacher, {"attention_mask": torch.ones(2, 4)})
-    value = LogitMSELoss(causal=True, classes=5)(student, teacher, {"attention_mask": torch.ones(2, 4)})
-    torch.testing.assert_close(value, logit_mse(student.logits[:, :-1], teacher.logits[:, :-1, :5]))
+        LogitMSELoss()(student, teacher, {"keep": keep})
+    value = LogitMSELoss(classes=5)(student, teacher, {"keep": keep})
+    torch.testing.assert_close(value, logit_mse(student.logits[keep], teacher.logits[keep, :5]))

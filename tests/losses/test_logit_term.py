@@ -36,6 +36,7 @@ UNLABELLED: list[tuple[type[LogitTerm], Callable[..., Tensor]]] = [
     (SkewKLLoss, skew_kl),
     (TotalVariationLoss, total_variation),
 ]
+KEEP = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
 LABELLED: list[tuple[type[LogitTerm], Callable[..., Tensor]]] = [(DKDLoss, dkd), (NKDLoss, nkd), (WSLDLoss, wsld)]
 
 
@@ -82,33 +83,34 @@ def test_only_labelled_examples_count_where_labels_are_read(
 
 
 @pytest.mark.parametrize(("term", "function"), UNLABELLED)
-def test_positions_classes_and_shift(term: type[LogitTerm], function: Callable[..., Tensor]) -> None:
+def test_kept_rows_and_classes(term: type[LogitTerm], function: Callable[..., Tensor]) -> None:
     student, teacher, labels = tokens()
+    batch = {"keep": KEEP, "labels": labels}
     with pytest.raises(ValueError, match="the student has 6 classes and the teacher 7"):
-        call(term(), student, teacher, {"labels": labels})
-    value = call(term(causal=True, classes=5), student, teacher, {"labels": labels})
-    mask = labels[:, 1:] != IGNORE
-    torch.testing.assert_close(value, function(student[:, :-1, :5], teacher[:, :-1, :5], mask=mask))
-    flat = [x[:, :-1, :5][mask] for x in (student, teacher)]
-    torch.testing.assert_close(value, function(*flat))
+        call(term(), student, teacher, batch)
+    value = call(term(classes=5), student, teacher, batch)
+    torch.testing.assert_close(value, function(student[..., :5], teacher[..., :5], mask=KEEP))
+    torch.testing.assert_close(value, function(student[KEEP, :5], teacher[KEEP, :5]))
+    with pytest.raises(ValueError, match=r"logits \(3, 5, 6\) have a row for each position.*no `keep`"):
+        call(term(classes=5), student, teacher, {"labels": labels, "attention_mask": KEEP.long()})
 
 
 @pytest.mark.parametrize(("term", "function"), LABELLED)
-def test_positions_classes_and_shift_of_labels(term: type[LogitTerm], function: Callable[..., Tensor]) -> None:
+def test_kept_rows_and_classes_with_labels(term: type[LogitTerm], function: Callable[..., Tensor]) -> None:
     student, teacher, labels = tokens()
-    value = call(term(causal=True, classes=5), student, teacher, {"labels": labels})
-    mask = labels[:, 1:] != IGNORE
-    flat = [x[:, :-1, :5][mask] for x in (student, teacher)]
-    torch.testing.assert_close(value, function(*flat, labels[:, 1:][mask]))
+    value = call(term(classes=5), student, teacher, {"keep": KEEP, "labels": labels})
+    counts = KEEP & (labels != IGNORE)
+    assert 0 < counts.sum() < KEEP.sum()
+    torch.testing.assert_close(value, function(student[counts, :5], teacher[counts, :5], labels[counts]))
 
 
 @pytest.mark.parametrize(("term", "function"), UNLABELLED)
 def test_padding_changes_nothing(term: type[LogitTerm], function: Callable[..., Tensor]) -> None:
     student, teacher = randn(2, 3, 5, seed=1), randn(2, 3, 5, seed=2)
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    value = call(term(), student, teacher, {"attention_mask": mask})
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    value = call(term(), student, teacher, {"keep": mask})
     longer = [torch.cat([x, torch.full((2, 2, 5), 9.0).double()], 1) for x in (student, teacher)]
-    padded = call(term(), *longer, {"attention_mask": torch.cat([mask, torch.zeros(2, 2, dtype=torch.long)], 1)})
+    padded = call(term(), *longer, {"keep": torch.cat([mask, torch.zeros(2, 2, dtype=torch.bool)], 1)})
     torch.testing.assert_close(padded, value)
 
 

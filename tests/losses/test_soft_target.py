@@ -8,6 +8,7 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from kd_lightning.losses.soft_target import SoftTargetLoss, soft_target
+from kd_lightning.tasks.rows import next_tokens
 from kd_lightning.training.schedules import Linear
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.losses import conformance
@@ -42,10 +43,8 @@ def by_scipy(student: Tensor, teacher: Tensor, temperature: float) -> np.ndarray
     return np.asarray(temperature**2 * entropy(p, q, axis=-1))
 
 
-def loss(
-    student: Tensor, teacher: Tensor, batch: Batch | None = None, *, temperature: float = 2.0, causal: bool = False
-) -> Tensor:
-    value: Tensor = SoftTargetLoss(temperature, causal)(ModelOutput(student), ModelOutput(teacher), batch or NO_BATCH)
+def loss(student: Tensor, teacher: Tensor, batch: Batch | None = None, *, temperature: float = 2.0) -> Tensor:
+    value: Tensor = SoftTargetLoss(temperature)(ModelOutput(student), ModelOutput(teacher), batch or NO_BATCH)
     return value
 
 
@@ -213,32 +212,26 @@ def by_token(student: Tensor, teacher: Tensor, counts: list[tuple[int, int]]) ->
 
 def test_tokens_are_averaged_over_valid_positions(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, lengths = sequences
-    mask = (torch.arange(6) < lengths[:, None]).long()
+    mask = torch.arange(6) < lengths[:, None]
     valid = [(b, t) for b, length in enumerate(lengths.tolist()) for t in range(length)]
-    assert loss(student, teacher, {"attention_mask": mask}).item() == pytest.approx(by_token(student, teacher, valid))
-
-
-def test_labels_say_which_tokens_count_before_the_attention_mask(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, teacher, _ = sequences
-    labels = torch.full((3, 6), IGNORE)
-    labels[0, 2], labels[2, 5] = 1, 0
-    batch = {"labels": labels, "attention_mask": torch.ones(3, 6, dtype=torch.long)}
-    expected = by_token(student, teacher, [(0, 2), (2, 5)])
-    assert loss(student, teacher, batch).item() == pytest.approx(expected)
+    assert loss(student, teacher, {"keep": mask}).item() == pytest.approx(by_token(student, teacher, valid))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_more_padding_changes_nothing(sequences: tuple[Tensor, Tensor, Tensor], causal: bool, side: str) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_more_padding_changes_nothing(sequences: tuple[Tensor, Tensor, Tensor], shifted: bool, side: str) -> None:
     student, teacher, _ = sequences
 
     def pad(x: Tensor, filler: Tensor) -> Tensor:
         return torch.cat([filler, x] if side == "left" else [x, filler], dim=1)
 
+    def rows(mask: Tensor) -> Batch:
+        return next_tokens({"input_ids": mask, "attention_mask": mask}) if shifted else {"keep": mask.bool()}
+
     mask = torch.ones(3, 6, dtype=torch.long)
-    bare = loss(student, teacher, {"attention_mask": mask}, causal=causal)
-    batch = {"attention_mask": pad(mask, torch.zeros(3, 4, dtype=torch.long))}
-    padded = loss(pad(student, randn(3, 4, 7, seed=7)), pad(teacher, randn(3, 4, 7, seed=8)), batch, causal=causal)
+    bare = loss(student, teacher, rows(mask))
+    batch = rows(pad(mask, torch.zeros(3, 4, dtype=torch.long)))
+    padded = loss(pad(student, randn(3, 4, 7, seed=7)), pad(teacher, randn(3, 4, 7, seed=8)), batch)
     torch.testing.assert_close(padded, bare)
 
 
@@ -247,7 +240,7 @@ def test_causal_position_t_answers_for_token_t_plus_one(sequences: tuple[Tensor,
     student.requires_grad_()
     labels = torch.full((3, 6), IGNORE)
     labels[0, 0], labels[0, 3], labels[1, 5] = 4, 0, 6  # the first token has nobody before it who could answer
-    value = loss(student, teacher, {"labels": labels}, causal=True)
+    value = loss(student, teacher, next_tokens({"input_ids": labels, "labels": labels}))
     assert value.item() == pytest.approx(by_token(student.detach(), teacher, [(0, 2), (1, 4)]))
     value.backward()
     assert student.grad is not None
@@ -255,9 +248,9 @@ def test_causal_position_t_answers_for_token_t_plus_one(sequences: tuple[Tensor,
     assert reached == [[0, 2], [1, 4]]
 
 
-def test_tokens_that_all_are_ignored_give_a_zero_with_a_graph(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_tokens_none_of_which_is_kept_give_a_zero_with_a_graph(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, _ = sequences
-    value = loss(student.requires_grad_(), teacher, {"labels": torch.full((3, 6), IGNORE)})
+    value = loss(student.requires_grad_(), teacher, {"keep": torch.zeros(3, 6, dtype=torch.bool)})
     value.backward()
     assert value.item() == 0.0
     assert student.grad is not None
@@ -265,9 +258,9 @@ def test_tokens_that_all_are_ignored_give_a_zero_with_a_graph(sequences: tuple[T
 
 def test_token_microbatches_weighted_by_tokens_equal_the_whole(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, lengths = sequences
-    mask = (torch.arange(6) < lengths[:, None]).long()
-    each = [loss(student[[b]], teacher[[b]], {"attention_mask": mask[[b]]}) for b in range(3)]
-    whole = loss(student, teacher, {"attention_mask": mask})
+    mask = torch.arange(6) < lengths[:, None]
+    each = [loss(student[[b]], teacher[[b]], {"keep": mask[[b]]}) for b in range(3)]
+    whole = loss(student, teacher, {"keep": mask})
     torch.testing.assert_close((torch.stack(each) * lengths).sum() / lengths.sum(), whole)
 
 
@@ -280,7 +273,7 @@ def test_other_numbers_of_classes_are_an_error_that_names_both() -> None:
 def test_classes_cuts_both_sides(shape: tuple[int, ...]) -> None:
     term = SoftTargetLoss(2.0, classes=5)
     student, teacher = randn(*shape, 8, seed=1), randn(*shape, 6, seed=2)
-    batch = {"attention_mask": torch.ones(2, 4)}
+    batch = {"keep": torch.ones(2, 4, dtype=torch.bool)}
     expected = by_scipy(student[..., :5], teacher[..., :5], 2.0).mean()
     assert term(ModelOutput(student), ModelOutput(teacher), batch).item() == pytest.approx(expected)
     student[..., 5:], teacher[..., 5:] = 50.0, -50.0

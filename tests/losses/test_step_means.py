@@ -58,6 +58,7 @@ from kd_lightning.losses.tinybert_hidden import TinyBERTHiddenLoss
 from kd_lightning.losses.total_variation import TotalVariationLoss
 from kd_lightning.losses.vid import VIDLoss
 from kd_lightning.losses.wsld import WSLDLoss
+from kd_lightning.tasks.rows import next_tokens
 from kd_lightning.training.objective import Objective
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.losses.conformance import randn
@@ -76,7 +77,9 @@ SEVERAL = torch.stack([SCORES, SCORES.nan_to_num(3.0), SCORES], dim=1)
 EXAMPLES: Batch = {"labels": LABELS, "index": torch.arange(SIZE)}
 TEXTS: Batch = EXAMPLES | {"attention_mask": PADDING.long()}
 UNLABELLED: Batch = {"attention_mask": PADDING.long(), "index": torch.arange(SIZE)}
-TOKENS: Batch = {"labels": TOKEN_LABELS, "attention_mask": PADDING.long()}
+IDS: Batch = UNLABELLED | {"input_ids": torch.zeros(SIZE, LENGTH, dtype=torch.long)}
+SOME = TOKEN_LABELS.masked_fill(TOKEN_LABELS == 2, IGNORE)
+TOKENS: Batch = {"labels": SOME, "attention_mask": PADDING.long(), "keep": PADDING}
 TASKS: Batch = {"labels": SCORES, "task": torch.tensor([0, 0, 1, 0, 1, 1, 1])}
 
 
@@ -142,7 +145,7 @@ WITH_FIRST = TEXTS | {"attention_mask": (torch.arange(LENGTH) < FIRST.unsqueeze(
 OTHERS: list[tuple[Callable[..., Term], tuple[int, ...], Batch]] = [
     (PKDLoss, ROWS, WITH_FIRST),
     (FusedLinearKDLoss, SCORE, TOKENS),
-    (lambda: FusedLinearKDLoss(ce_weight=0.0, causal=True), SCORE, UNLABELLED),
+    (lambda: FusedLinearKDLoss(ce_weight=0.0), SCORE, next_tokens(IDS)),
     (RegressionLoss, SCORE, {"labels": SCORES}),
     *(
         (lambda: RegressionLoss(target="labels"), size, {"labels": labels})
@@ -161,9 +164,9 @@ def cases() -> Iterator[tuple[Callable[..., Term], tuple[int, ...], Batch]]:
             yield term, POSITIONS, TOKENS
     for term in WITHOUT_LABELS:
         yield term, ROWS, UNLABELLED
-        yield term, POSITIONS, UNLABELLED
-        yield lambda term=term: term(causal=True), POSITIONS, UNLABELLED
-        yield lambda term=term: term(causal=True), POSITIONS, TOKENS
+        yield term, POSITIONS, UNLABELLED | {"keep": PADDING}
+        yield term, POSITIONS, next_tokens(IDS)
+        yield term, POSITIONS, next_tokens(IDS | TOKENS)
     for term in OF_TOKENS:
         yield term, ROWS, TEXTS
     for term in OF_EXAMPLES:

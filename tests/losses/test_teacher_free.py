@@ -89,14 +89,15 @@ def test_only_labelled_examples_count() -> None:
     assert teacher_free(LOGITS, torch.full((6,), IGNORE)).item() == 0.0
 
 
-def test_the_term_needs_no_teacher_shifts_and_follows_its_schedule() -> None:
-    term = TeacherFreeLoss(Linear(start=8.0, end=2.0), correct_probability=0.9, causal=True)
+def test_the_term_needs_no_teacher_leaves_rows_out_and_follows_its_schedule() -> None:
+    term = TeacherFreeLoss(Linear(start=8.0, end=2.0), correct_probability=0.9)
     assert not Objective({"kd": term}, {"kd": 1.0}).uses_teacher
     term.progress = 0.5
     assert term.settings() == {"temperature": 5.0}
     logits, labels = randn(2, 4, 5), torch.tensor([[0, 1, 2, IGNORE], [3, IGNORE, 1, 0]])
-    value = term(ModelOutput(logits), ModelOutput(torch.zeros(0)), {"labels": labels})
-    torch.testing.assert_close(value, teacher_free(logits[:, :-1], labels[:, 1:], 5.0, 0.9))
+    value = term(ModelOutput(logits), ModelOutput(torch.zeros(0)), {"labels": labels, "keep": labels != 1})
+    known = (labels != 1) & (labels != IGNORE)
+    torch.testing.assert_close(value, teacher_free(logits[known], labels[known], 5.0, 0.9))
 
 
 @pytest.mark.parametrize("a", [0.0, 1.0, float("nan")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_lightning.losses.term import Term, at_least_float32, counted_positions, reduce
+from kd_lightning.losses.term import Averages, Term, at_least_float32, kept_rows, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
@@ -60,33 +60,26 @@ def test_a_term_must_say_what_it_computes() -> None:
 
 
 def test_every_example_of_class_logits_counts() -> None:
-    assert counted_positions(torch.zeros(2, 3), {"labels": torch.full((2,), IGNORE)}, False) == (slice(None), None)
+    assert kept_rows(torch.zeros(2, 3), {"labels": torch.full((2,), IGNORE)}) is None
 
 
-def test_token_positions_count_by_labels() -> None:
-    labels = torch.tensor([[0, IGNORE, 2], [IGNORE, 1, IGNORE]])
-    batch = {"labels": labels, "attention_mask": torch.ones(2, 3)}
-    keep, mask = counted_positions(torch.zeros(2, 3, 5), batch, False)
-    assert keep == slice(None)
-    assert mask is not None
-    assert mask.tolist() == [[True, False, True], [False, True, False]]
-    keep, mask = counted_positions(torch.zeros(2, 3, 5), batch, True)
-    assert keep == slice(0, -1)
-    assert mask is not None
-    assert mask.tolist() == [[False, True], [True, False]]
+def test_rows_of_tokens_count_as_the_batch_says() -> None:
+    keep = torch.tensor([[True, False, True], [False, True, False]])
+    assert kept_rows(torch.zeros(2, 3, 5), {"labels": torch.zeros(2, 3), "keep": keep}) is keep
 
 
-def test_token_positions_count_by_attention_mask() -> None:
-    batch = {"labels": torch.zeros(2), "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])}  # a label a text
-    _, mask = counted_positions(torch.zeros(2, 4, 5), batch, False)
-    assert mask is not None
-    assert mask.tolist() == [[False, True, True, True], [True, True, False, False]]
-    # causal: a padding position to the left has read nothing, so it answers for nobody
-    _, mask = counted_positions(torch.zeros(2, 4, 5), batch, True)
-    assert mask is not None
-    assert mask.tolist() == [[False, True, True], [True, False, False]]
+@pytest.mark.parametrize(
+    ("batch", "given"),
+    [({"labels": torch.zeros(2, 3)}, "no `keep`"), ({"keep": torch.ones(2, 2).bool()}, r"`keep` \(2, 2\)")],
+)
+def test_token_logits_need_to_know_their_rows(batch: Batch, given: str) -> None:
+    with pytest.raises(ValueError, match=rf"logits \(2, 3, 5\) have a row for each position.* {given} to say"):
+        kept_rows(torch.zeros(2, 3, 5), batch)
 
 
-def test_token_logits_need_to_know_their_positions() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 3, 5\) are per position.*\(2, 3\) nor an attention_mask"):
-        counted_positions(torch.zeros(2, 3, 5), {"labels": torch.zeros(2)}, False)
+@pytest.mark.parametrize(("averages", "count"), [("logits", 3), ("labels", 2), ("examples", 2), ("tokens", 5)])
+def test_what_a_mean_over_tokens_is_over(averages: Averages, count: int) -> None:
+    labels = torch.tensor([[0, 1, IGNORE], [1, 0, 1]])
+    keep, mask = torch.tensor([[1, 0, 1], [0, 0, 1]]).bool(), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    batch = {"labels": labels, "keep": keep, "attention_mask": mask}
+    assert Zero().count(batch, averages).tolist() == [count]

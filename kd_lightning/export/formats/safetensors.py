@@ -10,6 +10,7 @@ from torch import nn
 
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES
+from kd_lightning.models.adapt import is_input
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
@@ -36,7 +37,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
         state[name] = kept.to(DTYPES[quantize]) if kept.is_floating_point() else kept
     save_file(state, folder / FILE)
     shutil.copyfile(source.stage / "model.json", folder / "model.json")
-    return Written([name for name in source.held_out[0] if name not in ("labels", "index", "task")])
+    return Written([name for name in source.held_out[0] if is_input(name)])
 
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:

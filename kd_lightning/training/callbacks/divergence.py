@@ -188,7 +188,7 @@ def _broken_terms(module: NetworkModule, batch: Batch) -> list[str]:
         return []
     with torch.no_grad():
         student, expected = module.outputs(batch)
-        _, parts = module.objective(student, expected, batch, module.progress)
+        _, parts = module.objective(student, expected, module.task.compared(batch), module.progress)
     broken = [name for name, part in parts.items() if not part.isfinite()]
     whole = all(x.isfinite().all() for x in (student.logits, *student.features.values()))
     return broken if whole and len(broken) < len(parts) else []

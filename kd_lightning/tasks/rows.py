@@ -1,0 +1,43 @@
+"""Which rows of token-level logits are compared, and with which labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_lightning.types import IGNORE, Batch
+
+
+def next_tokens(batch: Batch) -> Batch:
+    """Return the batch of a causal language model: row t of the logits answers for token t + 1.
+
+    Which tokens count is said by masks, never by their ids: padding may be the token that ends a text.
+
+    Args:
+        batch: Tokens `(B, L)`. `attention_mask`, absent where none is padding. `keep` where only some are predicted (a
+            prompt or the first token of a packed text is not); without it, those whose `labels` are not `IGNORE`.
+            `labels`, the tokens themselves.
+
+    Returns:
+        The batch with `labels` and `keep` `(B, L)` one position to the left, at the rows that answer. The last row
+        answers for nothing, nor does padding to the left of the first token, which has read nothing.
+
+    >>> mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    >>> ids = torch.tensor([[9, 5, 6, 7], [8, 9, 9, 9]])
+    >>> rows = next_tokens({"input_ids": ids, "labels": ids, "attention_mask": mask})
+    >>> rows["keep"].int().tolist(), rows["labels"][rows["keep"]].tolist()
+    ([[0, 1, 1, 0], [1, 0, 0, 0]], [6, 7, 9])
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    read = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    counts, rows = read, dict(batch)
+    if "labels" in batch:
+        rows["labels"] = _left(batch["labels"], IGNORE)
+        counts = batch["labels"] != IGNORE
+    rows["keep"] = _left(batch.get("keep", counts) & read, False) & read
+    return rows
+
+
+def _left(values: Tensor, last: int) -> Tensor:
+    """Return values `(B, L)` one position to the left, with `last` in the last."""
+    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], dim=1)
