@@ -72,7 +72,7 @@ class NetworkModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """See to it that means are taken over whole steps (see `StepCounts`), and that terms may sit out steps."""
         trainer: Any = self.trainer
-        self.step = StepCounts(trainer, lambda batch: self.objective.counts(self.task.compared(batch)))
+        self.step = StepCounts(trainer, self._counts)
         if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
             look, around = self.step.around, trainer.datamodule.around
             trainer.datamodule.around = look if around is None else lambda loader: around(look(loader))
@@ -85,6 +85,9 @@ class NetworkModule(L.LightningModule):
             # Banks and the like, which may be large, are alike already: not sent to all processes in every step.
             kept = [f"objective.{name}" for name, _ in self.objective.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, kept)  # type: ignore[no-untyped-call]
+
+    def _counts(self, batch: Batch) -> Tensor:
+        return self.objective.counts(self.task.compared(batch))
 
     @property
     def mesh(self) -> DeviceMesh | None:
