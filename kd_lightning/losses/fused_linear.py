@@ -191,10 +191,10 @@ class FusedLinearKDLoss(Term):
         for side, output in (("student", student), ("teacher", teacher)):
             if missing := {"last_hidden", "head"} - output.features.keys():
                 raise ValueError(f"the {side}'s features {sorted(output.features)} lack {sorted(missing)}")
-        hidden = [output.features["last_hidden"] for output in (student, teacher)]
+        hidden, above = student.features["last_hidden"], teacher.features["last_hidden"]
         labels = batch.get("labels") if self.ce_weight != 0 else None
         return fused_linear_kd(
-            *hidden, student.features["head"], teacher.features["head"], labels, kept_rows(hidden[0], batch),
+            hidden, above, student.features["head"], teacher.features["head"], labels, kept_rows(hidden, batch),
             student_bias=student.features.get("head_bias"), teacher_bias=teacher.features.get("head_bias"),
             ce_weight=self.ce_weight, kd_weight=self.kd_weight, temperature=self.now(self.temperature),
             divergence=self.divergence, beta=self.beta, label_smoothing=self.label_smoothing, classes=self.classes,
