@@ -27,7 +27,7 @@ from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 Node = dict[str, Any]
 """A class and its arguments: `_target_` and what that takes."""
-Schedule = Annotated[float | Node, "a number or a schedule (see kd_lightning/training/schedules.py)"]
+Schedule = Annotated[float | Node, "a number or a schedule of kd_lightning.schedules"]
 """A number, or one that changes in the course of a training."""
 Count = Annotated[int, Range(1)]
 
@@ -66,7 +66,7 @@ class TeacherConfig:
     """Of the fine-tuning; the same for every `seed` of the students, and unlike theirs, lest networks alike start
     alike."""
     seeds: Count
-    """So many teachers, fine-tuned with seeds from there on, teach as an ensemble."""
+    """So many teachers, fine-tuned with teacher.seed and those that follow, teach as an ensemble."""
     folds: Count
     """So many teachers, each fine-tuned without one fold of the training examples: the one that has not seen an example
     predicts it and its views, all of them together predict everything else; 1: one teacher of all examples."""
@@ -178,9 +178,9 @@ class RunConfig:
     stages: list[StageName]
     """Which stages run, in this order: teacher, baseline, distill, finetune."""
     seed: int
-    """The first seed; everything but the teacher is repeated for seed, seed + 1, ... (seeds of them)."""
+    """The first seed of the students."""
     seeds: Count
-    """How many seeds."""
+    """How many seeds: everything but the teacher is repeated for seed, seed + 1, ..."""
     temperature: Schedule
     """T of the softened distributions; a number > 0 or a schedule (kd_lightning.schedules.Linear, Cosine, Step)."""
     alpha: Schedule
@@ -206,10 +206,9 @@ class RunConfig:
     the student is kept. Networks as `student` is one: '[${student}]' is a second one of its kind."""
     tasks: dict[str, TaskConfig]
     """Several tasks (data=multi_task, whose `tasks` are their data): what is particular to each, by its name. `weight`
-    of its loss; `distillation`, where it is not the one for all; `teacher`: keys that override those below, for its own
-    teacher."""
+    of its loss; `distillation`, where it is not the one for all; `teacher`: keys that override those of `teacher`."""
     teacher: TeacherConfig
-    """The teacher's keys."""
+    """How the teacher is loaded or fine-tuned, and how its outputs reach the students."""
     finetune: FinetuneConfig
     """Trains the distilled student on from labels, when it is among `stages`."""
     data: Node

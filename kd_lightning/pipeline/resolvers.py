@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.config.help import keys_help
 from kd_lightning.config.resolvers import ddp_strategy, fast_answers, fast_precision, folder_name, one_minus
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import find_stage
@@ -20,6 +21,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("fast_answers", fast_answers, replace=True)
     OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("keys_help", lambda _root_: keys_help(_root_), replace=True)
     OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
     OmegaConf.register_new_resolver("ddp_strategy", ddp_strategy, replace=True)
     OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(map(int, numbers)), replace=True)

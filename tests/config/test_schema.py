@@ -188,7 +188,7 @@ def test_a_task_whose_teacher_is_another_class_takes_none_of_the_arguments(compo
         (list[float] | None, "a list of numbers or null"),
         (tuple[float, float], "a list of 2 (a number and a number)"),
         (list[dict[str, Any]], "a list of groups of keys"),
-        (schema.Schedule, "a number or a schedule (see kd_lightning/training/schedules.py)"),
+        (schema.Schedule, "a number or a schedule of kd_lightning.schedules"),
         (schema.Count, "a whole number, at least 1"),
         (schema.Combine, "one of probabilities, logits"),
     ],
