@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from kd_lightning.config.instantiate import build, conf_dir
 from kd_lightning.data import MultiTaskData, TextFiles
-from kd_lightning.data.datamodule import ClassificationData
+from kd_lightning.data.classification import ClassificationData
 from kd_lightning.data.sampler import rank_and_world
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss

@@ -4,7 +4,8 @@
 >>> data = kd.data.TextFiles("my.csv", tokenizer="wordpiece:400", batch_size=16)  # read when the training begins
 """
 
-from kd_lightning.data.datamodule import ClassificationData, selected
+from kd_lightning.data.classification import ClassificationData
+from kd_lightning.data.datamodule import IndexedData, selected
 from kd_lightning.data.image.datamodule import ImageCorpus, ImageData
 from kd_lightning.data.multi_task import MultiTaskData
 from kd_lightning.data.sources.fashion_mnist import FashionMNIST
@@ -26,6 +27,7 @@ __all__ = [
     "ImageCorpus",
     "ImageData",
     "ImageFolder",
+    "IndexedData",
     "MultiTaskData",
     "Reviews",
     "TextData",

@@ -1,11 +1,10 @@
-"""What all data for classification share: parts, batches in an order of their own, positions to resume from."""
+"""What all data share: parts, batches in an order of their own, positions to resume from."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import logging
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd_lightning.data.sampler import BucketBatchSampler, Share, Turn, position, rank_and_world
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.tasks import Classification, Regression, Task
+from kd_lightning.tasks import Task
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Role = Literal["teacher", "student"]
-PARTS = ("train", "views", "transfer", "validation", "test")
 
 
 def check_least(lowest: int, **options: int) -> None:
@@ -40,13 +38,6 @@ def check_least(lowest: int, **options: int) -> None:
     for name, value in options.items():
         if value < lowest:
             raise ConfigError(f"data.{name}={value}: expected {lowest} or more")
-
-
-def check_probabilities(**options: float) -> None:
-    """Refuse options of the data that lie outside [0, 1]."""
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"data.{name}={value}: expected a probability, 0 to 1")
 
 
 def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -101,73 +92,57 @@ class BatchDataset(Dataset[Batch], ABC):
 Dataset_ = TypeVar("Dataset_", bound=BatchDataset)
 
 
-class ClassificationData(L.LightningDataModule, ABC):
-    """Examples with one class each, and examples without that only a teacher labels.
+class IndexedData(L.LightningDataModule, ABC):
+    """Examples that each have a stable `index`, in batches of like length, which go on where a run was stopped.
 
-    For a regression they have a score each instead, and `class_names` holds its name alone.
-
-    Every example has a stable `index`: first the training examples, then their views (set by set), then the transfer
-    examples, then validation, then test.
+    What an example is, and what is predicted of it, is for subclasses to say.
 
     Args:
         batch_size: Training examples in a batch of one process.
         eval_batch_size: Examples in a batch where nothing is trained.
-        views: Altered copies of each training example.
-        view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All have an
-            `index`. None: a set of its own for every epoch, made as it is trained on, of index -1, which nothing that
-            is looked up by `index` can serve.
-        pool_ratio: How many views and transfer examples an epoch takes for each training example: others in each
-            epoch, until all have been taken. None: all of them in every epoch.
         seed: Of the order of training.
-        split_seed: Of the split and the views. It is a seed of its own so that repeats with other seeds share their
-            data, and with it the teacher's stored outputs.
+        split_seed: Of the split and whatever else is drawn once. It is a seed of its own so that repeats with other
+            seeds share their data, and with it the teacher's stored outputs.
         num_workers: Processes that prepare batches; 0 does it in the training process.
 
     Raises:
         ConfigError: An option out of its range.
 
     Attributes:
-        class_names: In the order of the labels; set by `prepare`.
+        parts: The names of the runs that the `index` counts through, in their order.
+        class_names: Of what is predicted, in the order of the labels; set by `prepare`. Empty where classes have none.
         fingerprint: Of everything that decides the batches but for their sizes and order; set by `prepare`. Without the
             pool (see `select`) it is the same whatever is in the pool: a teacher outlives a change of views.
-        teacher_key: What decides a teacher's answer to each `index`, for people to compare; set by `prepare`.
+        teacher_key: What decides a teacher's outputs for each `index`, for people to compare; set by `prepare`.
         around: Wraps the loader of training batches (`AheadTeacher.around`); None leaves it as it is.
         image_format: How images become inputs; None for data of another kind.
     """
 
+    parts: tuple[str, ...] = ("train", "validation", "test")
     image_format: ImageFormat | None = None
 
     def __init__(
         self,
         batch_size: int = 32,
         eval_batch_size: int = 128,
-        views: int = 0,
-        view_sets: int | None = 1,
-        pool_ratio: float | None = None,
         seed: int = 0,
         split_seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        sets = 1 if view_sets is None else view_sets
-        check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, view_sets=sets)
-        check_least(0, views=views, seed=seed, split_seed=split_seed, num_workers=num_workers)
+        check_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_least(0, seed=seed, split_seed=split_seed, num_workers=num_workers)
         for name, number in (("seed", seed), ("split_seed", split_seed)):
             if number >= 2**63:
                 raise ConfigError(f"data.{name}={number}: expected a number below 2**63")
-        if pool_ratio is not None and not (pool_ratio > 0 and math.isfinite(pool_ratio)):
-            raise ConfigError(f"data.pool_ratio={pool_ratio:g}: expected a positive number, or null for all")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.views = views
-        self.view_sets = view_sets
-        self.pool_ratio = pool_ratio
         self.seed = seed
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.class_names: list[str] = []
         self.fingerprint = ""
-        self._without_pool: tuple[str, ...] = ("train", "validation", "test")  # the parts that are no pool
+        self._without_pool = self.parts  # the parts that are no pool
         self._fingerprints: dict[bool, str] = {}  # with the pool and without
         self._labelled = ""
         self.teacher_key: dict[str, Any] = {}
@@ -178,7 +153,6 @@ class ClassificationData(L.LightningDataModule, ABC):
         self._share = (0, 1)
         self._left_out: NDArray[np.bool_] | None = None  # by `index`: a fold that is not trained on
         self._spans: dict[str, range]
-        self._labels: NDArray[Any]  # int64; float32 for a regression
 
     # -- getting ready ------------------------------------------------------------------------------------------------
 
@@ -205,14 +179,10 @@ class ClassificationData(L.LightningDataModule, ABC):
         self._share = (0, 1)
 
     def _lay_out(self, sizes: Sequence[int]) -> None:
-        """Give each part its run of the `index`; `sizes` are in the order of `PARTS`."""
+        """Give each part its run of the `index`; `sizes` are in the order of `parts`."""
         ends = np.cumsum(sizes).tolist()
-        self._spans = {name: range(end - size, end) for name, size, end in zip(PARTS, sizes, ends, strict=True)}
+        self._spans = {name: range(end - size, end) for name, size, end in zip(self.parts, sizes, ends, strict=True)}
         log.info("%s: %s", type(self).__name__, ", ".join(f"{size} {name}" for name, size in self.sizes.items()))
-        if self.pool_ratio is not None and not (self.views or self.sizes["transfer"]):
-            raise ConfigError(
-                f"data.pool_ratio={self.pool_ratio:g}: there is nothing to take; set data.views or data.transfer"
-            )
 
     def _of(self, values: NDArray[Any], parts: Sequence[str]) -> NDArray[Any]:
         """Return the values of some parts' examples, of an array that holds all examples'."""
@@ -231,19 +201,14 @@ class ClassificationData(L.LightningDataModule, ABC):
         return " / ".join(self.class_names)
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are; 1 for a regression."""
-        return len(self.class_names)
-
-    @property
+    @abstractmethod
     def task(self) -> Task:
-        """What is predicted: a class, or where the labels are floats a score."""
-        return Regression() if self._labels.dtype.kind == "f" else Classification(self.num_classes)
+        """What is predicted."""
 
     @property
     def num_examples(self) -> int:
         """How many examples there are in all; every `index` is below."""
-        return len(self._labels)
+        return max(span.stop for span in self._spans.values())
 
     @property
     @abstractmethod
@@ -252,12 +217,12 @@ class ClassificationData(L.LightningDataModule, ABC):
 
     @property
     def repeatable(self) -> bool:
-        """Whether every training example has an `index`; fresh views in each epoch (`view_sets=None`) have none."""
-        return self.view_sets is not None or self.views == 0
+        """Whether every training example has an `index`."""
+        return True
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many examples each part has: train, views (all sets), transfer, validation, test."""
+        """How many examples each part has."""
         return {name: len(span) for name, span in self._spans.items()}
 
     @abstractmethod
@@ -315,33 +280,29 @@ class ClassificationData(L.LightningDataModule, ABC):
     def folds(self, count: int) -> NDArray[np.int64]:
         """Return which of `count` folds each example is in, by `index`, `(num_examples,)`.
 
-        The training examples are dealt out at random, the classes in their proportion; views go with their examples,
-        and what no teacher is trained on is in the fold -1.
+        The training examples are dealt out at random, alike in what `_strata` tells apart; what no teacher is trained
+        on is in the fold -1.
 
         Raises:
-            ConfigError: More folds than training examples, or fresh views, of which it is not known where they belong.
+            ConfigError: More folds than training examples.
         """
         self.prepare()
-        train, views = self._spans["train"], self._spans["views"]
+        train = self._spans["train"]
         if count > len(train):
             raise ConfigError(f"teacher.folds={count}, but there are {len(train)} training examples")
-        if not self.repeatable:
-            raise ConfigError(
-                f"teacher.folds={count}: data.view_sets=null makes views without an index, of which it is not known "
-                "who has seen their example: set teacher.cache_views=K"
-            )
-        strata = self.task.strata(self._labels[: len(train)])
         found = np.full(self.num_examples, -1, np.int64)
-        found[stratified_order(strata, self.split_seed)] = np.arange(len(train)) * count // len(train)
-        if len(views):
-            found[views.start : views.stop] = found[np.arange(len(views)) % (len(train) * self.views) // self.views]
+        found[stratified_order(self._strata(), self.split_seed)] = np.arange(len(train)) * count // len(train)
         return found
+
+    def _strata(self) -> NDArray[np.int64]:
+        """Return what folds have in the same proportion: a number for each training example."""
+        return np.zeros(self.sizes["train"], np.int64)
 
     def without_fold(self, fold: int, count: int) -> Self:
         """Return the same data of which one of `count` folds, with its views, is not trained on."""
         chosen = self._copy()
         chosen._left_out, chosen._labelled = self.folds(count) == fold, self.labelled
-        for pool, parts in ((True, PARTS), (False, self._without_pool)):
+        for pool, parts in ((True, self.parts), (False, self._without_pool)):
             bits = np.packbits(self._of(chosen._left_out, parts)).tobytes()
             marked = hashlib.sha256(self._fingerprints.get(pool, self.fingerprint).encode() + bits).hexdigest()
             chosen._fingerprints = chosen._fingerprints | {pool: marked}
@@ -350,8 +311,6 @@ class ClassificationData(L.LightningDataModule, ABC):
 
     def _trained_on(self, data: Dataset_) -> Dataset_:
         """Return a run of examples that begins with the training examples, of which some are not taken."""
-        if self.pool_ratio is not None:
-            data.share = Share(self.sizes["train"], self.pool_ratio, self.seed)
         if self._left_out is not None:
             data.left_out = self._left_out[: len(data)]
         return data
@@ -487,10 +446,10 @@ class ClassificationData(L.LightningDataModule, ABC):
 
 
 def selected(
-    data: ClassificationData,
+    data: IndexedData,
     tokens: Literal["student", "teacher", "both"] = "both",
     pool: bool = True,
     one_reader: bool = False,
-) -> ClassificationData:
+) -> IndexedData:
     """Return `data.select(tokens, pool)`, and before it `data.with_one_reader()`: for a configuration to name."""
     return (data.with_one_reader() if one_reader else data).select(tokens, pool)

@@ -20,7 +20,7 @@ from kd_lightning.tasks.predictions import network_answers
 from kd_lightning.training.run_folder import finish_stage, save_network
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role
     from kd_lightning.training.module import NetworkModule
 
@@ -44,7 +44,7 @@ class StageRecord:
     folder: Path
     settings: dict[str, Any]
     network_settings: dict[str, Any]
-    data: ClassificationData
+    data: IndexedData
     role: Role
     notes: dict[str, Any] = field(default_factory=dict)
     rate: str = "optimizer.lr"

@@ -16,15 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd_lightning.data.datamodule import (
-    PARTS,
-    BatchDataset,
-    ClassificationData,
-    Role,
-    check_least,
-    check_probabilities,
-    stratified_order,
-)
+from kd_lightning.data.classification import ClassificationData, check_probabilities
+from kd_lightning.data.datamodule import BatchDataset, Role, check_least, stratified_order
 from kd_lightning.data.image.store import ImageFormat, ImageStore
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.runtime.assets import home
@@ -374,8 +367,8 @@ class ImageData(ClassificationData):
 
     def _name_content(self) -> None:
         """Name everything: as far as a teacher's answers depend on it, whole, and without the pool."""
-        self.teacher_key = self._key(PARTS)
-        self.fingerprint = self._name(PARTS)
+        self.teacher_key = self._key(self.parts)
+        self.fingerprint = self._name(self.parts)
         if not self.mixing.is_on:  # views have labels
             self._without_pool = ("train", "views", "validation", "test")
         self._fingerprints = {True: self.fingerprint, False: self._name(self._without_pool)}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.data.datamodule import PARTS, ClassificationData, Role, check_least, check_probabilities
+from kd_lightning.data.classification import ClassificationData, check_probabilities
+from kd_lightning.data.datamodule import Role, check_least
 from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence
 from kd_lightning.data.text.dataset import FreshViews, TokenDataset
@@ -127,7 +128,7 @@ class TextData(ClassificationData):
             "validation": corpus.validation.texts,
             "test": corpus.test.texts,
         }
-        self._lay_out([len(parts[name]) for name in PARTS])
+        self._lay_out([len(parts[name]) for name in self.parts])
         examples = self._spans["test"].stop
         if corpus.regression:
             self._labels = np.full(examples, np.nan, np.float32)
@@ -139,7 +140,7 @@ class TextData(ClassificationData):
         self._fresh = None if self.repeatable else views
         self.texts_per_example = len(corpus.train.texts[0])
         self.class_names = corpus.class_names
-        self._encode([text for name in PARTS for text in parts[name]])
+        self._encode([text for name in self.parts for text in parts[name]])
 
     def _changes_for(self, corpus: Corpus) -> Changes:
         """Return how views are changed beside masking, with what may stand in a word's place."""
@@ -184,7 +185,7 @@ class TextData(ClassificationData):
             "max_length": self.max_length,
             "truncation": self.teacher_tokenizer.truncation_side,
         }
-        self.fingerprint = self._name(digest, PARTS, prints)
+        self.fingerprint = self._name(digest, self.parts, prints)
         kept = [text for name in self._without_pool for text in texts[self._spans[name].start : self._spans[name].stop]]
         digest = sentences_digest(kept)
         self._labelled = self._labelled_name(digest.copy())

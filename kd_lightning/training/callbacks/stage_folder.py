@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from kd_lightning.data.datamodule import ClassificationData, Role
+from kd_lightning.data.datamodule import IndexedData, Role
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.module import NetworkModule
 from kd_lightning.training.stage import StageRecord, keep
@@ -45,7 +45,7 @@ class StageFolder(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         best = trainer.checkpoint_callback
         assert isinstance(pl_module, NetworkModule)
-        assert isinstance(data, ClassificationData)
+        assert isinstance(data, IndexedData)
         assert isinstance(best, ModelCheckpoint)
         settings = {"kd-cli": type(pl_module).__name__, "seed": pl_module.seed, "data": data.fingerprint}
         record = StageRecord(

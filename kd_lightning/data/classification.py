@@ -1,0 +1,116 @@
+"""Examples with a class or a score each, altered copies of them, and examples that only a teacher labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_lightning.data.datamodule import Dataset_, IndexedData, check_least
+from kd_lightning.data.sampler import Share
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.tasks import Classification, Regression, Task
+
+
+class ClassificationData(IndexedData):
+    """Examples with one class each, and examples without that only a teacher labels.
+
+    For a regression they have a score each instead, and `class_names` holds its name alone.
+
+    Every example has a stable `index`: first the training examples, then their views (set by set), then the transfer
+    examples, then validation, then test.
+
+    Args:
+        batch_size: As for `IndexedData`.
+        eval_batch_size: As for `IndexedData`.
+        views: Altered copies of each training example.
+        view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All have an
+            `index`. None: a set of its own for every epoch, made as it is trained on, of index -1, which nothing that
+            is looked up by `index` can serve.
+        pool_ratio: How many views and transfer examples an epoch takes for each training example: others in each
+            epoch, until all have been taken. None: all of them in every epoch.
+        options: The others of `IndexedData`.
+
+    Raises:
+        ConfigError: An option out of its range.
+    """
+
+    parts = ("train", "views", "transfer", "validation", "test")
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int = 128,
+        views: int = 0,
+        view_sets: int | None = 1,
+        pool_ratio: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, **options)
+        check_least(1, view_sets=1 if view_sets is None else view_sets)
+        check_least(0, views=views)
+        if pool_ratio is not None and not (pool_ratio > 0 and math.isfinite(pool_ratio)):
+            raise ConfigError(f"data.pool_ratio={pool_ratio:g}: expected a positive number, or null for all")
+        self.views = views
+        self.view_sets = view_sets
+        self.pool_ratio = pool_ratio
+        self._without_pool = ("train", "validation", "test")
+        self._labels: NDArray[Any]  # int64; float32 for a regression
+
+    def _lay_out(self, sizes: Sequence[int]) -> None:
+        super()._lay_out(sizes)
+        if self.pool_ratio is not None and not (self.views or self.sizes["transfer"]):
+            raise ConfigError(
+                f"data.pool_ratio={self.pool_ratio:g}: there is nothing to take; set data.views or data.transfer"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 1 for a regression."""
+        return len(self.class_names)
+
+    @property
+    def task(self) -> Task:
+        """What is predicted: a class, or where the labels are floats a score."""
+        return Regression() if self._labels.dtype.kind == "f" else Classification(self.num_classes)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether every training example has an `index`; fresh views in each epoch (`view_sets=None`) have none."""
+        return self.view_sets is not None or self.views == 0
+
+    def folds(self, count: int) -> NDArray[np.int64]:
+        """Return which of `count` folds each example is in; see `IndexedData`. Views go with their examples.
+
+        Raises:
+            ConfigError: As there, or fresh views, of which it is not known where they belong.
+        """
+        self.prepare()
+        train, views = self._spans["train"], self._spans["views"]
+        if not self.repeatable:
+            raise ConfigError(
+                f"teacher.folds={count}: data.view_sets=null makes views without an index, of which it is not known "
+                "who has seen their example: set teacher.cache_views=K"
+            )
+        found = super().folds(count)
+        if len(views):
+            found[views.start : views.stop] = found[np.arange(len(views)) % (len(train) * self.views) // self.views]
+        return found
+
+    def _strata(self) -> NDArray[np.int64]:
+        return self.task.strata(self._labels[: self.sizes["train"]])
+
+    def _trained_on(self, data: Dataset_) -> Dataset_:
+        if self.pool_ratio is not None:
+            data.share = Share(self.sizes["train"], self.pool_ratio, self.seed)
+        return super()._trained_on(data)
+
+
+def check_probabilities(**options: float) -> None:
+    """Refuse options of the data that lie outside [0, 1]."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"data.{name}={value}: expected a probability, 0 to 1")
