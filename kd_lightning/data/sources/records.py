@@ -254,8 +254,9 @@ def _parquet_records(path: Path, columns: Mapping[str, str], manner: Manner) -> 
     import pyarrow.parquet
 
     try:
-        check_columns(pyarrow.parquet.read_schema(path).names, columns, f"{path}: ", manner.key)
-        table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys(columns.values())))
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_columns(file.schema_arrow.names, columns, f"{path}: ", manner.key)
+            batches = file.iter_batches(columns=list(dict.fromkeys(columns.values())))
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    yield from enumerate(table.to_pylist(), start=1)

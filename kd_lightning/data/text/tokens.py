@@ -39,8 +39,9 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     """Return a fast tokenizer that can pad: one without a token for it (GPT-2's) pads with its end-of-text token.
 
     Args:
-        name: `"minilm"`; a folder or a Hugging Face name; or `"wordpiece:8000"` for a WordPiece vocabulary of at
-            most that size learned from `training_texts` (larger when the texts have more distinct characters).
+        name: `"minilm"`; a folder or a Hugging Face name; or one learned from `training_texts`: `"wordpiece:8000"` for
+            a WordPiece vocabulary of at most that size (larger when the texts have more distinct characters), or
+            `"bpe:8000"` for byte pairs, which write any text and are what language models read.
         training_texts: What a vocabulary is learned from.
 
     Raises:
@@ -49,6 +50,8 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     kind, _, size = name.partition(":")
     if kind == "wordpiece":
         return _train_wordpiece(name, size, training_texts)
+    if kind == "bpe":
+        return _train_bpe(name, size, training_texts)
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
@@ -63,7 +66,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kinds = "'minilm', 'wordpiece:SIZE', a folder, or a Hugging Face name that can be reached"
+        kinds = "'minilm', 'wordpiece:SIZE', 'bpe:SIZE', a folder, or a Hugging Face name that can be reached"
         unset = "; where it is not set it is the tokenizer of teacher.checkpoint"
         raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]}){unset}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -95,6 +98,21 @@ def _train_wordpiece(name: str, size: str, texts: Iterable[str]) -> PreTrainedTo
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     entries = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=entries, **names)  # type: ignore[no-untyped-call]
+
+
+def _train_bpe(name: str, size: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Learn byte pairs, beginning with all 256 bytes and one special token that ends a text and pads."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    if not size.isdecimal() or int(size) < 257:
+        raise ConfigError(f"data.tokenizer={name!r}: expected a size of 257 or more after the colon, e.g. bpe:8000")
+    learned = ByteLevelBPETokenizer()  # type: ignore[no-untyped-call]
+    learned.train_from_iterator(texts, vocab_size=int(size), show_progress=False, special_tokens=[end])
+    names = dict.fromkeys(("eos_token", "pad_token", "unk_token"), end)
+    entries = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, model_input_names=entries, **names)  # type: ignore[no-untyped-call]
 
 
 def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:

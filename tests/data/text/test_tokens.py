@@ -183,7 +183,8 @@ def test_a_tokenizer_that_is_nowhere_is_refused_in_one_line(tmp_path: Path, monk
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
     for name in (str(tmp_path), "no-such-tokenizer-of-anyone"):
         with pytest.raises(
-            ConfigError, match=r"expected 'minilm', 'wordpiece:SIZE', a folder.* tokenizer of teacher\.checkpoint"
+            ConfigError,
+            match=r"expected 'minilm', 'wordpiece:SIZE', 'bpe:SIZE', a folder.* tokenizer of teacher\.checkpoint",
         ) as caught:
             load_tokenizer(name)
         assert "\n" not in str(caught.value)

@@ -1,0 +1,195 @@
+"""Blocks: runs of a fixed number of tokens, cut out of documents that stand one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd_lightning.data.corpus.store import CorpusStore
+from kd_lightning.data.datamodule import BatchDataset
+from kd_lightning.data.sampler import Positions, Turn
+from kd_lightning.runtime.errors import DataError
+from kd_lightning.types import IGNORE, Batch
+
+Packing = Literal["documents", "concat", "none"]
+"""What stands in a block: `documents`, one after the other, of which none sees another and each counts its positions
+from 0; the same documents as one text (`concat`); or one document alone (`none`). Longer documents are cut."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of all splits, one after the other.
+
+    Attributes:
+        store: The documents.
+        documents: Which of them stand one after the other, `(M,)`: a row of tokens of which blocks are runs.
+        begins: Where in that row each block begins, `(N,)`.
+        ends: Where it ends, `(N,)`.
+        packing: What a block's tokens see of each other.
+        pad_token_id: What shorter blocks of a batch are filled up with. It may be a token of the text too.
+    """
+
+    store: CorpusStore
+    documents: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    packing: Packing
+    pad_token_id: int
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Where in the row each document begins and the last one ends, `(M + 1,)`."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.store.lengths[self.documents])])
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each block, `(N,)`."""
+        return self.ends - self.begins
+
+    def batch(self, index: NDArray[np.int64]) -> Batch:
+        """Return blocks, padded on the right to the longest of them.
+
+        Args:
+            index: Which blocks, `(B,)`.
+
+        Returns:
+            `(B, L)` int64: `input_ids`, `attention_mask`, `labels` (see below) and `token_bytes`, how many bytes each
+            token stands for. With `packing="documents"` also `document_ids`, -1 at padding, and `position_ids`,
+            which begin at 0 where a document does, where a block does, and at every padding.
+
+            A label is the token itself. It is `IGNORE` where the block holds nothing to predict it from: at padding, at
+            a block's first token and, with `packing="documents"`, at each document's first one. What is padding follows
+            from lengths, never from ids.
+        """
+        begin, end = self.begins[index, None], self.ends[index, None]
+        place = begin + np.arange((end - begin).max())
+        mask = place < end
+        place = np.where(mask, place, begin)
+        document = np.searchsorted(self.starts, place, side="right") - 1
+        start = self.starts[document]
+        source = self.store.offsets[self.documents[document]] + place - start
+        ids = np.where(mask, self.store.tokens[source].astype(np.int64), self.pad_token_id)
+        predicted = mask.copy()
+        predicted[:, 0] = False
+        found = {"input_ids": ids, "attention_mask": mask, "token_bytes": np.where(mask, self.store.widths[source], 0)}
+        if self.packing == "documents":
+            number = np.where(mask, self.documents[document], -1)
+            predicted[:, 1:] &= number[:, 1:] == number[:, :-1]
+            found |= {"document_ids": number, "position_ids": np.where(mask, place - np.maximum(start, begin), 0)}
+        found["labels"] = np.where(predicted, ids, IGNORE)
+        return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in found.items()}
+
+
+def cut(
+    store: CorpusStore, parts: Mapping[str, NDArray[np.int64]], block_size: int, packing: Packing, pad_token_id: int,
+    limits: Mapping[str, int] | None = None,
+) -> tuple[Blocks, list[int]]:  # fmt: skip
+    """Cut documents into blocks.
+
+    A block of one token, in which there is nothing to predict, is left out.
+
+    Args:
+        store: The documents.
+        parts: Which of them each split has, in order.
+        block_size: Tokens of a block; the last one of a split or, with `packing="none"`, of a document may have fewer.
+        packing: What stands in a block.
+        pad_token_id: What shorter blocks are filled up with.
+        limits: Take only so many tokens of a split.
+
+    Returns:
+        The blocks of all splits, and how many each split has.
+
+    Raises:
+        DataError: A split without anything to predict.
+    """
+    begins, ends, counts, total = [], [], [], 0
+    for name, documents in parts.items():
+        lengths = store.lengths[documents]
+        size = int(lengths.sum())
+        stop = min(size, (limits or {}).get(name, size))
+        if packing == "none":
+            first = np.cumsum(lengths) - lengths
+            pieces = -(-lengths // block_size)
+            number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            begin = np.repeat(first, pieces) + number * block_size
+            end = np.minimum(begin + block_size, np.repeat(first + lengths, pieces))
+        else:
+            begin = np.arange(0, stop, block_size)
+            end = begin + block_size
+        end = np.minimum(end, stop)
+        kept = end - begin > 1
+        if not kept.any():
+            raise DataError(f"the {name} split has {size} tokens: a language model needs two or more to predict one")
+        begins.append(begin[kept] + total)
+        ends.append(end[kept] + total)
+        counts.append(int(kept.sum()))
+        total += size
+    everything = np.concatenate(list(parts.values()))
+    return Blocks(store, everything, np.concatenate(begins), np.concatenate(ends), packing, pad_token_id), counts
+
+
+class BlockDataset(BatchDataset):
+    """A run of blocks.
+
+    Args:
+        blocks: All there are.
+        span: Which of them these are.
+    """
+
+    def __init__(self, blocks: Blocks, span: range) -> None:
+        self.blocks, self.span = blocks, span
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each block, `(len(self),)`."""
+        return self.blocks.lengths[self.span.start : self.span.stop]
+
+    def _turn(self, epoch: int) -> Turn:
+        return np.arange(len(self)), self.lengths
+
+    def __getitem__(self, positions: Positions | Sequence[int]) -> Batch:
+        index = np.asarray(positions, np.int64) + self.span.start
+        return self.blocks.batch(index) | {"index": torch.from_numpy(index)}
+
+
+def split_documents(hashes: NDArray[np.uint64], sizes: Mapping[str, int], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Hold documents out, by their content alone: copies of one text never stand in two splits.
+
+    Args:
+        hashes: Of the documents' texts, `(N,)`.
+        sizes: How many different texts each split gets.
+        seed: Of the draw.
+
+    Returns:
+        The positions of the rest, under `train`, and of each split.
+
+    >>> found = split_documents(np.array([7, 8, 7, 9], np.uint64), {"test": 1}, seed=0)
+    >>> {name: positions.tolist() for name, positions in found.items()}
+    {'train': [0, 2, 3], 'test': [1]}
+    """
+    texts, copies = np.unique(hashes, return_inverse=True)
+    rank = np.empty(len(texts), np.int64)
+    rank[np.argsort(mixed(texts, seed), kind="stable")] = np.arange(len(texts))
+    ends = np.cumsum(list(sizes.values()))
+    part = np.searchsorted(ends, rank[copies], side="right")
+    found = {"train": np.flatnonzero(part == len(sizes))}
+    return found | {name: np.flatnonzero(part == number) for number, name in enumerate(sizes)}
+
+
+def mixed(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Return hashes mixed with a seed (Steele, Lea & Flood 2014, SplitMix64's finaliser): an order for each seed."""
+    with np.errstate(over="ignore"):
+        x = hashes + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed_: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+        return mixed_
