@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
 """A batch, under Hugging Face's names.
 
 * `input_ids`, `attention_mask`, `token_type_ids`: `(B, L)` int64; or `pixel_values`: `(B, C, H, W)` float
+* `position_ids`, `document_ids`: `(B, L)` int64, of packed text: a token's place in its document, and which document,
+  -1 at padding; a token attends within its document
+* `token_bytes`: `(B, L)` int64, how many bytes of text each token stands for
 * `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label; scores to regress are float32, NaN where none
 * `keep`: `(B, L)` bool, which tokens are predicted, or after `Task.compared` which rows of logits count
 * `index`: `(B,)` int64, each example's stable position in its data set
@@ -29,14 +34,41 @@ def is_labelled(labels: Tensor) -> Tensor:
     return (labels != IGNORE) & ~labels.isnan()
 
 
+class SparseLogits(NamedTuple):
+    """The K largest logits of each row, and what the others come to: all of a large vocabulary that a cache keeps.
+
+    Attributes:
+        values: The K largest logits, or these less one number for each row, `(..., K)`.
+        ids: Their classes, `(..., K)` int64, no class twice in a row that counts.
+        rest: The logarithm of the sum of exp of all other logits, less the same number, `(...)`. Not read where K = V.
+        classes: V.
+    """
+
+    values: Tensor
+    ids: Tensor
+    rest: Tensor
+    classes: int
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> SparseLogits:
+        """Return the sparse form of logits `(..., V)`."""
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        values, ids = logits.topk(k)
+        return cls(values, ids, logits.scatter(-1, ids, -torch.inf).logsumexp(-1), logits.shape[-1])
+
+
 @dataclass
 class ModelOutput:
     """What every model is adapted to, teacher or student.
 
     Attributes:
-        logits: Unnormalised scores, `(B, C)` for classification or `(B, L, V)` for language modelling.
+        logits: Unnormalised scores, `(B, C)` for classification or `(B, L, V)` for language modelling; `(B, L, 0)` of
+            a network that leaves out its output layer or a teacher that gives `sparse` alone.
         features: Intermediate activations by name; only what the objective asked for.
+        sparse: The logits in sparse form, where a teacher gives only these.
     """
 
     logits: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
+    sparse: SparseLogits | None = None

@@ -1,4 +1,4 @@
-"""How `fused_linear_kd` goes from hidden states to gradients, chunk by chunk; the formulas stand there.
+"""How losses go from hidden states to gradients, chunk by chunk; the formulas stand in `fused_linear` and `sparse`.
 
 Shape suffixes: N positions, n of a chunk or block, V words, H the width of a side's hidden states.
 """
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,54 @@ class _Side:
             out.add_(self.bias[: out.shape[1]])
 
 
+class Compared(Protocol):
+    """What the student's logits are compared with, a chunk at a time."""
+
+    ce_weight: float
+    kd_weight: float
+
+    def begin(self, rows: int) -> None:
+        """Make room for chunks of at most so many rows."""
+
+    def values_and_gradient(
+        self, z_s: Tensor, pick: Tensor | slice, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return CE and D of some rows, `(n,)`, and the gradient of their weighted sum; `z_s` may be overwritten."""
+
+
+class DenseTeacher:
+    """A teacher's last layer, whose logits are made as they are needed.
+
+    Args:
+        layer: Hidden states, matrix and bias.
+        options: How they are compared.
+    """
+
+    def __init__(self, layer: Layer, options: Options) -> None:
+        self.side, self.options = _Side.of(*layer), options
+        self.ce_weight, self.kd_weight = options.ce_weight, options.kd_weight
+
+    def begin(self, rows: int) -> None:
+        """Make room for a chunk's logits."""
+        self.logits = self.side.matrix.new_empty(rows, self.options.classes)
+
+    def values_and_gradient(
+        self, z_s: Tensor, pick: Tensor | slice, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare with the teacher's logits of these rows."""
+        z_t = self.logits[: len(z_s)]
+        self.side.logits(self.side.inputs(pick), out=z_t)
+        labels = None if self.ce_weight == 0 else labels
+        numbers = astuple(self.options)
+        if z_s.is_cuda and HAS_TRITON:
+            return _compiled_block()(z_s, z_t, labels, *numbers)
+
+        def block(at: slice) -> tuple[Tensor, Tensor, Tensor]:
+            return _block(z_s[at], z_t[at], None if labels is None else labels[at], *numbers)
+
+        return blockwise(z_s, block)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_linear(
     student: Layer,
@@ -87,10 +135,19 @@ def fused_linear(
     count: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and its two parts, all divided by the number of positions that count."""
+    found: tuple[Tensor, Tensor, Tensor] = chunked_sums(student, DenseTeacher(teacher, options), labels, mask, count)
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def chunked_sums(
+    student: Layer, teacher: Compared, labels: Tensor | None, mask: Tensor | None, count: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss and its two parts, all divided by the number of positions that count."""
     rows = _rows_that_count(student[0].shape[:-1], labels, mask)
     if labels is not None:
         labels = labels.flatten()
-    sums = _FusedLinear.apply(*student, teacher, labels, rows, options, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    sums = _FusedLinear.apply(*student, teacher, labels, rows, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     if count is None:
         count = max(student[0].shape[:-1].numel() if rows is None else len(rows), 1)
     # of several calls that all count nothing, `count` is 0, and so is the mean
@@ -107,20 +164,19 @@ class _FusedLinear(torch.autograd.Function):
         hidden: Tensor,
         matrix: Tensor,
         bias: Tensor | None,
-        teacher: Layer,
+        teacher: Compared,
         labels: Tensor | None,
         rows: Tensor | None,
-        options: Options,
         grad_enabled: bool,  # as the caller has it: in here it is always off
     ) -> tuple[Tensor, Tensor, Tensor]:
         needed = [grad_enabled and needs for needs in ctx.needs_input_grad[:3]]
-        sides = _Side.of(hidden, matrix, bias), _Side.of(*teacher)
+        student = _Side.of(hidden, matrix, bias)
         with torch.autocast(hidden.device.type, enabled=False):  # it would redo the casts, and cannot fill a buffer
-            ce, kd, gradients = _all_chunks(*sides, labels, rows, options, needed)
+            ce, kd, gradients = _all_chunks(student, teacher, labels, rows, needed)
         ctx.save_for_backward(*gradients)
         ctx.inputs = [(x.shape, x.dtype) if x is not None else None for x in (hidden, matrix, bias)]
         ctx.mark_non_differentiable(ce, kd)
-        return options.ce_weight * ce + options.kd_weight * kd, ce, kd
+        return teacher.ce_weight * ce + teacher.kd_weight * kd, ce, kd
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,20 +186,20 @@ class _FusedLinear(torch.autograd.Function):
             None if gradient is None else (gradient * upstream).to(of[1]).view(of[0])
             for gradient, of in zip(ctx.saved_tensors, ctx.inputs, strict=True)
         )
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _all_chunks(
-    student: _Side, teacher: _Side, labels: Tensor | None, rows: Tensor | None, options: Options, needed: list[bool]
+    student: _Side, teacher: Compared, labels: Tensor | None, rows: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return the sums of CE and T^2 D over the rows, and the weighted sum's gradients by hidden, matrix and bias."""
+    """Return the sums of CE and D over the rows, and the weighted sum's gradients by hidden, matrix and bias."""
     count = len(student.hidden) if rows is None else len(rows)
     vocabulary, dtype = len(student.matrix), student.matrix.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     at_most = CHUNK_BYTES * (4 if student.matrix.is_cuda else 1)
     chunk = _evenly(count, at_most // (vocabulary * dtype.itemsize))
     z_s = student.matrix.new_empty(chunk, vocabulary)
-    z_t = teacher.matrix.new_empty(chunk, options.classes)
+    teacher.begin(chunk)
     ce, kd = student.matrix.new_zeros(2, count, dtype=wide)
     d_hidden, d_matrix, d_bias = (
         x.new_zeros(x.shape, dtype=wide) if needs and x is not None else None
@@ -152,11 +208,10 @@ def _all_chunks(
     for start in range(0, count, chunk):
         stop = min(start + chunk, count)
         pick = slice(start, stop) if rows is None else rows[start:stop]
-        inputs, z, zt = student.inputs(pick), z_s[: stop - start], z_t[: stop - start]
+        inputs, z = student.inputs(pick), z_s[: stop - start]
         student.logits(inputs, out=z)
-        teacher.logits(teacher.inputs(pick), out=zt)
         chosen = None if labels is None else labels[pick]
-        ce[start:stop], kd[start:stop], z = _values_and_gradient(z, zt, chosen, options)
+        ce[start:stop], kd[start:stop], z = teacher.values_and_gradient(z, pick, chosen)
         if d_hidden is not None:
             d_hidden[pick] = (z @ student.matrix).to(wide)
         if d_matrix is not None and dtype == wide:
@@ -174,18 +229,14 @@ def _evenly(count: int, at_most: int) -> int:
     return max(math.ceil(count / parts), 1)
 
 
-def _values_and_gradient(
-    z_s: Tensor, z_t: Tensor, labels: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return CE and T^2 D of each row, `(n,)`, and their weighted sum's gradient by `z_s`, which may be overwritten."""
-    labels = None if options.ce_weight == 0 else labels
-    numbers = astuple(options)
-    if z_s.is_cuda and HAS_TRITON:
-        return _compiled_block()(z_s, z_t, labels, *numbers)
-    block = torch.get_num_threads() * max(BLOCK_BYTES // (4 * z_s.shape[1]), 1)
+def blockwise(
+    z_s: Tensor, block: Callable[[slice], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what `block` returns of runs of rows, put together; the gradient takes the place of the logits."""
+    rows = torch.get_num_threads() * max(BLOCK_BYTES // (4 * z_s.shape[1]), 1)
     values = []
-    for at in (slice(start, start + block) for start in range(0, len(z_s), block)):
-        ce, kd, gradient = _block(z_s[at], z_t[at], None if labels is None else labels[at], *numbers)
+    for at in (slice(start, start + rows) for start in range(0, len(z_s), rows)):
+        ce, kd, gradient = block(at)
         z_s[at] = gradient
         values.append(torch.stack([ce, kd]))
     ce, kd = torch.cat(values, dim=1)
@@ -196,7 +247,7 @@ def _block(
     z_s: Tensor, z_t: Tensor, labels: Tensor | None, ce_weight: float, kd_weight: float, temperature: float,
     divergence: str, beta: float, label_smoothing: float, classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_values_and_gradient`; numbers are arguments of their own, so that compiled code serves all of a schedule."""
+    """As `values_and_gradient`; numbers are arguments of their own, so that compiled code serves all of a schedule."""
     z = at_least_float32(z_s)
     if labels is None:
         ce, gradient = z.new_zeros(len(z)), torch.zeros_like(z)

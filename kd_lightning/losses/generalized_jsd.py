@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_lightning.losses.logit_term import LogitTerm, kl, log_mixture, softened
+from kd_lightning.losses.logit_term import LogitTerm, jsd, softened
 from kd_lightning.losses.reverse_kl import reverse_kl
 from kd_lightning.losses.soft_target import soft_target
 from kd_lightning.losses.term import Reduction, Scheduled, in_float32, reduce
@@ -58,8 +58,7 @@ def generalized_jsd(
     if beta == 1.0:
         return reverse_kl(student_logits, teacher_logits, temperature, mask, reduction)
     log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
-    log_m = log_mixture(log_t, log_s, beta)
-    return temperature**2 * reduce(beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m), mask, reduction)
+    return temperature**2 * reduce(jsd(log_t, log_s, beta), mask, reduction)
 
 
 class GeneralizedJSDLoss(LogitTerm):

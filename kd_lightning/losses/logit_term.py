@@ -89,6 +89,22 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + (math.log(share) if share else -math.inf), log_q + math.log1p(-share))
 
 
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Return beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, for beta in (0, 1)."""
+    log_m = log_mixture(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def skewed(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """Return KL(p || share p + (1 - share) q), for a share in [0, 1)."""
+    return kl(log_p, log_mixture(log_p, log_q, share))
+
+
+def half_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the total variation distance, half the sum of |p - q|."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Refuse labels that are not one class for each row of logits.
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kd_lightning.losses.logit_term import LogitTerm, kl, log_mixture, softened
+from kd_lightning.losses.logit_term import LogitTerm, skewed, softened
 from kd_lightning.losses.term import Reduction, Scheduled, in_float32, reduce
 from kd_lightning.types import Batch
 
@@ -58,7 +58,7 @@ def skew_kl(
         raise ValueError(f"direction must be forward or reverse, got {direction!r}")
     log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
     log_p, log_q = (log_t, log_s) if direction == "forward" else (log_s, log_t)
-    return temperature**2 * reduce(kl(log_p, log_mixture(log_p, log_q, skew)), mask, reduction)
+    return temperature**2 * reduce(skewed(log_p, log_q, skew), mask, reduction)
 
 
 class SkewKLLoss(LogitTerm):

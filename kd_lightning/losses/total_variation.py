@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd_lightning.losses.logit_term import LogitTerm, softened
+from kd_lightning.losses.logit_term import LogitTerm, half_distance, softened
 from kd_lightning.losses.term import Reduction, in_float32, reduce
 from kd_lightning.types import Batch
 
@@ -43,7 +43,7 @@ def total_variation(
         0.25
     """
     log_s, log_t = softened(student_logits, teacher_logits, temperature, mask)
-    return temperature * reduce((log_t.exp() - log_s.exp()).abs().sum(-1) / 2, mask, reduction)
+    return temperature * reduce(half_distance(log_t, log_s), mask, reduction)
 
 
 class TotalVariationLoss(LogitTerm):

@@ -108,7 +108,7 @@ def _train_bpe(name: str, size: str, texts: Iterable[str]) -> PreTrainedTokenize
     end = "<|endoftext|>"
     if not size.isdecimal() or int(size) < 257:
         raise ConfigError(f"data.tokenizer={name!r}: expected a size of 257 or more after the colon, e.g. bpe:8000")
-    learned = ByteLevelBPETokenizer()  # type: ignore[no-untyped-call]
+    learned = ByteLevelBPETokenizer()
     learned.train_from_iterator(texts, vocab_size=int(size), show_progress=False, special_tokens=[end])
     names = dict.fromkeys(("eos_token", "pad_token", "unk_token"), end)
     entries = ["input_ids", "attention_mask"]

@@ -1,0 +1,238 @@
+r"""Divergences from a teacher of which only the K largest log probabilities and the mass of all others are known.
+
+A large vocabulary's logits are too many to keep for each token, and most are nearly nothing. Student and teacher are
+compared over K + 1 classes: the teacher's K largest, and all others as one (the tail),
+
+.. math:: p = (p_{i_1}, \ldots, p_{i_K}, 1 - \textstyle\sum_k p_{i_k}), \quad
+          q = (q_{i_1}, \ldots, q_{i_K}, 1 - \textstyle\sum_k q_{i_k})
+
+with p the teacher's, q the student's softmax at temperature 1. Merging classes never makes a divergence larger, and at
+K = V it is the dense one. The tail is not optional: without it the student is free to move mass out of the K classes,
+which reverse KL even rewards. Its log mass is a log-sum-exp over the other logits, never the logarithm of a difference.
+
+At another temperature the tail's mass does not follow from what is kept, so there is none here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kd_lightning.losses.chunked_linear import chunked_sums
+from kd_lightning.losses.fused_linear import FusedLoss
+from kd_lightning.losses.logit_term import half_distance, jsd, kl, skewed
+from kd_lightning.losses.sparse_linear import SparseTeacher
+from kd_lightning.losses.term import (
+    Averages,
+    Reduction,
+    Term,
+    at_least_float32,
+    check_mask,
+    in_float32,
+    only_counted,
+    reduce,
+)
+from kd_lightning.types import Batch, ModelOutput, SparseLogits
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"]
+
+
+@in_float32
+def sparse_kd(
+    student_logits: Tensor,
+    teacher: SparseLogits,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Divergence of the student's logits from a sparse teacher, in nats, over K + 1 classes; see the top of this file.
+
+    Args:
+        student_logits: `(N, V)` or `(B, L, V)`, finite.
+        teacher: The same rows in sparse form. It gets no gradient.
+        divergence: `forward_kl`, KL(p || q), as `soft_target`; `reverse_kl`, KL(q || p); `jsd` as `generalized_jsd`;
+            `skew_kl` and `skew_reverse_kl` as `skew_kl` in both directions; `total_variation`.
+        beta: Of `jsd` the teacher's share of the mixture, in (0, 1); of the skew divergences their skew, in [0, 1).
+        mask: `(N,)` or `(B, L)` bool, True = counts.
+        reduction: `mean` over what counts, `sum`, or `none` for one value a row.
+
+    Raises:
+        ValueError: Rows or classes that do not fit, an unknown divergence, or a beta out of its range.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.zeros(1, 4), torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+        >>> [round(sparse_kd(student, SparseLogits.of(teacher, k)).item(), 4) for k in (1, 2, 4)]
+        [0.3253, 0.3884, 0.4386]
+    """
+    check_divergence(divergence, beta)
+    check_rows(student_logits.shape, teacher)
+    check_mask(mask, student_logits.shape[:-1])
+    log_s = bucketed(only_counted(student_logits, mask), teacher.ids)
+    log_t = teacher_buckets(teacher, mask).to(log_s.dtype)
+    return reduce(compare(log_s, log_t, divergence, beta), mask, reduction)
+
+
+def sparse_linear_kd(
+    student_hidden: Tensor,
+    student_matrix: Tensor,
+    teacher: SparseLogits,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    count: Tensor | float | None = None,
+) -> FusedLoss:
+    """`sparse_kd` and cross-entropy with the labels from hidden states, without ever holding N x V logits.
+
+    Chunk by chunk as `fused_linear_kd`, where precision, memory and `count` are described. Equals `sparse_kd` and
+    `cross_entropy` of the logits to rounding. Where nothing counts it is 0 with a graph.
+
+    Args:
+        student_hidden: `(N, H)` or `(B, L, H)`.
+        student_matrix: `(V, H)`, the weight of the output layer.
+        teacher: The same positions in sparse form.
+        labels: `(N,)` or `(B, L)` int64: what each position answers. A position with -100 does not count.
+        mask: `(N,)` or `(B, L)` bool: a position with False does not count.
+        student_bias: `(V,)`.
+        ce_weight: Weight of the cross-entropy.
+        kd_weight: Weight of the divergence.
+        divergence: As for `sparse_kd`.
+        beta: As for `sparse_kd`.
+        count: Divide by this instead of the number of positions that count.
+
+    Raises:
+        ValueError: As `sparse_kd`, or no labels for the cross-entropy.
+
+    Example:
+        >>> import torch
+        >>> hidden, matrix = torch.eye(2), torch.zeros(4, 2)
+        >>> same = SparseLogits.of(torch.zeros(2, 4), 3)
+        >>> sparse_linear_kd(hidden, matrix, same, torch.tensor([1, -100]), ce_weight=1.0).loss.item()  # log 4
+        1.3862943649291992
+    """
+    check_divergence(divergence, beta)
+    check_rows(torch.Size([*student_hidden.shape[:-1], len(student_matrix)]), teacher)
+    check_mask(mask, student_hidden.shape[:-1])
+    if ce_weight != 0 and labels is None:
+        raise ValueError(f"ce_weight is {ce_weight}, but there are no labels; without labels it must be 0")
+    buckets = teacher_buckets(teacher, mask)
+    flat = SparseTeacher(
+        buckets.reshape(-1, buckets.shape[-1]), teacher.ids.reshape(-1, teacher.ids.shape[-1]), ce_weight, kd_weight,
+        lambda log_s, log_t: compare(log_s, log_t, divergence, beta),
+    )  # fmt: skip
+    student = student_hidden, student_matrix, student_bias
+    return FusedLoss(*chunked_sums(student, flat, labels if ce_weight != 0 else None, mask, count))
+
+
+def compare(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float) -> Tensor:
+    """Return the divergence of each row, of log probabilities whose classes are the same."""
+    if divergence == "forward_kl":
+        return kl(log_t, log_s)
+    if divergence == "reverse_kl":
+        return kl(log_s, log_t)
+    if divergence == "jsd":
+        return jsd(log_t, log_s, beta)
+    if divergence == "skew_kl":
+        return skewed(log_t, log_s, beta)
+    return skewed(log_s, log_t, beta) if divergence == "skew_reverse_kl" else half_distance(log_t, log_s)
+
+
+def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the log probabilities of some classes and, if there are others, of all others together, `(..., K + 1)`."""
+    values = logits.gather(-1, ids)
+    if ids.shape[-1] < logits.shape[-1]:
+        others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        values = torch.cat([values, others], dim=-1)
+    return values.log_softmax(-1)
+
+
+def teacher_buckets(teacher: SparseLogits, mask: Tensor | None) -> Tensor:
+    """Return a sparse teacher's log probabilities over its K classes and the tail, `(..., K + 1)`, or `(..., V)`."""
+    values = teacher.values.detach()
+    if values.shape[-1] < teacher.classes:
+        values = torch.cat([at_least_float32(values), at_least_float32(teacher.rest.detach())[..., None]], dim=-1)
+    return only_counted(at_least_float32(values), mask).log_softmax(-1)
+
+
+def check_divergence(divergence: str, beta: float) -> None:
+    """Refuse a divergence or a beta that there is not."""
+    if divergence not in get_args(Divergence):
+        raise ValueError(f"divergence must be one of {', '.join(get_args(Divergence))}, got {divergence!r}")
+    if not 0.0 <= beta < 1.0 or (divergence == "jsd" and beta == 0.0):
+        raise ValueError(f"beta must be in [0, 1), for jsd in (0, 1), got {beta}")
+
+
+def check_rows(shape: torch.Size, teacher: SparseLogits) -> None:
+    """Refuse a sparse teacher of other rows or classes than a student's logits of this shape."""
+    if teacher.ids.shape[:-1] != shape[:-1]:
+        raise ValueError(
+            f"the student has rows {tuple(shape[:-1])} and the sparse teacher {tuple(teacher.ids.shape[:-1])}: they "
+            "must be the same"
+        )
+    if teacher.classes != shape[-1]:
+        raise ValueError(
+            f"the student has {shape[-1]} classes and the sparse teacher {teacher.classes}: its ids and its tail are "
+            "those of its own vocabulary"
+        )
+
+
+class SparseKDLoss(Term):
+    """Distillation from a teacher's K largest log probabilities and the mass of all others; see `sparse_kd`.
+
+    The teacher's output has them in `sparse`. One that has logits is cut to `top_k` of them here, so that a running
+    teacher teaches what a stored one does. A student that leaves out its output layer (logits `(B, L, 0)`) is compared
+    chunk by chunk, from its features `last_hidden` and `head`.
+
+    Args:
+        top_k: K, for a teacher that gives all its logits.
+        divergence: As for `sparse_kd`.
+        beta: As for `sparse_kd`.
+        ce_weight: Weight of the cross-entropy with the labels, for a student without logits, which no other term can
+            read.
+        kd_weight: Weight of the divergence.
+
+    Raises:
+        ValueError: At the first batch: a feature that is missing, or what `sparse_kd` refuses.
+    """
+
+    averages: Averages = "logits"
+
+    def __init__(
+        self, top_k: int = 32, divergence: Divergence = "forward_kl", beta: float = 0.5, ce_weight: float = 0.0,
+        kd_weight: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_divergence(divergence, beta)
+        if top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {top_k}")
+        self.top_k, self.divergence, self.beta = top_k, divergence, beta
+        self.ce_weight, self.kd_weight = ce_weight, kd_weight
+        if ce_weight != 0:
+            self.averages = "labels"
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the divergence, averaged over the rows that count."""
+        sparse = teacher.sparse
+        if sparse is None:
+            sparse = SparseLogits.of(teacher.logits.detach(), min(self.top_k, teacher.logits.shape[-1]))
+        if student.logits.shape[-1]:
+            if self.ce_weight != 0:
+                raise ValueError(f"ce_weight={self.ce_weight} is for a student without logits; add a term of labels")
+            mask = batch.get("keep")
+            return self.kd_weight * sparse_kd(student.logits, sparse, self.divergence, self.beta, mask)
+        if missing := {"last_hidden", "head"} - student.features.keys():
+            raise ValueError(f"the student's logits are empty, and its features lack {sorted(missing)}")
+        hidden = student.features["last_hidden"]
+        return sparse_linear_kd(
+            hidden, student.features["head"], sparse, batch.get("labels"), batch.get("keep"),
+            student_bias=student.features.get("head_bias"), ce_weight=self.ce_weight, kd_weight=self.kd_weight,
+            divergence=self.divergence, beta=self.beta,
+        ).loss  # fmt: skip
