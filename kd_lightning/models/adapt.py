@@ -33,10 +33,10 @@ _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataPar
 def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     """Run `network` on the entries of `batch` that its forward names, and return its logits as a `ModelOutput`.
 
-    `labels`, `keep`, `index`, `task` and `teacher_*` are never passed: a network sees what it will see when deployed.
-    A forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the
-    user's does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the
-    signature of what they wrap.
+    `labels`, `keep`, `index`, `task`, `token_bytes` and `teacher_*` are never passed: a network sees what it will see
+    when deployed. A forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin
+    wrapper of the user's does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their
+    wrappers, with the signature of what they wrap.
 
     Args:
         network: Any module; see the top of this file for what its forward may take and return.
@@ -50,6 +50,12 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     """
     forward = _forward_of(unwrap(network))
     names = [name for name in batch if is_input(name)] if forward.takes_everything else forward.names
+    if "document_ids" in batch and "document_ids" not in names:
+        raise ConfigError(
+            f"cannot call {type(unwrap(network)).__name__} on packed documents: its forward takes no document_ids, and "
+            "would attend from one document to another; use kd_lightning.models.causal_lm.CausalLM, or another "
+            "data.packing"
+        )
     arguments = {name: _narrowed(batch[name], network) for name in names if name in batch}
     missing = [name for name in forward.required if name not in arguments]
     if arguments and not missing:
@@ -120,7 +126,7 @@ def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
 
 def is_input(name: str) -> bool:
     """Say whether a network may see this entry of a batch."""
-    return name not in ("labels", "keep", "index", "task") and not name.startswith("teacher_")
+    return name not in ("labels", "keep", "index", "task", "token_bytes") and not name.startswith("teacher_")
 
 
 def _as_output(output: Any, network: nn.Module) -> ModelOutput:

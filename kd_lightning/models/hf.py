@@ -129,7 +129,7 @@ def pretrained(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        with _quiet_loading(hide_bar=local):
+        with quiet_loading(hide_bar=local):
             config = _config(source, name, found)
             if pooling != "checkpoint":
                 encoder: PreTrainedModel = AutoModel.from_pretrained(source, **options)
@@ -142,7 +142,7 @@ def pretrained(
                 options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
             network: nn.Module = _classifier(config).from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(_cannot_load(name, local, error)) from error
+        raise ConfigError(cannot_load(name, "a classifier", local, error)) from error
     _log_head(name, config, num_classes)
     _pad_with(network, pad_token_id, name)
     _freeze(network.base_model, frozen_layers)  # type: ignore[arg-type]
@@ -237,7 +237,7 @@ def finished(name: str, num_classes: int, pad_token_id: int | None = None) -> nn
     try:
         config = _config(source, name, {"local_files_only": local, "trust_remote_code": False})
     except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_load(name, local, error)) from error
+        raise ConfigError(cannot_load(name, "a classifier", local, error)) from error
     if not _has_classifier(config) or config.num_labels != num_classes:
         kind = (
             f"a classifier for {config.num_labels} classes" if _has_classifier(config) else "an encoder without a head"
@@ -300,14 +300,15 @@ def _log_head(name: str, config: PreTrainedConfig, num_classes: int) -> None:
         log.info("%s: a finished classifier; its head is kept, classes in this order: %s", name, classes)
 
 
-def _cannot_load(name: str, local: bool, error: Exception) -> str:
+def cannot_load(name: str, kind: str, local: bool, error: Exception) -> str:
+    """Return what there is to say of a checkpoint that is none of a kind, or is not there."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     where = "this folder" if local else "the Hugging Face hub (not reachable, or no such name)"
-    return f"name={name!r} cannot be loaded as a classifier from {where}: {reason[:300]}"
+    return f"name={name!r} cannot be loaded as {kind} from {where}: {reason[:300]}"
 
 
 @contextmanager
-def _quiet_loading(hide_bar: bool) -> Iterator[None]:
+def quiet_loading(hide_bar: bool) -> Iterator[None]:
     """Hide the 'weights were not initialized' report, which `_log_head` says in one line, inside this block only.
 
     The progress bar of reading a local file goes too; that of a download stays.

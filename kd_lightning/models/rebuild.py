@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.attention import PROBABILITIES
 from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier, Pooling, check_attention, check_attentions
@@ -37,7 +38,7 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
     Returns:
         A dict with `_target_` and its arguments (also what `hydra.utils.instantiate` takes), or None when the network
         is not a `BiLSTM`, `TextCNN`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one,
-        a model class of the `transformers` library or a `PooledClassifier` around one.
+        a model class of the `transformers` library, or a `PooledClassifier` or `CausalLM` around one.
     """
     network = unwrap(network)
     if isinstance(network, PooledClassifier):
@@ -46,6 +47,9 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
             return None
         head = {"num_classes": network.num_classes, "pooling": network.pooling, "dropout": network.dropout.p}
         return {"_target_": _name(pooled_classifier), "encoder": encoder, **head}
+    if isinstance(network, CausalLM):
+        inner = describe(network.network)
+        return None if inner is None else {"_target_": _name(CausalLM), "network": inner, **network.arguments}
     if isinstance(network, SimKDStudent):
         backbone = describe(network.backbone)
         return (
@@ -93,7 +97,7 @@ def from_description(description: dict[str, Any]) -> nn.Module:
             f"_target_={description.get('_target_')!r} is not a network description; known: {', '.join(_BUILDERS)}"
         )
     arguments = {key: value for key, value in description.items() if key != "_target_"}
-    for part in ("encoder", "backbone"):
+    for part in ("encoder", "backbone", "network"):
         if isinstance(arguments.get(part), dict):
             arguments[part] = from_description(arguments[part])
     try:
@@ -169,5 +173,5 @@ def _name(builder: Callable[..., nn.Module]) -> str:
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     _name(builder): builder
-    for builder in (hugging_face, pooled_classifier, BiLSTM, TextCNN, CNN, ResNet, SimKDStudent, timm_model)
+    for builder in (hugging_face, pooled_classifier, CausalLM, BiLSTM, TextCNN, CNN, ResNet, SimKDStudent, timm_model)
 }
