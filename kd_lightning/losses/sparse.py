@@ -31,6 +31,7 @@ from kd_lightning.losses.term import (
     at_least_float32,
     check_mask,
     in_float32,
+    kept_rows,
     only_counted,
     reduce,
 )
@@ -226,13 +227,13 @@ class SparseKDLoss(Term):
         if student.logits.shape[-1]:
             if self.ce_weight != 0:
                 raise ValueError(f"ce_weight={self.ce_weight} is for a student without logits; add a term of labels")
-            mask = batch.get("keep")
+            mask = kept_rows(student.logits, batch)
             return self.kd_weight * sparse_kd(student.logits, sparse, self.divergence, self.beta, mask)
         if missing := {"last_hidden", "head"} - student.features.keys():
             raise ValueError(f"the student's logits are empty, and its features lack {sorted(missing)}")
         hidden = student.features["last_hidden"]
         return sparse_linear_kd(
-            hidden, student.features["head"], sparse, batch.get("labels"), batch.get("keep"),
+            hidden, student.features["head"], sparse, batch.get("labels"), kept_rows(hidden, batch),
             student_bias=student.features.get("head_bias"), ce_weight=self.ce_weight, kd_weight=self.kd_weight,
             divergence=self.divergence, beta=self.beta,
         ).loss  # fmt: skip
