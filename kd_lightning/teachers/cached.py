@@ -65,7 +65,7 @@ class CachedTeacher(Teacher):
         index, mask = batch["index"], attention_mask(batch)
         if not self.cache.complete and not bool(self.cache.known(index).all()):
             self._ask(batch, index, mask)
-        return self.cache.lookup(index, mask, self.features)
+        return self.cache.lookup(index, mask, self.features, batch.get("keep"))
 
     def _ask(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
         if self.teacher is None:
@@ -75,10 +75,10 @@ class CachedTeacher(Teacher):
             output = self.teacher(batch)
         else:
             output = check_repeatable(self.teacher, batch)
-            size = estimate(self.cache, output, mask, self.lengths)
+            size = estimate(self.cache, output, mask, self.lengths, batch.get("keep"))
             self.say(f"teacher  answers are kept as they are asked for: {size}, in {self.cache.folder}")
             check_room(self.cache, size)
-        self.cache.add(index, output, mask, time.monotonic() - started)
+        self.cache.add(index, output, mask, time.monotonic() - started, batch.get("keep"))
 
     def flush(self) -> None:
         """Write what was asked for since the last shard: before a checkpoint, and when a training ends."""

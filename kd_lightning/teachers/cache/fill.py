@@ -44,7 +44,11 @@ class Estimate:
 
 
 def estimate(
-    cache: TeacherCache, output: ModelOutput, mask: Tensor | None = None, lengths: Tensor | None = None
+    cache: TeacherCache,
+    output: ModelOutput,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Estimate:
     """Say from a first answer how large the cache becomes.
 
@@ -53,14 +57,16 @@ def estimate(
         output: The teacher's answer to a batch.
         mask: The batch's attention mask, `(B, L)`; None for a network without one.
         lengths: The real tokens of every example, or of a fair sample, `(M,)`; None takes this batch for one.
+        keep: Which rows of logits per token are kept, `(B, L)`; taken for a fair sample of all.
     """
-    specs = specs_of(output, mask, cache.manifest.storage)
+    specs = specs_of(output, mask, cache.manifest.storage, keep)
     per_token = any(spec.kind != "example" for spec in specs)
     if mask is not None and lengths is None:
         lengths = mask.bool().sum(1)
     tokens = torch.zeros(1) if lengths is None else lengths.double().cpu()
     mean, square = float(tokens.mean()), float(tokens.square().mean())
-    size = sum(spec.unit_bytes * spec.units(mean, square) for spec in specs) + (4 if per_token else 0)
+    rows = 0.0 if keep is None or mask is None else mean * float(keep.sum()) / max(float(mask.sum()), 1.0)
+    size = sum(spec.unit_bytes * spec.units(mean, square, rows) for spec in specs) + (4 if per_token else 0)
     return Estimate(size, cache.manifest.num_examples, len(cache.missing()))
 
 
@@ -139,11 +145,11 @@ def fill(
             seconds = time.monotonic() - started
             mask = attention_mask(part)
             if not begun:
-                size = estimate(cache, output, mask, lengths)
+                size = estimate(cache, output, mask, lengths, part.get("keep"))
                 say(f"teacher outputs: {size}, in {cache.folder}")
                 check_room(cache, size)
                 begun = True
-            cache.add(part["index"], output, mask, seconds)
+            cache.add(part["index"], output, mask, seconds, part.get("keep"))
     if not cache.complete:
         number = cache.manifest.num_examples
         raise CacheError(

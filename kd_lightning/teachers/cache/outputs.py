@@ -17,7 +17,7 @@ from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.types import ModelOutput
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Kind = Literal["example", "token", "pair"]
+Kind = Literal["example", "token", "pair", "row"]
 Number = TypeVar("Number", float, NDArray[np.int64])
 
 
@@ -52,11 +52,13 @@ class Spec:
     """One stored output.
 
     An example's answer is a run of units, one after the other: a single one for a fixed-width output; n for an output
-    per token, where n is the example's number of real tokens; `heads * n * n` numbers for one per pair of tokens.
+    per token, where n is the example's number of real tokens; `heads * n * n` numbers for one per pair of tokens; of
+    logits per token only the rows that the batch keeps.
 
     Attributes:
         name: `logits`, or the name of a feature.
-        kind: Fixed width `(B, ...)`, per token `(B, L, ...)`, or per pair of tokens `(B, H, L, L)`.
+        kind: Fixed width `(B, ...)`, per token `(B, L, ...)`, per pair of tokens `(B, H, L, L)`, or per kept row of
+            logits `(B, L, C)`.
         shape: Of the answer without batch and tokens: `(C,)`, `(D,)`, `(H,)`.
         dtype: Of the stored numbers.
         top_k: How many logits are kept, None for all.
@@ -75,7 +77,7 @@ class Spec:
 
     def __str__(self) -> str:
         size = " x ".join(map(str, self.shape))
-        per = {"example": "", "token": " per token", "pair": " per pair of tokens"}[self.kind]
+        per = {"example": "", "token": " per token", "pair": " per pair of tokens", "row": " per kept token"}[self.kind]
         return f"{self.name} {size}{per}, {self.dtype}" + (f", top {self.top_k}" if self.top_k else "")
 
     def to_json(self) -> dict[str, Any]:
@@ -102,19 +104,21 @@ class Spec:
         """Bytes of one unit."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts.values())
 
-    def units(self, length: Number, square: Number) -> Number | int:
-        """Return how many units an example takes, from its tokens and their square (or means, or arrays of both)."""
+    def units(self, length: Number, square: Number, rows: Number) -> Number | int:
+        """Return how many units an example takes, from its tokens, their square and kept rows (or means, or arrays)."""
         if self.kind == "example":
             return 1
+        if self.kind == "row":
+            return rows
         return length if self.kind == "token" else square * math.prod(self.shape)
 
 
-def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage) -> list[Spec]:
+def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage, keep: Tensor | None = None) -> list[Spec]:
     """Decide from a first answer what is stored.
 
     With a mask `(B, L)`, an answer `(B, H, L, L)` is one per pair of tokens and `(B, L, ...)` of three dimensions or
-    more is one per token; all others are of fixed width. A fixed-width feature whose second dimension happens to be L
-    must therefore be flattened by whoever makes it.
+    more is one per token, of logits one per row that `keep` `(B, L)` has; all others are of fixed width. A fixed-width
+    feature whose second dimension happens to be L must therefore be flattened by whoever makes it.
 
     Raises:
         ConfigError: `teacher.cache_top_k` is not smaller than the number of classes.
@@ -127,7 +131,7 @@ def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage) -> list
         if tokens is not None and value.ndim == 4 and shape[1:] == (tokens, tokens):
             kind, shape = "pair", shape[:1]
         elif tokens is not None and value.ndim >= 3 and shape[0] == tokens:
-            kind, shape = "token", shape[1:]
+            kind, shape = "token" if keep is None or name != "logits" else "row", shape[1:]
         top_k = storage.top_k if name == "logits" else None
         if top_k is not None and top_k >= shape[-1]:
             raise ConfigError(
@@ -172,7 +176,7 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
     Args:
         spec: Which output.
         value: The batch's answer, as `spec.kind` says.
-        mask: `(B, L)` bool, True where there is a real token; None for a network without.
+        mask: `(B, L)` bool, True where there is a unit; None for a network without tokens.
         index: `(B,)`, named in errors.
 
     Raises:
@@ -180,7 +184,7 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
     """
     value = value.detach().cpu().float()
     owner = index
-    if spec.kind == "token":
+    if spec.kind in ("token", "row"):
         assert mask is not None
         value, owner = value[mask], index.repeat_interleave(mask.sum(1))
     elif spec.kind == "pair":
@@ -213,7 +217,7 @@ def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) 
     name, *more = spec.parts
     classes = spec.shape[-1]
     rest = parts[more[1]] - math.log(classes - spec.top_k)
-    if spec.kind == "token" and mask is not None:
+    if spec.kind in ("token", "row") and mask is not None:
         rest = rest.masked_fill(~mask.reshape(*mask.shape, *[1] * (rest.ndim - 2)), 0.0)
     dense = rest[..., None].expand(*rest.shape, classes).contiguous()
     return dense.scatter_(-1, parts[more[0]].long(), parts[name].float())

@@ -32,6 +32,8 @@ class Places:
         self.length = np.zeros(num_examples if variable else 0, np.int32)
         self.token = np.zeros(num_examples if variable else 0, np.int64)  # tokens before it in its segment
         self.pair = np.zeros(num_examples if variable else 0, np.int64)  # pairs of tokens before it in its segment
+        self.rows = np.zeros(num_examples if variable else 0, np.int32)
+        self.kept = np.zeros(num_examples if variable else 0, np.int64)  # kept rows before it in its segment
 
     def register(self, number: int, segment: Segment) -> None:
         """Take note of a segment: from now on its examples are read there."""
@@ -42,6 +44,10 @@ class Places:
             self.length[segment.index] = lengths
             self.token[segment.index] = lengths.cumsum() - lengths
             self.pair[segment.index] = (lengths**2).cumsum() - lengths**2
+        if segment.rows is not None:
+            rows = segment.rows.astype(np.int64)
+            self.rows[segment.index] = rows
+            self.kept[segment.index] = rows.cumsum() - rows
 
     def known(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which of the examples are answered."""
@@ -80,18 +86,23 @@ class Places:
                 f"index {index[unknown][0]}: let the build go on (kd-cache build, or teacher.cache=auto)"
             )
 
-    def check_lengths(self, index: NDArray[np.int64], mask: Mask) -> None:
+    def check_lengths(self, index: NDArray[np.int64], mask: Mask, rows: bool = False) -> None:
         """Refuse a batch whose examples are of other lengths than when the teacher answered.
+
+        Args:
+            index: Which examples, `(B,)`.
+            mask: Their real tokens, or their kept rows, `(B, L)`.
+            rows: Whether it is the latter.
 
         Raises:
             CacheError: Names the first of them.
         """
-        tokens, stored = mask.sum(1), self.length[index]
+        tokens, stored = mask.sum(1), (self.rows if rows else self.length)[index]
         if (tokens != stored).any():
             i = int((tokens != stored).argmax())
             raise CacheError(
-                f"the example with index {index[i]} has {tokens[i]} tokens in this batch and had {stored[i]} when the "
-                "teacher answered: another tokenizer, data.max_length or attention mask"
+                f"the example with index {index[i]} has {tokens[i]} {'kept ' * rows}tokens in this batch and had "
+                f"{stored[i]} when the teacher answered: another tokenizer, data.max_length or attention mask"
             )
 
 
@@ -105,7 +116,8 @@ def read(
         places: Where the answers lie.
         segments: They lie in these.
         index: Which examples, `(B,)`, all of them answered.
-        mask: `(B, L)`, nonzero at real tokens; for an output per token, or per pair of tokens.
+        mask: `(B, L)`, nonzero at real tokens; for an output per token, or per pair of tokens. For one per kept row
+            nonzero at those.
 
     Raises:
         CacheError: There is no mask, or it does not fit the stored lengths.
@@ -113,9 +125,10 @@ def read(
     if spec.kind == "example":
         return decode(spec, _read_fixed(spec, places, segments, index))
     if mask is None:
-        raise CacheError(f"{spec.name} is stored for real tokens only: its batches need an attention mask")
+        needed = "`keep`" if spec.kind == "row" else "an attention mask"
+        raise CacheError(f"{spec.name} is stored for real tokens only: its batches need {needed}")
     real = mask.cpu().bool()
-    places.check_lengths(index, real.numpy())
+    places.check_lengths(index, real.numpy(), rows=spec.kind == "row")
     return decode(spec, _read_runs(spec, places, segments, index, real.numpy()), real)
 
 
@@ -144,19 +157,20 @@ def _read_runs(
     """
     batch, tokens = mask.shape
     heads = math.prod(spec.shape)
-    begin = places.token[index] if spec.kind == "token" else heads * places.pair[index]
+    begin = {"token": places.token, "row": places.kept, "pair": places.pair}[spec.kind][index]
+    begin = heads * begin if spec.kind == "pair" else begin
     runs = list(zip(places.segment[index].tolist(), begin.tolist(), _kept(mask), strict=True))
     found = {}
     for name, (shape, dtype) in spec.parts.items():
-        size = (tokens, *shape) if spec.kind == "token" else (heads, tokens, tokens)
+        size = (heads, tokens, tokens) if spec.kind == "pair" else (tokens, *shape)
         out = np.zeros((batch, *size), numpy_dtype(dtype))
         for row, (number, start, (keep, n)) in zip(out, runs, strict=True):
             units = segments[number].parts[name]
-            if spec.kind == "token":
-                row[keep] = units[start : start + n]
-            else:
+            if spec.kind == "pair":
                 block = units[start : start + heads * n * n].reshape(heads, n, n)
                 row[:, keep if isinstance(keep, slice) else keep[:, None], keep] = block
+            else:
+                row[keep] = units[start : start + n]
         found[name] = cooked(out, dtype)
     return found
 

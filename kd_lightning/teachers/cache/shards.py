@@ -49,11 +49,13 @@ class Segment:
     Attributes:
         index: Which examples, `(n,)` int64.
         lengths: The real tokens of each, `(n,)` int32; None where no output is per token.
+        rows: The kept rows of each, `(n,)` int32; None where no output is of those.
         parts: The units of all of them by the name of the tensor.
     """
 
     index: NDArray[np.int64]
     lengths: NDArray[np.int32] | None
+    rows: NDArray[np.int32] | None
     parts: Mapping[str, Raw]
 
     @classmethod
@@ -62,7 +64,7 @@ class Segment:
         arrays = {name: raw(tensor) for name, tensor in tensors.items()}
         if "members" in arrays:
             arrays["index"] = np.flatnonzero(np.unpackbits(arrays.pop("members")))
-        return cls(arrays.pop("index"), arrays.pop("length", None), arrays)
+        return cls(arrays.pop("index"), arrays.pop("length", None), arrays.pop("rows", None), arrays)
 
     @property
     def nbytes(self) -> int:
@@ -71,8 +73,9 @@ class Segment:
 
     def units(self, spec: Spec) -> NDArray[np.int64]:
         """Return how many units of an output each example has, `(n,)`."""
-        lengths = np.zeros(len(self.index), np.int64) if self.lengths is None else self.lengths.astype(np.int64)
-        return np.broadcast_to(np.asarray(spec.units(lengths, lengths**2), np.int64), lengths.shape)
+        none = np.zeros(len(self.index), np.int64)
+        lengths, rows = (none if x is None else x.astype(np.int64) for x in (self.lengths, self.rows))
+        return np.broadcast_to(np.asarray(spec.units(lengths, lengths**2, rows), np.int64), lengths.shape)
 
 
 def raw(tensor: Tensor) -> Raw:
@@ -136,6 +139,9 @@ def join(specs: Sequence[Spec], segments: Sequence[tuple[Segment, NDArray[np.boo
     if any(spec.kind != "example" for spec in specs):
         lengths = np.concatenate([segment.lengths for segment, _ in segments if segment.lengths is not None])
         found["length"] = torch.from_numpy(lengths[rows])
+    if any(spec.kind == "row" for spec in specs):
+        kept = np.concatenate([segment.rows for segment, _ in segments if segment.rows is not None])
+        found["rows"] = torch.from_numpy(kept[rows])
     for spec in specs:
         units = np.concatenate([segment.units(spec) for segment, _ in segments])
         begin, wanted = (units.cumsum() - units)[rows], units[rows]

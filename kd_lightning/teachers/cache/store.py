@@ -224,7 +224,13 @@ class TeacherCache:
         self._list_outputs()
         return self
 
-    def lookup(self, index: Tensor, mask: Tensor | None = None, features: Sequence[str] | None = None) -> ModelOutput:
+    def lookup(
+        self,
+        index: Tensor,
+        mask: Tensor | None = None,
+        features: Sequence[str] | None = None,
+        keep: Tensor | None = None,
+    ) -> ModelOutput:
         """Return the answers to a batch, in its order, as float32 on the device of `to`.
 
         Args:
@@ -232,13 +238,14 @@ class TeacherCache:
             mask: `(B, L)`, nonzero at real tokens; where an output is per token. Padding may be on either side, and of
                 another length than when the teacher answered; answers are zero there.
             features: Which of the stored features to return; None: all.
+            keep: `(B, L)`, which rows of logits per token are kept; where there are such. The others are zero.
 
         Raises:
             CacheError: An example that is not answered, or that has another number of tokens than it had then.
         """
         if torch.is_inference_mode_enabled():  # autograd takes no tensor that was made in there
             with torch.inference_mode(False):
-                return self.lookup(index, mask, features)
+                return self.lookup(index, mask, features, keep)
         here = None
         if not self._in_memory:
             here = index.cpu().numpy()
@@ -250,7 +257,8 @@ class TeacherCache:
             for spec, exact in self._outputs:
                 if features is not None and spec.name != "logits" and spec.name not in features:
                     continue
-                answer = self._answer(spec, index, here, mask) if exact is None else exact.index_select(0, index)
+                places = keep if spec.kind == "row" else mask
+                answer = self._answer(spec, index, here, places) if exact is None else exact.index_select(0, index)
                 values[spec.name] = answer
         except (IndexError, RuntimeError):
             self._places.check(index.cpu().numpy())
@@ -284,7 +292,14 @@ class TeacherCache:
             finally:
                 self.flush()
 
-    def add(self, index: Tensor, output: ModelOutput, mask: Tensor | None = None, seconds: float = 0.0) -> None:
+    def add(
+        self,
+        index: Tensor,
+        output: ModelOutput,
+        mask: Tensor | None = None,
+        seconds: float = 0.0,
+        keep: Tensor | None = None,
+    ) -> None:
         """Keep the answers to those of a batch's examples that are not answered yet.
 
         They can be looked up at once, as they will be read from the files: in the storage's dtype, with its top-k. A
@@ -295,26 +310,29 @@ class TeacherCache:
             output: The teacher's answers, on any device.
             mask: `(B, L)`, nonzero at real tokens; None for a network without one.
             seconds: How long the teacher took.
+            keep: `(B, L)`, which rows of logits per token are kept; None: those of all real tokens.
 
         Raises:
             CacheError: Answers that are not finite, or unlike the first ones; an index outside 0..N-1; a full disk.
             ConfigError: `teacher.cache_top_k` does not fit the number of classes.
         """
         with torch.inference_mode(False), torch.no_grad():
-            index, mask = index.cpu(), None if mask is None else mask.cpu().bool()
-            specs = self.manifest.specs or specs_of(output, mask, self.manifest.storage)
+            index, mask, keep = index.cpu(), _on_cpu(mask), _on_cpu(keep)
+            specs = self.manifest.specs or specs_of(output, mask, self.manifest.storage, keep)
             check_shapes(specs, output, index, mask)
             self._places.check_range(index.numpy())
             fresh = torch.from_numpy(self._places.fresh(index.numpy()))
             if len(fresh) == 0:
                 return
             values = {name: value.index_select(0, fresh.to(value.device)) for name, value in named(output).items()}
-            index, mask = index[fresh], None if mask is None else mask[fresh]
+            index, mask, keep = index[fresh], *(None if x is None else x[fresh] for x in (mask, keep))
             tensors: dict[str, Tensor] = {"index": index}
             for spec in specs:
-                tensors |= encode(spec, values[spec.name], mask, index)
+                tensors |= encode(spec, values[spec.name], keep if spec.kind == "row" else mask, index)
             if mask is not None and any(spec.kind != "example" for spec in specs):
                 tensors["length"] = mask.sum(1, dtype=torch.int32)
+            if keep is not None and any(spec.kind == "row" for spec in specs):
+                tensors["rows"] = keep.sum(1, dtype=torch.int32)
             if not self.manifest.specs:
                 self.manifest.specs = specs
                 self._prepare()
@@ -420,3 +438,7 @@ class TeacherCache:
             self._open_shards()
         else:
             self._prepare()
+
+
+def _on_cpu(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.cpu().bool()
