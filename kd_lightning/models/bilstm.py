@@ -1,4 +1,4 @@
-"""A bidirectional LSTM classifier: the small, fast student."""
+"""A bidirectional LSTM, classifier or tagger: the small, fast student."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMBEDDING_RMS = 0.1
 
 
 class BiLSTM(nn.Module):
-    """Embedding, n bidirectional LSTM layers, pooling over the words, linear classifier.
+    """Embedding, n bidirectional LSTM layers, pooling over the words (or none), linear classifier.
 
     Padding never touches a word, on either side: each layer is a forward LSTM on the words and a backward LSTM on the
     words reversed *within their length*. That is what `pack_padded_sequence` computes, without its copying between
@@ -42,6 +42,7 @@ class BiLSTM(nn.Module):
         pooling: How the words' states become one vector `(B, 2H)`: `max` or `mean` over the words, `last` (forward
             state at the last word, backward state at the first), or `attention` (learned weights).
         dropout: Probability of dropping an entry of the embeddings, between layers and before the classifier.
+        per_token: Classify each token, by its state, and not the text by what `pooling` makes of all.
 
     Raises:
         ConfigError: A size below 1, an unknown pooling or a dropout outside [0, 1), a padding id beyond the vocabulary.
@@ -57,6 +58,7 @@ class BiLSTM(nn.Module):
         num_layers: int = 1,
         pooling: Pooling = "max",
         dropout: float = 0.3,
+        per_token: bool = False,
     ) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {
@@ -68,6 +70,7 @@ class BiLSTM(nn.Module):
             "num_layers": num_layers,
             "pooling": pooling,
             "dropout": dropout,
+            "per_token": per_token,
         }
         check_sizes(
             dropout, num_classes=num_classes, vocab_size=vocab_size, embedding_size=embedding_size,
@@ -76,7 +79,7 @@ class BiLSTM(nn.Module):
         check_padding(pad_token_id, vocab_size)
         if pooling not in get_args(Pooling):
             raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), get_args(Pooling))}")
-        self.pad_token_id, self.pooling = pad_token_id, pooling
+        self.pad_token_id, self.pooling, self.per_token = pad_token_id, pooling, per_token
         self.embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=pad_token_id)
         inputs = [embedding_size] + [2 * hidden_size] * (num_layers - 1)
         self.forward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
@@ -85,7 +88,7 @@ class BiLSTM(nn.Module):
         self.states = nn.ModuleList(nn.Identity() for _ in range(num_layers + 1))
         self.feature_names = {f"hidden[{i}]": f"states.{i}" for i in range(num_layers + 1)}
         self.feature_names["embeddings"] = "states.0"
-        if pooling == "attention":
+        if pooling == "attention" and not per_token:
             score = nn.Linear(hidden_size, 1, bias=False)
             self.attention = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.Tanh(), score)
         self.dropout = nn.Dropout(dropout)
@@ -101,7 +104,7 @@ class BiLSTM(nn.Module):
                 everything but `pad_token_id`.
 
         Returns:
-            Logits `(B, C)`.
+            Logits `(B, C)`; with `per_token` `(B, L, C)`.
         """
         mask = input_ids.ne(self.pad_token_id) if attention_mask is None else attention_mask.ne(0)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -109,6 +112,9 @@ class BiLSTM(nn.Module):
         order = torch.where(mask, positions, positions + input_ids.shape[1]).argsort(dim=1)
         lengths = mask.sum(1, keepdim=True).clamp_min(1)  # a text without a word reads as one padding token
         hidden = self._encode(input_ids.gather(1, order), lengths, positions, order)
+        if self.per_token:
+            states = _in_place(hidden, lengths, positions, order)
+            return ModelOutput(self.classifier(self.dropout(states)))
         return ModelOutput(self.classifier(self.dropout(self._pool(hidden, lengths, positions))))
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -129,10 +135,9 @@ class BiLSTM(nn.Module):
         return hidden
 
     def _show(self, layer: int, hidden: Tensor, lengths: Tensor, positions: Tensor, order: Tensor) -> None:
-        """Put the words' states back where the words stand in the input, if anybody looks."""
+        """Show the words' states, if anybody looks."""
         if self.states[layer]._forward_hooks:
-            words = hidden.masked_fill((positions >= lengths).unsqueeze(2), 0.0)
-            self.states[layer](words.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(words)))
+            self.states[layer](_in_place(hidden, lengths, positions, order))
 
     def _pool(self, hidden: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
         """Reduce `(B, L, 2H)` to `(B, 2H)` over the words."""
@@ -164,3 +169,9 @@ class BiLSTM(nn.Module):
                         gate.zero_()
                 if name.startswith("bias_ih"):
                     gates[1].fill_(1.0)
+
+
+def _in_place(hidden: Tensor, lengths: Tensor, positions: Tensor, order: Tensor) -> Tensor:
+    """Return the words' states `(B, L, 2H)` where the words stand in the input, zeros at padding."""
+    words = hidden.masked_fill((positions >= lengths).unsqueeze(2), 0.0)
+    return words.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(words))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -91,6 +92,7 @@ def pretrained(
     frozen_layers: int = 0,
     trust_remote_code: bool = False,
     pad_token_id: int | None = None,
+    per_token: bool = False,
 ) -> nn.Module:
     """Load a pretrained encoder or a finished classifier, in float32 and training mode.
 
@@ -112,6 +114,7 @@ def pretrained(
         pad_token_id: The id that shorter texts of a batch are filled up with. A decoder such as GPT-2 or Llama, which
             classifies at the last token that is another, takes it in place of its checkpoint's, which often has none.
             None: the checkpoint's.
+        per_token: Classify each token, with the head that `AutoModelForTokenClassification` gives this architecture.
 
     Returns:
         The Hugging Face model, or a `PooledClassifier` around it.
@@ -122,6 +125,8 @@ def pretrained(
     choices = ("checkpoint", *get_args(Pooling))
     if pooling not in choices:
         raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(str(pooling), choices)}")
+    if per_token:
+        check_unpooled(pooling, "checkpoint")
     check_attention(attn_implementation, "attn_implementation")
     source, local = locate(name)
     found: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
@@ -137,13 +142,15 @@ def pretrained(
                 _pad_with(encoder, pad_token_id, name)
                 _freeze(encoder, frozen_layers)
                 return PooledClassifier(encoder, num_classes, pooling, dropout).train()
-            keeps_head = _has_classifier(config) and config.num_labels == num_classes
+            keeps_head = _has_classifier(config, per_token) and config.num_labels == num_classes
             if not keeps_head:
                 options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-            network: nn.Module = _classifier(config).from_pretrained(source, **options)
+            network: nn.Module = _classifier(config, per_token).from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(cannot_load(name, "a classifier", local, error)) from error
-    _log_head(name, config, num_classes)
+        raise ConfigError(
+            cannot_load(name, "a token classifier" if per_token else "a classifier", local, error)
+        ) from error
+    _log_head(name, config, num_classes, per_token)
     _pad_with(network, pad_token_id, name)
     _freeze(network.base_model, frozen_layers)  # type: ignore[arg-type]
     return network.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
@@ -151,6 +158,16 @@ def pretrained(
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """What `transformers` itself has. Any other name would be fetched from the hub as a kernel, which is code."""
+
+
+def check_unpooled(pooling: str, default: str) -> None:
+    """Refuse a pooling for a network that predicts for each token.
+
+    Raises:
+        ConfigError: Another than the default, which a configuration has without anybody's doing.
+    """
+    if pooling != default:
+        raise ConfigError(f"pooling={pooling}: the data ask for a prediction for each token, and nothing is pooled")
 
 
 def check_attention(given: Any, key: str) -> None:
@@ -226,27 +243,50 @@ def _freeze(encoder: PreTrainedModel, layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def finished(name: str, num_classes: int, pad_token_id: int | None = None) -> nn.Module:
+def finished(
+    name: str,
+    num_classes: int,
+    pad_token_id: int | None = None,
+    per_token: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> nn.Module:
     """Load a classifier that has been trained for this many classes, with its head; `pretrained` has the arguments.
+
+    Args:
+        name: As for `pretrained`.
+        num_classes: As for `pretrained`.
+        pad_token_id: As for `pretrained`.
+        per_token: As for `pretrained`.
+        class_names: The data's, which the checkpoint's are to be, in their order; None: the numbers alone decide.
 
     Raises:
         ConfigError: The checkpoint is an encoder, or a classifier for another number of classes: `pretrained` would
-            give it a new head, which knows nothing yet.
+            give it a new head, which knows nothing yet. Or the names of its classes are others.
     """
     source, local = locate(name)
     try:
         config = _config(source, name, {"local_files_only": local, "trust_remote_code": False})
     except (OSError, ValueError) as error:
-        raise ConfigError(cannot_load(name, "a classifier", local, error)) from error
-    if not _has_classifier(config) or config.num_labels != num_classes:
-        kind = (
-            f"a classifier for {config.num_labels} classes" if _has_classifier(config) else "an encoder without a head"
+        raise ConfigError(
+            cannot_load(name, "a token classifier" if per_token else "a classifier", local, error)
+        ) from error
+    fits = _has_classifier(config, per_token)
+    if not fits or config.num_labels != num_classes:
+        what, none = (
+            ("token classifier", "no token classifier") if per_token else ("classifier", "an encoder without a head")
         )
+        kind = f"a {what} for {config.num_labels} classes" if fits else none
         raise ConfigError(
             f"{name} is {kind}, not a finished teacher for the data's {num_classes} classes: to fine-tune it first, "
             f"use model@teacher.network=hf teacher.network.name={name} and no teacher.checkpoint"
         )
-    return pretrained(name, num_classes, pad_token_id=pad_token_id)
+    own = [str(label) for _, label in sorted((config.id2label or {}).items())]
+    if class_names is not None and own != list(class_names):
+        raise ConfigError(
+            f"the classes of {name} are {', '.join(own)}, and the data's {', '.join(class_names)}: set "
+            f"data.class_names=[{','.join(own)}]"
+        )
+    return pretrained(name, num_classes, pad_token_id=pad_token_id, per_token=per_token)
 
 
 def locate(name: str, key: str = "name") -> tuple[str, bool]:
@@ -273,20 +313,22 @@ def locate(name: str, key: str = "name") -> tuple[str, bool]:
     return name, False
 
 
-def _has_classifier(config: PreTrainedConfig) -> bool:
-    kinds = ("ForSequenceClassification", "ForImageClassification")
+def _has_classifier(config: PreTrainedConfig, per_token: bool) -> bool:
+    kinds = ("ForTokenClassification",) if per_token else ("ForSequenceClassification", "ForImageClassification")
     return any(str(name).endswith(kinds) for name in config.architectures or ())
 
 
-def _classifier(config: PreTrainedConfig) -> Any:
+def _classifier(config: PreTrainedConfig, per_token: bool) -> Any:
     """Return what loads a classifier of this architecture: of images where it classifies nothing else."""
+    if per_token:
+        return AutoModelForTokenClassification
     of_images = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     of_texts = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     return AutoModelForImageClassification if of_images and not of_texts else AutoModelForSequenceClassification
 
 
-def _log_head(name: str, config: PreTrainedConfig, num_classes: int) -> None:
-    if not _has_classifier(config):
+def _log_head(name: str, config: PreTrainedConfig, num_classes: int, per_token: bool) -> None:
+    if not _has_classifier(config, per_token):
         log.info("%s: an encoder; new classification head for %d classes", name, num_classes)
     elif config.num_labels != num_classes:
         log.warning(

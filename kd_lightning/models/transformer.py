@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 from transformers.activations import ACT2FN
 
-from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.models.hf import PooledClassifier, check_unpooled
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
@@ -24,6 +24,7 @@ def transformer(
     dropout: float = 0.1,
     hidden_act: str = "gelu",
     pooling: Literal["bert", "mean", "max", "first"] = "bert",
+    per_token: bool = False,
 ) -> nn.Module:
     """Build a BERT-style classifier with fresh weights; the defaults are BERT-tiny's shape.
 
@@ -41,12 +42,13 @@ def transformer(
         pooling: `bert`: a `BertForSequenceClassification`, which classifies by the first token's state after another
             layer. `mean` or `max` over the words, `first`: a `PooledClassifier`; with fresh weights the first token
             has yet to learn to look at the others.
+        per_token: Classify each token: a `BertForTokenClassification`, which pools nothing.
 
     Returns:
         A network in training mode with scaled-dot-product attention.
 
     Raises:
-        ConfigError: Heads that do not divide the width, an unknown activation or pooling.
+        ConfigError: Heads that do not divide the width, an unknown activation or pooling, a pooling of single tokens.
     """
     if num_heads < 1 or hidden_size % num_heads:
         raise ConfigError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}: choose a divisor")
@@ -66,6 +68,9 @@ def transformer(
         hidden_act=hidden_act,
         **options,
     )
+    if per_token:
+        check_unpooled(pooling, "bert")
+        return BertForTokenClassification(config)
     if pooling == "bert":
         return BertForSequenceClassification(config)
     return PooledClassifier(BertModel(config, add_pooling_layer=False), num_classes, pooling, dropout)
