@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,13 +61,13 @@ class Job:
         return validation_score(self.record(stage))
 
 
-def pipeline(settings: Sequence[str], quiet: bool = True) -> Any:
-    """Return the pipeline of a configuration."""
+def run_of(settings: Sequence[str], quiet: bool = True) -> Any:
+    """Return the run of a configuration, of which nothing is trained yet."""
     from hydra import compose, initialize_config_dir
     from rich.console import Console
 
     from kd_lightning.config.instantiate import conf_dir
-    from kd_lightning.pipeline.multi_task import pipeline_of
+    from kd_lightning.pipeline.context import Run
     from kd_lightning.pipeline.resolvers import register_resolvers
     from kd_lightning.runtime import log_filters
 
@@ -75,15 +75,17 @@ def pipeline(settings: Sequence[str], quiet: bool = True) -> Any:
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", list(settings))
-    return pipeline_of(cfg, Console(file=io.StringIO()) if quiet else None)
+    return Run(cfg, Console(file=io.StringIO()) if quiet else None)
 
 
 def train(job: Job) -> None:
     """Run a job on one core; what is finished is not trained again."""
     import torch
 
+    from kd_lightning.pipeline import run as pipeline_run
+
     torch.set_num_threads(1)
-    pipeline(job.overrides).run()
+    pipeline_run.train_all(run_of(job.overrides))
 
 
 def train_all(jobs: Sequence[Job]) -> None:
@@ -135,7 +137,7 @@ def test_answers(job: Job, stage: str) -> Any:
 def _test_loader(settings: tuple[str, ...]) -> Any:
     """Return the test split's batches for students; seeds have them in common."""
     nowhere = ROOT / "runs" / "nothing_is_written"  # whatever else is in the folder that the experiment names
-    return pipeline([*settings, "logger={}", f"run_dir={nowhere}"]).data.select(tokens="student").test_dataloader()
+    return run_of([*settings, "logger={}", f"run_dir={nowhere}"]).data.select(tokens="student").test_dataloader()
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -162,8 +164,9 @@ def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> 
     """
     from kd_lightning.tasks.predictions import answers
 
-    run = pipeline(job.overrides)
-    for one in (run, *getattr(run, "parts", {}).values()):  # its folder holds a training below the rounded answers
-        one.cfg["teacher"].update(precision="float32", cache="off")
+    run = run_of(job.overrides)
+    for part in run.parts.values():  # its folder holds a training below the rounded outputs
+        provider = run.provider_of(part)
+        provider.serving = replace(provider.serving, precision="float32", cache="off")
     data = run.data.select(tokens="both")
-    return answers(run.answering_teacher, data.test_dataloader() if split == "test" else data.val_dataloader())
+    return answers(run.predicting_teacher, data.test_dataloader() if split == "test" else data.val_dataloader())

@@ -55,10 +55,11 @@ def _build(given: argparse.Namespace) -> int:
 
     with explained(given.overrides):
         cfg = compose(given.overrides)
-        from kd_lightning.pipeline.multi_task import pipeline_of
+        from kd_lightning.pipeline.context import Run
+        from kd_lightning.pipeline.run import build_caches
 
         begin()
-        _table(pipeline_of(cfg).build_caches())
+        _table(build_caches(Run(cfg)))
     return 0
 
 

@@ -39,12 +39,12 @@ def write(cfg: DictConfig, folder: Path, command: str) -> list[Path]:
     from omegaconf import OmegaConf
 
     from kd_lightning.cli.lightning import parser
-    from kd_lightning.cli.lightning_config import Converter
-    from kd_lightning.pipeline.multi_task import pipeline_of
+    from kd_lightning.cli.lightning_config import files
+    from kd_lightning.pipeline.context import Run
     from kd_lightning.runtime.files import write_file
 
     texts: dict[Path, str] = {}
-    for name, content in Converter(pipeline_of(cfg)).files():
+    for name, content in files(Run(cfg)):
         path = folder / f"{name}.yaml"
         head = f"# Written by: {command}\n# Run it with: kd-cli fit --config {path}\n"
         texts[path] = head + OmegaConf.to_yaml(OmegaConf.create(content))

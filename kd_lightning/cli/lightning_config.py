@@ -1,23 +1,24 @@
-"""A composed configuration's stages as configurations of Lightning's command line."""
+"""The stages of a run as configurations of Lightning's command line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch.optim import Optimizer
 
 from kd_lightning.config.instantiate import lookup, parameters
-from kd_lightning.data.datamodule import Role
-from kd_lightning.pipeline.multi_task import MultiTaskPipeline
-from kd_lightning.pipeline.preflight import takes_from_teacher
-from kd_lightning.pipeline.run import Pipeline, cache_of_assistants, finetuning, teacher_name
+from kd_lightning.config.schema import CACHED, Node
+from kd_lightning.data import ClassificationData
+from kd_lightning.pipeline.context import Part, Run
+from kd_lightning.pipeline.networks import filled, takes_from_teacher
+from kd_lightning.pipeline.objectives import run_objective
+from kd_lightning.pipeline.prepare import new_networks, training_data
+from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import teacher_stage
 from kd_lightning.training.stage import averages, planned_steps, validate_every
-
-Node = dict[str, Any]
 
 
 def class_path(name: str, /, **arguments: Any) -> Node:
@@ -49,136 +50,105 @@ def _is_optimizer(target: str) -> bool:
     return isinstance(found, type) and issubclass(found, Optimizer)
 
 
-class Converter:
-    """Turns the stages of a pipeline into files.
+_TEACHER_KEYS = (*CACHED, "cache", "answer_batch_size", "compile", "calibrate")
+"""The keys below `teacher` that `FinishedTeacher` takes, of an assistant too."""
+
+
+def files(run: Run) -> Iterator[tuple[str, Node]]:
+    """Yield the name and content of a file for each stage, in the order in which they are to be run.
 
     Args:
-        pipeline: Of the composed configuration; nothing is trained.
+        run: Of the composed configuration; nothing is trained.
 
     Raises:
         ConfigError: A setting that `kd-cli` has no counterpart for.
     """
+    teacher, trainer = run.cfg.teacher, run.cfg.trainer["_target_"]
+    if teacher.sharded:
+        raise ConfigError("teacher.sharded=true: kd-cli loads whole teachers; set teacher.sharded=false")
+    if teacher.folds > 1:
+        raise ConfigError(f"teacher.folds={teacher.folds}: kd-cli trains no teachers on folds; use kd-train")
+    if trainer not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
+        raise ConfigError(f"trainer: kd-cli uses lightning.Trainer, not {trainer}")
+    converter = _Converter(run)
+    for stage in plan(run):
+        if stage.kind != "teacher" or "teacher" in run.cfg.stages:
+            yield stage.path, converter.file(stage)
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline, self.cfg, self.data = pipeline, pipeline.cfg, pipeline.data
-        self.parts: dict[str, Converter] = {}
-        if isinstance(pipeline, MultiTaskPipeline):
-            self.parts = {name: Converter(part) for name, part in pipeline.parts.items()}
-        if self.cfg["teacher"]["sharded"]:
-            raise ConfigError("teacher.sharded=true: kd-cli asks whole teachers; set teacher.sharded=false")
-        if (folds := self.cfg["teacher"]["folds"]) > 1:
-            raise ConfigError(f"teacher.folds={folds}: kd-cli trains no teachers on folds; use kd-train")
-        if self.cfg["trainer"]["_target_"] not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
-            raise ConfigError(f"trainer: kd-cli uses lightning.Trainer, not {self.cfg['trainer']['_target_']}")
 
-    def files(self) -> Iterator[tuple[str, Node]]:
-        """Yield the name and content of each file, in the order in which they are to be run."""
-        stages, assistants = self.cfg["stages"], len(self.cfg["assistants"])
-        if "teacher" in stages:
-            for name, part in self.parts.items():
-                yield from ((f"tasks/{name}/{file}", content) for file, content in part.teachers())
-            if not self.parts:
-                yield from self.teachers()
-        for seed in self.pipeline.seeds:
-            if "baseline" in stages:
-                yield f"seed_{seed}/baseline", self.baseline(seed, "baseline")
-                if self.pipeline.has_start:
-                    yield f"seed_{seed}/baseline_initialised", self.baseline(seed, "baseline_initialised")
-            if "distill" in stages:
-                last = assistants if self.pipeline.has_teacher else None
-                for number in range(1, assistants + 1) if seed == self.pipeline.seeds[0] else ():
-                    yield f"assistant_{number}", self.assistant(number)
-                name, student = f"seed_{seed}/distill", self.student("teacher")
-                yield name, self.distill(name, student, seed, last, self.cfg["peers"])
-            if "finetune" in stages:
-                yield f"seed_{seed}/finetune", self.finetune(seed)
+class _Converter:
+    """Turns the stages of a run into files."""
 
-    # -- the stages ---------------------------------------------------------------------------------------------------
+    def __init__(self, run: Run) -> None:
+        self.run, self.cfg = run, run.cfg
 
-    def teachers(self) -> Iterator[tuple[str, Node]]:
-        """Yield the files that fine-tune the teacher, or an ensemble's members."""
-        settings = self.cfg["teacher"]
-        for number, name in enumerate(self.teacher_names() if settings["checkpoint"] is None else []):
-            seed = settings["seed"] + number
-            data = self.data.select("teacher", pool=False).with_batches(settings["batch_size"], seed=seed)
-            network = self.network(settings["network"], "teacher")
-            model = self.supervised(network, settings["optimizer"], settings["scheduler"], seed)
-            trainer, batches = {**self.cfg["trainer"], **settings["trainer"]}, len(data.train_dataloader())
-            yield name, self.stage(
-                name, model, self.batches("teacher", seed, data.batch_size), seed, settings["network"], batches,
-                trainer=trainer, steps=planned_steps(trainer, batches), validations=settings["validations"],
-                role="teacher",
-            )  # fmt: skip
+    def file(self, stage: Stage) -> Node:
+        """Return a stage's file."""
+        model, callbacks = self.distilled(stage) if stage.distils else (self.supervised(stage), [])
+        data = training_data(self.run, stage)
+        batches = len(data.train_dataloader())
+        steps = stage.steps or planned_steps(stage.trainer, batches)
+        trainer = {
+            **{key: _of_cli(value) for key, value in stage.trainer.items() if key != "_target_"},
+            "max_steps": steps, "max_epochs": -1, "check_val_every_n_epoch": None,
+            "val_check_interval": validate_every(batches, steps, stage.validations, stage.trainer),
+            "num_sanity_val_steps": 0, "use_distributed_sampler": False, "default_root_dir": self.folder(stage.path),
+            **self.callbacks(stage, callbacks),
+        }  # fmt: skip
+        return {"seed_everything": stage.seed, "model": model, "data": self.data(stage, data), "trainer": trainer}
 
-    def baseline(self, seed: int, name: str) -> Node:
-        """Return the file that trains the student from labels."""
-        student = self.student("teacher" if name == "baseline_initialised" else "random")
-        network = self.network(student, "student")
-        model = self.supervised(network, self.cfg["optimizer"], self.cfg["scheduler"], seed)
-        data, batches = self.batches("student", seed), self.count_batches("student", pool=False)
-        return self.stage(f"seed_{seed}/{name}", model, data, seed, student, batches)
+    def folder(self, path: str) -> str:
+        """Return a stage's folder."""
+        return str(self.run.folder / path)
 
-    def assistant(self, number: int) -> Node:
-        """Return the file that distils an assistant from the guide before it."""
-        seed = self.pipeline.seed_of_assistant(number)
-        return self.distill(f"assistant_{number}", self.cfg["assistants"][number - 1], seed, number - 1, [])
+    def read_by(self, stage: Stage) -> ClassificationData:
+        """Return the data that a stage's network reads."""
+        return self.run.parts[stage.part].data if stage.kind == "teacher" else self.run.data
 
-    def distill(self, name: str, settings: Node, seed: int, number: int | None, peers: list[Node]) -> Node:
-        """Return the file that distils a network from guide `number`; None: from itself, or from nobody."""
-        student, callbacks = self.network(settings, "student"), []
-        if peers:
-            others = [self.network(peer, "student") for peer in peers]
+    # -- the modules --------------------------------------------------------------------------------------------------
+
+    def learning(self, stage: Stage) -> Node:
+        """Return the arguments that both kinds of training have."""
+        task = self.run.parts[stage.part].data.task if stage.kind == "teacher" else self.run.task
+        return {
+            "optimizer": converted(stage.optimizer), "scheduler": converted(stage.scheduler),
+            "task": converted(task.settings), "seed": stage.seed,
+        }  # fmt: skip
+
+    def supervised(self, stage: Stage) -> Node:
+        """Return a training from labels."""
+        if stage.kind == "finetune":
+            start = self.folder(str(Path(stage.path).with_name("distill")))
+            network = class_path("kd_lightning.pipeline.checkpoint_teacher.finished_network", checkpoint=start)
+        else:
+            network = self.network(stage, stage.network)
+        return class_path("kd_lightning.SupervisedModule", network=network, **self.learning(stage))
+
+    def distilled(self, stage: Stage) -> tuple[Node, list[Node]]:
+        """Return a training from a teacher, from the average of its own weights, or from none; and its callbacks."""
+        student, callbacks, decay = self.network(stage, stage.network), [], self.cfg.teacher.ema
+        if stage.peers:
+            others = [self.network(stage, peer) for peer in stage.peers]
             student = class_path("kd_lightning.models.cohort.Cohort", networks=[student, *others])
-        teacher: Node | None = None if number is None else self.guide(number)
-        decay = self.cfg["teacher"]["ema"]
-        if number is None and decay is not None:
-            network, _ = self.pipeline.build_network(settings, "student")
-            features = list(self.pipeline.objective(network, None).needs_teacher)
+        teacher = None if stage.teacher is None else self.teacher(stage.teacher)
+        if stage.teacher is None and decay is not None:
+            network, _, _ = new_networks(self.run, stage)
+            features = list(run_objective(self.run, network, None).needs_teacher)
             path = "kd_lightning.teachers.EMATeacher"
             teacher = class_path(path, student=student, decay=decay, features=features)
             callbacks = [class_path("kd_lightning.callbacks.MeanTeacher")]
         model = class_path(
             "kd_lightning.DistillationModule", student=student, teacher=teacher, objective=self.objective(),
-            **self.learning(self.cfg["optimizer"], self.cfg["scheduler"], seed),
+            **self.learning(stage),
         )  # fmt: skip
-        data = self.batches("both", seed, one_reader=bool(number))
-        batches = self.count_batches("both", pool=True)
-        return self.stage(name, model, data, seed, settings, batches, callbacks=callbacks)
+        return model, callbacks
 
-    def finetune(self, seed: int) -> Node:
-        """Return the file that trains the distilled student on from labels."""
-        optimizer, trainer = finetuning(self.cfg)
-        start = class_path(
-            "kd_lightning.pipeline.checkpoint_teacher.finished_network", checkpoint=self.folder(f"seed_{seed}/distill")
-        )
-        model = self.supervised(start, optimizer, self.cfg["scheduler"], seed)
-        batches = self.count_batches("student", pool=False)
-        return self.stage(
-            f"seed_{seed}/finetune", model, self.batches("student", seed), seed, self.cfg["student"], batches,
-            trainer=trainer, steps=planned_steps(trainer, batches),
-        )  # fmt: skip
-
-    # -- their parts --------------------------------------------------------------------------------------------------
-
-    def folder(self, stage: str) -> str:
-        """Return a stage's folder."""
-        return str(self.pipeline.folder / stage)
-
-    def teacher_names(self) -> list[str]:
-        """Return the stages of the teacher, or of the members of an ensemble."""
-        return [teacher_name(number) for number in range(self.cfg["teacher"]["seeds"])]
-
-    def student(self, initialise: str) -> Node:
-        """Return the student's settings, told what to take from the teacher where it can take anything."""
-        more = {"initialise": initialise} if self.pipeline.has_start else {}
-        return {**self.cfg["student"], **more}
-
-    def network(self, settings: Node, role: Role) -> Node:
+    def network(self, stage: Stage, settings: Node) -> Node:
         """Return a network, and in it the teacher's where it starts from that."""
-        node: Node = converted(self.pipeline.filled(settings, role))
-        if role == "student" and takes_from_teacher(settings):
-            source = next(iter(self.parts.values()), self)  # of several the first one
-            start, sizes = source.checkpoint(), source.data.model_arguments("teacher")
+        node: Node = converted(filled(settings, self.read_by(stage), stage.role))
+        if stage.role == "student" and takes_from_teacher(settings):
+            source = next(iter(self.run.parts.values()))  # of several the first one
+            start, sizes = self.checkpoint(source), source.data.model_arguments("teacher")
             node["init_args"]["teacher"] = class_path(
                 "kd_lightning.pipeline.checkpoint_teacher.finished_network",
                 checkpoint=start[0] if isinstance(start, list) else start,
@@ -186,129 +156,101 @@ class Converter:
             )  # fmt: skip
         return node
 
-    def learning(self, optimizer: Node, scheduler: Node, seed: int) -> Node:
-        """Return the arguments that both kinds of training have."""
-        return {
-            "optimizer": converted(optimizer), "scheduler": converted(scheduler),
-            "task": converted(self.pipeline.task.settings), "seed": seed,
-        }  # fmt: skip
+    # -- the teachers -------------------------------------------------------------------------------------------------
 
-    def supervised(self, network: Node, optimizer: Node, scheduler: Node, seed: int) -> Node:
-        """Return a training from labels."""
-        learning = self.learning(optimizer, scheduler, seed)
-        return class_path("kd_lightning.SupervisedModule", network=network, **learning)
-
-    def checkpoint(self) -> str | list[str]:
-        """Return where the teacher is, or will be."""
-        given: str | list[str] | None = self.cfg["teacher"]["checkpoint"]
+    def checkpoint(self, part: Part) -> str | list[str]:
+        """Return where a task's teacher is, or will be."""
+        given = part.cfg.teacher.checkpoint
         if given is None:
-            given = [self.folder(name) for name in self.teacher_names()]
-            return given[0] if len(given) == 1 else given
+            own = [str(folder) for folder in part.teacher_folders]
+            return own[0] if len(own) == 1 else own
         return [_stage_of(one) for one in given] if isinstance(given, list) else _stage_of(given)
 
-    def guide(self, number: int) -> Node:
-        """Return the teacher (0), or an assistant, as those it teaches ask it."""
-        if self.parts:
-            teachers = {name: part.guide(0) for name, part in self.parts.items()}
-            return class_path("kd_lightning.pipeline.checkpoint_teacher.FinishedTaskTeachers", teachers=teachers)
-        keys = ["precision", "cache", "cache_dtype", "cache_top_k", "answer_batch_size", "compile", "calibrate"]
-        if number == 0:
-            keys += ["features", "device"]
-        own = {key: self.cfg["teacher"][key] for key in keys}
-        checkpoint = self.checkpoint()
+    def teacher(self, number: int) -> Node:
+        """Return the teacher (0), or an assistant, for those that learn from it."""
+        ahead = len(self.run.seeds) > 1 and number == len(self.cfg.assistants)
         if number:
-            checkpoint, own["cache"] = self.folder(f"assistant_{number}"), cache_of_assistants(own["cache"])
-        if isinstance(checkpoint, list):
-            own |= {key: self.cfg["teacher"][key] for key in ("combine", "weights")}
-        ahead = len(self.pipeline.seeds) > 1 and number == len(self.cfg["assistants"])
-        return class_path(
-            "kd_lightning.pipeline.checkpoint_teacher.FinishedTeacher", checkpoint=checkpoint, ahead=ahead, **own
-        )
+            own = self.cfg.teacher.of_assistant().chosen(_TEACHER_KEYS)
+            return self.finished(self.folder(f"assistant_{number}"), ahead=ahead, **own)
+        parts = {}
+        for name, part in self.run.parts.items():
+            checkpoint, teacher = self.checkpoint(part), part.cfg.teacher
+            several = ("combine", "weights") if isinstance(checkpoint, list) else ()
+            own = teacher.chosen((*_TEACHER_KEYS, "features", "device", *several))
+            parts[name] = self.finished(checkpoint, ahead=ahead, **own)
+        path = "kd_lightning.pipeline.checkpoint_teacher.FinishedTaskTeachers"
+        return parts[""] if "" in parts else class_path(path, teachers=parts)
+
+    def finished(self, checkpoint: str | list[str], **own: Any) -> Node:
+        """Return a finished teacher."""
+        return class_path("kd_lightning.pipeline.checkpoint_teacher.FinishedTeacher", checkpoint=checkpoint, **own)
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
 
     def objective(self) -> Node:
         """Return the loss."""
-        node, balance = self.cfg["distillation"], self.cfg["balance"]
-        if self.parts:
+        if "" not in self.run.parts:
             return self.objective_of_tasks()
+        node = self.cfg.distillation
         if "balance" in parameters(lookup(node["_target_"])) and node.get("balance") is None:
-            node = {**node, "balance": balance}
+            node = {**node, "balance": self.cfg.balance}
         found: Node = converted(node)
         return found
 
     def objective_of_tasks(self) -> Node:
         """Return every task's own loss, on its examples, times its weight."""
-        assert isinstance(self.pipeline, MultiTaskPipeline)
-        task, terms, weights = self.pipeline.task, {}, {}
+        task: Any = self.run.task  # a `MultiTask`
+        terms, weights = {}, {}
         for number, (name, one) in enumerate(task.tasks.items()):
-            own = self.cfg["tasks"].get(name, {}).get("distillation", self.cfg["distillation"])
-            span, factor = task.spans[name], task.weights[name]
-            for part, term in own["terms"].items():
-                weight = converted(own["weights"][part])
-                terms[f"{name}/{part}"] = class_path(
+            own, span, factor = self.run.parts[name].cfg.distillation, task.spans[name], task.weights[name]
+            for kind, term in own["terms"].items():
+                weight = converted(own["weights"][kind])
+                terms[f"{name}/{kind}"] = class_path(
                     "kd_lightning.losses.task_term.TaskTerm", term=converted(term), name=name, number=number,
                     columns=f"range({span.start}, {span.stop})", scores=one.classes is None,
                 )  # fmt: skip
-                weights[f"{name}/{part}"] = (
+                weights[f"{name}/{kind}"] = (
                     class_path("kd_lightning.schedules.Times", factor=factor, value=weight)
                     if isinstance(weight, dict) else factor * weight
                 )  # fmt: skip
-        path = "kd_lightning.Objective"
-        return class_path(path, terms=terms, weights=weights, balance=self.cfg["balance"])
+        return class_path("kd_lightning.Objective", terms=terms, weights=weights, balance=self.cfg.balance)
 
-    def batches(self, tokens: str, seed: int, batch_size: int | None = None, one_reader: bool = False) -> Node:
-        """Return the data: with the pool for `both`, else the labelled examples as student or teacher reads them."""
-        node: Node = converted(self.cfg["data"])
-        node["init_args"] |= {"seed": seed, "batch_size": batch_size or self.data.batch_size}
-        if tokens == "both" and not one_reader:
+    # -- the data and the trainer -------------------------------------------------------------------------------------
+
+    def data(self, stage: Stage, data: ClassificationData) -> Node:
+        """Return the data: with the transfer set to distil, else the labelled examples as student or teacher reads."""
+        node: Node = converted(self.run.parts[stage.part].cfg.data if stage.kind == "teacher" else self.cfg.data)
+        node["init_args"] |= {"seed": stage.seed, "batch_size": data.batch_size}
+        if stage.distils and not stage.teacher:
             return node
-        pool = tokens == "both"
-        return class_path("kd_lightning.data.selected", data=node, tokens=tokens, pool=pool, one_reader=one_reader)
+        tokens = "both" if stage.distils else stage.role
+        path, one_reader = "kd_lightning.data.selected", bool(stage.teacher)
+        return class_path(path, data=node, tokens=tokens, pool=stage.distils, one_reader=one_reader)
 
-    def count_batches(self, tokens: Literal["student", "both"], pool: bool) -> int:
-        """Return how many batches an epoch has, over all processes."""
-        return len(self.data.select(tokens, pool=pool).train_dataloader())
-
-    def stage(
-        self, name: str, model: Node, data: Node, seed: int, network: Node, batches: int, *,
-        trainer: Node | None = None, steps: int | None = None, validations: int | None = None, role: Role = "student",
-        callbacks: Sequence[Node] = (),
-    ) -> Node:  # fmt: skip
-        """Return a whole file; `network` are the settings of what is trained, `batches` those of an epoch."""
-        folder, trainer = self.folder(name), trainer or self.cfg["trainer"]
-        steps, validations = steps or self.pipeline.steps, validations or self.cfg["validations"]
-        every = validate_every(batches, steps, validations, trainer)
-        is_ours = network["_target_"].startswith("kd_lightning.")
+    def callbacks(self, stage: Stage, own: list[Node]) -> Node:
+        """Return the trainer's callbacks and loggers: those that a stage needs, then the user's."""
+        folder = self.folder(stage.path)
+        is_ours = stage.network["_target_"].startswith("kd_lightning.")
+        rebuilt = None if is_ours else filled(stage.network, self.read_by(stage), stage.role)
+        compiled = self.cfg.compile and stage.role == "student"
         ours = [
             class_path(
                 "lightning.pytorch.callbacks.ModelCheckpoint", dirpath=f"{folder}/lightning", filename="best",
-                monitor=f"val/{self.pipeline.task.main}", mode="max", enable_version_counter=False,
-                save_weights_only=not averages(self.cfg["callbacks"]),
+                monitor=f"val/{self.read_by(stage).task.main}", mode="max", enable_version_counter=False,
+                save_weights_only=not averages(self.cfg.callbacks),
             ),
-            *([class_path("kd_lightning.callbacks.Compilation")] if self.cfg["compile"] and role == "student" else []),
-            *callbacks,
+            *([class_path("kd_lightning.callbacks.Compilation")] if compiled else []),
+            *own,
             class_path(
                 "kd_lightning.callbacks.ResumeCheckpoint", path=f"{folder}/lightning/resume.ckpt",
-                every_n_steps=self.cfg["checkpoint_every_n_steps"],
+                every_n_steps=self.cfg.checkpoint_every_n_steps,
             ),
-            class_path(
-                "kd_lightning.callbacks.StageFolder", folder=folder, role=role,
-                network=None if is_ours else self.pipeline.filled(network, role),
-            ),
+            class_path("kd_lightning.callbacks.StageFolder", folder=folder, role=stage.role, network=rebuilt),
             class_path("kd_lightning.callbacks.PredictionWriter", file=f"{folder}/predictions.jsonl"),
         ]  # fmt: skip
-        users = [converted(node) for node in self.cfg["callbacks"].values()]
-        loggers = [converted({**node, "save_dir": folder}) for node in self.cfg["logger"].values()]
-        return {
-            "seed_everything": seed,
-            "model": model,
-            "data": data,
-            "trainer": {
-                **{key: _of_cli(value) for key, value in trainer.items() if key != "_target_"},
-                "max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": None,
-                "num_sanity_val_steps": 0, "use_distributed_sampler": False, "default_root_dir": folder,
-                "logger": loggers or False, "callbacks": [*ours, *users],
-            },
-        }  # fmt: skip
+        loggers = [converted({**node, "save_dir": folder}) for node in self.cfg.logger.values()]
+        users = [converted(node) for node in self.cfg.callbacks.values()]
+        return {"logger": loggers or False, "callbacks": [*ours, *users]}
 
 
 def _of_cli(value: Any) -> Any:

@@ -24,7 +24,7 @@ from kd_lightning.runtime.signals import watch
 from kd_lightning.runtime.slurm_logs import link_logs
 
 if TYPE_CHECKING:
-    from kd_lightning.pipeline.run import Pipeline
+    from kd_lightning.pipeline.context import Run
 
 
 _ended = partial(command, "kd-train", "nothing was being trained; the same command goes on", first_only=True)
@@ -36,7 +36,7 @@ def _run(cfg: DictConfig) -> float:
     if in_sweep():
         return _point(cfg)
     with _ended(), explained(sys.argv[1:]):  # here, since Hydra adds lines of its own to an exception that leaves a job
-        return _train(cfg).score()
+        return _score(_train(cfg))
 
 
 def _point(cfg: DictConfig) -> float:
@@ -44,15 +44,15 @@ def _point(cfg: DictConfig) -> float:
     place(cfg)
     try:
         with recorded(cfg) as point:
-            pipeline = _train(cfg)
-            point.score, point.metric = pipeline.score(), pipeline.task.main
+            run = _train(cfg)
+            point.score, point.metric = _score(run), run.task.main
     except Interrupted:
         with _ended():
             raise
     return point.score
 
 
-def _train(cfg: DictConfig) -> Pipeline:
+def _train(cfg: DictConfig) -> Run:
     from rich.console import Console
 
     from kd_lightning.pipeline.validation import validate
@@ -62,7 +62,8 @@ def _train(cfg: DictConfig) -> Pipeline:
     validate(cfg)
     join()
     from kd_lightning.pipeline.compare import compare
-    from kd_lightning.pipeline.multi_task import pipeline_of
+    from kd_lightning.pipeline.context import Run
+    from kd_lightning.pipeline.run import train_all
 
     begin()
     log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
@@ -70,12 +71,18 @@ def _train(cfg: DictConfig) -> Pipeline:
     log.handlers = [logging.StreamHandler()]
     log.handlers[0].setFormatter(Plain())
     with first():
-        pipeline = pipeline_of(cfg, Console(quiet=rank() > 0))
-    pipeline.run(begin=lambda: link_logs(pipeline.folder))
+        run = Run(cfg, Console(quiet=rank() > 0))
+    train_all(run, begin=lambda: link_logs(run.folder))
     with first():
         if rank() == 0:
-            compare(pipeline, sweep_point.command(cfg))
-    return pipeline
+            compare(run, sweep_point.command(cfg))
+    return run
+
+
+def _score(run: Run) -> float:
+    from kd_lightning.pipeline.run import score
+
+    return score(run)
 
 
 @_ended()

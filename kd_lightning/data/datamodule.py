@@ -359,6 +359,11 @@ class IndexedData(L.LightningDataModule, ABC):
         """Return the validation examples, sorted by length."""
         return self._evaluation_loader("validation", "validation")
 
+    def few(self) -> Batch:
+        """Return a batch of a few validation examples."""
+        batch: Batch = next(iter(self.with_batches(eval_batch_size=4).val_dataloader()))
+        return batch
+
     def labelled_dataloader(self) -> DataLoader[Batch]:
         """Return the training examples, without views, sorted by length."""
         return self._evaluation_loader("train", "train")

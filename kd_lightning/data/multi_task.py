@@ -164,7 +164,7 @@ class MultiTaskData(ClassificationData):
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
-    def one_of_each(self) -> Batch:
+    def few(self) -> Batch:
         """Return a batch with two validation examples of every task."""
         data = self._dataset("validation", "validation")
         return data[[start + number for start in data.starts for number in range(2)]]

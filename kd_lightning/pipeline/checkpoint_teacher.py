@@ -13,9 +13,10 @@ from rich.console import Console
 from torch import nn
 
 from kd_lightning.data import ClassificationData, MultiTaskData
-from kd_lightning.pipeline.teacher_provider import Answering, load_teacher
+from kd_lightning.pipeline.teacher_loading import load_teacher
+from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.teachers import AheadTeacher, CalibratedTeacher, MultiTaskTeacher, SideBySide, Teacher
+from kd_lightning.teachers import MultiTaskTeacher, SideBySide, Teacher
 from kd_lightning.teachers.ensemble import Combine
 from kd_lightning.teachers.frozen import Precision
 from kd_lightning.training.distillation import DistillationModule
@@ -46,32 +47,32 @@ def finished_network(checkpoint: str, num_classes: int | None = None, pad_token_
         return finished(checkpoint, num_classes, pad_token_id)
 
 
-class _Late(L.Callback, Teacher):
-    """A teacher that meets the data when a trainer has them.
+class _LateTeacher(L.Callback, Teacher):
+    """A teacher that is loaded once a trainer has the data.
 
     As a callback, which `DistillationModule` hands to its trainer, it settles before the training which of its layers
-    the objective reads, and writes its answers before every checkpoint. Only `fit` and `validate` ask it.
+    the objective reads, and stores its outputs before every checkpoint. Only `fit` and `validate` call it.
     """
 
-    asked: Teacher | None = None
+    inner: Teacher | None = None
 
     @abstractmethod
     def load(self, data: ClassificationData) -> nn.Module:
         """Read the teacher's network, which must fit the data."""
 
     @abstractmethod
-    def meet(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
-        """Return the loaded teacher as those that learn from it ask it.
+    def provide(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
+        """Return the loaded teacher as a training calls it.
 
         Args:
             data: What is learned from.
-            trainer: Whose processes ask.
+            trainer: Whose processes call it.
             needs: The features that are read.
         """
 
     @abstractmethod
     def complete(self) -> None:
-        """Answer what no training batch asks about, such as the test split."""
+        """Predict what is in no training batch, such as the test split."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the teacher for these data, and open its cache.
@@ -87,26 +88,26 @@ class _Late(L.Callback, Teacher):
                 raise ConfigError(f"{type(self).__name__} needs a {expected.__name__}, not {type(given).__name__}")
         assert isinstance(pl_module, DistillationModule)
         pl_module.plan(self.load(data))
-        self.asked = self.meet(data, trainer, pl_module.objective.needs_teacher)
+        self.inner = self.provide(data, trainer, pl_module.objective.needs_teacher)
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Return the teacher's answer."""
-        assert self.asked is not None
-        return self.asked(batch)
+        """Return the teacher's output."""
+        assert self.inner is not None
+        return self.inner(batch)
 
     def to(self, device: torch.device) -> Self:
         """Move to a device."""
-        if self.asked is not None:
-            self.asked.to(device)
+        if self.inner is not None:
+            self.inner.to(device)
         return self
 
     def flush(self) -> None:
         """Write what is not written yet."""
-        if self.asked is not None:
-            self.asked.flush()
+        if self.inner is not None:
+            self.inner.flush()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the answers that this checkpoint's training has read."""
+        """Store the outputs that this checkpoint's training has read."""
         self.flush()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -114,22 +115,22 @@ class _Late(L.Callback, Teacher):
         self.complete()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the last answers."""
+        """Store the last outputs."""
         self.flush()
 
 
-class FinishedTeacher(_Late):
-    """A finished teacher, asked as `kd-train` asks it: running, or answering from its cache.
+class FinishedTeacher(_LateTeacher):
+    """A finished teacher as `kd-train` has it: running, or from its cache.
 
     Args:
         checkpoint: A run or stage folder of ours, or a Hugging Face folder or name; a list: their ensemble.
         precision: As for `FrozenTeacher`.
         cache: auto, require, refresh, off or a path: see `teacher.cache` in `conf/config.yaml`.
-        cache_dtype: How answers are stored.
+        cache_dtype: How outputs are stored.
         cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
-        features: What is stored of an answer besides logits and what the objective reads.
-        answer_batch_size: Examples in a batch when it answers before a training.
-        ahead: Answer every example before the training, as where several trainings or processes share the answers.
+        features: What is stored besides logits and what the objective reads.
+        answer_batch_size: Examples in a batch when it predicts before a training.
+        ahead: Predict every example before the training, as where several trainings or processes share the outputs.
         combine: What an ensemble averages.
         weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
         device: A GPU of its own for it, when `cache=off`.
@@ -153,43 +154,40 @@ class FinishedTeacher(_Late):
         compile: bool = False,
         calibrate: bool = False,
     ) -> None:
-        self.ahead = ahead
-        self.settings: dict[str, Any] = {
-            "checkpoint": checkpoint, "seeds": 1, "folds": 1, "precision": precision, "cache": cache,
-            "cache_dtype": cache_dtype, "cache_top_k": cache_top_k, "features": list(features),
-            "answer_batch_size": answer_batch_size, "combine": combine, "weights": weights, "device": device,
-            "compile": compile, "calibrate": calibrate, "sharded": False,
-        }  # fmt: skip
+        self.checkpoint, self.ahead = checkpoint, ahead
+        self.serving = Serving(
+            members=len(checkpoint) if isinstance(checkpoint, list) else 1, precision=precision, cache=cache,
+            cache_dtype=cache_dtype, cache_top_k=cache_top_k, features=features, answer_batch_size=answer_batch_size,
+            combine=combine, weights=weights, device=device, compile=compile, calibrate=calibrate,
+        )  # fmt: skip
 
     def load(self, data: ClassificationData) -> nn.Module:
         """Read the teacher's network."""
-        self.teacher = load_teacher(self.settings["checkpoint"], data, Console())
-        return self.teacher.network
+        self.loaded = load_teacher(self.checkpoint, data, Console())
+        return self.loaded.network
 
-    def meet(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...] = ()) -> Teacher:
-        """Return the teacher as a training asks it."""
-        device = trainer.strategy.root_device
-        self.answering = Answering(self.settings, data.select("teacher"), device, Console(), needs)
-        self.answering.check(self.teacher.network, self.teacher)
+    def provide(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...] = ()) -> Teacher:
+        """Return the teacher as a training calls it."""
+        device, own = trainer.strategy.root_device, data.select("teacher")
+        self.provider = TeacherProvider(self.serving, own, lambda: self.loaded, device, Console(), needs)
+        self.provider.check(self.loaded.network, self.loaded)
         self.ahead |= trainer.world_size > 1  # several processes cannot fill one cache
         if self.ahead:
             if trainer.is_global_zero:
-                self.answering.complete(self.teacher)
+                self.provider.complete()
             trainer.strategy.barrier()
-        asked = self.answering.teacher(self.teacher)
-        running = asked.inner if isinstance(asked, CalibratedTeacher) else asked
-        if isinstance(running, AheadTeacher):
-            data.around = running.around
-        return asked
+        teacher = self.provider.teacher()
+        data.around = teacher.around
+        return teacher
 
     def complete(self) -> None:
-        """Answer what no training batch asks about."""
+        """Predict what is in no training batch."""
         if not self.ahead:
-            self.answering.complete(self.teacher)
+            self.provider.complete()
 
 
-class FinishedTaskTeachers(_Late):
-    """A finished teacher for each task of `MultiTaskData`, asked as `kd-train` asks them.
+class FinishedTaskTeachers(_LateTeacher):
+    """A finished teacher for each task of `MultiTaskData`, as `kd-train` has them.
 
     Args:
         teachers: By the names of the tasks.
@@ -208,13 +206,13 @@ class FinishedTaskTeachers(_Late):
             raise ConfigError(f"teachers of the tasks {list(self.teachers)} need data of these tasks, in this order")
         return SideBySide([teacher.load(data.tasks[name]) for name, teacher in self.teachers.items()])
 
-    def meet(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
-        """Return the teachers, each asked about its own task."""
+    def provide(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
+        """Return the teachers, each for its own task."""
         assert isinstance(data, MultiTaskData)
-        asked = [teacher.meet(data.tasks[name], trainer) for name, teacher in self.teachers.items()]
-        return MultiTaskTeacher(asked, list(data.task.spans.values()), data.firsts)
+        teachers = [teacher.provide(data.tasks[name], trainer) for name, teacher in self.teachers.items()]
+        return MultiTaskTeacher(teachers, list(data.task.spans.values()), data.firsts)
 
     def complete(self) -> None:
-        """Answer what no training batch asks about."""
+        """Predict what is in no training batch."""
         for teacher in self.teachers.values():
             teacher.complete()

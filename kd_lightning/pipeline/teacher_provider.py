@@ -1,4 +1,4 @@
-"""The teacher of a run: read back or loaded, and as its students meet it: running, or answering from its cache."""
+"""What gives a run's teacher outputs: the teacher itself, step by step, or its cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from kd_lightning.config.schema import CACHE_MODES, CACHED, Combine, Precision, StoredDtype
 from kd_lightning.models.rebuild import describe
-from kd_lightning.pipeline.resolvers import tokenizer_beside
-from kd_lightning.pipeline.validation import CACHE_MODES, number_of_teachers
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
-from kd_lightning.runtime.fingerprints import differences, digest, file_digest, network_digest, read_json
-from kd_lightning.runtime.memoize import shared, stamps
+from kd_lightning.runtime.fingerprints import differences, digest, read_json
+from kd_lightning.runtime.memoize import shared
+from kd_lightning.runtime.processes import first
 from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import (
     AheadTeacher,
@@ -40,322 +41,223 @@ from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.manifest import MANIFEST, Manifest
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.store import TeacherCache
-from kd_lightning.teachers.ensemble import EnsembleNetwork, check_scores
-from kd_lightning.training.run_folder import LOGS, check_stage, is_finished, load_run, teacher_stage
+from kd_lightning.teachers.ensemble import check_scores
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
+    from kd_lightning.config.schema import TeacherConfig
     from kd_lightning.data import ClassificationData
+    from kd_lightning.pipeline.teacher_loading import LoadedTeacher
 
 
-@dataclass
-class TeacherNetwork:
-    """The teacher after its stage.
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How a teacher's outputs are computed and kept.
 
     Attributes:
-        network: Its network, with its final weights.
-        fingerprint: Of those weights.
-        title: What it is called where people look.
-        folder: Its stage folder; None for one that was loaded from Hugging Face.
-        members: The teachers of an ensemble; empty for a single one.
-        tokenizer: Where an ensemble's member has its tokenizer; None for a single teacher, who reads the data's.
+        members: How many teachers predict together.
+        folds: How many of them were each trained without a fold; 1: none.
+        precision: As for `FrozenTeacher`.
+        cache: auto, require, refresh, off or a path: see `teacher.cache` in `conf/config.yaml`.
+        cache_dtype: How outputs are stored.
+        cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
+        features: What is stored besides logits and what the objective reads.
+        answer_batch_size: Examples in a batch when it predicts before a training.
+        combine: What an ensemble averages.
+        weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
+        device: A GPU of its own, when `cache=off`.
+        compile: Whether to compile it.
+        sharded: Whether the processes of a training share its weights out.
+        calibrate: Whether its logits are divided by the temperature that fits them.
     """
 
-    network: nn.Module
-    fingerprint: str
-    title: str
-    folder: Path | None
-    members: list[TeacherNetwork] = field(default_factory=list)
-    tokenizer: str | None = None
+    members: int = 1
+    folds: int = 1
+    precision: Precision = "float32"
+    cache: str = "auto"
+    cache_dtype: StoredDtype = "float32"
+    cache_top_k: int | None = None
+    features: Sequence[str] = ()
+    answer_batch_size: int = 128
+    combine: Combine = "probabilities"
+    weights: Sequence[float] | Literal["learned", "confidence"] | None = None
+    device: str | None = None
+    compile: bool = False
+    sharded: bool = False
+    calibrate: bool = False
+
+    @classmethod
+    def of(cls, teacher: TeacherConfig) -> Self:
+        """Return what the keys below `teacher` say."""
+        names = cls.__dataclass_fields__.keys() - {"members"}
+        return cls(members=teacher.number, **{name: getattr(teacher, name) for name in names})
 
 
-def load_teacher(checkpoint: str | list[str], data: ClassificationData, console: Console) -> TeacherNetwork:
-    """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules; of a list, an ensemble."""
-    if isinstance(checkpoint, list):
-        return ensemble([_load_member(one, data, console) for one in checkpoint])
-    stage = teacher_stage(Path(checkpoint))
-    if stage is not None:
-        if stage == Path(checkpoint, "teacher") and is_finished(Path(checkpoint, "teacher_1")):
-            say(
-                console,
-                f"teacher  {checkpoint} holds several: this is the first, a list takes all of them",
-            )
-        return read_teacher(stage, data)
-    from kd_lightning.models.hf import finished
+class TeacherProvider:
+    """Gives one teacher's outputs, or an ensemble's, to those that learn from it.
 
-    padding = data.model_arguments("teacher").get("pad_token_id")
-
-    def load() -> TeacherNetwork:
-        network = finished(checkpoint, data.num_classes, padding).eval()
-        return TeacherNetwork(network, network_digest(network), checkpoint, None)
-
-    teacher = shared("teacher", (checkpoint, data.num_classes, padding, stamps(checkpoint)), load)
-    _check_class_order(checkpoint, teacher.network, data, console)
-    return teacher
-
-
-def ensemble(members: list[TeacherNetwork]) -> TeacherNetwork:
-    """Return several teachers as one."""
-    title = " + ".join(member.title for member in members)
-    fingerprint = digest([member.fingerprint for member in members])
-    return TeacherNetwork(EnsembleNetwork([member.network for member in members]), fingerprint, title, None, members)
-
-
-def _load_member(checkpoint: str, data: ClassificationData, console: Console) -> TeacherNetwork:
-    tokenizer = tokenizer_beside(checkpoint)
-    return replace(load_teacher(checkpoint, data.reading(tokenizer), console), tokenizer=tokenizer)
-
-
-def read_teacher(folder: Path, data: ClassificationData) -> TeacherNetwork:
-    """Read back a teacher that a run trained; its files must be whole, also the curves that a report draws."""
-    check_stage(folder, LOGS)  # `load_run` checks the others
-    fingerprint = file_digest(folder / "model.safetensors")
-    model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
-    if model.class_names != data.class_names:
-        raise ConfigError(
-            f"the teacher in {folder} knows the classes {model.class_names}, the data has {data.class_names}: "
-            "teacher.checkpoint must be a teacher of the same classes"
-        )
-    tokenizer = data.tokenizer_of("teacher")
-    if model.tokenizer is not None and (tokenizer is None or model.tokenizer.get_vocab() != tokenizer.get_vocab()):
-        raise ConfigError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
-    if model.images != data.image_format:
-        raise ConfigError(f"the teacher in {folder} reads {model.images}, the data give it {data.image_format}")
-    return TeacherNetwork(model.network, fingerprint, str(folder), folder)
-
-
-def _check_class_order(checkpoint: str, network: nn.Module, data: ClassificationData, console: Console) -> None:
-    """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
-    config: Any = network.config
-    names = [str(name) for _, name in sorted(config.id2label.items())]
-    theirs, ours = [name.casefold() for name in names], [name.casefold() for name in data.class_names]
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ConfigError(
-            f"the teacher {checkpoint} has the classes in the order {names}, the data {data.class_names}: "
-            f"give the data the teacher's order, data.class_names={names}"
-        )
-    if theirs != ours and theirs != [f"label_{i}" for i in range(len(ours))]:
-        say(console, f"teacher  calls its classes {names}, the data {data.class_names}: do they match?")
-
-
-DECIDING = ("precision", "cache_dtype", "cache_top_k")
-"""The keys below `teacher` that decide what the students read of its answers."""
-
-
-@dataclass
-class Answering:
-    """How a run's students meet its teacher, as the keys below `teacher` in the configuration say.
-
-    Attributes:
-        settings: Those keys.
-        data: The data, with the teacher's tokens under the plain names and the transfer sentences.
-        device: Where the teacher answers before a training.
+    Args:
+        serving: How they are computed and kept.
+        data: The data, with the teacher's tokens under the plain names and the transfer set.
+        load: Returns the finished teacher.
+        device: Where the teacher predicts before a training.
         console: Where it is said what is built, and how large it becomes.
-        needs: The features that the students' losses read. What the teacher answers are these and `teacher.features`,
+        needs: The features that the students' losses read. What the teacher outputs are these and `serving.features`,
             so that strategies that read different ones can share one cache.
     """
 
-    settings: dict[str, Any]
-    data: ClassificationData
-    device: torch.device
-    console: Console
-    needs: tuple[str, ...] = ()
+    def __init__(
+        self,
+        serving: Serving,
+        data: ClassificationData,
+        load: Callable[[], LoadedTeacher],
+        device: torch.device,
+        console: Console,
+        needs: tuple[str, ...] = (),
+    ) -> None:
+        self.serving, self.data, self._load = serving, data, load
+        self.device, self.console, self.needs = device, console, needs
+
+    @cached_property
+    def loaded(self) -> LoadedTeacher:
+        """The finished teacher."""
+        return self._load()
 
     @property
-    def members(self) -> int:
-        """How many teachers answer together."""
-        return number_of_teachers(self.settings)
+    def members(self) -> list[LoadedTeacher]:
+        """Those that have a cache each: an ensemble's; cross-fitted teachers predict as one."""
+        return self.loaded.members if self.loaded.members and self.serving.folds == 1 else [self.loaded]
 
-    @property
-    def folds(self) -> int:
-        """How many of them were each trained without a fold; 1: none."""
-        return int(self.settings["folds"])
-
-    def asked_apart(self, teacher: TeacherNetwork) -> list[TeacherNetwork]:
-        """Return those that have a cache each: cross-fitted teachers answer as one."""
-        return teacher.members if teacher.members and self.folds == 1 else [teacher]
-
-    def data_of(self, teacher: TeacherNetwork) -> ClassificationData:
+    def data_of(self, member: LoadedTeacher) -> ClassificationData:
         """Return the data as a teacher reads it: an ensemble's members may have tokenizers of their own."""
-        return self.data if teacher.tokenizer is None else self.data.reading(teacher.tokenizer)
+        return self.data if member.tokenizer is None else self.data.reading(member.tokenizer)
 
-    def reads_other_tokens(self, teacher: TeacherNetwork) -> bool:
+    @property
+    def reads_other_tokens(self) -> bool:
         """True for an ensemble whose members do not all read what the batches hold."""
-        return any(self.data_of(member) is not self.data for member in teacher.members)
+        return any(self.data_of(member) is not self.data for member in self.loaded.members)
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What the teacher answers besides logits, sorted."""
-        return tuple(sorted({*self.needs, *self.settings["features"]}))
+        """What the teacher outputs besides logits, sorted."""
+        return tuple(sorted({*self.needs, *self.serving.features}))
 
-    def check(self, network: nn.Module, teacher: TeacherNetwork | None) -> FrozenTeacher:
-        """Refuse before any training what cannot be kept or answered; return a teacher to rehearse with.
+    # -- before any training ------------------------------------------------------------------------------------------
+
+    def check(self, network: nn.Module, loaded: LoadedTeacher | None) -> FrozenTeacher:
+        """Refuse what cannot be kept or predicted; return a teacher for the preflight.
 
         Args:
             network: The teacher's, fine-tuned or not yet.
-            teacher: The finished teacher, if it is there already.
+            loaded: The finished teacher, if it is there already.
         """
-        if self.settings["cache"] != "off":
-            self._check_repeatable()
-            top_k, classes = self._storage().top_k, self.data.task.outputs
-            if top_k is not None and top_k >= classes:
-                raise ConfigError(f"teacher.cache_top_k={top_k} must be below the number of classes, {classes}")
-            if teacher is not None and self.settings["cache"] == "require":
-                for member in self.asked_apart(teacher):
-                    self.cache(member)
-        if self.members > 1 and self.data.task.classes is None:
-            check_scores(self.settings["weights"], self.settings["combine"])
-        if self.settings["calibrate"] and self.data.task.classes is None:
+        serving, task = self.serving, self.data.task
+        if serving.cache != "off":
+            self._check_cache(loaded)
+        if serving.members > 1 and task.classes is None:
+            check_scores(serving.weights, serving.combine)
+        if serving.calibrate and task.classes is None:
             raise ConfigError("teacher.calibrate: a teacher that gives scores has no probabilities to calibrate")
-        precision, features = self.settings["precision"], self.features
-        if self.members > 1 and features:
+        if serving.members > 1 and self.features:
             raise ConfigError(
-                f"teacher.features, distillation: {', '.join(features)} of an ensemble's members may differ in shape: "
-                "use one teacher, or a distillation that reads logits only"
+                f"teacher.features, distillation: {', '.join(self.features)} of an ensemble's members may differ in "
+                "shape: use one teacher, or a distillation that reads logits only"
             )
-        if teacher is not None and self.reads_other_tokens(teacher):
-            if self.settings["cache"] == "off":
+        if loaded is not None and self.reads_other_tokens:
+            if serving.cache == "off":
                 raise ConfigError(
                     "teacher.cache=off: the members of teacher.checkpoint have different tokenizers, and a batch holds "
-                    "the tokens of one; their answers must be kept (teacher.cache=auto)"
+                    "the tokens of one; their outputs must be kept (teacher.cache=auto)"
                 )
-            network = teacher.members[0].network  # rehearses for all: it reads the batch's tokens
-        compile, sharded = self.settings["compile"], self.settings["sharded"]
-        if compile or sharded:  # refuses what cannot be; compiles when called
-            FrozenTeacher(network, precision, features, compile, sharded)
-        teacher_on_device = self._frozen(network, compile=False)
-        device = torch.device(self.settings["device"] or self.device)
-        teacher_on_device.check(device)
-        if precision == "float16":  # the rehearsal is on a CPU, which does not compute in it
-            return FrozenTeacher(network, "bf16", features)
-        return teacher_on_device
+            network = loaded.members[0].network  # for all: it reads the batch's tokens
+        if serving.compile or serving.sharded:  # refuses what cannot be; compiles when called
+            FrozenTeacher(network, serving.precision, self.features, serving.compile, serving.sharded)
+        frozen = self._frozen(network, compile=False)
+        frozen.check(torch.device(serving.device or self.device))
+        if serving.precision == "float16":  # the preflight is on a CPU, which does not compute in it
+            return FrozenTeacher(network, "bf16", self.features)
+        return frozen
 
-    def calibrated(self, asked: Teacher) -> Teacher:
-        """Return a teacher with the temperature that fits its answers, if that is asked for.
-
-        It is fitted to the validation split; of cross-fitted teachers, whose students read what one of them says, and
-        not what all say of the validation split, to the training examples.
-        """
-        if not self.settings["calibrate"]:
-            return asked
-        unseen = self.data.val_dataloader() if self.folds == 1 else self.data.labelled_dataloader()
-        found = answers(asked.to(self.device), unseen, self.device)
-        temperature = fit_temperature(found.logits, found.labels)
-        before, after = (float(F.cross_entropy(found.logits / t, found.labels)) for t in (1.0, temperature))
-        effect = f"its cross-entropy goes from {before:.3f} to {after:.3f}"
-        say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {effect}")
-        return CalibratedTeacher(asked, temperature)
-
-    def teacher(self, teacher: TeacherNetwork) -> Teacher:
-        """Return the teacher that a training calls: of an ensemble's members, each has its own cache.
-
-        Raises:
-            CacheError: `cache=require` and answers are missing, or what is stored is damaged or of something else.
-        """
-        return self.calibrated(self._asked(teacher))
-
-    def _asked(self, teacher: TeacherNetwork) -> Teacher:
-        if teacher.members and self.folds == 1:
-            return self._ensemble(teacher.members)
-        if self.settings["sharded"]:  # each training shares a copy of its own: it cannot be made whole again
-            return FrozenTeacher(teacher.network, self.settings["precision"], self.features, sharded=True)
-        if self.settings["cache"] == "off":
-            own = self.settings["device"]
-            return AheadTeacher(self._running(teacher), torch.device(own) if own else None)
-        cache = self.cache(teacher)
-        if cache.complete:
-            return CachedTeacher(cache, features=self.needs)
-        running = self._running(teacher)
-        lengths = self._lengths(teacher)
-        return CachedTeacher(cache, running, lengths, lambda line: say(self.console, line), self.needs)
-
-    def _ensemble(self, members: list[TeacherNetwork]) -> EnsembleTeacher:
-        asked: list[Teacher] = []
-        for member in members:
-            if self.data_of(member) is not self.data:
-                self._complete(member)  # a batch does not hold its tokens
-            asked.append(self._asked(member))
-        weights = self.settings["weights"]
-        if weights == "learned":
-            found = [answers(one.to(self.device), self.data.val_dataloader(), self.device) for one in asked]
-            weights = fit_weights(torch.stack([one.logits for one in found]), found[0].labels, self.settings["combine"])
-            shares = ", ".join(f"{m.title} {weight:.2f}" for m, weight in zip(members, weights, strict=True))
-            say(self.console, f"teacher  weights of its members, learned on the validation split: {shares}")
-        return EnsembleTeacher(asked, weights, self.settings["combine"])
-
-    def complete(self, teacher: TeacherNetwork) -> None:
-        """Have the teacher, or each member, answer whatever its cache has no answer to."""
-        for member in self.asked_apart(teacher):
-            if self.settings["cache"] != "off":
-                self._complete(member)
-
-    def _complete(self, teacher: TeacherNetwork) -> None:
-        if not (cache := self.cache(teacher)).complete:
-            self._fill(cache, teacher)
-
-    def cache(self, teacher: TeacherNetwork) -> TeacherCache:
-        """Return the teacher's cache: opened, begun or, with `cache=refresh`, built anew."""
+    def _check_cache(self, loaded: LoadedTeacher | None) -> None:
         self._check_repeatable()
-        key, mode = self._key(teacher), self.settings["cache"]
-        folder = _home() / digest(key)
-        if mode not in CACHE_MODES:
-            folder = Path(mode).expanduser()
-            if self.members > 1 and self.folds == 1:
-                folder /= digest(key)  # each member's own
-        return shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, teacher))
-
-    def _open(self, folder: Path, key: dict[str, Any], teacher: TeacherNetwork) -> TeacherCache:
-        examples, mode, there = self.data.num_examples, self.settings["cache"], (folder / MANIFEST).exists()
-        title, data = teacher.title, type(self.data).__name__
-        if mode == "require":
-            if not there:
-                raise CacheError(f"teacher.cache=require, but this teacher's answers are not stored{_nearest(key)}")
-            cache = TeacherCache.open(folder, key, examples)
-            if not cache.complete:
-                missing = len(cache.missing())
-                raise CacheError(f"teacher.cache=require, but {folder} lacks {missing} of {examples} answers")
-            return cache
-        if mode == "refresh":
-            with TeacherCache.refreshing(folder, key, examples, self._storage(), teacher=title, data=data) as cache:
-                self._fill(cache, teacher)
-            return cache
-        if there:
-            return TeacherCache.open(folder, key, examples, repair=True, say=lambda line: say(self.console, line))
-        return TeacherCache.create(folder, key, examples, self._storage(), teacher=title, data=data)
-
-    def _fill(self, cache: TeacherCache, teacher: TeacherNetwork) -> None:
-        started, hidden = time.monotonic(), not self.console.is_terminal
-        data = self.data_of(teacher).with_batches(eval_batch_size=self.settings["answer_batch_size"])
-        batches: Iterable[Batch] = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
-        on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
-        asked = fill(
-            cache, self._running(teacher).to(self.device), on_device, lengths=self._lengths(teacher),
-            say=lambda line: say(self.console, line),
-        )  # fmt: skip
-        say(self.console, f"teacher  answered {asked} examples in {time.monotonic() - started:.0f} s, for all runs")
-
-    def _lengths(self, teacher: TeacherNetwork) -> Tensor:
-        return torch.from_numpy(self.data_of(teacher).lengths)
-
-    def _storage(self) -> Storage:
-        return Storage(self.settings["cache_dtype"], self.settings["cache_top_k"])
+        top_k, outputs = self._storage.top_k, self.data.task.outputs
+        if top_k is not None and top_k >= outputs:
+            raise ConfigError(f"teacher.cache_top_k={top_k} must be below the number of classes, {outputs}")
+        if loaded is not None and self.serving.cache == "require":
+            for member in self.members:
+                self.cache(member)
 
     def _check_repeatable(self) -> None:
         if not self.data.repeatable:
             raise ConfigError(
-                "data.view_sets=null makes new views in every epoch, and answers to these cannot be kept: set "
+                "data.view_sets=null makes new views in every epoch, and outputs for these cannot be kept: set "
                 "teacher.cache_views=K, to go through K sets of views, or teacher.cache=off"
             )
 
-    def _running(self, teacher: TeacherNetwork) -> FrozenTeacher | CrossFittedTeacher:
-        if teacher.members:
-            members = [self._frozen(member.network, self.settings["compile"]) for member in teacher.members]
-            return CrossFittedTeacher(members, torch.from_numpy(self.data.folds(self.folds)), self.settings["combine"])
-        return self._frozen(teacher.network, self.settings["compile"])
+    # -- the teacher that a training calls ----------------------------------------------------------------------------
+
+    def teacher(self) -> Teacher:
+        """Return the teacher that a training calls: of an ensemble's members, each has its own cache.
+
+        Raises:
+            CacheError: `cache=require` and outputs are missing, or what is stored is damaged or of something else.
+        """
+        several = self.loaded.members and self.serving.folds == 1
+        return self.calibrated(self._ensemble() if several else self._single(self.loaded))
+
+    def calibrated(self, teacher: Teacher) -> Teacher:
+        """Return a teacher with the temperature that fits its outputs, if that is wanted.
+
+        It is fitted to the validation split; of cross-fitted teachers, whose students read what one of them predicts,
+        and not what all predict for the validation split, to the training examples.
+        """
+        if not self.serving.calibrate:
+            return teacher
+        unseen = self.data.val_dataloader() if self.serving.folds == 1 else self.data.labelled_dataloader()
+        found = answers(teacher.to(self.device), unseen, self.device)
+        temperature = fit_temperature(found.logits, found.labels)
+        before, after = (float(F.cross_entropy(found.logits / t, found.labels)) for t in (1.0, temperature))
+        effect = f"its cross-entropy goes from {before:.3f} to {after:.3f}"
+        say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {effect}")
+        return CalibratedTeacher(teacher, temperature)
+
+    def _single(self, member: LoadedTeacher) -> Teacher:
+        serving = self.serving
+        if serving.sharded:  # each training shares a copy of its own: it cannot be made whole again
+            return FrozenTeacher(member.network, serving.precision, self.features, sharded=True)
+        if serving.cache == "off":
+            own = torch.device(serving.device) if serving.device else None
+            return AheadTeacher(self._running(member), own)
+        cache = self.cache(member)
+        if cache.complete:
+            return CachedTeacher(cache, features=self.needs)
+        return CachedTeacher(cache, self._running(member), self._lengths(member), self._say, self.needs)
+
+    def _ensemble(self) -> EnsembleTeacher:
+        teachers: list[Teacher] = []
+        for member in self.loaded.members:
+            if self.data_of(member) is not self.data:
+                self._complete(member)  # a batch does not hold its tokens
+            teachers.append(self._single(member))
+        weights, combine = self.serving.weights, self.serving.combine
+        if weights == "learned":
+            found = [answers(one.to(self.device), self.data.val_dataloader(), self.device) for one in teachers]
+            weights = fit_weights(torch.stack([one.logits for one in found]), found[0].labels, combine)
+            pairs = zip(self.loaded.members, weights, strict=True)
+            shares = ", ".join(f"{member.title} {weight:.2f}" for member, weight in pairs)
+            self._say(f"teacher  weights of its members, learned on the validation split: {shares}")
+        return EnsembleTeacher(teachers, weights, combine)
+
+    def _running(self, member: LoadedTeacher) -> FrozenTeacher | CrossFittedTeacher:
+        if not member.members:
+            return self._frozen(member.network, self.serving.compile)
+        teachers = [self._frozen(one.network, self.serving.compile) for one in member.members]
+        folds = torch.from_numpy(self.data.folds(self.serving.folds))
+        return CrossFittedTeacher(teachers, folds, self.serving.combine)
 
     def _frozen(self, network: nn.Module, compile: bool) -> FrozenTeacher:
         """Return the network as a teacher; one copy in another precision serves a whole sweep."""
-        precision, features = self.settings["precision"], self.features
+        precision, features = self.serving.precision, self.features
         kept, teacher = shared(
             "running", (id(network), precision, features, compile),
             lambda: (network, FrozenTeacher(network, precision, features, compile)),
@@ -363,21 +265,91 @@ class Answering:
         assert kept is network  # it is kept too, so that no other can get its id
         return teacher
 
-    def _key(self, teacher: TeacherNetwork) -> dict[str, Any]:
-        """Return everything that decides the teacher's answers."""
-        if teacher.members:
-            members = [self._key(member)["teacher"] for member in teacher.members]
-            folds = digest(self.data.folds(self.folds).tolist())
-            together = {"members": members, "folds": folds, "combine": self.settings["combine"]}
+    # -- the cache ----------------------------------------------------------------------------------------------------
+
+    def complete(self) -> None:
+        """Have the teacher, or each member, predict whatever its cache lacks."""
+        if self.serving.cache != "off":
+            for member in self.members:
+                self._complete(member)
+
+    def complete_first(self) -> None:
+        """Have it do so in the first process, for all."""
+        with first():
+            self.complete()
+
+    def caches(self) -> list[Path]:
+        """Return the folder of the teacher's cache, or of each member's of an ensemble."""
+        return [self.cache(member).folder for member in self.members]
+
+    def cache(self, member: LoadedTeacher) -> TeacherCache:
+        """Return a teacher's cache: opened, begun or, with `cache=refresh`, built anew."""
+        self._check_repeatable()
+        key, mode = self._key(member), self.serving.cache
+        folder = _home() / digest(key)
+        if mode not in CACHE_MODES:
+            folder = Path(mode).expanduser()
+            if self.serving.members > 1 and self.serving.folds == 1:
+                folder /= digest(key)  # each member's own
+        return shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, member))
+
+    def _open(self, folder: Path, key: dict[str, Any], member: LoadedTeacher) -> TeacherCache:
+        examples, mode, there = self.data.num_examples, self.serving.cache, (folder / MANIFEST).exists()
+        title, data = member.title, type(self.data).__name__
+        if mode == "require":
+            if not there:
+                raise CacheError(f"teacher.cache=require, but this teacher's outputs are not stored{_nearest(key)}")
+            cache = TeacherCache.open(folder, key, examples)
+            if not cache.complete:
+                missing = len(cache.missing())
+                raise CacheError(f"teacher.cache=require, but {folder} lacks {missing} of {examples} outputs")
+            return cache
+        if mode == "refresh":
+            with TeacherCache.refreshing(folder, key, examples, self._storage, teacher=title, data=data) as cache:
+                self._fill(cache, member)
+            return cache
+        if there:
+            return TeacherCache.open(folder, key, examples, repair=True, say=self._say)
+        return TeacherCache.create(folder, key, examples, self._storage, teacher=title, data=data)
+
+    def _complete(self, member: LoadedTeacher) -> None:
+        if not (cache := self.cache(member)).complete:
+            self._fill(cache, member)
+
+    def _fill(self, cache: TeacherCache, member: LoadedTeacher) -> None:
+        started, hidden = time.monotonic(), not self.console.is_terminal
+        data = self.data_of(member).with_batches(eval_batch_size=self.serving.answer_batch_size)
+        batches: Iterable[Batch] = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
+        on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
+        teacher = self._running(member).to(self.device)
+        count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say)
+        self._say(f"teacher  predicted {count} examples in {time.monotonic() - started:.0f} s, for all runs")
+
+    def _lengths(self, member: LoadedTeacher) -> Tensor:
+        return torch.from_numpy(self.data_of(member).lengths)
+
+    @property
+    def _storage(self) -> Storage:
+        return Storage(self.serving.cache_dtype, self.serving.cache_top_k)
+
+    def _say(self, line: str) -> None:
+        say(self.console, line)
+
+    def _key(self, member: LoadedTeacher) -> dict[str, Any]:
+        """Return everything that decides the teacher's outputs."""
+        if member.members:
+            members = [self._key(one)["teacher"] for one in member.members]
+            folds = digest(self.data.folds(self.serving.folds).tolist())
+            together = {"members": members, "folds": folds, "combine": self.serving.combine}
             return {"teacher": together, "data": self.data.teacher_key}
-        network, source = describe(teacher.network), None
+        network, source = describe(member.network), None
         if network is None:  # a user's own: what it computes is what its file says
-            network = read_json(teacher.folder / "model.json") if teacher.folder is not None else None
-            source = digest(inspect.getsource(sys.modules[type(teacher.network).__module__]))
-        settings = {**{name: self.settings[name] for name in DECIDING}, "features": list(self.features)}
+            network = read_json(member.folder / "model.json") if member.folder is not None else None
+            source = digest(inspect.getsource(sys.modules[type(member.network).__module__]))
+        settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}
         return {
-            "teacher": {"weights": teacher.fingerprint, "network": network, "source": source, **settings},
-            "data": self.data_of(teacher).teacher_key,
+            "teacher": {"weights": member.fingerprint, "network": network, "source": source, **settings},
+            "data": self.data_of(member).teacher_key,
         }
 
 
@@ -388,7 +360,7 @@ def _home() -> Path:
 
 
 def _nearest(key: dict[str, Any]) -> str:
-    """Say in what the stored answers that come nearest differ from those that are needed."""
+    """Say in what the stored outputs that come nearest differ from those that are needed."""
     found = []
     for path in sorted(_home().glob(f"*/{MANIFEST}")):
         with contextlib.suppress(CacheError):  # a damaged one is none that could be used

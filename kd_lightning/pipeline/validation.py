@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from kd_lightning.config import schema
 from kd_lightning.config.instantiate import build, first_line, processes
 from kd_lightning.config.nodes import check_node, nodes
-from kd_lightning.config.schema import Node, RunConfig, TeacherConfig
+from kd_lightning.config.schema import CACHE_MODES, RunConfig, TeacherConfig
 from kd_lightning.config.trust import trust_own
 from kd_lightning.pipeline.trainer_checks import check_trainers, shards, try_trainers
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
@@ -22,8 +21,6 @@ from kd_lightning.runtime.fingerprints import differences
 from kd_lightning.teachers.ensemble import shares_of
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.run_folder import check_stage, read_config
-
-CACHE_MODES = schema.CACHE_MODES
 
 
 def validate(settings: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -220,12 +217,6 @@ def _check_places(cfg: RunConfig) -> None:
     for key, place in (("run_dir", cfg.run_dir), ("shared_dir", cfg.shared_dir), ("teacher.cache", cache)):
         if place is not None:
             check_place(Path(place).expanduser(), f"{key}={place}")
-
-
-def number_of_teachers(teacher: Node) -> int:
-    """Return how many predict together, by the keys below `teacher`."""
-    given = teacher["checkpoint"]
-    return len(given) if isinstance(given, list) else int(teacher["folds"]) * int(teacher["seeds"])
 
 
 def check_folder(folder: Path, cfg: RunConfig) -> None:

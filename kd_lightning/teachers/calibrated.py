@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -29,6 +30,7 @@ class CalibratedTeacher(Teacher):
 
     def __init__(self, inner: Teacher, temperature: float) -> None:
         self.inner, self.temperature = inner, temperature
+        self.notes = {**inner.notes, "teacher_temperature": temperature}
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the other teacher's answer with its logits divided by the temperature."""
@@ -43,6 +45,10 @@ class CalibratedTeacher(Teacher):
     def flush(self) -> None:
         """Have the other teacher write what it has not written yet."""
         self.inner.flush()
+
+    def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the loader as the other teacher does; what it computes ahead is calibrated where it is read."""
+        return self.inner.around(loader)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

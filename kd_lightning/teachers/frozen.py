@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import nn
@@ -29,8 +30,11 @@ _HALF = {"bf16": torch.bfloat16, "float16": torch.float16}
 class Teacher(ABC):
     """What a distillation asks of a teacher: an answer to a batch, without a gradient, and to sit on a device.
 
-    `flush` is called before a checkpoint and when a training ends: a cache writes what it has not written yet.
+    Attributes:
+        notes: What the record of a training tells of it.
     """
+
+    notes: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def __call__(self, batch: Batch) -> ModelOutput:
@@ -40,9 +44,12 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> Teacher:
         """Move to a device."""
 
-    @abstractmethod
-    def flush(self) -> None:
-        """Write what is not written yet."""
+    def flush(self) -> None:  # noqa: B027 - most teachers store nothing
+        """Store outputs that are not stored yet, before a checkpoint and when a training ends."""
+
+    def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the loader of training batches, with outputs that are computed ahead of the step if there are any."""
+        return loader
 
 
 class FrozenTeacher(nn.Module, Teacher):
@@ -139,9 +146,6 @@ class FrozenTeacher(nn.Module, Teacher):
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
         features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}
         return ModelOutput(output.logits.to(torch.float32, copy=True), features)
-
-    def flush(self) -> None:
-        """Do nothing: a network that runs keeps no answers."""
 
     def check(self, device: torch.device) -> None:
         """Refuse a device that cannot compute in the teacher's precision.

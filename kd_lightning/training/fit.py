@@ -32,13 +32,13 @@ from kd_lightning.training.callbacks.checkpoints import (
 from kd_lightning.training.callbacks.divergence import put_away
 from kd_lightning.training.links import check_stage_links
 from kd_lightning.training.run_folder import check_fingerprint, read_stage
-from kd_lightning.training.stage import Stage, averages, keep, planned_steps, validate_every
+from kd_lightning.training.stage import Training, averages, keep, planned_steps, validate_every
 
 if TYPE_CHECKING:
     pass
 
 
-def train(stage: Stage, console: Console) -> dict[str, Any]:
+def train(training: Training, console: Console) -> dict[str, Any]:
     """Train a stage unless it is finished, and leave its network with the best weights in its folder.
 
     One command at a time: another one that comes to the same folder waits, and goes on from what it finds then.
@@ -50,66 +50,67 @@ def train(stage: Stage, console: Console) -> dict[str, Any]:
         ConfigError: The folder holds a training with other settings.
         KDError: The training was interrupted, or diverged.
     """
-    check_stage_links(stage.folder)
+    check_stage_links(training.folder)
     with ExitStack() as held:
         with first():
             if rank() == 0:
-                told = partial(_say_waiting, console, stage)
-                held.enter_context(alone(stage.folder / ".lock", told))
-                put_away(stage.folder)
-            finished = check_fingerprint(stage.folder, stage.fingerprint, stage.settings)
+                told = partial(_say_waiting, console, training)
+                held.enter_context(alone(training.folder / ".lock", told))
+                put_away(training.folder)
+            finished = check_fingerprint(training.folder, training.fingerprint, training.settings)
             if rank() == 0 and finished:  # a kill after the stage was finished left what it no longer needs
-                remove_temporary(stage.folder, alone=True)
-                remove_temporary(stage.folder / "checkpoints", alone=True)
-                remove_checkpoints(stage.folder / "checkpoints")
+                remove_temporary(training.folder, alone=True)
+                remove_temporary(training.folder / "checkpoints", alone=True)
+                remove_checkpoints(training.folder / "checkpoints")
             elif rank() == 0:
-                _clean_up(stage, console)
+                _clean_up(training, console)
                 write_sealed(
-                    stage.folder / "settings.json", {"fingerprint": stage.fingerprint, "settings": stage.settings}
+                    training.folder / "settings.json",
+                    {"fingerprint": training.fingerprint, "settings": training.settings},
                 )
         if finished:
-            say(console, f"{stage.name}  finished before, reused from {stage.folder}")
+            say(console, f"{training.name}  finished before, reused from {training.folder}")
         else:
             with signals.holding():
-                _fit(stage, console)
-    return read_stage(stage.folder)
+                _fit(training, console)
+    return read_stage(training.folder)
 
 
-def _say_waiting(console: Console, stage: Stage, line: str) -> None:
-    say(console, f"{stage.name}  {line}, which trains it in {stage.folder}")
+def _say_waiting(console: Console, training: Training, line: str) -> None:
+    say(console, f"{training.name}  {line}, which trains it in {training.folder}")
 
 
-def _clean_up(stage: Stage, console: Console) -> None:
+def _clean_up(training: Training, console: Console) -> None:
     """Remove what cannot be gone on from: half-written files, damaged or foreign checkpoints, rows that follow one."""
-    checkpoints = stage.folder / "checkpoints"
-    for folder in (stage.folder, checkpoints):
+    checkpoints = training.folder / "checkpoints"
+    for folder in (training.folder, checkpoints):
         remove_temporary(folder, alone=True)
-    wrong = problem(checkpoints, stage.fingerprint)
+    wrong = problem(checkpoints, training.fingerprint)
     if wrong is not None:
-        say(console, f"{stage.name}  {wrong}: it is removed, and the stage begins again")
+        say(console, f"{training.name}  {wrong}: it is removed, and the stage begins again")
     if wrong is not None or not (checkpoints / RESUME).is_file():
         remove_checkpoints(checkpoints)
-    for log in restore_logs(stage.folder):
-        say(console, f"{stage.name}  {log} is damaged or missing: its rows up to the checkpoint are put back")
+    for log in restore_logs(training.folder):
+        say(console, f"{training.name}  {log} is damaged or missing: its rows up to the checkpoint are put back")
 
 
-def _fit(stage: Stage, console: Console) -> None:
+def _fit(training: Training, console: Console) -> None:
     """Train, in all processes; then keep the best weights, in the first."""
-    steps = stage.steps or planned_steps(stage.trainer, len(stage.data.train_dataloader()))
-    resume = stage.folder / "checkpoints" / RESUME
-    best, timer, started = _best(stage), Timer(), time.monotonic()
-    watch = Divergence(stage.folder, stage.name, stage.rate)
-    callbacks = [StageProgress(stage.name, console), timer, watch, best, *stage.more_callbacks]
-    if stage.compile:
+    steps = training.steps or planned_steps(training.trainer, len(training.data.train_dataloader()))
+    resume = training.folder / "checkpoints" / RESUME
+    best, timer, started = _best(training), Timer(), time.monotonic()
+    watch = Divergence(training.folder, training.name, training.rate)
+    callbacks = [StageProgress(training.name, console), timer, watch, best, *training.more_callbacks]
+    if training.compile:
         callbacks.append(Compilation())
-    module = stage.module(stage.network)
-    trainer = _trainer(stage, steps, callbacks, resume)
-    with naming(stage.folder):  # loggers do not say which file did not fit
-        trainer.fit(module, datamodule=stage.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
+    module = training.module(training.network)
+    trainer = _trainer(training, steps, callbacks, resume)
+    with naming(training.folder):  # loggers do not say which file did not fit
+        trainer.fit(module, datamodule=training.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
-        raise Interrupted(f"{stage.name} was interrupted; the same command goes on from {resume}")
+        raise Interrupted(f"{training.name} was interrupted; the same command goes on from {resume}")
     if not best.best_model_path and trainer.world_size == 1:
-        raise KDError(f"{stage.name} ended without a look at validation: a callback must have stopped it before one")
+        raise KDError(f"{training.name} ended without a look at validation: a callback must have stopped it before one")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # else the next stage would log into the same run
@@ -117,25 +118,31 @@ def _fit(stage: Stage, console: Console) -> None:
         if rank() == 0:
             # The timer counts what a killed attempt took, too; it stays in spawned processes where there are several.
             seconds = max(timer.time_elapsed("train"), time.monotonic() - started)
-            keep(stage, module, Path(best.best_model_path), steps, seconds, trainer.strategy.root_device)
-            remove_checkpoints(stage.folder / "checkpoints")
+            keep(training, module, Path(best.best_model_path), steps, seconds, trainer.strategy.root_device)
+            remove_checkpoints(training.folder / "checkpoints")
 
 
-def _best(stage: Stage) -> ModelCheckpoint:
+def _best(training: Training) -> ModelCheckpoint:
     return ModelCheckpoint(
-        stage.folder / "checkpoints", "best", monitor=f"val/{stage.data.task.main}", mode="max",
-        save_weights_only=not averages(stage.callbacks), enable_version_counter=False,
+        training.folder / "checkpoints", "best", monitor=f"val/{training.data.task.main}", mode="max",
+        save_weights_only=not averages(training.callbacks), enable_version_counter=False,
     )  # fmt: skip
 
 
-def _trainer(stage: Stage, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
+def _trainer(training: Training, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
     """Build the trainer; the callbacks that the pipeline relies on come before the user's."""
-    callbacks = [*callbacks, Preemption(resume, stage.checkpoint_every, stage.name)]
-    callbacks += [build(node) for node in stage.callbacks.values()]
-    loggers = [build(node, save_dir=str(stage.folder)) for node in stage.loggers.values()]
-    every = validate_every(len(stage.data.train_dataloader()), steps, stage.validations, stage.trainer)
+    callbacks = [*callbacks, Preemption(resume, training.checkpoint_every, training.name)]
+    callbacks += [build(node) for node in training.callbacks.values()]
+    loggers = [build(node, save_dir=str(training.folder)) for node in training.loggers.values()]
+    every = validate_every(len(training.data.train_dataloader()), steps, training.validations, training.trainer)
     return make_trainer(
-        stage.trainer, callbacks, loggers, str(stage.folder), steps, every, [SealedCheckpoints(stage.fingerprint)]
+        training.trainer,
+        callbacks,
+        loggers,
+        str(training.folder),
+        steps,
+        every,
+        [SealedCheckpoints(training.fingerprint)],
     )
 
 

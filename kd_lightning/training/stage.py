@@ -1,4 +1,4 @@
-"""A stage: one training of one network, and what it leaves in its folder."""
+"""One training of one network, and what it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class StageRecord:
-    """What a stage's folder tells of it.
+class TrainingRecord:
+    """What a training's folder tells of it.
 
     Attributes:
         name: What it is called on the screen, e.g. "distill, seed 0".
@@ -56,8 +56,8 @@ class StageRecord:
 
 
 @dataclass(kw_only=True)
-class Stage(StageRecord):
-    """One training of one network.
+class Training(TrainingRecord):
+    """All that `train` needs for one network.
 
     Attributes:
         network: The network to train, freshly initialised.
@@ -93,9 +93,9 @@ def planned_steps(trainer: dict[str, Any], batches: int) -> int:
 
 
 def keep(
-    stage: StageRecord, module: NetworkModule, best: Path, steps: int, seconds: float, device: torch.device
+    training: TrainingRecord, module: NetworkModule, best: Path, steps: int, seconds: float, device: torch.device
 ) -> None:
-    """Score the best weights on validation and write what the stage leaves behind.
+    """Score the best weights on validation and write what the training leaves behind.
 
     Raises:
         KDError: The training diverged.
@@ -103,27 +103,28 @@ def keep(
     checkpoint = torch.load(best, map_location="cpu", weights_only=True)
     network = module.whole
     network.load_state_dict(module.weights_of_trained(checkpoint["state_dict"]))
-    validation = network_answers(network, stage.data.val_dataloader(), device)
-    scores = stage.data.task.evaluate(validation)
+    validation = network_answers(network, training.data.val_dataloader(), device)
+    scores = training.data.task.evaluate(validation)
     if bad := [name for name, score in scores.items() if not math.isfinite(score)]:
-        raise KDError(f"{stage.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower {stage.rate}")
+        raise KDError(f"{training.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower {training.rate}")
+    data = training.data
     task = {
-        "class_names": stage.data.class_names, "predicts": stage.data.task.description, **stage.data.input_format,
-        "role": stage.role, "data": stage.data.labelled,
+        "class_names": data.class_names, "predicts": data.task.description, **data.input_format,
+        "role": training.role, "data": data.labelled,
     }  # fmt: skip
-    tokenizer = stage.data.tokenizer_of(stage.role)
-    save_network(stage.folder, network, stage.network_settings, task, tokenizer)
+    tokenizer = data.tokenizer_of(training.role)
+    save_network(training.folder, network, training.network_settings, task, tokenizer)
     record: dict[str, Any] = {
-        "fingerprint": stage.fingerprint,
-        "settings": stage.settings,
+        "fingerprint": training.fingerprint,
+        "settings": training.settings,
         "steps": steps,
         "best_step": int(checkpoint["global_step"]),
         "seconds": seconds,
         "validation": scores,
-        "selected_by": stage.data.task.main,
-        **stage.notes,
+        "selected_by": training.data.task.main,
+        **training.notes,
     }
-    finish_stage(stage.folder, record)
+    finish_stage(training.folder, record)
 
 
 def averages(callbacks: dict[str, Any]) -> bool:

@@ -19,8 +19,9 @@ from rich.console import Console
 from benchmarks.common import Measure, interleave, ratios
 from benchmarks.task import save_teacher, silence
 from kd_lightning.config.instantiate import conf_dir
+from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.resolvers import register_resolvers
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.assets import fetch
 
 TEMPERATURES, ALPHAS = (1, 2, 4), (0.1, 0.5, 0.7, 0.9)
@@ -74,4 +75,4 @@ def _train(folder: Path, run: str, overrides: list[str]) -> None:
                 "validations=2", *overrides,
             ],
         )  # fmt: skip
-    Pipeline(cfg, Console(file=io.StringIO())).run()
+    train_all(Run(cfg, Console(file=io.StringIO())))

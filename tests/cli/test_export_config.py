@@ -19,7 +19,8 @@ from kd_lightning.cli.export_config import write
 from kd_lightning.cli.lightning import command_line
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.text.tokens import load_tokenizer
-from kd_lightning.pipeline.multi_task import pipeline_of
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.training.distillation import DistillationModule
 from tests.conftest import tiny_overrides, write_toy_csv
@@ -151,7 +152,7 @@ def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypa
     """Train with the pipeline and with the CLI, each in a home of its own, and compare; return the stages."""
     monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "home"))
     Capture.found = {}
-    pipeline_of(composed(*overrides, f"run_dir={tmp_path / 'hydra/run'}")).run()
+    train_all(Run(composed(*overrides, f"run_dir={tmp_path / 'hydra/run'}")))
     expected, Capture.found = Capture.found, {}
 
     monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "other home"))

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.multi_task import pipeline_of
+from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.resolvers import register_resolvers
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.training.run_folder import read_stage
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.end_to_end.test_multi_task import NETWORKS, TASKS
@@ -99,8 +100,8 @@ def figures(name: str, folder: Path) -> dict[str, Any]:
             patch("kd_lightning.data.sources.reviews.fetch", lambda _: archive),
             initialize_config_dir(str(conf_dir()), version_base="1.3"),
         ):
-            pipeline = pipeline_of(compose("config", overrides_of(name, folder)), Console(file=io.StringIO()))
-            pipeline.run()
+            pipeline = Run(compose("config", overrides_of(name, folder)), Console(file=io.StringIO()))
+            train_all(pipeline)
             report = compare(pipeline, "kd-train ...")
     finally:
         torch.set_num_threads(threads)

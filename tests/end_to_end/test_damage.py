@@ -22,9 +22,10 @@ from kd_lightning.cli.export import main as export
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import _curve, compare
+from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.resolvers import register_resolvers
-from kd_lightning.pipeline.run import Pipeline
-from kd_lightning.pipeline.teacher_provider import load_teacher
+from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.teacher_loading import load_teacher
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import network_digest
 from kd_lightning.runtime.seals import read_sealed, write_sealed
@@ -50,8 +51,8 @@ def train(folder: Path, *more: str, report: bool = False) -> str:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", overrides=overrides)
     said = StringIO()
-    pipeline = Pipeline(cfg, Console(file=said, width=200))
-    pipeline.run()
+    pipeline = Run(cfg, Console(file=said, width=200))
+    train_all(pipeline)
     if report:
         compare(pipeline, "kd-train")
     return said.getvalue()

@@ -19,10 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kd_lightning.cli.lightning_config import Converter
+from kd_lightning.cli.lightning_config import files
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.transformer import transformer
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.sharding import full, shard
@@ -163,8 +163,8 @@ def test_what_cannot_be_sharded_is_refused(
 def test_files_for_kd_cli_have_no_shared_teacher(
     composed: Callable[..., DictConfig], toy_csv: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="kd-cli asks whole teachers"):
-        Converter(Pipeline(composed(*tiny_overrides(toy_csv, tmp_path / "run"), *SHARED)))
+    with pytest.raises(ConfigError, match="kd-cli loads whole teachers"):
+        list(files(Run(composed(*tiny_overrides(toy_csv, tmp_path / "run"), *SHARED))))
 
 
 @pytest.mark.slow

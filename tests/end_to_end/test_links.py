@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from kd_lightning.cli.evaluate import main as kd_eval
 from kd_lightning.cli.export import main as kd_export
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.links import check_links
 from tests.conftest import tiny_overrides
@@ -50,7 +51,7 @@ def test_a_training_refuses_links(
     for shared in (None, str(tmp_path / "shared")):
         cfg.shared_dir = shared
         with pytest.raises(ConfigError, match=r"is a link: .* put a folder") as refused:
-            Pipeline(cfg)
+            Run(cfg)
         assert str(link) in str(refused.value)
     assert listing(victim) == before
 
@@ -76,7 +77,7 @@ def test_reading_through_a_link_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     overrides = tiny_overrides(toy_csv, tmp_path / "run")
-    Pipeline(composed(*overrides, "stages=[teacher,distill]", "teacher.trainer.max_epochs=1")).run()
+    train_all(Run(composed(*overrides, "stages=[teacher,distill]", "teacher.trainer.max_epochs=1")))
     for inside in ("teacher", "seed_0"):
         shutil.move(tmp_path / "run" / inside, victim / inside)
         (tmp_path / "run" / inside).symlink_to(victim / inside)
@@ -85,6 +86,6 @@ def test_reading_through_a_link_writes_nothing(
     kd_export([str(tmp_path / "run"), "--format", "safetensors", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").is_file()
     with pytest.raises(ConfigError, match="is a link"):
-        Pipeline(composed(*overrides))
+        Run(composed(*overrides))
     assert listing(victim) == before
     capsys.readouterr()

@@ -20,13 +20,17 @@ from kd_lightning.cli.evaluate import evaluate_file, evaluate_split
 from kd_lightning.cli.predict import main as predict
 from kd_lightning.data.sources.files import FileReader
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.multi_task import MultiTaskPipeline, pipeline_of
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.objectives import run_objective
+from kd_lightning.pipeline.prepare import prepare
+from kd_lightning.pipeline.run import score, train_all
+from kd_lightning.pipeline.stages import plan
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.training.run_folder import load_run
 from tests.conftest import write_toy_csv
 from tests.forks import command
+from tests.runs import student_of
 from tests.toy_reviews import write_archive, write_tokenizer
 
 Composed = Callable[..., DictConfig]
@@ -65,8 +69,8 @@ def overrides(tmp_path: Path, archive: Path) -> list[str]:
 
 def run(cfg: DictConfig) -> tuple[Any, str]:
     output = StringIO()
-    pipeline = pipeline_of(cfg, Console(file=output, width=120))
-    pipeline.run()
+    pipeline = Run(cfg, Console(file=output, width=120))
+    train_all(pipeline)
     return pipeline, output.getvalue()
 
 
@@ -139,9 +143,9 @@ def test_a_second_run_reuses_everything_and_other_settings_are_refused(
     run(composed(*overrides))
     pipeline, said = run(composed(*overrides))
     assert said.count("finished before") == 5  # three teachers, baseline, student
-    assert pipeline.score() == pytest.approx(record(tmp_path / "run/seed_0/distill")["validation"]["average"])
+    assert score(pipeline) == pytest.approx(record(tmp_path / "run/seed_0/distill")["validation"]["average"])
     with pytest.raises(ConfigError, match=r"tasks\.domain\.weight was 1.0, now 2"):
-        pipeline_of(composed(*overrides, "+tasks.domain.weight=2"))
+        Run(composed(*overrides, "+tasks.domain.weight=2"))
 
     finished = [f"+tasks.{task}.teacher.checkpoint={tmp_path}/run/tasks/{task}" for task in TASKS]
     other = [*overrides, f"run_dir={tmp_path / 'other'}", "stages=[distill]"]
@@ -154,18 +158,15 @@ def test_a_second_run_reuses_everything_and_other_settings_are_refused(
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_what_learns_from_labels_serves_every_point_of_a_sweep(
-    composed: Composed, overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_learns_from_labels_serves_every_point_of_a_sweep(composed: Composed, overrides: list[str]) -> None:
     """A baseline's settings, which say where it is kept, know neither alpha nor the losses of the tasks."""
-    stages: list[Any] = []
-    monkeypatch.setattr("kd_lightning.pipeline.run.train", lambda stage, console: stages.append(stage))
-    losses = []
+    settings, losses = [], []
     for more in ("alpha=0.9", "alpha=0.25", "+tasks.domain.weight=2"):
-        pipeline = pipeline_of(composed(*overrides, more))
-        pipeline.baseline(0, "baseline")
-        losses.append(pipeline.losses["rating"])
-    one, other_alpha, other_weight = (stage.settings for stage in stages)
+        pipeline = Run(composed(*overrides, more))
+        [stage] = [stage for stage in plan(pipeline) if stage.kind == "baseline"]
+        settings.append(prepare(pipeline, stage).settings)
+        losses.append(pipeline.parts["rating"].cfg.distillation)
+    one, other_alpha, other_weight = settings
     assert one == other_alpha != other_weight
     assert losses[0] != losses[1]
 
@@ -201,17 +202,16 @@ def test_a_stopped_student_goes_on_bit_by_bit(
 
 def test_a_tasks_weight_reaches_both_trainings(composed: Composed, overrides: list[str]) -> None:
     weights_of_tasks = ["+tasks.domain.weight=0", "+tasks.sentiment.weight=3"]
-    pipeline = pipeline_of(composed(*overrides, *weights_of_tasks, "alpha=0.9"))
-    assert isinstance(pipeline, MultiTaskPipeline)
-    student, _ = pipeline.build_network(pipeline.cfg["student"], "student")
-    weights = pipeline.objective(student, None).weights
+    pipeline = Run(composed(*overrides, *weights_of_tasks, "alpha=0.9"))
+    student = student_of(pipeline)
+    weights = run_objective(pipeline, student, None).weights
     assert weights == pytest.approx(
         {"sentiment/ce": 0.3, "sentiment/kd": 2.7, "domain/ce": 0, "domain/kd": 0, "rating/mse": 0.1, "rating/kd": 0.9}
     )
     assert pipeline.task.weights == {"sentiment": 3, "domain": 0, "rating": 1}
     assert pipeline.task.loss().weights == pipeline.task.weights
     schedule = "alpha={_target_: kd_lightning.schedules.Linear, start: 0.0, end: 1.0}"
-    scheduled = pipeline_of(composed(*overrides, schedule, "+tasks.domain.weight=2")).objective(student, None)
+    scheduled = run_objective(Run(composed(*overrides, schedule, "+tasks.domain.weight=2")), student, None)
     assert scheduled._weights(0.25) == pytest.approx({
         "sentiment/ce": 0.75, "sentiment/kd": 0.25, "domain/ce": 1.5, "domain/kd": 0.5, "rating/mse": 0.75,
         "rating/kd": 0.25,
@@ -228,11 +228,11 @@ def test_teachers_with_tokenizers_and_networks_of_their_own(
     ]  # fmt: skip
     pipeline, _ = run(composed(*overrides, *chosen))
     report = compare(pipeline, "kd-train ...")
-    assert pipeline.reads_other_tokens
+    assert pipeline.providers[0].reads_other_tokens
     assert report["models"]["teacher"]["latency_ms"] is None, "no batch holds what all teachers read"
     assert report["models"]["teacher"]["test"]["domain/accuracy"]["mean"] > 0.9
     assert load_run(tmp_path / "run/tasks/domain/teacher").network.arguments["hidden_size"] == 12
-    batch = next(iter(pipeline._student_data(0, True).train_dataloader()))
+    batch = next(iter(pipeline.student_data(0, True).train_dataloader()))
     assert len(batch["task"].unique()) == 3, "lengths counted twice for one task would keep it apart"
     domain = batch["task"] == 1
     assert torch.equal(batch["teacher_input_ids"][~domain].sum(), batch["input_ids"][~domain].sum())
@@ -304,8 +304,8 @@ def test_a_student_is_made_from_the_first_tasks_teacher(
     small = [f"teacher.network.{size}" for size in ("hidden_size=8", "num_heads=2", "intermediate_size=8")]
     chosen = ["model@teacher.network=transformer", "teacher.network.num_layers=2", *small, "student.layers=1"]
     pipeline, _ = run(composed(*overrides, *chosen, *SHORT, "trainer.max_steps=4"))
-    started, _ = pipeline._student(0, "teacher")
-    first, second = (pipeline.parts[task].teacher.network for task in TASKS[:2])
+    started = student_of(pipeline)
+    first, second = (pipeline.provider_of(pipeline.parts[task]).loaded.network for task in TASKS[:2])
     table = started.get_input_embeddings().weight
     assert torch.equal(table, first.get_input_embeddings().weight)
     assert not torch.equal(table, second.get_input_embeddings().weight)
@@ -332,7 +332,7 @@ def test_a_regression_is_trained_selected_and_reported_by_correlation(
     composed: Composed, regression: list[str], tmp_path: Path
 ) -> None:
     pipeline, said = run(composed(*regression, "data.views=1", "seeds=2"))
-    assert type(pipeline) is Pipeline
+    assert list(pipeline.parts) == [""]
     report = compare(pipeline, "kd-train ...")
     models = report["models"]
     assert models["teacher"]["test"]["pearson"]["mean"] > 0.8

@@ -20,11 +20,13 @@ from transformers import BertConfig, BertForSequenceClassification
 from kd_lightning.cli.predict import main as predict
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import network_digest
 from kd_lightning.training.run_folder import finish_stage, load_run, read_stage
 from tests.conftest import tiny_overrides
+from tests.runs import student_of
 
 Composed = Callable[..., DictConfig]
 
@@ -38,10 +40,10 @@ def overrides(toy_csv: Path, tmp_path: Path, own_home: Path) -> list[str]:
     return tiny_overrides(toy_csv, tmp_path / "run")
 
 
-def run(cfg: DictConfig) -> tuple[Pipeline, dict, str]:
+def run(cfg: DictConfig) -> tuple[Run, dict, str]:
     output = StringIO()
-    pipeline = Pipeline(cfg, Console(file=output, width=120))
-    pipeline.run()
+    pipeline = Run(cfg, Console(file=output, width=120))
+    train_all(pipeline)
     report = compare(pipeline, "kd-train ...")
     return pipeline, report, output.getvalue()
 
@@ -111,12 +113,12 @@ def test_another_strategy_in_a_finished_folder_is_refused_before_any_work(
     run(composed(*overrides))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"finished run with other settings .*temperature was 2.0, now 8"):
-        Pipeline(composed(*overrides, "temperature=8", "stages=[baseline]"))
+        Run(composed(*overrides, "temperature=8", "stages=[baseline]"))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     _, report, _ = run(composed(*overrides, "seeds=2"))
     assert report["seeds"] == [0, 1], "more seeds of the same run are welcome"
     with pytest.raises(ConfigError, match="seeds was 2, now 1"):
-        Pipeline(composed(*overrides))
+        Run(composed(*overrides))
 
 
 def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(
@@ -156,7 +158,7 @@ def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(
         run(composed(*overrides, "stages=[teacher]", "teacher.optimizer.lr=0.005"))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     with pytest.raises(ConfigError, match="resume=never"):
-        Pipeline(composed(*overrides, "resume=never"))
+        Run(composed(*overrides, "resume=never"))
 
 
 def test_runs_with_and_without_views_share_teacher_and_baseline(
@@ -177,10 +179,10 @@ def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothin
     composed: Composed, overrides: list[str]
 ) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    pipeline = Pipeline(composed(*chosen, *STARTED))
-    random, _ = pipeline._student(0, "random")
-    initialised, _ = pipeline._student(0, "teacher")
-    again, _ = pipeline._student(0, "teacher")
+    pipeline = Run(composed(*chosen, *STARTED))
+    random = student_of(pipeline, "baseline")
+    initialised = student_of(pipeline)
+    again = student_of(pipeline)
     assert network_digest(initialised) == network_digest(again)
     equal = {name for name, value in random.state_dict().items() if torch.equal(value, initialised.state_dict()[name])}
     assert set(random.state_dict()) - equal == {"embedding.weight"}, "the teacher gave the embeddings and nothing else"
@@ -192,8 +194,8 @@ def test_of_several_teachers_a_student_is_made_from_the_first(composed: Composed
     tables = {}
     for teachers in (1, 2):
         more = [f"teacher.seeds={teachers}", "stages=[teacher]", f"run_dir={chosen[-1].partition('=')[2]}{teachers}"]
-        pipeline = Pipeline(composed(*chosen, *student, *more))
-        tables[teachers] = pipeline._student(0, "teacher")[0].get_input_embeddings().weight
+        pipeline = Run(composed(*chosen, *student, *more))
+        tables[teachers] = student_of(pipeline).get_input_embeddings().weight
     torch.testing.assert_close(tables[2], tables[1], rtol=0, atol=0)
     members = [member.network.get_input_embeddings().weight for member in pipeline.teacher.members]
     assert not torch.equal(*members)
@@ -205,13 +207,13 @@ def test_a_student_that_reads_other_tokens_is_not_made_from_the_teacher(
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
     chosen += ["model@student=embeddings_from_teacher", "student.network.embedding_size=8"]
     with pytest.raises(ConfigError, match=r"would read other tokens: let both read .*\(data\.tokenizer\)"):
-        Pipeline(composed(*chosen, "data.teacher_tokenizer=wordpiece:90")).run()
+        train_all(Run(composed(*chosen, "data.teacher_tokenizer=wordpiece:90")))
     assert not (tmp_path / "run" / "teacher").exists()
     classifier = [o for o in chosen if not o.startswith(("model@student", "student"))] + [
         "model@student=simkd",
         "distillation=simkd",
     ]
-    student, _ = Pipeline(composed(*classifier, "data.teacher_tokenizer=wordpiece:90"))._student(0, "teacher")
+    student = student_of(Run(composed(*classifier, "data.teacher_tokenizer=wordpiece:90")))
     assert student(torch.tensor([[1, 2]])).logits.shape == (1, 3), "it takes the classifier, which reads no tokens"
 
 
@@ -219,7 +221,7 @@ def test_a_fresh_classifier_is_not_left_untrained(composed: Composed, overrides:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
     chosen += ["model@student=simkd", "distillation=simkd", "student.initialise=random"]
     with pytest.raises(ConfigError, match=r"^student\.initialise=random makes a fresh classifier, which distillation="):
-        Pipeline(composed(*chosen)).run()
+        train_all(Run(composed(*chosen)))
     assert not (tmp_path / "run" / "teacher").exists(), "before anything is trained"
 
 
@@ -235,7 +237,7 @@ def test_baselines_of_students_of_other_teachers_are_no_one_baseline(
     folders = set()
     for width in (8, 16):
         more = [f"teacher.network.hidden_size={width}", f"run_dir={tmp_path / str(width)}"]
-        Pipeline(composed(*chosen, *more), Console(file=StringIO())).run()
+        train_all(Run(composed(*chosen, *more), Console(file=StringIO())))
         folders.add((tmp_path / str(width) / "seed_0" / "baseline").resolve())
     assert len(folders) == 2
 
@@ -248,10 +250,10 @@ def test_a_student_initialised_from_the_teacher_gets_two_baselines(composed: Com
 
 def test_a_student_told_to_start_fresh_is_distilled_so(composed: Composed, overrides: list[str]) -> None:
     chosen = [o for o in overrides if not o.startswith(("student", "model@student"))]
-    usual = Pipeline(composed(*chosen, *STARTED))
+    usual = Run(composed(*chosen, *STARTED))
     pipeline, report, _ = run(composed(*chosen, *STARTED, "student.initialise=random"))
     assert set(report["models"]) == {"teacher", "baseline", "distilled"}, "there is no other start to compare with"
-    assert network_digest(pipeline._student(0, "teacher")[0]) == network_digest(usual._student(0, "random")[0])
+    assert network_digest(student_of(pipeline)) == network_digest(student_of(usual, "baseline"))
     stage = json.loads((pipeline.folder / "seed_0/distill/stage.json").read_text())
     assert stage["settings"]["network"]["initialise"] == "random"
 
@@ -262,9 +264,9 @@ def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
     run(composed(*overrides, "stages=[teacher,distill]", "distillation=rkd"))
     chosen = [o for o in overrides if not o.startswith(("student", "model@student", "run_dir"))]
     chosen += ["model@student=from_run", f"student.checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}"]
-    pipeline = Pipeline(composed(*chosen))
+    pipeline = Run(composed(*chosen))
     before = load_file(tmp_path / "run" / "seed_0" / "distill" / "model.safetensors")
-    start, fresh = (pipeline._student(0, initialise)[0].state_dict() for initialise in ("teacher", "random"))
+    start, fresh = (student_of(pipeline, stage).state_dict() for stage in ("distill", "baseline"))
     assert all(torch.equal(start[name], value) for name, value in before.items())
     assert not all(torch.equal(fresh[name], value) for name, value in before.items())
     own = [o for o in chosen if not o.startswith("data.tokenizer=")]
@@ -323,7 +325,7 @@ def test_a_finished_teacher_is_loaded_by_its_folder(composed: Composed, override
 def test_a_teacher_with_the_classes_in_another_order_is_refused(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:
-    teacher = Pipeline(composed(*overrides))
+    teacher = Run(composed(*overrides))
     teacher.data.student_tokenizer.save_pretrained(tmp_path / "hf")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     names = {0: "science", 1: "food", 2: "运动"}

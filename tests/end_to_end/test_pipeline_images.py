@@ -21,7 +21,8 @@ from kd_lightning.cli.predict import main as predict
 from kd_lightning.data import FashionMNIST
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.training.run_folder import load_run
@@ -48,10 +49,10 @@ def overrides(tmp_path: Path, own_home: Path) -> list[str]:
     return [*data, *NETWORKS, *GREY, *BUDGET, f"run_dir={tmp_path / 'run'}"]
 
 
-def run(cfg: DictConfig) -> tuple[Pipeline, dict[str, Any], str]:
+def run(cfg: DictConfig) -> tuple[Run, dict[str, Any], str]:
     output = StringIO()
-    pipeline = Pipeline(cfg, Console(file=output, width=120))
-    pipeline.run()
+    pipeline = Run(cfg, Console(file=output, width=120))
+    train_all(pipeline)
     report = compare(pipeline, "kd-train ...")
     return pipeline, report, output.getvalue()
 
@@ -67,7 +68,7 @@ def test_every_stage_and_the_commands_on_a_finished_run(
     assert models["distilled"]["test"]["accuracy"]["mean"] > 0.5
     assert report["data"]["splits"] == {"train": 270, "views": 270, "transfer": 0, "validation": 30, "test": 60}
     assert report["data"]["majority_accuracy"] == pytest.approx(0.1)
-    assert "teacher  answered 90 examples" in output, "the rest of its answers were kept while the first epoch trained"
+    assert "teacher  predicted 90 examples" in output, "the rest of its answers were kept while the first epoch trained"
     _, again, output = run(composed(*overrides, "stages=[teacher,baseline,distill,finetune]"))
     assert again == report
     assert output.count("finished before") == 4
@@ -145,7 +146,7 @@ def test_a_finished_teacher_of_all_pictures_serves_a_student_of_few(
     _, report, output = run(composed(*taken, f"run_dir={tmp_path / 'next'}", "data.train_examples=50", "seeds=2"))
     assert report["data"]["splits"]["train"] == 50
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] > 0.9
-    assert "teacher  answered 190 examples" in output, "50 pictures, a view of each, 30 and 60 to look at"
+    assert "teacher  predicted 190 examples" in output, "50 pictures, a view of each, 30 and 60 to look at"
     with pytest.raises(KDError, match=r"reads ImageFormat.*mean=\[0\.286\].*the data give it .*mean=\[0\.5\]"):
         run(composed(*taken, f"run_dir={tmp_path / 'other'}", "data.mean=[0.5]"))
 

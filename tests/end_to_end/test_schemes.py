@@ -23,7 +23,8 @@ from kd_lightning.losses.term import Term
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cohort import Cohort, joined
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import file_digest
@@ -37,6 +38,7 @@ from kd_lightning.training.run_folder import load_run
 from kd_lightning.training.schedules import Step
 from kd_lightning.types import Batch, ModelOutput
 from tests.conftest import tiny_overrides
+from tests.runs import student_of
 
 Composed = Callable[..., DictConfig]
 ASSISTANT = "assistants=[{_target_: kd_lightning.models.bilstm.BiLSTM, embedding_size: 12, hidden_size: 12}]"
@@ -48,10 +50,10 @@ def overrides(toy_csv: Path, tmp_path: Path, own_home: Path) -> list[str]:
     return tiny_overrides(toy_csv, tmp_path / "run")
 
 
-def run(cfg: DictConfig) -> tuple[Pipeline, str]:
+def run(cfg: DictConfig) -> tuple[Run, str]:
     output = StringIO()
-    pipeline = Pipeline(cfg, Console(file=output, width=120))
-    pipeline.run()
+    pipeline = Run(cfg, Console(file=output, width=120))
+    train_all(pipeline)
     return pipeline, output.getvalue()
 
 
@@ -94,15 +96,15 @@ def test_each_assistant_learns_from_the_one_before_and_the_students_from_the_las
     _, said = run(composed(*overrides, *chain))
     assert said.count("finished before") == 6  # teacher, two assistants, two baselines, one student
     with pytest.raises(ConfigError, match="assistants was"):
-        Pipeline(composed(*overrides, ASSISTANT, "seeds=2"))
+        Run(composed(*overrides, ASSISTANT, "seeds=2"))
 
 
 def test_an_assistant_reads_the_students_tokens(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
     pipeline, _ = run(composed(*overrides, ASSISTANT, "data.teacher_tokenizer=wordpiece:90"))
     sizes = {name: len(load_run(tmp_path / "run" / name).tokenizer) for name in ("teacher", "assistant_1")}  # type: ignore[arg-type]
     assert sizes["teacher"] < sizes["assistant_1"]
-    assert "teacher_input_ids" in next(iter(pipeline._student_data(0, True, 0).train_dataloader()))
-    assert "teacher_input_ids" not in next(iter(pipeline._student_data(0, True, 1).train_dataloader()))
+    assert "teacher_input_ids" in next(iter(pipeline.student_data(0, True, 0).train_dataloader()))
+    assert "teacher_input_ids" not in next(iter(pipeline.student_data(0, True, 1).train_dataloader()))
     own = pipeline.data.with_one_reader()
     assert own.teacher_key["tokenizer"] != pipeline.data.teacher_key["tokenizer"]
     assert own.model_arguments("teacher") == pipeline.data.model_arguments("student")
@@ -164,7 +166,7 @@ def test_a_mean_teacher_needs_no_other_and_follows_every_step(
     assert not (own_home / "teacher_outputs").exists()
     assert record(tmp_path / "run/seed_0/distill")["settings"]["teacher"] == {"ema": 0.9}
     with pytest.raises(ConfigError, match=r"teacher\.ema was 0\.9, now 0\.5"):
-        Pipeline(composed(*chosen, "teacher.ema=0.5"))
+        Run(composed(*chosen, "teacher.ema=0.5"))
 
 
 @pytest.mark.parametrize("forgets", [False, True])
@@ -207,9 +209,9 @@ def test_peers_learn_from_each_other_and_the_first_is_saved_alone(
     assert [peer.get("hidden_size") for peer in saved["settings"]["peers"]] == [8, 4]
     predicted = [entry["validation"]["accuracy"]["mean"] for entry in report["models"].values()]
     assert saved["validation"]["accuracy"] == pytest.approx(predicted[1])
-    first, _ = pipeline._student(0, "random")
+    first = student_of(pipeline, "baseline")
     start = {name: value.clone() for name, value in first.state_dict().items()}
-    again, _ = pipeline._student(0, "teacher")
+    again = student_of(pipeline)
     assert all(torch.equal(value, start[name]) for name, value in again.state_dict().items())
 
 
@@ -426,6 +428,6 @@ def test_assistants_answer_for_themselves_where_the_teachers_answers_are_require
     run(composed(*overrides, "stages=[teacher]"))
     own = [o for o in overrides if not o.startswith("run_dir")]
     taught = [*own, f"teacher.checkpoint={tmp_path / 'run'}", "stages=[distill]", "assistants=['${student}']"]
-    Pipeline(composed(*taught, f"run_dir={tmp_path / 'x'}"), Console(file=StringIO())).build_caches()
+    Run(composed(*taught, f"run_dir={tmp_path / 'x'}"), Console(file=StringIO())).build_caches()
     run(composed(*taught, "teacher.cache=require", f"run_dir={tmp_path / 'second'}"))
     assert (tmp_path / "second" / "assistant_1" / "stage.json").is_file()

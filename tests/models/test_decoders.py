@@ -21,7 +21,8 @@ from transformers import (
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.hf import finished, pretrained
 from kd_lightning.models.rebuild import describe, from_description
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import load_run
 from tests.conftest import FILLER, MARKERS, tiny_overrides
@@ -99,7 +100,7 @@ def written(kind: str, folder: Path) -> Path:
     return folder
 
 
-def batches_of(pipeline: Pipeline) -> Iterator[dict[str, torch.Tensor]]:
+def batches_of(pipeline: Run) -> Iterator[dict[str, torch.Tensor]]:
     for role in ("teacher", "student"):
         batch = next(iter(pipeline.data.select(tokens=role).test_dataloader()))
         assert len(set(batch["attention_mask"].sum(1).tolist())) > 1
@@ -118,9 +119,9 @@ def test_a_decoder_teaches_and_learns(
         given += ["model@teacher.network=hf", f"teacher.network.name={folder}", "teacher.trainer.max_epochs=1"]
     else:
         given += [f"teacher.checkpoint={folder}", "stages=[distill]"]
-    pipeline = Pipeline(composed(*kept, *given))
+    pipeline = Run(composed(*kept, *given))
     assert pipeline.data.tokenizer_of("student").pad_token == END  # type: ignore[union-attr]
-    pipeline.run()
+    train_all(pipeline)
     for_teacher, for_student = batches_of(pipeline)
     loaded = load_run(tmp_path / "run")
     for network, batch in ((pipeline.teacher.network, for_teacher), (loaded.network, for_student)):

@@ -15,7 +15,8 @@ from transformers import BartConfig, BartForSequenceClassification, GPT2Config, 
 
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.fits import check_length, check_single, most_positions
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.models.tiny import tiny
@@ -83,10 +84,10 @@ class Normed(nn.Module):
 
 
 @pytest.fixture
-def started(composed: Callable[..., DictConfig], own_home: Path, tmp_path: Path) -> Callable[..., Pipeline]:
+def started(composed: Callable[..., DictConfig], own_home: Path, tmp_path: Path) -> Callable[..., Run]:
     """Return a function that begins a tiny run and returns its pipeline."""
 
-    def run(rows: int, *overrides: str) -> Pipeline:
+    def run(rows: int, *overrides: str) -> Run:
         files = [
             f"data.{part}_file={write_toy_csv(tmp_path / f'{part}.csv', rows, seed)}"
             for seed, part in enumerate(("train", "validation", "test"))
@@ -95,8 +96,8 @@ def started(composed: Callable[..., DictConfig], own_home: Path, tmp_path: Path)
         if any(override.startswith("model@student") for override in overrides):
             tiny_run = [override for override in tiny_run if not override.startswith(("student.", "model@student"))]
         cfg = composed(*tiny_run, *files, "stages=[baseline]", "trainer.max_epochs=1", *overrides)
-        pipeline = Pipeline(cfg, Console(file=StringIO()))
-        pipeline.run()
+        pipeline = Run(cfg, Console(file=StringIO()))
+        train_all(pipeline)
         return pipeline
 
     return run
@@ -105,21 +106,21 @@ def started(composed: Callable[..., DictConfig], own_home: Path, tmp_path: Path)
 NORMED = ["~student", "+student._target_=tests.models.test_fits.Normed"]
 
 
-def test_an_epoch_that_would_end_with_a_single_example_trains(started: Callable[..., Pipeline]) -> None:
+def test_an_epoch_that_would_end_with_a_single_example_trains(started: Callable[..., Run]) -> None:
     pipeline = started(33, *NORMED, "data.batch_size=16", "trainer.max_epochs=2")
     assert (pipeline.folder / "seed_0" / "baseline" / "stage.json").is_file()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_single_examples_that_cannot_be_helped_are_refused(
-    started: Callable[..., Pipeline], tmp_path: Path, batch_size: int
+    started: Callable[..., Run], tmp_path: Path, batch_size: int
 ) -> None:
     with pytest.raises(ConfigError, match=rf"data\.batch_size={batch_size}: a batch is a single example"):
         started(33, *NORMED, f"data.batch_size={batch_size}")
     assert not list(tmp_path.glob("run/**/*.json"))
 
 
-def test_a_student_without_so_many_positions_is_refused(started: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_a_student_without_so_many_positions_is_refused(started: Callable[..., Run], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length=64: the student has positions for at most 16 tokens"):
         started(30, "model@student=transformer", "student.max_length=16", "data.max_length=64")
     assert not list(tmp_path.glob("run/**/*.json"))

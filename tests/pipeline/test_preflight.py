@@ -15,14 +15,15 @@ from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from kd_lightning.cli.hydra_errors import explain
-from kd_lightning.pipeline.multi_task import pipeline_of
+from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.preflight import check_monitors
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.tasks import task_of
 from kd_lightning.training import fit
-from kd_lightning.training.stage import Stage, planned_steps, validate_every
+from kd_lightning.training.stage import Training, planned_steps, validate_every
 from tests.conftest import tiny_overrides, write_toy_csv
 
 Composed = Callable[..., DictConfig]
@@ -232,12 +233,12 @@ def test_a_bad_value_is_one_line_with_its_key(composed: Composed, tmp_path: Path
 def reached(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the line that a run ends in which must not come to its first training."""
 
-    def fail(stage: Stage, *others: object) -> None:
+    def fail(stage: Training, *others: object) -> None:
         raise AssertionError(f"came to {stage.name}")
 
     monkeypatch.setattr(fit, "_fit", fail)
     with pytest.raises(KDError) as refused:
-        pipeline_of(cfg, Console(quiet=True)).run()
+        train_all(Run(cfg, Console(quiet=True)))
     return str(refused.value)
 
 
@@ -318,10 +319,10 @@ def test_every_training_is_looked_at(batches: int, steps: int, validations: int,
 
 def test_an_accumulation_need_not_divide_an_epoch(composed: Composed, tmp_path: Path, own_home: Path) -> None:
     overrides = [*tiny(tmp_path), "trainer.accumulate_grad_batches=2", "stages=[baseline]", "distillation=labels_only"]
-    pipeline = pipeline_of(composed(*overrides), Console(quiet=True))
+    pipeline = Run(composed(*overrides), Console(quiet=True))
     batches = len(pipeline.data.train_dataloader())
     assert batches % 2, "the test is of a rest"
-    pipeline.run()
+    train_all(pipeline)
     record = read_json(tmp_path / "run" / "seed_0" / "baseline" / "stage.json")
     assert record["steps"] == 2 * (batches // 2 + 1)
     assert record["best_step"] > 0

@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from omegaconf import DictConfig
 
-from kd_lightning.pipeline import run
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline import context
+from kd_lightning.pipeline.context import Run
 from kd_lightning.runtime.errors import KDError
 from tests.conftest import tiny_overrides
 from tests.models.tiny import tiny
@@ -36,14 +36,14 @@ def refused(
         raise ReadError
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(run, "_prepared", read)
+    monkeypatch.setattr(context, "_prepared", read)
     monkeypatch.chdir(tmp_path)
 
     def make(*given: str) -> str:
         own = ("student", "model@", "teacher.network")
         kept = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith(own)]
         with pytest.raises(KDError) as error:
-            Pipeline(composed(*kept, *given))
+            Run(composed(*kept, *given))
         assert "\n" not in str(error.value)
         return str(error.value)
 

@@ -21,8 +21,11 @@ from kd_lightning.cli.cache import main as kd_cache
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.preflight import preflight
 from kd_lightning.pipeline.resolvers import register_resolvers
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.run import build_caches, train_all
+from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.tasks.predictions import answers
@@ -47,7 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return forward(self, batch)
 
     monkeypatch.setattr(FrozenTeacher, "forward", counted)
-    monkeypatch.setattr("kd_lightning.pipeline.run.FrozenTeacher", FrozenTeacher)
+    monkeypatch.setattr("kd_lightning.pipeline.teacher_provider.FrozenTeacher", FrozenTeacher)
     return seen
 
 
@@ -66,19 +69,19 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     register_resolvers()
     with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         patch.setenv("KD_LIGHTNING_HOME", str(folder / "home"))
-        Pipeline(compose("config", [*base, "stages=[teacher]"]), Console(file=StringIO())).run()
+        train_all(Run(compose("config", [*base, "stages=[teacher]"]), Console(file=StringIO())))
     return folder / "teacher_run"
 
 
 @pytest.fixture
-def distil(composed: Composed, taught: Path, toy_csv: Path, tmp_path: Path, own_home: Path) -> Callable[..., Pipeline]:
+def distil(composed: Composed, taught: Path, toy_csv: Path, tmp_path: Path, own_home: Path) -> Callable[..., Run]:
     """Make a pipeline that distils from one trained teacher into a run folder of its own."""
     base = tiny_overrides(toy_csv, tmp_path / "teacher_run")
     shutil.copytree(taught, tmp_path / "teacher_run")
     moved = [o for o in base if not o.startswith(("run_dir", "data.tokenizer"))]
     number = itertools.count()
 
-    def make(*overrides: str) -> Pipeline:
+    def make(*overrides: str) -> Run:
         checkpoint = [] if any(o.startswith("teacher.checkpoint") for o in overrides) else [
             f"teacher.checkpoint={tmp_path / 'teacher_run'}"
         ]  # fmt: skip
@@ -88,12 +91,12 @@ def distil(composed: Composed, taught: Path, toy_csv: Path, tmp_path: Path, own_
             "teacher.precision=float32",
             f"run_dir={tmp_path / f'run_{next(number)}'}",
         ]
-        return Pipeline(composed(*moved, *own, *overrides), Console(file=StringIO(), width=200))
+        return Run(composed(*moved, *own, *overrides), Console(file=StringIO(), width=200))
 
     return make
 
 
-def said(pipeline: Pipeline) -> str:
+def said(pipeline: Run) -> str:
     output = pipeline.console.file
     assert isinstance(output, StringIO)
     return output.getvalue()
@@ -104,10 +107,10 @@ def stored(home: Path) -> list[Path]:
 
 
 def test_auto_keeps_the_answers_while_the_first_epoch_trains_and_they_are_those_of_the_running_teacher(
-    distil: Callable[..., Pipeline], own_home: Path, asked: list[int]
+    distil: Callable[..., Run], own_home: Path, asked: list[int]
 ) -> None:
     pipeline = distil()
-    pipeline.run()
+    train_all(pipeline)
     assert "answers are kept as they are asked for" in said(pipeline)
     assert set(asked) == set(range(pipeline.data.num_examples))
     again = 4 + 16 + 128  # those of the rehearsal; first batches, of the training and of what the epoch left over
@@ -122,96 +125,96 @@ def test_auto_keeps_the_answers_while_the_first_epoch_trains_and_they_are_those_
 
     asked.clear()
     again = distil("temperature=8")
-    again.run()
+    train_all(again)
     assert len(asked) <= 8, "another run of the same teacher and data only rehearses"
 
 
-def test_seeds_share_one_pass_before_the_first_of_them(distil: Callable[..., Pipeline], asked: list[int]) -> None:
+def test_seeds_share_one_pass_before_the_first_of_them(distil: Callable[..., Run], asked: list[int]) -> None:
     pipeline = distil("seeds=2")
-    pipeline.run()
+    train_all(pipeline)
     assert "for all runs" in said(pipeline)
     assert set(asked) == set(range(pipeline.data.num_examples))
     assert len(asked) <= pipeline.data.num_examples + 128 + 4
 
 
-def test_points_of_one_process_share_data_teacher_and_open_cache(distil: Callable[..., Pipeline]) -> None:
+def test_points_of_one_process_share_data_teacher_and_open_cache(distil: Callable[..., Run]) -> None:
     first, second = distil(), distil("temperature=4")
-    first.run()
+    train_all(first)
     compare(first, "")
-    second.run()
+    train_all(second)
     assert second.data is first.data
     assert second.teacher.network is first.teacher.network
-    assert isinstance(first.answering_teacher, CachedTeacher)
-    assert isinstance(second.answering_teacher, CachedTeacher)
-    assert second.answering_teacher.cache is first.answering_teacher.cache
+    assert isinstance(first.predicting_teacher, CachedTeacher)
+    assert isinstance(second.predicting_teacher, CachedTeacher)
+    assert second.predicting_teacher.cache is first.predicting_teacher.cache
 
 
 def test_require_wants_all_answers_and_says_what_the_nearest_ones_are_for(
-    distil: Callable[..., Pipeline], own_home: Path, asked: list[int]
+    distil: Callable[..., Run], own_home: Path, asked: list[int]
 ) -> None:
     with pytest.raises(CacheError, match=r"teacher.cache=require, but .* not stored: nothing is in .*kd-cache build"):
-        distil("teacher.cache=require").run()
-    (folder,) = distil().build_caches()
+        train_all(distil("teacher.cache=require"))
+    (folder,) = build_caches(distil())
     assert [folder] == stored(own_home)
     asked.clear()
-    distil("teacher.cache=require").run()
+    train_all(distil("teacher.cache=require"))
     assert len(asked) <= 8
     with pytest.raises(CacheError, match=r"nearest is .*, where data\.max_length was 64, now 32"):
-        distil("teacher.cache=require", "data.max_length=32").run()
+        train_all(distil("teacher.cache=require", "data.max_length=32"))
     with pytest.raises(CacheError, match=r"teacher\.cache_dtype was float32, now float16"):
-        distil("teacher.cache=require", "teacher.cache_dtype=float16").run()
+        train_all(distil("teacher.cache=require", "teacher.cache_dtype=float16"))
 
 
-def test_refresh_asks_again_and_keeps_nothing_old(distil: Callable[..., Pipeline], asked: list[int]) -> None:
-    (folder,) = distil().build_caches()
+def test_refresh_asks_again_and_keeps_nothing_old(distil: Callable[..., Run], asked: list[int]) -> None:
+    (folder,) = build_caches(distil())
     before = (folder / "manifest.json").read_text()
     asked.clear()
     pipeline = distil("teacher.cache=refresh")
-    pipeline.run()
+    train_all(pipeline)
     assert set(range(pipeline.data.num_examples)) == set(asked)
     assert json.loads(before)["created"] <= json.loads((folder / "manifest.json").read_text())["created"]
     assert TeacherCache.open(folder).complete
 
 
 def test_a_path_holds_the_cache_of_one_teacher_and_refuses_another_by_what_differs(
-    distil: Callable[..., Pipeline], tmp_path: Path, own_home: Path
+    distil: Callable[..., Run], tmp_path: Path, own_home: Path
 ) -> None:
     place = f"teacher.cache={tmp_path / 'answers'}"
-    distil(place, "seeds=2").run()
+    train_all(distil(place, "seeds=2"))
     assert TeacherCache.open(tmp_path / "answers").complete
     assert stored(own_home) == []
-    distil(place).run()
+    train_all(distil(place))
     with pytest.raises(CacheError, match=r"teacher\.precision was float32, now bf16"):
-        distil(place, "teacher.precision=bf16").run()
+        train_all(distil(place, "teacher.precision=bf16"))
 
 
 def test_a_damaged_file_is_named_and_its_answers_are_asked_for_again(
-    distil: Callable[..., Pipeline], asked: list[int]
+    distil: Callable[..., Run], asked: list[int]
 ) -> None:
-    (folder,) = distil().build_caches()
+    (folder,) = build_caches(distil())
     shard = next(folder.glob("shard-*"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     memoize._KEPT.clear()
     with pytest.raises(CacheError, match=shard.name):
-        distil("teacher.cache=require").run()
+        train_all(distil("teacher.cache=require"))
     asked.clear()
     pipeline = distil("seeds=2")
-    pipeline.run()
+    train_all(pipeline)
     assert shard.name in said(pipeline)
     assert set(asked) == set(range(pipeline.data.num_examples))
 
 
-def test_top_k_and_half_precision_train(distil: Callable[..., Pipeline], own_home: Path) -> None:
-    distil("teacher.cache_top_k=1", "teacher.cache_dtype=bfloat16").run()
+def test_top_k_and_half_precision_train(distil: Callable[..., Run], own_home: Path) -> None:
+    train_all(distil("teacher.cache_top_k=1", "teacher.cache_dtype=bfloat16"))
     manifest = json.loads((stored(own_home)[0] / "manifest.json").read_text())
     assert manifest["storage"] == {"dtype": "bfloat16", "top_k": 1}
 
 
-def test_features_are_answered_and_kept(distil: Callable[..., Pipeline], own_home: Path) -> None:
+def test_features_are_answered_and_kept(distil: Callable[..., Run], own_home: Path) -> None:
     pipeline = distil("teacher.features=[pooled]", "seeds=2")
-    pipeline.run()
+    train_all(pipeline)
     cache = TeacherCache.open(stored(own_home)[0])
     batch = next(iter(pipeline.data.select(tokens="teacher").val_dataloader()))
     kept = cache.lookup(batch["index"], batch["attention_mask"]).features["pooled"]
@@ -220,35 +223,35 @@ def test_features_are_answered_and_kept(distil: Callable[..., Pipeline], own_hom
 
 
 def test_an_ensemble_caches_each_member(
-    distil: Callable[..., Pipeline], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+    distil: Callable[..., Run], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
     other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
     tokenizer = f"data.tokenizer={tmp_path / 'teacher_run/teacher/tokenizer'}"
-    Pipeline(composed(*other, tokenizer, "stages=[teacher]", "teacher.seed=1"), Console(file=StringIO())).run()
+    train_all(Run(composed(*other, tokenizer, "stages=[teacher]", "teacher.seed=1"), Console(file=StringIO())))
     members = [str(tmp_path / name) for name in ("teacher_run", "other")]
     pipeline = distil(f"teacher.checkpoint=[{','.join(members)}]", "seeds=2")
-    pipeline.run()
+    train_all(pipeline)
     report = compare(pipeline, "")
     assert len(stored(own_home)) == 2
     batch = next(iter(pipeline.data.val_dataloader()))
     probabilities = [FrozenTeacher(m.network)(batch).logits.softmax(-1) for m in pipeline.teacher.members]
-    together = pipeline.answering_teacher(batch).logits.softmax(-1)
+    together = pipeline.predicting_teacher(batch).logits.softmax(-1)
     torch.testing.assert_close(together, torch.stack(probabilities).mean(0), rtol=1e-5, atol=1e-6)
     sizes = [sum(p.numel() for p in member.network.parameters()) for member in pipeline.teacher.members]
     assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
 
 
 def test_members_with_tokenizers_of_their_own_teach_together(
-    distil: Callable[..., Pipeline], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+    distil: Callable[..., Run], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
     other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
-    second = Pipeline(composed(*other, "data.tokenizer=wordpiece:150", "stages=[teacher]"), Console(file=StringIO()))
-    second.run()
+    second = Run(composed(*other, "data.tokenizer=wordpiece:150", "stages=[teacher]"), Console(file=StringIO()))
+    train_all(second)
     members = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{tmp_path / 'other'}]"
     pipeline = distil(members, "teacher.weights=learned", "teacher.combine=logits")
     first = pipeline.data.teacher_key["tokenizer"]
     assert first != second.data.teacher_key["tokenizer"]
-    pipeline.run()
+    train_all(pipeline)
     report = compare(pipeline, "")
     assert report["models"]["teacher"]["latency_ms"] is None  # no one batch to time both on
     said = []
@@ -257,13 +260,13 @@ def test_members_with_tokenizers_of_their_own_teach_together(
     assert torch.equal(said[0].labels, said[1].labels)
     weights = torch.tensor(fit_weights(torch.stack([one.logits for one in said]), said[0].labels, "logits"))
     expected = (weights.view(2, 1, 1) * torch.stack([one.logits for one in said])).sum(0)
-    together = answers(pipeline.answering_teacher, pipeline.data.val_dataloader())
+    together = answers(pipeline.predicting_teacher, pipeline.data.val_dataloader())
     torch.testing.assert_close(together.logits, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"teacher\.cache=off: the members of teacher.checkpoint have different tok"):
-        distil(members, "teacher.cache=off").run()
+        train_all(distil(members, "teacher.cache=off"))
 
 
-def test_what_an_ensembles_settings_refuse(distil: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_what_an_ensembles_settings_refuse(distil: Callable[..., Run], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.weights are those of an ensemble"):
         distil("teacher.weights=[1,2]")
     twice = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{tmp_path / 'teacher_run'}]"
@@ -276,30 +279,30 @@ def test_what_an_ensembles_settings_refuse(distil: Callable[..., Pipeline], tmp_
 
 
 def test_an_ensemble_keeps_its_members_apart_in_a_given_folder_and_has_no_features(
-    distil: Callable[..., Pipeline], tmp_path: Path
+    distil: Callable[..., Run], tmp_path: Path
 ) -> None:
     twice = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{tmp_path / 'teacher_run'}]"
-    folders = distil(twice, f"teacher.cache={tmp_path / 'answers'}").build_caches()
+    folders = build_caches(distil(twice, f"teacher.cache={tmp_path / 'answers'}"))
     assert all(folder.parent == tmp_path / "answers" for folder in folders)
     with pytest.raises(ConfigError, match=r"teacher\.features"):
-        distil(twice, "teacher.features=[pooled]").run()
+        train_all(distil(twice, "teacher.features=[pooled]"))
 
 
 def test_a_refresh_that_was_killed_before_any_cache_existed_is_begun_anew(
-    distil: Callable[..., Pipeline], own_home: Path
+    distil: Callable[..., Run], own_home: Path
 ) -> None:
     pipeline = distil()
-    (folder,) = pipeline.build_caches()
+    (folder,) = build_caches(pipeline)
     (folder / "manifest.json").rename(folder / "refresh.json")
     memoize._KEPT.clear()
     with pytest.raises(CacheError, match="not stored: nothing is in"):
-        distil("teacher.cache=require").run()
-    distil().run()
+        train_all(distil("teacher.cache=require"))
+    train_all(distil())
     assert TeacherCache.open(folder).complete
 
 
 def test_the_command_builds_what_a_run_then_requires(
-    distil: Callable[..., Pipeline], toy_csv: Path, tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
+    distil: Callable[..., Run], toy_csv: Path, tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = [o for o in tiny_overrides(toy_csv, tmp_path / "built") if not o.startswith("data.tokenizer")]
     GlobalHydra.instance().clear()
@@ -308,33 +311,33 @@ def test_the_command_builds_what_a_run_then_requires(
     assert done.value.code == 0
     assert "240 / 240" in capsys.readouterr().out
     assert TeacherCache.open(stored(own_home)[0]).complete
-    distil("teacher.cache=require").run()
+    train_all(distil("teacher.cache=require"))
 
 
-def test_no_cache_is_built_where_none_is_kept(distil: Callable[..., Pipeline]) -> None:
+def test_no_cache_is_built_where_none_is_kept(distil: Callable[..., Run]) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.cache=off"):
-        distil("teacher.cache=off").build_caches()
+        build_caches(distil("teacher.cache=off"))
 
 
-def test_other_answers_are_other_settings_of_the_stage(distil: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_other_answers_are_other_settings_of_the_stage(distil: Callable[..., Run], tmp_path: Path) -> None:
     place = f"run_dir={tmp_path / 'one'}"
     first = distil(place)
-    first.run()
+    train_all(first)
     (first.folder / "config.yaml").unlink()  # as after a kill: only the finished stages are there
     with pytest.raises(ConfigError, match=r"answers\.cache_top_k was None, now 1"):
-        distil(place, "teacher.cache_top_k=1").run()
-    distil(place, "teacher.cache=off").run()  # where answers come from does not matter
+        train_all(distil(place, "teacher.cache_top_k=1"))
+    train_all(distil(place, "teacher.cache=off"))  # where answers come from does not matter
 
 
-def test_what_changed_on_disk_is_read_again(distil: Callable[..., Pipeline], toy_csv: Path, tmp_path: Path) -> None:
+def test_what_changed_on_disk_is_read_again(distil: Callable[..., Run], toy_csv: Path, tmp_path: Path) -> None:
     first = distil()
     write_toy_csv(toy_csv, rows=180)
     assert distil().data.num_examples < first.data.num_examples
 
 
-def test_the_estimate_counts_long_sentences_too(distil: Callable[..., Pipeline], own_home: Path) -> None:
+def test_the_estimate_counts_long_sentences_too(distil: Callable[..., Run], own_home: Path) -> None:
     pipeline = distil("teacher.features=[embedding]")  # of every token
-    (folder,) = pipeline.build_caches()
+    (folder,) = build_caches(pipeline)
     shards = [path.stat().st_size for path in folder.glob("shard-*")]
     found = re.search(r"teacher outputs: ([\d.]+) (bytes|kB) an example", said(pipeline))
     assert found is not None
@@ -351,11 +354,11 @@ def test_the_estimate_counts_long_sentences_too(distil: Callable[..., Pipeline],
     ],
 )
 def test_what_cannot_be_answered_is_refused_before_the_teacher_is_trained(
-    distil: Callable[..., Pipeline], override: str, message: str
+    distil: Callable[..., Run], override: str, message: str
 ) -> None:
     pipeline = distil("teacher.checkpoint=null", "stages=[teacher,distill]", *override.split())
     with pytest.raises(ConfigError, match=message):
-        pipeline.run()
+        train_all(pipeline)
     assert not (pipeline.folder / "teacher").exists()
 
 
@@ -369,22 +372,22 @@ def test_what_cannot_be_answered_is_refused_before_the_teacher_is_trained(
     ],
 )
 def test_impossible_settings_are_refused_before_any_work(
-    distil: Callable[..., Pipeline], override: str, message: str
+    distil: Callable[..., Run], override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         distil(override)
 
 
-def test_views_that_are_new_in_each_epoch_cannot_be_kept(distil: Callable[..., Pipeline]) -> None:
+def test_views_that_are_new_in_each_epoch_cannot_be_kept(distil: Callable[..., Run]) -> None:
     fresh = ["data.views=1", "data.view_sets=null"]
     with pytest.raises(ConfigError, match=r"teacher\.cache_views=K.*teacher\.cache=off"):
-        distil(*fresh).run()
-    distil(*fresh, "teacher.cache=off", "trainer.max_steps=3").run()
+        train_all(distil(*fresh))
+    train_all(distil(*fresh, "teacher.cache=off", "trainer.max_steps=3"))
 
 
-def test_sets_of_views_are_all_answered(distil: Callable[..., Pipeline], asked: list[int]) -> None:
+def test_sets_of_views_are_all_answered(distil: Callable[..., Run], asked: list[int]) -> None:
     pipeline = distil("data.views=1", "teacher.cache_views=3", "trainer.max_epochs=3")
-    pipeline.run()
+    train_all(pipeline)
     sizes = pipeline.data.sizes
     assert sizes["views"] == 3 * sizes["train"]
     assert set(range(4 * sizes["train"])) < set(asked)
@@ -394,23 +397,23 @@ def test_teachers_of_several_seeds_are_trained_and_teach_together(
     composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
     base = tiny_overrides(toy_csv, tmp_path / "run")
-    pipeline = Pipeline(
+    pipeline = Run(
         composed(*base, "teacher.seeds=2", "teacher.weights=[1,3]", "stages=[teacher,distill]"),
         Console(file=StringIO()),
     )
-    pipeline.run()
+    train_all(pipeline)
     report = compare(pipeline, "")
     first, second = (load_run(tmp_path / "run" / name).network.eval() for name in ("teacher", "teacher_1"))
     batch = next(iter(pipeline.data.val_dataloader()))
     both = [run_network(network, batch).logits.softmax(-1) for network in (first, second)]
     assert not torch.allclose(both[0], both[1])
-    together = pipeline.answering_teacher(batch).logits.softmax(-1)
+    together = pipeline.predicting_teacher(batch).logits.softmax(-1)
     torch.testing.assert_close(together, both[0] / 4 + 3 * both[1] / 4, rtol=1e-4, atol=1e-5)
     assert len(stored(own_home)) == 2
     sizes = [sum(p.numel() for p in network.parameters()) for network in (first, second)]
     assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
     with pytest.raises(ConfigError, match=r"teacher\.seeds=2 are to be trained, and teacher\.checkpoint"):
-        Pipeline(composed(*base, "teacher.seeds=2", f"teacher.checkpoint={tmp_path / 'run'}"))
+        Run(composed(*base, "teacher.seeds=2", f"teacher.checkpoint={tmp_path / 'run'}"))
 
 
 def test_an_ensemble_is_scored_and_reported_as_it_answers(
@@ -420,19 +423,17 @@ def test_an_ensemble_is_scored_and_reported_as_it_answers(
     for number, name in enumerate(("first", "second")):
         base = [o for o in tiny_overrides(toy_csv, tmp_path / name) if not o.startswith("data.tokenizer")]
         size = 400 if number == 0 else 150
-        Pipeline(
-            composed(*base, f"data.tokenizer=wordpiece:{size}", "stages=[teacher]"), Console(file=StringIO())
-        ).run()
+        train_all(
+            Run(composed(*base, f"data.tokenizer=wordpiece:{size}", "stages=[teacher]"), Console(file=StringIO()))
+        )
     base = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith("data.tokenizer")]
     members = f"teacher.checkpoint=[{tmp_path / 'first'},{tmp_path / 'second'}]"
-    pipeline = Pipeline(
-        composed(*base, members, "teacher.weights=[0,1]", "stages=[baseline]"), Console(file=StringIO())
-    )
-    pipeline.run()
+    pipeline = Run(composed(*base, members, "teacher.weights=[0,1]", "stages=[baseline]"), Console(file=StringIO()))
+    train_all(pipeline)
     report = compare(pipeline, "")
-    alone = Pipeline(composed(*[o for o in base if not o.startswith("run_dir")], f"run_dir={tmp_path / 'alone'}",
+    alone = Run(composed(*[o for o in base if not o.startswith("run_dir")], f"run_dir={tmp_path / 'alone'}",
         f"teacher.checkpoint={tmp_path / 'second'}", "stages=[baseline]"), Console(file=StringIO()))  # fmt: skip
-    alone.run()
+    train_all(alone)
     expected = compare(alone, "")["models"]["teacher"]["test"]["accuracy"]["mean"]
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] == pytest.approx(expected)
 
@@ -454,13 +455,13 @@ def test_scores_have_no_probabilities_to_average() -> None:
     ],
 )
 def test_a_precision_is_held_against_the_device_before_the_teacher_is_trained(
-    device: str, precision: str, message: str | None, distil: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
+    device: str, precision: str, message: str | None, distil: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rehearsal is on a CPU, whatever the run is on."""
     pipeline = distil("teacher.checkpoint=null", "stages=[teacher,distill]", f"teacher.precision={precision}")
-    monkeypatch.setattr(Pipeline, "device", torch.device(device))
+    monkeypatch.setattr(Run, "device", torch.device(device))
     if message is None:
-        pipeline._rehearse()
+        preflight(pipeline, plan(pipeline))
         return
     with pytest.raises(ConfigError, match=message):
-        pipeline._rehearse()
+        preflight(pipeline, plan(pipeline))

@@ -13,7 +13,8 @@ from rich.console import Console
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
@@ -52,14 +53,14 @@ def test_a_run_with_a_calibrated_teacher(
     memoize._KEPT.clear()
     said = StringIO()
     base = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.calibrate=true", "stages=[teacher,distill]"]
-    pipeline = Pipeline(composed(*base), Console(file=said))
-    pipeline.run()
+    pipeline = Run(composed(*base), Console(file=said))
+    train_all(pipeline)
     assert "calibrated: logits divided by" in said.getvalue()
     temperature = read_json(tmp_path / "run" / "seed_0" / "distill" / "stage.json")["teacher_temperature"]
     data = pipeline.data.select(tokens="teacher")
     raw = answers(FrozenTeacher(pipeline.teacher.network), data.val_dataloader())
     assert temperature == pytest.approx(fit_temperature(raw.logits, raw.labels), rel=1e-4)
-    asked = pipeline.answering_teacher
+    asked = pipeline.predicting_teacher
     assert isinstance(asked, CalibratedTeacher)
     assert abs(temperature - 1) > 0.05
     divided = answers(asked, data.test_dataloader()).logits
@@ -70,7 +71,7 @@ def test_a_run_with_a_calibrated_teacher(
 def test_what_excludes_it(composed: Callable[..., DictConfig], toy_csv: Path, tmp_path: Path, own_home: Path) -> None:
     base = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.calibrate=true", "stages=[distill]"]
     with pytest.raises(ConfigError, match=r"teacher\.ema=0\.9.*teacher\.calibrate"):
-        Pipeline(composed(*base, "teacher.ema=0.9"))
+        Run(composed(*base, "teacher.ema=0.9"))
     shards = ["trainer=fsdp2", "trainer.devices=2", "teacher.sharded=true", "teacher.cache=off"]
     with pytest.raises(ConfigError, match=r"teacher\.sharded=true.*set teacher\.calibrate=false"):
-        Pipeline(composed(*base, *shards))
+        Run(composed(*base, *shards))

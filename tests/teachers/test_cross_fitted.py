@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from kd_lightning.cli.lightning_config import Converter
+from kd_lightning.cli.lightning_config import files
 from kd_lightning.data import FashionMNIST, TextFiles
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
@@ -138,9 +139,9 @@ def test_what_folds_exclude(
     base = tiny_overrides(toy_csv, tmp_path / "run")
     key = override.partition("=")[0].replace(".", r"\.")
     with pytest.raises(ConfigError, match=rf"teacher\.folds=2 trains that many teachers.*leave out {key}"):
-        Pipeline(composed(*base, "teacher.folds=2", override))
+        Run(composed(*base, "teacher.folds=2", override))
     with pytest.raises(ConfigError, match=r"teacher\.folds=0 must be at least 1"):
-        Pipeline(composed(*base, "teacher.folds=0"))
+        Run(composed(*base, "teacher.folds=0"))
 
 
 def test_a_run_with_a_cross_fitted_teacher(
@@ -148,22 +149,22 @@ def test_a_run_with_a_cross_fitted_teacher(
 ) -> None:
     memoize._KEPT.clear()
     base = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.folds=3", "teacher.calibrate=true", "data.views=1"]
-    pipeline = Pipeline(composed(*base), Console(file=StringIO()))
-    pipeline.run()
+    pipeline = Run(composed(*base), Console(file=StringIO()))
+    train_all(pipeline)
     folders = [tmp_path / "run" / name for name in ("teacher", "teacher_1", "teacher_2")]
     assert all((folder / "stage.json").is_file() for folder in folders)
     labelled = pipeline.data.select(tokens="teacher", pool=False)
     for number, folder in enumerate(folders):
         assert read_json(folder / "settings.json")["settings"]["data"] == labelled.without_fold(number, 3).fingerprint
-    answering = pipeline.answerings[0]
-    assert pipeline.build_caches() == [answering.cache(pipeline.teacher).folder], "one for all"
+    provider = pipeline.providers[0]
+    assert build_caches(pipeline) == [provider.cache(pipeline.teacher).folder], "one for all"
     names = [path.name for path in (own_home / "teacher_outputs").iterdir() if path.is_dir()]
-    assert names == [pipeline.build_caches()[0].name]
+    assert names == [build_caches(pipeline)[0].name]
     report = compare(pipeline, "")
     assert report["models"]["teacher"]["title"] == "3 teachers"
     data = pipeline.data.select(tokens="teacher")
     folds = data.folds(3)
-    asked = pipeline.answering_teacher
+    asked = pipeline.predicting_teacher
     assert isinstance(asked, CalibratedTeacher)
     said = answers(asked.inner, data.all_dataloader())
     train = data.sizes["train"]
@@ -175,12 +176,12 @@ def test_a_run_with_a_cross_fitted_teacher(
         own = [one.logits[row].softmax(0) for one in alone]
         expected = own[fold] if fold >= 0 else torch.stack(own).mean(0)
         torch.testing.assert_close(said.logits[row].softmax(0), expected, rtol=1e-4, atol=1e-5)
-    key = answering._key(pipeline.teacher)
-    answering.data = data.with_batches()
-    assert answering._key(pipeline.teacher) == key
-    answering.data.split_seed += 1
-    assert answering._key(pipeline.teacher) != key, "others would answer"
+    key = provider._key(pipeline.teacher)
+    provider.data = data.with_batches()
+    assert provider._key(pipeline.teacher) == key
+    provider.data.split_seed += 1
+    assert provider._key(pipeline.teacher) != key, "others would answer"
     with pytest.raises(ConfigError, match=r"teacher\.folds=3: kd-cli"):
-        Converter(pipeline)
+        list(files(pipeline))
     with pytest.raises(ConfigError, match=r"finished run with other settings \(teacher\.calibrate"):
-        Pipeline(composed(*base, "teacher.calibrate=false"))
+        Run(composed(*base, "teacher.calibrate=false"))

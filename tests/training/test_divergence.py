@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kd_lightning.losses import SoftTargetLoss
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, Diverged
 from kd_lightning.training.callbacks import Divergence
 from kd_lightning.training.distillation import DistillationModule
@@ -176,9 +178,9 @@ def test_images_that_are_no_numbers_are_blamed(tmp_path: Path, composed: Callabl
 def test_a_run_that_diverged_begins_again_at_another_rate(
     tmp_path: Path, toy_csv: Path, own_home: Path, composed: Callable[..., DictConfig]
 ) -> None:
-    def run(*overrides: str) -> Pipeline:
-        pipeline = Pipeline(composed(*tiny_overrides(toy_csv, tmp_path / "run"), "stages=[teacher]", *overrides))
-        pipeline.run()
+    def run(*overrides: str) -> Run:
+        pipeline = Run(composed(*tiny_overrides(toy_csv, tmp_path / "run"), "stages=[teacher]", *overrides))
+        train_all(pipeline)
         return pipeline
 
     wild = ["teacher.optimizer.lr=1e30", "+teacher.trainer.gradient_clip_val=null"]
@@ -196,17 +198,20 @@ def test_a_run_that_diverged_begins_again_at_another_rate(
 def test_a_teacher_that_is_no_number_is_refused_before_the_baseline_trains(
     tmp_path: Path, toy_csv: Path, own_home: Path, composed: Callable[..., DictConfig]
 ) -> None:
-    from kd_lightning.pipeline.teacher_provider import TeacherNetwork
+    from kd_lightning.pipeline.networks import build_network
+    from kd_lightning.pipeline.teacher_loading import LoadedTeacher
 
     overrides = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.cache=off"]
-    pipeline = Pipeline(composed(*overrides, "stages=[baseline,distill]"))
-    pipeline.cfg["teacher"]["checkpoint"] = "somewhere"
-    network, _ = pipeline.build_network(pipeline.cfg["teacher"]["network"], "teacher")
+    pipeline = Run(composed(*overrides, "stages=[baseline,distill]"))
+    part = pipeline.parts[""]
+    teacher = replace(part.cfg.teacher, checkpoint="somewhere")
+    pipeline.parts[""] = replace(part, cfg=replace(part.cfg, teacher=teacher))
+    network, _ = build_network(teacher.network, pipeline.data, "teacher")
     with torch.no_grad():
         next(iter(network.parameters())).fill_(float("nan"))
-    pipeline.__dict__["teacher"] = TeacherNetwork(network.eval(), "0", "somewhere", None)
+    pipeline.providers[0].loaded = LoadedTeacher(network.eval(), "0", "somewhere", None)
     with pytest.raises(ConfigError, match="the teacher's outputs are not finite"):
-        pipeline.run()
+        train_all(pipeline)
     assert not (tmp_path / "run" / "seed_0").exists()
 
 

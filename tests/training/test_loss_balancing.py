@@ -597,11 +597,12 @@ def test_a_run_with_a_policy(
     composed: Callable[..., DictConfig], toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
     from kd_lightning.pipeline.compare import compare
-    from kd_lightning.pipeline.run import Pipeline
+    from kd_lightning.pipeline.context import Run
+    from kd_lightning.pipeline.run import train_all
 
     overrides = [*tiny_overrides(toy_csv, tmp_path / "run"), "teacher.trainer.max_steps=2", "trainer.max_steps=20"]
-    pipeline = Pipeline(composed(*overrides, "balance=unit_initial"))
-    pipeline.run()
+    pipeline = Run(composed(*overrides, "balance=unit_initial"))
+    train_all(pipeline)
     report = compare(pipeline, "kd-train ...")
     assert report["settings"]["balance"] == "unit_initial"
     curve = report["models"]["distilled"]["curves"][0]
@@ -610,11 +611,11 @@ def test_a_run_with_a_policy(
     assert (tmp_path / "run" / "shares.png").is_file()
     assert not report["models"]["baseline"]["curves"][0]["gradient_share"]
     with pytest.raises(ConfigError, match="balance was unit_initial, now fixed"):
-        Pipeline(composed(*overrides))
+        Run(composed(*overrides))
     (tmp_path / "run" / "config.yaml").unlink()
-    other = Pipeline(composed(*overrides))
+    other = Run(composed(*overrides))
     with pytest.raises(ConfigError, match="balance was unit_initial, now fixed"):
-        other.run()
+        train_all(other)
 
 
 @pytest.mark.parametrize(

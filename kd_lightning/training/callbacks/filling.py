@@ -27,6 +27,10 @@ class CacheFilling(L.Callback):
         """Write the answers that this checkpoint's training has read."""
         self.flush()
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the last answers."""
+        self.flush()
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Complete the cache."""
         self.complete()

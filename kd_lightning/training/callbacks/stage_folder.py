@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from kd_lightning.data.datamodule import IndexedData, Role
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.module import NetworkModule
-from kd_lightning.training.stage import StageRecord, keep
+from kd_lightning.training.stage import TrainingRecord, keep
 
 
 class StageFolder(L.Callback):
@@ -48,7 +48,7 @@ class StageFolder(L.Callback):
         assert isinstance(data, IndexedData)
         assert isinstance(best, ModelCheckpoint)
         settings = {"kd-cli": type(pl_module).__name__, "seed": pl_module.seed, "data": data.fingerprint}
-        record = StageRecord(
+        record = TrainingRecord(
             name=self.folder.name, folder=self.folder, settings=settings, network_settings=self.network or {},
             data=data.with_batches(), role=self.role,
         )  # fmt: skip

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from kd_lightning.data.sources.places import absolute, found
 from kd_lightning.export.source import run_data
-from kd_lightning.pipeline.run import Pipeline
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from tests.conftest import tiny_overrides, write_toy_csv
 
 
@@ -66,7 +67,7 @@ def test_a_runs_data_are_found_from_another_directory_and_after_a_move(
     monkeypatch.chdir(tmp_path)
     write_toy_csv(tmp_path / "toy.csv", 60)
     overrides = tiny_overrides(Path("toy.csv"), Path("runs/mine"))
-    Pipeline(composed(*overrides, "stages=[baseline]", "trainer.max_epochs=1"), Console(file=StringIO())).run()
+    train_all(Run(composed(*overrides, "stages=[baseline]", "trainer.max_epochs=1"), Console(file=StringIO())))
     cfg = OmegaConf.load(tmp_path / "runs/mine/config.yaml")
     assert cfg.data.train_file == str(tmp_path / "toy.csv")
     assert cfg.run_dir == str(tmp_path / "runs/mine")

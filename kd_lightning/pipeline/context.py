@@ -1,0 +1,224 @@
+"""A run: its configuration, its data, its folders and seeds, and the teachers that its students learn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from kd_lightning.config.instantiate import build, in_sweep, processes
+from kd_lightning.config.schema import RunConfig
+from kd_lightning.data import MultiTaskData
+from kd_lightning.data.sources.places import absolute
+from kd_lightning.pipeline.joint_provider import JointProvider
+from kd_lightning.pipeline.sources import check_sources
+from kd_lightning.pipeline.teacher_loading import LoadedTeacher, load_teacher, read_teachers
+from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
+from kd_lightning.pipeline.validation import check_folder, validate
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.files import remove_temporary
+from kd_lightning.runtime.fingerprints import digest
+from kd_lightning.runtime.memoize import shared, stamps
+from kd_lightning.runtime.processes import rank
+from kd_lightning.tasks import MultiTask
+from kd_lightning.teachers import FrozenTeacher, Teacher
+from kd_lightning.training.links import check_links
+from kd_lightning.training.run_folder import is_finished
+from kd_lightning.training.stage import planned_steps
+
+if TYPE_CHECKING:
+    from kd_lightning.data import ClassificationData
+    from kd_lightning.tasks import Task
+
+Provider = TeacherProvider | JointProvider
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a run is one task's own. A run of one task has one part, without a name.
+
+    Attributes:
+        name: The task's.
+        cfg: The run's configuration with the task's own data, teacher and loss.
+        data: The task's data.
+        folder: Where its teacher is trained.
+    """
+
+    name: str
+    cfg: RunConfig
+    data: ClassificationData
+    folder: Path
+
+    @property
+    def teacher_folders(self) -> list[Path]:
+        """The folders of the teacher that is fine-tuned, or of an ensemble's members."""
+        return [self.folder / teacher_name(number) for number in range(self.cfg.teacher.number)]
+
+    @property
+    def has_teacher(self) -> bool:
+        """True where a teacher is given, or was trained before."""
+        teacher = self.cfg.teacher
+        return teacher.checkpoint is not None or (teacher.ema is None and all(map(is_finished, self.teacher_folders)))
+
+    def load(self, console: Console) -> LoadedTeacher:
+        """Load the teacher that `teacher.checkpoint` names, or the one that this run has trained."""
+        if self.cfg.teacher.checkpoint is not None:
+            return load_teacher(self.cfg.teacher.checkpoint, self.data, console)
+        return read_teachers(self.teacher_folders, self.data)
+
+
+class Run:
+    """What all stages of a run read; nothing in it is trained.
+
+    Args:
+        cfg: The composed configuration (conf/config.yaml).
+        console: Where progress and the table are printed.
+        data: The data that `cfg` describes, where they are read already.
+
+    Attributes:
+        cfg: The configuration, checked.
+        folder: The run's folder.
+        seeds: The students' seeds.
+        data: The data of all tasks.
+        parts: What each task has of its own, by its name; of one task one part, under the empty name.
+
+    Raises:
+        ConfigError: Before any work, for whatever is wrong with the configuration.
+    """
+
+    def __init__(self, cfg: DictConfig, console: Console | None = None, data: ClassificationData | None = None) -> None:
+        checked = validate(cfg)
+        self.cfg = replace(checked, data=absolute(checked.data))
+        self.console = console or Console()
+        self.folder = Path(self.cfg.run_dir)
+        self.seeds = self.cfg.seed_list
+        if self.cfg.resume == "never" and any(self.folder.glob("**/settings.json")):
+            raise ConfigError(f"{self.folder} holds a run already and resume=never: choose another name=...")
+        check_links(self.folder, self.cfg.shared_dir)
+        check_folder(self.folder, self.cfg)
+        if rank() == 0:
+            remove_temporary(self.folder)
+        check_sources(self.cfg.as_dict())
+        key = [digest(self.cfg.data), stamps(self.cfg.data)]
+        self.data: ClassificationData = data or shared("data", key, lambda: _prepared(self.cfg.data))
+        self.parts = {"": Part("", self.cfg, self.data, self.folder)}
+        if isinstance(self.data, MultiTaskData):
+            self.parts = {name: self._part(name, own) for name, own in self.data.tasks.items()}
+
+    def _part(self, name: str, data: ClassificationData) -> Part:
+        cfg = self.cfg.of_task(name)
+        return Part(name, cfg, data, Path(cfg.run_dir))
+
+    # -- the data -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def task(self) -> Task:
+        """What the networks learn to predict; of several tasks all of them, with their weights."""
+        task = self.data.task
+        if not isinstance(self.data, MultiTaskData):
+            return task
+        return MultiTask(task.parts, {name: own.weight for name, own in self.cfg.tasks.items()})
+
+    def data_of(self, teacher: int) -> ClassificationData:
+        """Return the data as teacher 0, 1, ... and those below it read them: an assistant reads as the students do."""
+        return self.data.with_one_reader() if teacher else self.data
+
+    def student_data(self, seed: int, transfer: bool, teacher: int = 0) -> ClassificationData:
+        """Return a student's training data: the labelled examples, or with `transfer` the transfer set too."""
+        data = self.data_of(teacher).select(tokens="both" if transfer else "student", pool=transfer)
+        return data.with_batches(seed=seed)
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the distillation, and so of its baselines."""
+        batches = len(self.student_data(self.seeds[0], transfer=True).train_dataloader())
+        return planned_steps(self.cfg.trainer, batches)
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks predict outside of a training."""
+        cuda = torch.cuda.is_available() and self.cfg.trainer.get("accelerator") != "cpu"
+        return torch.device("cuda" if cuda else "cpu")
+
+    # -- the teachers -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_teacher(self) -> bool:
+        """True when this run trains, loads or holds a teacher for every task."""
+        return "teacher" in self.cfg.stages or all(part.has_teacher for part in self.parts.values())
+
+    @cached_property
+    def providers(self) -> list[Provider]:
+        """What gives the outputs of the teacher, and then of each assistant, in the order in which they are trained."""
+        own = [
+            TeacherProvider(
+                Serving.of(part.cfg.teacher), part.data.select(tokens="teacher", pool=True),
+                partial(part.load, self.console), self.device, self.console,
+            )
+            for part in self.parts.values()
+        ]  # fmt: skip
+        teacher: Provider = own[0]
+        if isinstance(self.data, MultiTaskData):
+            teacher = JointProvider(dict(zip(self.parts, own, strict=True)), self.data)
+        return [teacher, *(self._assistant(number) for number in range(1, len(self.cfg.assistants) + 1))]
+
+    def provider_of(self, part: Part) -> TeacherProvider:
+        """Return what gives the outputs of one task's own teacher."""
+        teacher = self.providers[0]
+        return teacher.providers[part.name] if isinstance(teacher, JointProvider) else teacher
+
+    def _assistant(self, number: int) -> TeacherProvider:
+        data = self.data_of(number)
+        return TeacherProvider(
+            Serving.of(self.cfg.teacher.of_assistant()), data.select(tokens="teacher", pool=True),
+            lambda: read_teachers([self.folder / f"assistant_{number}"], data), self.device, self.console,
+        )  # fmt: skip
+
+    @property
+    def teacher(self) -> LoadedTeacher:
+        """The teacher, trained or loaded; of several tasks theirs side by side."""
+        return self.providers[0].loaded
+
+    @cached_property
+    def source(self) -> LoadedTeacher:
+        """The teacher that a student is made from: of several the first one."""
+        found = self.teacher
+        while found.members:
+            found = found.members[0]
+        return found
+
+    def shares(self, number: int) -> bool:
+        """Return whether several trainings or processes read this teacher's outputs, which are then computed first."""
+        seeds = len(self.seeds) if number == len(self.cfg.assistants) else 1
+        return seeds > 1 or in_sweep() or processes(self.cfg.trainer) > 1
+
+    def teacher_for_training(self, number: int) -> Teacher:
+        """Return teacher 0, 1, ... as a training calls it."""
+        provider = self.providers[number]
+        if self.shares(number):
+            provider.complete_first()
+        return provider.teacher()
+
+    @cached_property
+    def predicting_teacher(self) -> Teacher:
+        """The teacher as it is evaluated: as its students learn from it, where it has any."""
+        provider = self.providers[0]
+        if isinstance(provider, JointProvider) or "distill" in self.cfg.stages or self.teacher.members:
+            return self.teacher_for_training(0)
+        return provider.calibrated(FrozenTeacher(self.teacher.network, self.cfg.teacher.precision))
+
+
+def _prepared(settings: dict[str, Any]) -> ClassificationData:
+    data: ClassificationData = build(settings)
+    data.prepare()
+    return data
+
+
+def teacher_name(number: int) -> str:
+    """Return the folder of a fine-tuned teacher, the first or another of an ensemble's."""
+    return f"teacher_{number}" if number else "teacher"

@@ -1,0 +1,72 @@
+"""The teachers of several tasks, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kd_lightning.pipeline.teacher_loading import LoadedTeacher
+from kd_lightning.pipeline.teacher_provider import TeacherProvider
+from kd_lightning.runtime.fingerprints import digest
+from kd_lightning.runtime.processes import first
+from kd_lightning.teachers import MultiTaskTeacher, SideBySide, Teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kd_lightning.data import MultiTaskData
+
+
+class JointProvider:
+    """Gives the outputs of each task's own teacher, put side by side.
+
+    Args:
+        providers: Each task's, by its name.
+        data: The data of all tasks.
+    """
+
+    def __init__(self, providers: Mapping[str, TeacherProvider], data: MultiTaskData) -> None:
+        self.providers, self.data = dict(providers), data
+
+    @cached_property
+    def loaded(self) -> LoadedTeacher:
+        """All teachers as one whose outputs stand side by side."""
+        members = [provider.loaded for provider in self.providers.values()]
+        title = ", ".join(f"{name} {member.title}" for name, member in zip(self.providers, members, strict=True))
+        fingerprint = digest([member.fingerprint for member in members])
+        return LoadedTeacher(SideBySide([member.network for member in members]), fingerprint, title, None, members)
+
+    def check(self, teachers: Sequence[tuple[nn.Module, LoadedTeacher | None]]) -> Teacher:
+        """Refuse before any training what cannot be kept or predicted; see `TeacherProvider.check`."""
+        given = zip(self.providers.values(), teachers, strict=True)
+        return self._joined([provider.check(network, loaded) for provider, (network, loaded) in given])
+
+    def teacher(self) -> Teacher:
+        """Return the teacher that a training calls."""
+        return self._joined([provider.teacher() for provider in self.providers.values()])
+
+    def complete(self) -> None:
+        """Have each teacher predict whatever its cache lacks."""
+        for provider in self.providers.values():
+            provider.complete()
+
+    def complete_first(self) -> None:
+        """Have them do so in the first process, for all."""
+        with first():
+            self.complete()
+
+    def caches(self) -> list[Path]:
+        """Return the folders of all teachers' caches."""
+        return [folder for provider in self.providers.values() for folder in provider.caches()]
+
+    @property
+    def reads_other_tokens(self) -> bool:
+        """True where the teachers have different tokenizers, so that no batch holds what each of them reads."""
+        return len({data.teacher_key.get("tokenizer") for data in self.data.tasks.values()}) > 1
+
+    def _joined(self, teachers: Sequence[Teacher]) -> MultiTaskTeacher:
+        return MultiTaskTeacher(teachers, list(self.data.task.spans.values()), self.data.firsts)

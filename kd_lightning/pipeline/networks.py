@@ -1,0 +1,105 @@
+"""Networks from their settings, the data's sizes and, where a student is made from it, the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kd_lightning.config.instantiate import build, lookup, parameters
+from kd_lightning.config.schema import Node
+from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.models.fits import check_length
+from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
+from kd_lightning.models.rebuild import describe
+from kd_lightning.pipeline.from_run import from_run
+from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.fingerprints import file_digest
+from kd_lightning.teachers import EnsembleNetwork, SideBySide
+from kd_lightning.training.run_folder import find_stage
+
+if TYPE_CHECKING:
+    from kd_lightning.data import ClassificationData
+    from kd_lightning.data.datamodule import Role
+
+
+def build_network(
+    settings: Node, data: ClassificationData, role: Role, teacher: nn.Module | None = None
+) -> tuple[nn.Module, Node]:
+    """Build a network, and return with it the settings that rebuild it without the data.
+
+    Args:
+        settings: Its `_target_` and arguments.
+        data: What it reads and predicts.
+        role: Whose inputs it reads.
+        teacher: What a student is made from that takes anything from the teacher.
+
+    Raises:
+        ConfigError: The settings do not fit the data, or the network could not be rebuilt.
+    """
+    sizes, target, given = data.model_arguments(role), settings["_target_"], {}
+    if role == "student" and takes_from_teacher(settings):
+        assert teacher is not None
+        given = {"teacher": source_of(teacher)}
+        if lookup(target) in (from_teacher, embeddings_from_teacher):
+            _check_tokens(data)
+    takes = parameters(lookup(target))
+    known = {**settings, **sizes, **given}
+    if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:
+        raise ConfigError(f"{role}: {target} needs {', '.join(lacking)}; {type(data).__name__} gives {list(sizes)}")
+    if (classes := settings.get("num_classes")) not in (None, sizes["num_classes"]):
+        raise ConfigError(f"{role}: num_classes={classes}, and the data have {sizes['num_classes']}: leave it out")
+    try:
+        network: nn.Module = build(settings, **sizes, **given)
+    except KDError as error:  # a constructor does not know whose network it makes
+        raise type(error)(f"{role}: {error}") from error
+    if "teacher" in takes and describe(network) is None:
+        raise ConfigError(
+            f"{role}: {target} makes a {type(network).__name__} from the teacher, which could not be "
+            "rebuilt without it: give it a constructor of plain values, and copy weights in a script of your own"
+        )
+    check_length(network, data.input_format.get("max_length"), role)
+    return network, filled(settings, data, role)
+
+
+def filled(settings: Node, data: ClassificationData, role: Role) -> Node:
+    """Return a network's settings with what the data decide about it."""
+    takes, sizes = parameters(lookup(settings["_target_"])), data.model_arguments(role)
+    return settings | {key: size for key, size in sizes.items() if key in takes and settings.get(key) is None}
+
+
+def takes_from_teacher(settings: Node) -> bool:
+    """Return whether a network of these settings is made from the teacher."""
+    return "teacher" in parameters(lookup(settings["_target_"]))
+
+
+def has_start(settings: Node) -> bool:
+    """Return whether a network of these settings starts from trained weights, and could do without them."""
+    takes = parameters(lookup(settings["_target_"]))
+    return "initialise" in takes and settings.get("initialise", "teacher") == "teacher"
+
+
+def start_of(settings: Node) -> dict[str, str]:
+    """Return what names the weights of another run that a network of these settings starts from, if any."""
+    if lookup(settings["_target_"]) is not from_run or not has_start(settings):
+        return {}
+    return {"start": file_digest(find_stage(Path(settings["checkpoint"])) / "model.safetensors")}
+
+
+def source_of(teacher: nn.Module) -> nn.Module:
+    """Return the network that a student is made from: of several teachers, or of several tasks', the first one."""
+    while isinstance(teacher, EnsembleNetwork | SideBySide):
+        teacher = teacher.members[0] if isinstance(teacher, EnsembleNetwork) else teacher.networks[0]
+    return teacher
+
+
+def _check_tokens(data: ClassificationData) -> None:
+    """Refuse a student with the word embeddings of a teacher that reads other tokens."""
+    readers = [data.tokenizer_of("student"), data.tokenizer_of("teacher")]
+    prints = {tokenizer_fingerprint(reader) for reader in readers if reader is not None}
+    if len(prints) > 1:
+        raise ConfigError(
+            "student: it has the teacher's word embeddings and would read other tokens: let both read with the "
+            "teacher's tokenizer (data.tokenizer), or use a student that takes nothing from it"
+        )

@@ -1,0 +1,163 @@
+"""From a stage to its training: the data, the networks, the teacher and the module."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kd_lightning.config.instantiate import build
+from kd_lightning.config.schema import OUTPUTS, Node
+from kd_lightning.models.cohort import joined
+from kd_lightning.models.rebuild import describe
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.networks import build_network, has_start, start_of, takes_from_teacher
+from kd_lightning.pipeline.objectives import loss_settings, own_average, run_objective
+from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
+from kd_lightning.training.callbacks import CacheFilling, MeanTeacher
+from kd_lightning.training.distillation import DistillationModule, SupervisedModule
+from kd_lightning.training.run_folder import load_run
+from kd_lightning.training.stage import Training
+
+if TYPE_CHECKING:
+    from kd_lightning.data import ClassificationData
+    from kd_lightning.pipeline.stages import Stage
+    from kd_lightning.teachers import Teacher
+    from kd_lightning.training.module import NetworkModule
+
+
+def training_data(run: Run, stage: Stage) -> ClassificationData:
+    """Return the data with the examples of a stage's training selected."""
+    if stage.kind != "teacher":
+        return run.student_data(stage.seed, transfer=stage.distils, teacher=stage.teacher or 0)
+    part = run.parts[stage.part]
+    data = part.data.select(tokens="teacher", pool=False)
+    data = data.with_batches(batch_size=part.cfg.teacher.batch_size, seed=stage.seed)
+    folds = part.cfg.teacher.folds
+    return data.without_fold(stage.member, folds) if folds > 1 else data
+
+
+def prepare(run: Run, stage: Stage) -> Training:
+    """Build a stage's networks, and return what `train` needs; the stages before it are finished."""
+    data, cfg = training_data(run, stage), run.cfg
+    network, network_settings, peers = new_networks(run, stage)
+    settings = {"network": network_settings, **_deciding(run, stage, data), **_origins(run, stage, network)}
+    training = Training(
+        name=stage.name, folder=_kept(run, stage, settings), settings=settings, network=network,
+        network_settings=network_settings, module=partial(_supervised, run, stage), data=data, role=stage.role,
+        trainer=stage.trainer, validations=stage.validations, checkpoint_every=cfg.checkpoint_every_n_steps,
+        callbacks=cfg.callbacks, loggers=cfg.logger, steps=stage.steps, rate=stage.rate,
+        compile=cfg.compile and stage.kind != "teacher",
+    )  # fmt: skip
+    if stage.distils:
+        _add_teacher(run, stage, training, peers)
+    return training
+
+
+def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Module]]:
+    """Return the network that is trained, its settings, and its peers: alike in every run of these seeds."""
+    if stage.kind == "finetune":
+        start = _start(run, stage)
+        return load_run(start).network.train(), read_json(start / "model.json"), []
+    data = run.parts[stage.part].data if stage.kind == "teacher" else run.data
+    taking = stage.role == "student" and any(map(takes_from_teacher, (stage.network, *stage.peers)))
+    source = run.source.network if taking else None
+    torch.manual_seed(stage.seed)
+    network, settings = build_network(stage.network, data, stage.role, source)
+    return network, settings, [build_network(peer, data, "student", source)[0] for peer in stage.peers]
+
+
+def _start(run: Run, stage: Stage) -> Path:
+    """Return the folder of the distillation that a fine-tuning goes on from."""
+    return run.folder / Path(stage.path).with_name("distill")
+
+
+def _deciding(run: Run, stage: Stage, data: ClassificationData) -> dict[str, Any]:
+    """Return what decides a stage's result, whatever it is for."""
+    trainer = {key: value for key, value in stage.trainer.items() if key != "log_every_n_steps"}
+    if trainer.get("strategy") == "ddp_spawn":  # who starts the processes decides nothing
+        trainer["strategy"] = "ddp"
+    weights = {name: own.weight for name, own in run.cfg.tasks.items()}
+    return {
+        "optimizer": stage.optimizer, "scheduler": stage.scheduler, "trainer": trainer, "batch_size": data.batch_size,
+        "validations": stage.validations, "steps": stage.steps, "seed": stage.seed, "data": data.fingerprint,
+        "callbacks": run.cfg.callbacks, **({"task_weights": weights} if weights else {}),
+    }  # fmt: skip
+
+
+def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
+    """Return what decides it that other trainings left: weights it starts from, the teacher it learns from."""
+    if stage.kind == "teacher":
+        return {}
+    if stage.kind == "finetune":
+        return {"start": file_digest(_start(run, stage) / "model.safetensors")}
+    taking, start = takes_from_teacher(stage.network), start_of(stage.network)
+    if stage.kind == "baseline":
+        more = {"architecture": describe(network)} if taking else {}  # its settings do not have its sizes
+        return more | start | ({"teacher": run.source.fingerprint} if taking and has_start(stage.network) else {})
+    ema = {"ema": run.cfg.teacher.ema}
+    return {
+        "distillation": loss_settings(run), "balance": run.cfg.balance, "peers": run.cfg.peers,
+        "teacher": ema if stage.teacher is None else run.providers[stage.teacher].loaded.fingerprint,
+        "outputs": run.cfg.teacher.chosen(OUTPUTS), **start,
+    }  # fmt: skip
+
+
+def _kept(run: Run, stage: Stage, settings: dict[str, Any]) -> Path:
+    """Return where a stage's files go: for what `shared_dir` shares, a folder that the run's own is a link to."""
+    folder, shared_dir = run.folder / stage.path, run.cfg.shared_dir
+    if shared_dir is None or stage.kind in ("distill", "finetune"):
+        return folder
+    if not folder.exists():
+        place = Path(shared_dir).absolute() / f"{folder.name}-{digest(settings)}"
+        place.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process of this command was faster
+            # relative, so that both can be moved together
+            folder.symlink_to(os.path.relpath(place, folder.parent), target_is_directory=True)
+    return folder.resolve()
+
+
+def _supervised(run: Run, stage: Stage, network: nn.Module) -> NetworkModule:
+    task = run.parts[stage.part].data.task if stage.kind == "teacher" else run.task
+    return SupervisedModule(network, build(stage.optimizer), build(stage.scheduler), task=task, seed=stage.seed)
+
+
+def _add_teacher(run: Run, stage: Stage, training: Training, peers: Sequence[nn.Module]) -> None:
+    """Have a training learn from its teacher, with its peers."""
+    teacher = above = None
+    if stage.teacher is not None:
+        teacher, provider = run.teacher_for_training(stage.teacher), run.providers[stage.teacher]
+        above = provider.loaded.network
+        training.data.around = teacher.around
+        training.notes = dict(teacher.notes)
+        if not run.shares(stage.teacher):
+            training.more_callbacks.append(CacheFilling(teacher.flush, provider.complete))
+    if run.cfg.teacher.ema is not None:
+        training.more_callbacks.append(MeanTeacher())
+    training.module = lambda network: _module(run, stage, joined(network, peers), above, teacher, training.data)
+
+
+def _module(
+    run: Run, stage: Stage, student: nn.Module, above: nn.Module | None, teacher: Teacher | None,
+    data: ClassificationData,
+) -> DistillationModule:  # fmt: skip
+    """Put student, teacher (of the network `above`, if any) and objective together, with projectors that fit."""
+    objective = run_objective(run, student, above)
+    if above is None:
+        teacher = own_average(run, student, objective)
+    module = DistillationModule(
+        student, teacher, objective, build(stage.optimizer), build(stage.scheduler), task=run.task, seed=stage.seed
+    )
+    if objective.connects:
+        torch.manual_seed(stage.seed)
+        if teacher is not None:
+            teacher.to(torch.device("cpu"))  # where a new student is
+        module.connect(next(iter(data.val_dataloader())), data.num_examples)
+    return module

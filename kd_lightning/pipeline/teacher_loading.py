@@ -1,0 +1,118 @@
+"""The teacher of a run, loaded: read back from its stage, a finished run's, Hugging Face's, or an ensemble of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import nn
+
+from kd_lightning.pipeline.resolvers import tokenizer_beside
+from kd_lightning.runtime.console import say
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.fingerprints import digest, file_digest, network_digest
+from kd_lightning.runtime.memoize import shared, stamps
+from kd_lightning.teachers.ensemble import EnsembleNetwork
+from kd_lightning.training.run_folder import LOGS, check_stage, is_finished, load_run, teacher_stage
+
+if TYPE_CHECKING:
+    from kd_lightning.data import ClassificationData
+
+
+@dataclass
+class LoadedTeacher:
+    """The teacher after its stage.
+
+    Attributes:
+        network: Its network, with its final weights.
+        fingerprint: Of those weights.
+        title: What it is called where people look.
+        folder: Its stage folder; None for one that was loaded from Hugging Face.
+        members: The teachers of an ensemble; empty for a single one.
+        tokenizer: Where an ensemble's member has its tokenizer; None for a single teacher, who reads the data's.
+    """
+
+    network: nn.Module
+    fingerprint: str
+    title: str
+    folder: Path | None
+    members: list[LoadedTeacher] = field(default_factory=list)
+    tokenizer: str | None = None
+
+
+def load_teacher(checkpoint: str | list[str], data: ClassificationData, console: Console) -> LoadedTeacher:
+    """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules; of a list, an ensemble."""
+    if isinstance(checkpoint, list):
+        return ensemble([_load_member(one, data, console) for one in checkpoint])
+    stage = teacher_stage(Path(checkpoint))
+    if stage is not None:
+        if stage == Path(checkpoint, "teacher") and is_finished(Path(checkpoint, "teacher_1")):
+            say(
+                console,
+                f"teacher  {checkpoint} holds several: this is the first, a list takes all of them",
+            )
+        return read_teacher(stage, data)
+    from kd_lightning.models.hf import finished
+
+    padding = data.model_arguments("teacher").get("pad_token_id")
+
+    def load() -> LoadedTeacher:
+        network = finished(checkpoint, data.num_classes, padding).eval()
+        return LoadedTeacher(network, network_digest(network), checkpoint, None)
+
+    teacher = shared("teacher", (checkpoint, data.num_classes, padding, stamps(checkpoint)), load)
+    _check_class_order(checkpoint, teacher.network, data, console)
+    return teacher
+
+
+def ensemble(members: list[LoadedTeacher]) -> LoadedTeacher:
+    """Return several teachers as one."""
+    title = " + ".join(member.title for member in members)
+    fingerprint = digest([member.fingerprint for member in members])
+    return LoadedTeacher(EnsembleNetwork([member.network for member in members]), fingerprint, title, None, members)
+
+
+def _load_member(checkpoint: str, data: ClassificationData, console: Console) -> LoadedTeacher:
+    tokenizer = tokenizer_beside(checkpoint)
+    return replace(load_teacher(checkpoint, data.reading(tokenizer), console), tokenizer=tokenizer)
+
+
+def read_teachers(folders: Sequence[Path], data: ClassificationData) -> LoadedTeacher:
+    """Read back the teacher that a run trained, or its several as an ensemble."""
+    members = [read_teacher(folder, data) for folder in folders]
+    return members[0] if len(members) == 1 else ensemble(members)
+
+
+def read_teacher(folder: Path, data: ClassificationData) -> LoadedTeacher:
+    """Read back a teacher that a run trained; its files must be whole, also the curves that a report draws."""
+    check_stage(folder, LOGS)  # `load_run` checks the others
+    fingerprint = file_digest(folder / "model.safetensors")
+    model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
+    if model.class_names != data.class_names:
+        raise ConfigError(
+            f"the teacher in {folder} knows the classes {model.class_names}, the data has {data.class_names}: "
+            "teacher.checkpoint must be a teacher of the same classes"
+        )
+    tokenizer = data.tokenizer_of("teacher")
+    if model.tokenizer is not None and (tokenizer is None or model.tokenizer.get_vocab() != tokenizer.get_vocab()):
+        raise ConfigError(f"the teacher in {folder} reads another vocabulary than data.teacher_tokenizer gives it")
+    if model.images != data.image_format:
+        raise ConfigError(f"the teacher in {folder} reads {model.images}, the data give it {data.image_format}")
+    return LoadedTeacher(model.network, fingerprint, str(folder), folder)
+
+
+def _check_class_order(checkpoint: str, network: nn.Module, data: ClassificationData, console: Console) -> None:
+    """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
+    config: Any = network.config
+    names = [str(name) for _, name in sorted(config.id2label.items())]
+    theirs, ours = [name.casefold() for name in names], [name.casefold() for name in data.class_names]
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        raise ConfigError(
+            f"the teacher {checkpoint} has the classes in the order {names}, the data {data.class_names}: "
+            f"give the data the teacher's order, data.class_names={names}"
+        )
+    if theirs != ours and theirs != [f"label_{i}" for i in range(len(ours))]:
+        say(console, f"teacher  calls its classes {names}, the data {data.class_names}: do they match?")
