@@ -324,7 +324,7 @@ def test_other_answers_are_other_settings_of_the_stage(distil: Callable[..., Run
     first = distil(place)
     train_all(first)
     (first.folder / "config.yaml").unlink()  # as after a kill: only the finished stages are there
-    with pytest.raises(ConfigError, match=r"answers\.cache_top_k was None, now 1"):
+    with pytest.raises(ConfigError, match=r"outputs\.cache_top_k was None, now 1"):
         train_all(distil(place, "teacher.cache_top_k=1"))
     train_all(distil(place, "teacher.cache=off"))  # where answers come from does not matter
 
