@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from kd_lightning.config.instantiate import lookup, parameters
 from kd_lightning.config.schema import CACHED, Node
-from kd_lightning.data import ClassificationData
+from kd_lightning.data import IndexedData
 from kd_lightning.pipeline.context import Part, Run
 from kd_lightning.pipeline.networks import filled, takes_from_teacher
 from kd_lightning.pipeline.objectives import run_objective
@@ -101,7 +101,7 @@ class _Converter:
         """Return a stage's folder."""
         return str(self.run.folder / path)
 
-    def read_by(self, stage: Stage) -> ClassificationData:
+    def read_by(self, stage: Stage) -> IndexedData:
         """Return the data that a stage's network reads."""
         return self.run.parts[stage.part].data if stage.kind == "teacher" else self.run.data
 
@@ -217,7 +217,7 @@ class _Converter:
 
     # -- the data and the trainer -------------------------------------------------------------------------------------
 
-    def data(self, stage: Stage, data: ClassificationData) -> Node:
+    def data(self, stage: Stage, data: IndexedData) -> Node:
         """Return the data: with the transfer set to distil, else the labelled examples as student or teacher reads."""
         node: Node = converted(self.run.parts[stage.part].cfg.data if stage.kind == "teacher" else self.cfg.data)
         node["init_args"] |= {"seed": stage.seed, "batch_size": data.batch_size}

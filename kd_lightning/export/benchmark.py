@@ -18,7 +18,7 @@ from kd_lightning.runtime.borders import code, drawn, tell
 from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.training.run_folder import TrainedModel
     from kd_lightning.types import Batch
 
@@ -200,7 +200,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     return rows
 
 
-def _check_fits(subject: Subject, data: ClassificationData, stage: Path) -> None:
+def _check_fits(subject: Subject, data: IndexedData, stage: Path) -> None:
     """Refuse what the run's examples say nothing about."""
     theirs, ours = subject.model.tokenizer, data.tokenizer_of(subject.role)
     if subject.model.class_names != data.class_names:
@@ -209,7 +209,7 @@ def _check_fits(subject: Subject, data: ClassificationData, stage: Path) -> None
         raise ConfigError(f"{subject.folder} reads other tokens than {stage}: measure it with the run that it is of")
 
 
-def _singles(data: ClassificationData) -> list[Batch]:
+def _singles(data: IndexedData) -> list[Batch]:
     """Return validation examples one by one, the same ones for every tokenizer, spread over short and long ones."""
     from kd_lightning.evaluation.profiling import single_examples
 
@@ -217,7 +217,7 @@ def _singles(data: ClassificationData) -> list[Batch]:
     return singles[:: max(1, len(singles) // LATENCY_EXAMPLES)][:LATENCY_EXAMPLES]
 
 
-def _batches(data: ClassificationData, size: int) -> list[Batch]:
+def _batches(data: IndexedData, size: int) -> list[Batch]:
     """Return validation batches of this size, spread over short and long ones."""
     batches = list(data.with_batches(eval_batch_size=size).val_dataloader())
     whole = [batch for batch in batches if len(batch["index"]) == size] or batches

@@ -20,7 +20,7 @@ from kd_lightning.training.run_folder import (
 )
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role
     from kd_lightning.training.run_folder import TrainedModel
     from kd_lightning.types import Batch
@@ -59,7 +59,7 @@ class Source:
 
     stage: Path
     model: TrainedModel
-    data: ClassificationData
+    data: IndexedData
 
     @cached_property
     def held_out(self) -> list[Batch]:
@@ -97,7 +97,7 @@ def role_of(stage: Path) -> Any:
     return read_task(stage)["role"]
 
 
-def run_data(stage: Path, remedy: str = "put them back as they were, or train again") -> ClassificationData:
+def run_data(stage: Path, remedy: str = "put them back as they were, or train again") -> IndexedData:
     """Return the data that a stage was trained on: its own splits and classes, in its run's own tokens.
 
     Args:
@@ -118,7 +118,7 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
         )
     cfg = read_config(root)
     settings = _without_caches(found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root))
-    data: ClassificationData = build_saved(settings, root / "config.yaml")
+    data: IndexedData = build_saved(settings, root / "config.yaml")
     data.read_with(saved_tokenizers(stage, root))
     trained_on = read_task(stage)["data"]
     try:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kd_lightning.data import ClassificationData, MultiTaskData
+from kd_lightning.data import IndexedData, MultiTaskData
 from kd_lightning.pipeline.teacher_loading import load_teacher
 from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
 from kd_lightning.runtime.errors import ConfigError
@@ -57,11 +57,11 @@ class _LateTeacher(L.Callback, Teacher):
     inner: Teacher | None = None
 
     @abstractmethod
-    def load(self, data: ClassificationData) -> nn.Module:
+    def load(self, data: IndexedData) -> nn.Module:
         """Read the teacher's network, which must fit the data."""
 
     @abstractmethod
-    def provide(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
+    def provide(self, data: IndexedData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
         """Return the loaded teacher as a training calls it.
 
         Args:
@@ -83,7 +83,7 @@ class _LateTeacher(L.Callback, Teacher):
         if stage not in ("fit", "validate"):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for given, expected in ((data, ClassificationData), (pl_module, DistillationModule)):
+        for given, expected in ((data, IndexedData), (pl_module, DistillationModule)):
             if not isinstance(given, expected):
                 raise ConfigError(f"{type(self).__name__} needs a {expected.__name__}, not {type(given).__name__}")
         assert isinstance(pl_module, DistillationModule)
@@ -161,12 +161,12 @@ class FinishedTeacher(_LateTeacher):
             combine=combine, weights=weights, device=device, compile=compile, calibrate=calibrate,
         )  # fmt: skip
 
-    def load(self, data: ClassificationData) -> nn.Module:
+    def load(self, data: IndexedData) -> nn.Module:
         """Read the teacher's network."""
         self.loaded = load_teacher(self.checkpoint, data, Console())
         return self.loaded.network
 
-    def provide(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...] = ()) -> Teacher:
+    def provide(self, data: IndexedData, trainer: L.Trainer, needs: tuple[str, ...] = ()) -> Teacher:
         """Return the teacher as a training calls it."""
         device, own = trainer.strategy.root_device, data.select("teacher")
         self.provider = TeacherProvider(self.serving, own, lambda: self.loaded, device, Console(), needs)
@@ -196,7 +196,7 @@ class FinishedTaskTeachers(_LateTeacher):
     def __init__(self, teachers: Mapping[str, FinishedTeacher]) -> None:
         self.teachers = dict(teachers)
 
-    def load(self, data: ClassificationData) -> nn.Module:
+    def load(self, data: IndexedData) -> nn.Module:
         """Read every teacher's network.
 
         Raises:
@@ -206,7 +206,7 @@ class FinishedTaskTeachers(_LateTeacher):
             raise ConfigError(f"teachers of the tasks {list(self.teachers)} need data of these tasks, in this order")
         return SideBySide([teacher.load(data.tasks[name]) for name, teacher in self.teachers.items()])
 
-    def provide(self, data: ClassificationData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
+    def provide(self, data: IndexedData, trainer: L.Trainer, needs: tuple[str, ...]) -> Teacher:
         """Return the teachers, each for its own task."""
         assert isinstance(data, MultiTaskData)
         teachers = [teacher.provide(data.tasks[name], trainer) for name, teacher in self.teachers.items()]

@@ -32,7 +32,7 @@ from kd_lightning.training.run_folder import is_finished
 from kd_lightning.training.stage import planned_steps
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.tasks import Task
 
 Provider = TeacherProvider | JointProvider
@@ -51,7 +51,7 @@ class Part:
 
     name: str
     cfg: RunConfig
-    data: ClassificationData
+    data: IndexedData
     folder: Path
 
     @property
@@ -91,7 +91,7 @@ class Run:
         ConfigError: Before any work, for whatever is wrong with the configuration.
     """
 
-    def __init__(self, cfg: DictConfig, console: Console | None = None, data: ClassificationData | None = None) -> None:
+    def __init__(self, cfg: DictConfig, console: Console | None = None, data: IndexedData | None = None) -> None:
         checked = validate(cfg)
         self.cfg = replace(checked, data=absolute(checked.data))
         self.console = console or Console()
@@ -105,12 +105,12 @@ class Run:
             remove_temporary(self.folder)
         check_sources(self.cfg.as_dict())
         key = [digest(self.cfg.data), stamps(self.cfg.data)]
-        self.data: ClassificationData = data or shared("data", key, lambda: _prepared(self.cfg.data))
+        self.data: IndexedData = data or shared("data", key, lambda: _prepared(self.cfg.data))
         self.parts = {"": Part("", self.cfg, self.data, self.folder)}
         if isinstance(self.data, MultiTaskData):
             self.parts = {name: self._part(name, own) for name, own in self.data.tasks.items()}
 
-    def _part(self, name: str, data: ClassificationData) -> Part:
+    def _part(self, name: str, data: IndexedData) -> Part:
         cfg = self.cfg.of_task(name)
         return Part(name, cfg, data, Path(cfg.run_dir))
 
@@ -124,11 +124,11 @@ class Run:
             return task
         return MultiTask(task.parts, {name: own.weight for name, own in self.cfg.tasks.items()})
 
-    def data_of(self, teacher: int) -> ClassificationData:
+    def data_of(self, teacher: int) -> IndexedData:
         """Return the data as teacher 0, 1, ... and those below it read them: an assistant reads as the students do."""
         return self.data.with_one_reader() if teacher else self.data
 
-    def student_data(self, seed: int, transfer: bool, teacher: int = 0) -> ClassificationData:
+    def student_data(self, seed: int, transfer: bool, teacher: int = 0) -> IndexedData:
         """Return a student's training data: the labelled examples, or with `transfer` the transfer set too."""
         data = self.data_of(teacher).select(tokens="both" if transfer else "student", pool=transfer)
         return data.with_batches(seed=seed)
@@ -213,8 +213,8 @@ class Run:
         return provider.calibrated(FrozenTeacher(self.teacher.network, self.cfg.teacher.precision))
 
 
-def _prepared(settings: dict[str, Any]) -> ClassificationData:
-    data: ClassificationData = build(settings)
+def _prepared(settings: dict[str, Any]) -> IndexedData:
+    data: IndexedData = build(settings)
     data.prepare()
     return data
 

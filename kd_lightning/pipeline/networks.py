@@ -20,12 +20,12 @@ from kd_lightning.teachers import EnsembleNetwork, SideBySide
 from kd_lightning.training.run_folder import find_stage
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role
 
 
 def build_network(
-    settings: Node, data: ClassificationData, role: Role, teacher: nn.Module | None = None
+    settings: Node, data: IndexedData, role: Role, teacher: nn.Module | None = None
 ) -> tuple[nn.Module, Node]:
     """Build a network, and return with it the settings that rebuild it without the data.
 
@@ -48,8 +48,9 @@ def build_network(
     known = {**settings, **sizes, **given}
     if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:
         raise ConfigError(f"{role}: {target} needs {', '.join(lacking)}; {type(data).__name__} gives {list(sizes)}")
-    if (classes := settings.get("num_classes")) not in (None, sizes["num_classes"]):
-        raise ConfigError(f"{role}: num_classes={classes}, and the data have {sizes['num_classes']}: leave it out")
+    if settings.get("num_classes") not in (None, classes := sizes.get("num_classes")):
+        wrong = settings["num_classes"]
+        raise ConfigError(f"{role}: num_classes={wrong}, and the data have {classes}: leave it out")
     try:
         network: nn.Module = build(settings, **sizes, **given)
     except KDError as error:  # a constructor does not know whose network it makes
@@ -63,7 +64,7 @@ def build_network(
     return network, filled(settings, data, role)
 
 
-def filled(settings: Node, data: ClassificationData, role: Role) -> Node:
+def filled(settings: Node, data: IndexedData, role: Role) -> Node:
     """Return a network's settings with what the data decide about it."""
     takes, sizes = parameters(lookup(settings["_target_"])), data.model_arguments(role)
     return settings | {key: size for key, size in sizes.items() if key in takes and settings.get(key) is None}
@@ -94,7 +95,7 @@ def source_of(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
-def _check_tokens(data: ClassificationData) -> None:
+def _check_tokens(data: IndexedData) -> None:
     """Refuse a student with the word embeddings of a teacher that reads other tokens."""
     readers = [data.tokenizer_of("student"), data.tokenizer_of("teacher")]
     prints = {tokenizer_fingerprint(reader) for reader in readers if reader is not None}

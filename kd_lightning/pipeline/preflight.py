@@ -25,7 +25,7 @@ from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.config.schema import Node, RunConfig
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role
     from kd_lightning.pipeline.context import Part, Run
     from kd_lightning.pipeline.stages import Stage
@@ -184,7 +184,7 @@ def _needs_teacher(run: Run) -> bool:
     return taught and any(build(part.cfg.distillation).uses_teacher for part in run.parts.values())
 
 
-def _step_alone(role: Role, data: ClassificationData, task: Task, network: nn.Module, optimizer: Node) -> None:
+def _step_alone(role: Role, data: IndexedData, task: Task, network: nn.Module, optimizer: Node) -> None:
     """Take one training step from labels on the CPU, with a network that is thrown away.
 
     Raises:

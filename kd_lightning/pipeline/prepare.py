@@ -26,13 +26,13 @@ from kd_lightning.training.run_folder import load_run
 from kd_lightning.training.stage import Training
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.pipeline.stages import Stage
     from kd_lightning.teachers import Teacher
     from kd_lightning.training.module import NetworkModule
 
 
-def training_data(run: Run, stage: Stage) -> ClassificationData:
+def training_data(run: Run, stage: Stage) -> IndexedData:
     """Return the data with the examples of a stage's training selected."""
     if stage.kind != "teacher":
         return run.student_data(stage.seed, transfer=stage.distils, teacher=stage.teacher or 0)
@@ -78,7 +78,7 @@ def _start(run: Run, stage: Stage) -> Path:
     return run.folder / Path(stage.path).with_name("distill")
 
 
-def _deciding(run: Run, stage: Stage, data: ClassificationData) -> dict[str, Any]:
+def _deciding(run: Run, stage: Stage, data: IndexedData) -> dict[str, Any]:
     """Return what decides a stage's result, whatever it is for."""
     trainer = {key: value for key, value in stage.trainer.items() if key != "log_every_n_steps"}
     if trainer.get("strategy") == "ddp_spawn":  # who starts the processes decides nothing
@@ -146,7 +146,7 @@ def _add_teacher(run: Run, stage: Stage, training: Training, peers: Sequence[nn.
 
 def _module(
     run: Run, stage: Stage, student: nn.Module, above: nn.Module | None, teacher: Teacher | None,
-    data: ClassificationData,
+    data: IndexedData,
 ) -> DistillationModule:  # fmt: skip
     """Put student, teacher (of the network `above`, if any) and objective together, with projectors that fit."""
     objective = run_objective(run, student, above)

@@ -19,7 +19,7 @@ from kd_lightning.teachers.ensemble import EnsembleNetwork
 from kd_lightning.training.run_folder import LOGS, check_stage, is_finished, load_run, teacher_stage
 
 if TYPE_CHECKING:
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
 
 
 @dataclass
@@ -43,7 +43,7 @@ class LoadedTeacher:
     tokenizer: str | None = None
 
 
-def load_teacher(checkpoint: str | list[str], data: ClassificationData, console: Console) -> LoadedTeacher:
+def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Console) -> LoadedTeacher:
     """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules; of a list, an ensemble."""
     if isinstance(checkpoint, list):
         return ensemble([_load_member(one, data, console) for one in checkpoint])
@@ -60,10 +60,10 @@ def load_teacher(checkpoint: str | list[str], data: ClassificationData, console:
     padding = data.model_arguments("teacher").get("pad_token_id")
 
     def load() -> LoadedTeacher:
-        network = finished(checkpoint, data.num_classes, padding).eval()
+        network = finished(checkpoint, data.task.outputs, padding).eval()
         return LoadedTeacher(network, network_digest(network), checkpoint, None)
 
-    teacher = shared("teacher", (checkpoint, data.num_classes, padding, stamps(checkpoint)), load)
+    teacher = shared("teacher", (checkpoint, data.task.outputs, padding, stamps(checkpoint)), load)
     _check_class_order(checkpoint, teacher.network, data, console)
     return teacher
 
@@ -75,18 +75,18 @@ def ensemble(members: list[LoadedTeacher]) -> LoadedTeacher:
     return LoadedTeacher(EnsembleNetwork([member.network for member in members]), fingerprint, title, None, members)
 
 
-def _load_member(checkpoint: str, data: ClassificationData, console: Console) -> LoadedTeacher:
+def _load_member(checkpoint: str, data: IndexedData, console: Console) -> LoadedTeacher:
     tokenizer = tokenizer_beside(checkpoint)
     return replace(load_teacher(checkpoint, data.reading(tokenizer), console), tokenizer=tokenizer)
 
 
-def read_teachers(folders: Sequence[Path], data: ClassificationData) -> LoadedTeacher:
+def read_teachers(folders: Sequence[Path], data: IndexedData) -> LoadedTeacher:
     """Read back the teacher that a run trained, or its several as an ensemble."""
     members = [read_teacher(folder, data) for folder in folders]
     return members[0] if len(members) == 1 else ensemble(members)
 
 
-def read_teacher(folder: Path, data: ClassificationData) -> LoadedTeacher:
+def read_teacher(folder: Path, data: IndexedData) -> LoadedTeacher:
     """Read back a teacher that a run trained; its files must be whole, also the curves that a report draws."""
     check_stage(folder, LOGS)  # `load_run` checks the others
     fingerprint = file_digest(folder / "model.safetensors")
@@ -104,7 +104,7 @@ def read_teacher(folder: Path, data: ClassificationData) -> LoadedTeacher:
     return LoadedTeacher(model.network, fingerprint, str(folder), folder)
 
 
-def _check_class_order(checkpoint: str, network: nn.Module, data: ClassificationData, console: Console) -> None:
+def _check_class_order(checkpoint: str, network: nn.Module, data: IndexedData, console: Console) -> None:
     """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
     config: Any = network.config
     names = [str(name) for _, name in sorted(config.id2label.items())]

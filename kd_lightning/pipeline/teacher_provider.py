@@ -46,7 +46,7 @@ from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.config.schema import TeacherConfig
-    from kd_lightning.data import ClassificationData
+    from kd_lightning.data import IndexedData
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
 
 
@@ -109,7 +109,7 @@ class TeacherProvider:
     def __init__(
         self,
         serving: Serving,
-        data: ClassificationData,
+        data: IndexedData,
         load: Callable[[], LoadedTeacher],
         device: torch.device,
         console: Console,
@@ -128,7 +128,7 @@ class TeacherProvider:
         """Those that have a cache each: an ensemble's; cross-fitted teachers predict as one."""
         return self.loaded.members if self.loaded.members and self.serving.folds == 1 else [self.loaded]
 
-    def data_of(self, member: LoadedTeacher) -> ClassificationData:
+    def data_of(self, member: LoadedTeacher) -> IndexedData:
         """Return the data as a teacher reads it: an ensemble's members may have tokenizers of their own."""
         return self.data if member.tokenizer is None else self.data.reading(member.tokenizer)
 
