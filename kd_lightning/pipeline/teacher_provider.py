@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import sys
@@ -343,9 +344,9 @@ class TeacherProvider:
             together = {"members": members, "folds": folds, "combine": self.serving.combine}
             return {"teacher": together, "data": self.data.teacher_key}
         network, source = describe(member.network), None
-        if network is None:  # a user's own: what it computes is what its file says
+        if network is None:  # a user's own: what it computes is what its file says, whatever its comments
             network = read_json(member.folder / "model.json") if member.folder is not None else None
-            source = digest(inspect.getsource(sys.modules[type(member.network).__module__]))
+            source = digest(ast.dump(ast.parse(inspect.getsource(sys.modules[type(member.network).__module__]))))
         settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}
         return {
             "teacher": {"weights": member.fingerprint, "network": network, "source": source, **settings},

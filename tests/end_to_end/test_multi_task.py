@@ -251,7 +251,7 @@ def test_the_command_takes_tasks_of_the_users_own_files(tmp_path: Path, own_home
     ]  # fmt: skip
     result = command("kd-train", *chosen, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "task two" in result.stdout
+    assert "two: teacher" in result.stdout
     assert (tmp_path / "runs/own/tasks/two/teacher/stage.json").is_file()
     assert json.loads((tmp_path / "runs/own/report.json").read_text())["data"]["class_names"][3] == "two: food"
     result = command("kd-train", *chosen, "+tasks.twoo.weight=2", cwd=tmp_path)
