@@ -193,7 +193,11 @@ def test_of_several_teachers_a_student_is_made_from_the_first(composed: Composed
     student = ["model@student=embeddings_from_teacher", "student.network.embedding_size=8"]
     tables = {}
     for teachers in (1, 2):
-        more = [f"teacher.seeds={teachers}", "stages=[teacher]", f"run_dir={chosen[-1].partition('=')[2]}{teachers}"]
+        more = [
+            f"teacher.seeds={teachers}",
+            "stages=[teacher,distill]",
+            f"run_dir={chosen[-1].partition('=')[2]}{teachers}",
+        ]
         pipeline = Run(composed(*chosen, *student, *more))
         tables[teachers] = student_of(pipeline).get_input_embeddings().weight
     torch.testing.assert_close(tables[2], tables[1], rtol=0, atol=0)

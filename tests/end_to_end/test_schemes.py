@@ -24,7 +24,7 @@ from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.cohort import Cohort, joined
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.pipeline.validation import validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import file_digest
@@ -428,6 +428,6 @@ def test_assistants_answer_for_themselves_where_the_teachers_answers_are_require
     run(composed(*overrides, "stages=[teacher]"))
     own = [o for o in overrides if not o.startswith("run_dir")]
     taught = [*own, f"teacher.checkpoint={tmp_path / 'run'}", "stages=[distill]", "assistants=['${student}']"]
-    Run(composed(*taught, f"run_dir={tmp_path / 'x'}"), Console(file=StringIO())).build_caches()
+    build_caches(Run(composed(*taught, f"run_dir={tmp_path / 'x'}"), Console(file=StringIO())))
     run(composed(*taught, "teacher.cache=require", f"run_dir={tmp_path / 'second'}"))
     assert (tmp_path / "second" / "assistant_1" / "stage.json").is_file()
