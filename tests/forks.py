@@ -18,7 +18,7 @@ from tests import ROOT
 
 IMPORTED = (
     "kd_lightning.cli.train", "kd_lightning.cli.predict", "kd_lightning.cli.evaluate", "kd_lightning.cli.hydra_errors",
-    "kd_lightning.pipeline.context", "kd_lightning.pipeline.compare", "kd_lightning.evaluation.report.sweep",
+    "kd_lightning.pipeline.run", "kd_lightning.pipeline.compare", "kd_lightning.evaluation.report.sweep",
     "kd_lightning.evaluation.report.pictures", "lightning.pytorch.loggers.tensorboard", "tests.killer",
     "tests.signals", "tests.final_weights",
 )  # fmt: skip
