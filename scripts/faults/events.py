@@ -43,13 +43,13 @@ def ending(root: Path, note: Path, at: int, way: str, size: int) -> Callable[[],
 
     def begin() -> None:
         file = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # here: a thread that writes cannot set it
 
         def act(number: int, what: str) -> None:
             if number != at:
                 return
             os.write(file, what.encode("utf-8", errors="replace"))
             if way == "torn":
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
             else:
                 os.kill(os.getpid(), signal.Signals[way])
