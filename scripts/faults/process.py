@@ -28,7 +28,7 @@ COMMANDS = {
 PRELOADED = (
     *COMMANDS.values(), "kd_lightning.pipeline.validation", "kd_lightning.pipeline.compare",
     "kd_lightning.pipeline.run", "kd_lightning.runtime.log_filters",
-    "kd_lightning.pipeline.run", "kd_lightning.cli.hydra_errors", "kd_lightning.export.load",
+    "kd_lightning.cli.hydra_errors", "kd_lightning.export.load",
     "kd_lightning.export.write",
     "kd_lightning.export.formats.onnx", "kd_lightning.export.formats.pt2", "kd_lightning.export.parity",
     "kd_lightning.export.card", "kd_lightning.export.graph", "kd_lightning.evaluation.report.sweep",
