@@ -48,6 +48,8 @@ class BiLSTM(nn.Module):
         ConfigError: A size below 1, an unknown pooling or a dropout outside [0, 1), a padding id beyond the vocabulary.
     """
 
+    VERSION = 1
+
     def __init__(
         self,
         num_classes: int,

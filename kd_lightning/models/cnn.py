@@ -34,6 +34,8 @@ class CNN(nn.Module):
         ConfigError: A size below 1, no stage, or a dropout outside [0, 1).
     """
 
+    VERSION = 1
+
     def __init__(
         self,
         num_classes: int,
@@ -96,6 +98,8 @@ class ResNet(nn.Module):
     Raises:
         ConfigError: A size below 1, another depth, or a width that leaves no channel.
     """
+
+    VERSION = 1
 
     def __init__(self, num_classes: int, channels: int = 3, depth: int = 20, width: float = 1.0) -> None:
         super().__init__()

@@ -22,6 +22,8 @@ class FactorizedEmbedding(nn.Module):
     Shape: `(*)` int64 -> `(*, H)`.
     """
 
+    VERSION = 1
+
     def __init__(
         self, num_embeddings: int, rank: int, embedding_dim: int, padding_idx: int | None = None, std: float = 0.02
     ) -> None:

@@ -52,6 +52,8 @@ class PooledClassifier(nn.Module):
         ConfigError: Unknown pooling.
     """
 
+    VERSION = 1
+
     def __init__(self, encoder: nn.Module, num_classes: int, pooling: Pooling = "mean", dropout: float = 0.1) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):

@@ -77,6 +77,16 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def versions(network: nn.Module) -> dict[str, int]:
+    """Return the versions of the classes that a network is made of, by name.
+
+    A class of one's own has a `VERSION` too if it wants one: raised by hand when its `forward` means something else,
+    it makes what a teacher of this class has predicted before unusable.
+    """
+    found = {type(module).__qualname__: getattr(module, "VERSION", None) for module in unwrap(network).modules()}
+    return {name: version for name, version in found.items() if isinstance(version, int)}
+
+
 def is_description(settings: dict[str, Any]) -> bool:
     """Return True when `from_description` can build these settings."""
     return str(settings.get("_target_")) in _BUILDERS

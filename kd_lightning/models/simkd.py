@@ -33,6 +33,8 @@ class SimKDStudent(nn.Module):
         ConfigError: A backbone without a linear layer.
     """
 
+    VERSION = 1
+
     def __init__(
         self, backbone: nn.Module, width: int, num_classes: int, hidden_size: int = 256, frozen: bool = True
     ) -> None:

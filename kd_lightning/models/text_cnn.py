@@ -37,6 +37,8 @@ class TextCNN(nn.Module):
         ConfigError: A size below 1, no width, a dropout outside [0, 1), a padding id beyond the vocabulary.
     """
 
+    VERSION = 1
+
     def __init__(
         self,
         num_classes: int,

@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from kd_lightning.config.schema import CACHE_MODES, CACHED, Combine, Precision, StoredDtype
-from kd_lightning.models.rebuild import describe
+from kd_lightning.models.rebuild import describe, versions
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
@@ -37,6 +37,7 @@ from kd_lightning.teachers import (
     Teacher,
     fit_temperature,
     fit_weights,
+    frozen,
 )
 from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.manifest import MANIFEST, Manifest
@@ -349,9 +350,12 @@ class TeacherProvider:
             source = digest(ast.dump(ast.parse(inspect.getsource(sys.modules[type(member.network).__module__]))))
         settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}
         return {
-            "teacher": {"weights": member.fingerprint, "network": network, "source": source, **settings},
+            "teacher": {
+                "weights": member.fingerprint, "network": network, "source": source, **settings,
+                "versions": {"pass": frozen.VERSION, **versions(member.network)},
+            },
             "data": self.data_of(member).teacher_key,
-        }
+        }  # fmt: skip
 
 
 def _home() -> Path:

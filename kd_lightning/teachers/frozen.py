@@ -21,6 +21,9 @@ from kd_lightning.types import Batch, ModelOutput
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+VERSION = 1
+"""Raised when a network of the same weights has other outputs or features: stored ones are then not used any more."""
+
 Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
 
 _PREFIX = "teacher_"

@@ -18,11 +18,15 @@ from numpy.typing import NDArray
 
 from kd_lightning.data.classification import ClassificationData, check_probabilities
 from kd_lightning.data.datamodule import BatchDataset, Role, check_least, stratified_order
+from kd_lightning.data.image import store
 from kd_lightning.data.image.store import ImageFormat, ImageStore
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE, Batch
+
+VERSION = 1
+"""Raised when an image has other views: what was made of them before is then not used any more."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What networks pretrained on ImageNet expect."""
@@ -375,7 +379,7 @@ class ImageData(ClassificationData):
 
     def _key(self, parts: Sequence[str]) -> dict[str, Any]:
         """Return what decides a teacher's answers about some parts."""
-        views = {"sets": self.view_sets, **asdict(self._views)}
+        views = {"version": VERSION, "sets": self.view_sets, **asdict(self._views)}
         if not self.mixing.is_on:
             del views["mixing"]
         shown = self._of(self._rows, parts)
@@ -383,6 +387,7 @@ class ImageData(ClassificationData):
         return {
             "images": hashlib.sha256(f"{self._images.digest}{rows}".encode()).hexdigest(),
             "examples": len(shown),
+            "pixels": store.VERSION,
             "format": asdict(self.image_format),
             "views": views if self.views and "views" in parts else None,
         }

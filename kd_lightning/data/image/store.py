@@ -21,8 +21,8 @@ from kd_lightning.runtime.seals import check_seal, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 2
-"""Goes up when the files of a stored image array change, so that older ones are not read."""
+VERSION = 2
+"""Raised when an image becomes other numbers, or these other files: what was made before is then not used any more."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def store_images(cache: Path, key: Any, shape: tuple[int, ...], images: Iterable
         shape: `(N, C, H, W)`.
         images: The N images, `(C, H, W)` each; not touched when they are stored already.
     """
-    folder = cache / hashlib.sha256(json.dumps([LAYOUT, shape, key]).encode()).hexdigest()
+    folder = cache / hashlib.sha256(json.dumps([VERSION, shape, key]).encode()).hexdigest()
     try:
         return open_images(folder)
     except (KDError, OSError, ValueError, KeyError) as error:

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+VERSION = 1
+"""Raised when a sentence has other views: what was made of them before is then not used any more."""
+
 MASK = "\ufdd0"
 """Stands for a masked word until the tokenizer's own mask is known; a code point that Unicode bars from texts."""
 

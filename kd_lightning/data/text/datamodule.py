@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kd_lightning.data.classification import ClassificationData, check_probabilities
 from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence
 from kd_lightning.data.text.dataset import FreshViews, TokenDataset
@@ -181,6 +182,7 @@ class TextData(ClassificationData):
         self.teacher_key = {
             "sentences": sentences,
             "examples": len(texts),
+            "tokens": tokens.VERSION,
             "tokenizer": prints[1],
             "max_length": self.max_length,
             "truncation": self.teacher_tokenizer.truncation_side,
@@ -200,31 +202,33 @@ class TextData(ClassificationData):
 
     def _name(self, digest: Any, parts: Sequence[str], prints: list[str]) -> str:
         """Return the fingerprint of some parts, whose sentences `digest` took in; `prints` are the tokenizers'."""
-        labels, spans = self._of(self._labels, parts).tolist(), self._spans_of(parts)
-        content: list[Any] = [labels, self.class_names, spans, prints, self.max_length]
-        sides = [self.tokenizer_of(role).truncation_side for role in ROLES]
-        if sides != ["right", "right"]:
-            content.append(sides)
-        if "views" in parts:
-            content += self._pool_content()
-        digest.update(f", {json.dumps(content, ensure_ascii=False)[1:]}".encode("utf-8", "surrogatepass"))
+        content = {
+            "labels": self._of(self._labels, parts).tolist(),
+            "class_names": self.class_names,
+            "spans": self._spans_of(parts),
+            "tokenizers": prints,
+            "max_length": self.max_length,
+            "truncation": [self.tokenizer_of(role).truncation_side for role in ROLES],
+            "tokens": tokens.VERSION,
+            "pool": self._pool_content() if "views" in parts else {},
+        }
+        digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         found: str = digest.hexdigest()
         return found
 
-    def _pool_content(self) -> list[Any]:
+    def _pool_content(self) -> dict[str, Any]:
         """Return whose turns, or whose making, the texts of the pool do not show."""
-        content: list[Any] = []
+        content: dict[str, Any] = {} if self.pool_ratio is None else {"pool_ratio": self.pool_ratio}
         if self.views and self.view_sets != 1:
-            content.append([self.view_sets, self.views, self.split_seed, self.mask_probability, self.ngram_probability])
-            content += self._changes_content()
-        return content if self.pool_ratio is None else [*content, {"pool_ratio": self.pool_ratio}]
-
-    def _changes_content(self) -> list[Any]:
-        """Return what names the changes to views, by which older fingerprints stay what they were: none, no entry."""
-        if not any(chance for name, chance in self._chances.items() if name != "crop_share"):
-            return []
-        found = self._changes.substitutes
-        return [[self._chances, found.digest if isinstance(found, Neighbours) else self.replace_by]]
+            content |= {
+                "version": augment.VERSION, "views": self.views, "sets": self.view_sets, "seed": self.split_seed,
+                "mask_probability": self.mask_probability, "ngram_probability": self.ngram_probability,
+            }  # fmt: skip
+            if any(chance for name, chance in self._chances.items() if name != "crop_share"):
+                found = self._changes.substitutes
+                words = found.digest if isinstance(found, Neighbours) else self.replace_by
+                content |= self._chances | {"substitutes": words}
+        return content
 
     # -- what models need to know -------------------------------------------------------------------------------------
 

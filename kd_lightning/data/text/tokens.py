@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 CHUNK = 10_000
 """Sentences encoded in one call: bounds the memory, long before it costs any time."""
 
-LAYOUT = 3
-"""Goes up when the files of a stored token array change, so that older ones are not read."""
+VERSION = 3
+"""Raised when a text becomes other tokens, or these other files: what was made before is then not used any more."""
 
 
 def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
@@ -246,8 +246,8 @@ def open_store(folder: Path, pad_token_id: int, checked: bool = True) -> TokenSt
 
 
 def sentences_digest(sentences: Sequence[Sentence]) -> Any:
-    """Return a sha256 to go on with: of a JSON list that begins with the list of the sentences."""
-    digest = hashlib.sha256(b"[[")
+    """Return a sha256 to go on with, of the list of the sentences."""
+    digest = hashlib.sha256(b"[")
     for start in range(0, len(sentences), CHUNK):
         piece = json.dumps(sentences[start : start + CHUNK], ensure_ascii=False)[1:-1]
         digest.update(((", " if start else "") + piece).encode("utf-8", "surrogatepass"))
@@ -270,7 +270,7 @@ def encode_store(
         max_length: Longer ones are cut to this many tokens.
         cache: The folder of all stored tokens.
     """
-    deciding = [LAYOUT, max_length, tokenizer.truncation_side, tokenizer_fingerprint(tokenizer), content]
+    deciding = [VERSION, max_length, tokenizer.truncation_side, tokenizer_fingerprint(tokenizer), content]
     folder = cache / hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     pad_token_id = int(tokenizer.pad_token_id)
     try:

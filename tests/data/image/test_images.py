@@ -316,7 +316,7 @@ def test_teacher_key_is_what_decides_a_teachers_answers(make: Callable[..., Fash
         return data.teacher_key
 
     base = key(views=1)
-    assert set(base) == {"images", "examples", "format", "views"}
+    assert set(base) == {"images", "examples", "pixels", "format", "views"}
     same: list[dict[str, Any]] = [{"batch_size": 4, "eval_batch_size": 7}, {"seed": 9}, {"num_workers": 1}]
     assert all(key(views=1, **options) == base for options in same)
     changes: list[tuple[dict[str, Any], set[str]]] = [

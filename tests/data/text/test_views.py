@@ -215,7 +215,7 @@ def test_teacher_key_is_what_decides_a_teachers_answers(
         return data.teacher_key
 
     base = key()
-    assert set(base) == {"sentences", "examples", "tokenizer", "max_length", "truncation"}
+    assert set(base) == {"sentences", "examples", "tokens", "tokenizer", "max_length", "truncation"}
     assert (base["examples"], base["max_length"], base["truncation"]) == (3 * TRAIN + 2 + 36, 64, "right")
     relabelled = tmp_path / "relabelled.csv"
     relabelled.write_text(toy_csv().read_text().replace(",bad\n", ",a terrible film\n"))

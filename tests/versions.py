@@ -1,0 +1,248 @@
+"""What each component that a fingerprint names by its VERSION makes of small inputs, as recorded in versions.json.
+
+python -m tests.versions     record what they make now; refused where that has changed and VERSION has not
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.data.image import datamodule as images
+from kd_lightning.data.image import store
+from kd_lightning.data.text import augment, tokens
+from kd_lightning.data.text.substitutes import ClassWords, Neighbours
+from kd_lightning.models import bilstm, cnn, embedding, hf, simkd, text_cnn
+from kd_lightning.models.adapt import run_network
+from kd_lightning.teachers import frozen
+from kd_lightning.teachers.cache import manifest
+from kd_lightning.teachers.cache.outputs import Storage, decode, encode, specs_of
+from kd_lightning.types import ModelOutput
+from tests.models.tiny import batch, tiny
+
+FILE = Path(__file__).with_name("versions.json")
+TEXTS = ["A fine film, if long", "dull and loud", "这部电影 is fine", "", "not a film"]
+BATCH = {name: value for name, value in batch().items() if name != "labels"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component.
+
+    Attributes:
+        version: Its VERSION.
+        file: Where that stands.
+        make: Returns what it makes, as plain values.
+        tolerance: How far numbers may differ from one machine to the next.
+    """
+
+    version: int
+    file: str
+    make: Callable[[], Any]
+    tolerance: float = 0.0
+
+
+def filled(network: nn.Module) -> nn.Module:
+    """Return a network in eval mode whose weights are no random numbers."""
+    with torch.no_grad():
+        for number, weight in enumerate(network.parameters()):
+            weight.copy_((torch.arange(weight.numel()).double() ** 2 * 0.618 + number).sin().view_as(weight) / 2)
+    return network.eval()
+
+
+def plain(output: ModelOutput) -> dict[str, Any]:
+    """Return an output as lists."""
+    return {"logits": output.logits.tolist(), **{name: value.tolist() for name, value in output.features.items()}}
+
+
+def make_tokens() -> Any:
+    """Return texts and pairs in a WordPiece vocabulary learned from them, cut, with a mask."""
+    tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for sentences in ([(text,) for text in TEXTS], [(text, f"{augment.MASK} so loud") for text in TEXTS]):
+            stored = tokens.encode_store(tokenizer, sentences, "", 7, Path(folder))
+            types = None if stored.types is None else stored.types.tolist()
+            found.append([stored.tokens.tolist(), stored.offsets.tolist(), types])
+    return [sorted(tokenizer.get_vocab()), found]
+
+
+def make_views() -> Any:
+    """Return views of texts by the settings of several data sets."""
+    table = Neighbours({"fine": ["good", "great"], "film": ["movie"], "dull": ["flat"]})
+    words = ClassWords([(text,) for text in TEXTS[:3]], [0, 0, 0])
+    changes = [
+        augment.UNCHANGED,
+        augment.Changes(replace_probability=0.5, drop_probability=0.2, substitutes=table),
+        augment.Changes(replace_probability=0.5, swap_probability=0.4, crop_probability=0.5, substitutes=words),
+    ]
+    found = []
+    for seed, change in enumerate(changes):
+        views = augment.Views([(text,) for text in TEXTS[:3]], 2, seed, 0.2, 0.3, change)
+        found.append([views.make(number)[0].replace(augment.MASK, "[MASK]") for number in range(2 * views.per_set)])
+    return found
+
+
+def make_pixels() -> Any:
+    """Return an image file in two sizes and colours, as bytes and as a network's numbers."""
+    from PIL import Image
+
+    image = (np.arange(9 * 7 * 3) * 37 % 256).astype(np.uint8).reshape(9, 7, 3)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(image).save(path := Path(folder, "image.png"))
+        for size, channels in ((4, 3), (5, 1)):
+            pixels = store.read_image(path, size, channels).copy()
+            format = store.ImageFormat(size, channels, [0.4] * channels, [0.2] * channels)
+            found.append([pixels.tolist(), format.normalise(pixels[None]).tolist()])
+    return found
+
+
+def make_image_views() -> Any:
+    """Return views of two images: moved, mirrored, mixed."""
+    pixels = (np.arange(2 * 16) * 29 % 256).astype(np.uint8).reshape(2, 1, 4, 4)
+    mixing = images.Mixing(0.4, 0.4, 0.7)
+    made = [images.ImageViews(2, 3, seed, 2, 0.5, mix) for seed, mix in enumerate((images.Mixing(), mixing))]
+    return [[views.make(number, lambda i: pixels[i]).tolist() for number in range(8)] for views in made]
+
+
+def make_halves() -> Any:
+    """Return what teachers output in a CPU's precisions below float32."""
+    network = filled(tiny("bert", layers=2))
+    return [plain(frozen.FrozenTeacher(network, precision)(BATCH)) for precision in ("bf16", "int8-dynamic")]
+
+
+def make_outputs() -> Any:
+    """Return what a teacher outputs, with and without features, and of its own tokens."""
+    network = filled(tiny("bert", layers=2))
+    found = {"logits": plain(frozen.FrozenTeacher(network)(BATCH))}
+    features = ["hidden[-1]", "attention[0]", "embeddings", "pooled"]
+    found["features"] = plain(frozen.FrozenTeacher(network, features=features)(BATCH))
+    own = {f"teacher_{name}": value.flip(1) for name, value in BATCH.items()}
+    return {**found, "own tokens": plain(frozen.FrozenTeacher(network)({**BATCH, **own}))}
+
+
+def make_stored() -> Any:
+    """Return what is stored of outputs in every way, and what is read back."""
+    logits, mask = torch.tensor([[1.0, -2.0, 0.3, 4.1], [0.1, 0.2, -7.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    hidden = torch.arange(12.0).sin().view(2, 3, 2)
+    found = []
+    for storage in (Storage(), Storage("float16", 2), Storage("bfloat16")):
+        for spec in specs_of(ModelOutput(logits, {"hidden": hidden}), mask, storage):
+            value = logits if spec.name == "logits" else hidden
+            parts = encode(spec, value, mask.bool(), torch.arange(2))
+            back = decode(spec, parts).tolist() if spec.name == "logits" else None
+            found.append([spec.to_json(), {name: part.tolist() for name, part in parts.items()}, back])
+    return found
+
+
+def of_network(network: Callable[[], nn.Module], **inputs: Tensor) -> Callable[[], Any]:
+    """Return what makes a network's output for inputs."""
+    return lambda: run_network(filled(network()), inputs or BATCH).logits.tolist()
+
+
+def _around_bert() -> nn.Module:
+    network = tiny("bert", layers=1)
+    network.set_input_embeddings(embedding.FactorizedEmbedding(30, 3, 8))  # type: ignore[arg-type]
+    return network
+
+
+PIXELS = {"pixel_values": (torch.arange(2 * 3 * 64) * 0.37).sin().view(2, 3, 8, 8)}
+COMPONENTS = {
+    "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
+    "views": Component(augment.VERSION, "data/text/augment.py", make_views),
+    "pixels": Component(store.VERSION, "data/image/store.py", make_pixels, 1e-6),
+    "image views": Component(images.VERSION, "data/image/datamodule.py", make_image_views),
+    "teacher outputs": Component(frozen.VERSION, "teachers/frozen.py", make_outputs, 1e-4),
+    "teacher precisions": Component(frozen.VERSION, "teachers/frozen.py", make_halves, 0.03),
+    "stored outputs": Component(manifest.FORMAT, "teachers/cache/manifest.py (FORMAT)", make_stored, 1e-6),
+    "BiLSTM": Component(
+        bilstm.BiLSTM.VERSION, "models/bilstm.py", of_network(lambda: bilstm.BiLSTM(3, 30, 4, 5, 2)), 1e-4
+    ),
+    "TextCNN": Component(
+        text_cnn.TextCNN.VERSION,
+        "models/text_cnn.py",
+        of_network(lambda: text_cnn.TextCNN(3, 30, kernel_sizes=[1, 2])),
+        1e-4,
+    ),
+    "CNN": Component(cnn.CNN.VERSION, "models/cnn.py", of_network(lambda: cnn.CNN(3, 3, [4, 6]), **PIXELS), 1e-4),
+    "ResNet": Component(
+        cnn.ResNet.VERSION, "models/cnn.py", of_network(lambda: cnn.ResNet(3, 3, 8, 0.25), **PIXELS), 1e-4
+    ),
+    "PooledClassifier": Component(
+        hf.PooledClassifier.VERSION,
+        "models/hf.py",
+        lambda: [
+            of_network(lambda pooling=pooling: hf.PooledClassifier(tiny("bert").bert, 3, pooling))()  # type: ignore[misc]
+            for pooling in ("mean", "max", "first")
+        ],
+        1e-4,
+    ),
+    "SimKDStudent": Component(
+        simkd.SimKDStudent.VERSION,
+        "models/simkd.py",
+        of_network(lambda: simkd.SimKDStudent(bilstm.BiLSTM(3, 30, 4, 5, 1), 6, 3, 7)),
+        1e-4,
+    ),
+    "FactorizedEmbedding": Component(
+        embedding.FactorizedEmbedding.VERSION, "models/embedding.py", of_network(_around_bert), 1e-4
+    ),
+}
+
+
+def same(found: Any, expected: Any, tolerance: float) -> bool:
+    """Return whether two nested values are the same, numbers up to a tolerance."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key], tolerance) for key in found)
+    if isinstance(found, list) and isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected, [tolerance] * len(found)))
+    if isinstance(found, float) and isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+    return bool(found == expected)
+
+
+def rounded(value: Any) -> Any:
+    """Return nested values with short numbers."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def problem(component: Component, recorded: dict[str, Any] | None) -> str | None:
+    """Return what is to be done where a component makes something else than was recorded, or has another version."""
+    if recorded is None or component.version != recorded["version"]:
+        return f"{component.file} has a new VERSION: record what it makes now (python -m tests.versions)"
+    if not same(rounded(component.make()), recorded["makes"], component.tolerance):
+        return (
+            f"{component.file} makes something else than before, and what users keep would be taken for it: raise "
+            "VERSION there and record (python -m tests.versions); a new version of torch or tokenizers may do it too"
+        )
+    return None
+
+
+def main() -> None:
+    """Write versions.json."""
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name, component in COMPONENTS.items():
+        recorded = known.get(name)
+        if recorded and recorded["version"] == component.version and (wrong := problem(component, recorded)):
+            sys.exit(wrong)
+    made = {name: {"version": one.version, "makes": rounded(one.make())} for name, one in COMPONENTS.items()}
+    lines = [f"{json.dumps(name)}: {json.dumps(one, ensure_ascii=False)}" for name, one in made.items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
