@@ -49,6 +49,10 @@ class SparseLogits(NamedTuple):
     rest: Tensor
     classes: int
 
+    def to(self, device: torch.device) -> SparseLogits:
+        """Return it on a device."""
+        return SparseLogits(self.values.to(device), self.ids.to(device), self.rest.to(device), self.classes)
+
     @classmethod
     def of(cls, logits: Tensor, k: int) -> SparseLogits:
         """Return the sparse form of logits `(..., V)`."""

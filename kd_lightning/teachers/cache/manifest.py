@@ -16,7 +16,7 @@ from kd_lightning.runtime.files import write_file
 from kd_lightning.runtime.fingerprints import differences, digest
 from kd_lightning.teachers.cache.outputs import Spec, Storage
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when the files change, so that older ones are refused by name."""
 
 MANIFEST = "manifest.json"

@@ -14,11 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_lightning.runtime.errors import CacheError, ConfigError
-from kd_lightning.types import ModelOutput
+from kd_lightning.types import ModelOutput, SparseLogits
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["example", "token", "pair", "row"]
 Number = TypeVar("Number", float, NDArray[np.int64])
+
+
+MOST_DENSE = 1024
+"""Of more classes the K largest logits of each token are read back without numbers for the others."""
+
+AT_ONCE = 2**24
+"""How many logits are gone through together when the largest are looked for."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,11 @@ class Storage:
         dtype: Of logits and features. float32 gives back the bits that were added, float16 is within 2^-11 of each
             number (between 6e-5 and 65504; larger ones are refused), bfloat16 within 2^-8.
         top_k: Keep of every distribution only the K largest logits and the mass of the others, `log(sum(exp(z)))`, in
-            float32. Read back, the others share that mass evenly: `z = log(mass) - log(C - K)`. At temperature 1 the
-            probabilities of the K classes and of the others together stay what they were, up to the dtype's rounding;
-            at any other temperature the share of the others is an approximation. None keeps all logits.
+            float32. Logits per token of more than `MOST_DENSE` classes are read back so (`SparseLogits`), as log
+            probabilities, which 16 bits hold best where they matter: never are there V numbers a token. Otherwise the
+            others share the mass evenly: `z = log(mass) - log(C - K)`. At temperature 1 the probabilities of the K
+            classes and of the others together stay what they were, up to the dtype's rounding; at any other
+            temperature the share of the others is an approximation. None keeps all logits.
 
     Raises:
         ConfigError: Another dtype, or fewer than one logit to keep.
@@ -91,13 +100,18 @@ class Spec:
         number: torch.dtype = getattr(torch, self.dtype)
         if self.top_k is None:
             return {name: (() if self.kind == "pair" else self.shape, number)}
-        class_id = torch.int16 if self.shape[-1] <= 2**15 else torch.int32
+        class_id = torch.int16 if self.shape[-1] <= 2**16 else torch.int32
         leading = self.shape[:-1]
         return {
             name: ((*leading, self.top_k), number),
             f"{name}.class": ((*leading, self.top_k), class_id),
             f"{name}.rest": (leading, torch.float32),
         }
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it is read back as what is kept of it, and not as all its numbers."""
+        return self.top_k is not None and self.kind in ("token", "row") and self.shape[-1] > MOST_DENSE
 
     @cached_property
     def unit_bytes(self) -> int:
@@ -182,6 +196,9 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
     Raises:
         CacheError: A number that is not finite, or that float16 cannot hold.
     """
+    if spec.sparse:
+        assert mask is not None
+        return _largest(spec, value.detach()[mask.to(value.device)], index.repeat_interleave(mask.sum(1)))
     value = value.detach().cpu().float()
     owner = index
     if spec.kind in ("token", "row"):
@@ -191,20 +208,33 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
         assert mask is not None
         real = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(value)
         value, owner = value[real], index[real.nonzero()[:, 0]]
+    if spec.top_k is not None:
+        return _largest(spec, value, owner)
     _check_finite(spec, value, owner)
-    name, *more = spec.parts
-    number = spec.parts[name][1]
-    if spec.top_k is None:
-        found = {name: value.to(number)}
-    else:
-        largest, classes = value.topk(spec.top_k)
-        rest = value.scatter(-1, classes, -math.inf).logsumexp(-1)
-        found = {name: largest.to(number), more[0]: classes.to(spec.parts[more[0]][1]), more[1]: rest}
+    (name,) = spec.parts
+    found = {name: value.to(spec.parts[name][1])}
     _check_finite(spec, found[name], owner)
     return found
 
 
-def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
+def _largest(spec: Spec, value: Tensor, owner: Tensor) -> dict[str, Tensor]:
+    """Return the parts of the K largest logits of each row, taken some rows at a time: rows may be long and many."""
+    assert spec.top_k is not None
+    name, *more = spec.parts
+    (_, number), (_, class_id) = spec.parts[name], spec.parts[more[0]]
+    kept: list[tuple[Tensor, ...]] = []
+    for rows, whose in zip(*(x.split(max(AT_ONCE // spec.shape[-1], 1)) for x in (value, owner)), strict=True):
+        _check_finite(spec, rows, whose)
+        sparse = SparseLogits.of(rows.float(), spec.top_k)
+        shift = sparse.values.logsumexp(-1).logaddexp(sparse.rest) if spec.sparse else torch.zeros_like(sparse.rest)
+        largest = (sparse.values - shift[..., None]).to(number)
+        _check_finite(spec, largest, whose)
+        # in 16 bits the upper half of 65,536 ids comes out negative
+        kept.append((largest.cpu(), sparse.ids.cpu().to(torch.int32).to(class_id), (sparse.rest - shift).cpu()))
+    return dict(zip((name, *more), map(torch.cat, zip(*kept, strict=True)), strict=True))
+
+
+def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor | SparseLogits:
     """Return the float32 answer from the stored parts of a batch, zeros where the mask of a per-token output is False.
 
     Args:
@@ -215,12 +245,16 @@ def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) 
     if spec.top_k is None:
         return next(iter(parts.values())).float()
     name, *more = spec.parts
-    classes = spec.shape[-1]
+    classes, ids = spec.shape[-1], parts[more[0]].long()
+    if classes <= 2**16:
+        ids = ids & 0xFFFF
+    if spec.sparse:
+        return SparseLogits(parts[name].float(), ids, parts[more[1]], classes)
     rest = parts[more[1]] - math.log(classes - spec.top_k)
     if spec.kind in ("token", "row") and mask is not None:
         rest = rest.masked_fill(~mask.reshape(*mask.shape, *[1] * (rest.ndim - 2)), 0.0)
     dense = rest[..., None].expand(*rest.shape, classes).contiguous()
-    return dense.scatter_(-1, parts[more[0]].long(), parts[name].float())
+    return dense.scatter_(-1, ids, parts[name].float())
 
 
 def _check_finite(spec: Spec, stored: Tensor, owner: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers.cache.outputs import Spec, decode
 from kd_lightning.teachers.cache.shards import Segment, cooked, numpy_dtype
+from kd_lightning.types import SparseLogits
 
 NOWHERE = -1
 
@@ -108,7 +109,7 @@ class Places:
 
 def read(
     spec: Spec, places: Places, segments: Mapping[int, Segment], index: NDArray[np.int64], mask: Tensor | None
-) -> Tensor:
+) -> Tensor | SparseLogits:
     """Return one output of a batch from its segments, float32 on the CPU.
 
     Args:

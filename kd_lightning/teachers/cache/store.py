@@ -30,7 +30,7 @@ from kd_lightning.teachers.cache.shards import (
     write_shard,
 )
 from kd_lightning.teachers.cache.upkeep import InUse, Say, locked, log, problems, shard_files, sweep
-from kd_lightning.types import ModelOutput
+from kd_lightning.types import ModelOutput, SparseLogits
 
 DEFAULT_STORAGE = Storage()
 DEFAULT_LIMITS = Limits()
@@ -252,7 +252,7 @@ class TeacherCache:
             self._places.check(here)
         if index.device != self._device:
             index = index.to(self._device)
-        values = {}
+        values: dict[str, Any] = {}
         try:
             for spec, exact in self._outputs:
                 if features is not None and spec.name != "logits" and spec.name not in features:
@@ -263,14 +263,20 @@ class TeacherCache:
         except (IndexError, RuntimeError):
             self._places.check(index.cpu().numpy())
             raise
-        return ModelOutput(values.pop("logits"), values)
+        logits = values.pop("logits")
+        if isinstance(logits, SparseLogits):
+            return ModelOutput(logits.values[..., :0], values, logits)
+        return ModelOutput(logits, values)
 
-    def _answer(self, spec: Spec, rows: Tensor, here: NDArray[np.int64] | None, mask: Tensor | None) -> Tensor:
+    def _answer(
+        self, spec: Spec, rows: Tensor, here: NDArray[np.int64] | None, mask: Tensor | None
+    ) -> Tensor | SparseLogits:
         """Return one output of a batch: from its table, or from the mapped files, `here` being `rows` as an array."""
         if (table := self._tables.get(spec.name)) is not None:
             return decode(spec, {name: part.index_select(0, rows) for name, part in table.items()})
         assert here is not None
-        return read(spec, self._places, self._segments, here, mask).to(self._device)
+        found = read(spec, self._places, self._segments, here, mask)
+        return found.to(self._device)
 
     # -- adding -------------------------------------------------------------------------------------------------------
 

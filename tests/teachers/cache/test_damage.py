@@ -136,12 +136,12 @@ def test_repair_asks_again_only_about_what_was_damaged(folder: Path) -> None:
 def test_an_older_format_is_named(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
-    with pytest.raises(CacheError, match="has format 0, this version reads 1"):
+    with pytest.raises(CacheError, match="has format 0, this version reads 2"):
         TeacherCache.open(folder)
 
 
 def test_a_manifest_that_is_no_manifest_is_named(folder: Path) -> None:
-    for content in ("[]", "null", "{}", '{"format": 1}', "\udcff"):
+    for content in ("[]", "null", "{}", '{"format": 2}', "\udcff"):
         (folder / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
         with pytest.raises(CacheError, match=r"manifest.json (is damaged|cannot be read)"):
             TeacherCache.open(folder)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from kd_lightning.runtime.errors import CacheError, ConfigError
+from kd_lightning.teachers.cache import outputs
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.shards import Limits
 from kd_lightning.teachers.cache.store import TeacherCache
-from kd_lightning.types import ModelOutput
+from kd_lightning.types import ModelOutput, SparseLogits
 from tests.teachers.cache.examples import KEY, MAPPED, SMALL, Known, dense_top_k, full, reads_back, same
 
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -95,7 +96,10 @@ def test_top_k_keeps_the_probabilities_and_the_mass_of_the_rest(folder: Path, li
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_of_a_language_model_are_kept_for_real_tokens(folder: Path, dtype: str) -> None:
+def test_logits_of_a_language_model_are_kept_for_real_tokens(
+    folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "MOST_DENSE", 11)
     known = Known(60, classes=12)
     cache = TeacherCache.create(folder, KEY, 60, Storage(dtype, 3), limits=SMALL)  # type: ignore[arg-type]
     for batch in known.batches():
@@ -106,19 +110,45 @@ def test_logits_of_a_language_model_are_kept_for_real_tokens(folder: Path, dtype
     for found in (cache, pickle.loads(pickle.dumps(cache))):
         index = torch.tensor([5, 59, 0, 5])
         mask = known.mask(index, padded=15).bool()
-        got = found.lookup(index, mask).logits
-        assert got.shape == (4, 15, 12)
-        assert (got[~mask] == 0).all()
-        expected = dense_top_k(torch.cat([known.scores[i] for i in index]).numpy(), 3)
-        np.testing.assert_allclose(got[mask].numpy(), expected, rtol=ROUNDING[dtype], atol=1e-5)
+        output = found.lookup(index, mask)
+        got = output.sparse
+        assert got is not None
+        assert (output.logits.shape, got.values.shape, got.classes) == ((4, 15, 0), (4, 15, 3), 12)
+        for name, value in (("values", got.values), ("ids", got.ids), ("rest", got.rest)):
+            assert (value[~mask] == 0).all(), name
+        said = torch.cat([known.scores[i] for i in index])
+        expected = SparseLogits.of(said.log_softmax(-1), 3)
+        assert got.ids[mask].tolist() == expected.ids.tolist()
+        np.testing.assert_allclose(got.values[mask], expected.values, rtol=ROUNDING[dtype], atol=1e-5)
+        np.testing.assert_allclose(got.rest[mask], expected.rest, atol=1e-5)
 
 
-def test_a_large_vocabulary_takes_wide_class_ids(folder: Path) -> None:
-    logits = torch.zeros(2, 40_000)
-    logits[0, 39_999], logits[1, 35_000] = 9.0, 8.0
-    cache = TeacherCache.create(folder, KEY, 2, Storage(top_k=1), limits=MAPPED)
-    cache.add(torch.arange(2), ModelOutput(logits))
-    assert cache.lookup(torch.arange(2)).logits.argmax(1).tolist() == [39_999, 35_000]
+@pytest.mark.parametrize(("classes", "bytes_an_id"), [(300, 2), (40_000, 2), (65_536, 2), (65_537, 4)])
+def test_ids_of_a_vocabulary_take_as_few_bytes_as_they_can(folder: Path, classes: int, bytes_an_id: int) -> None:
+    logits = torch.zeros(3, classes)
+    largest = [classes - 1, 0, min(classes - 1, 2**15)]
+    logits[torch.arange(3), largest] = 9.0
+    cache = TeacherCache.create(folder, KEY, 3, Storage(top_k=1), limits=MAPPED)
+    cache.add(torch.arange(3), ModelOutput(logits))
+    assert cache.lookup(torch.arange(3)).logits.argmax(1).tolist() == largest
+    (spec,) = cache.manifest.specs
+    assert spec.unit_bytes == 4 + bytes_an_id + 4
+
+
+def test_rows_are_looked_through_some_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "MOST_DENSE", 11)
+    logits = torch.randn(8, 5, 12)
+    mask = torch.ones(8, 5, dtype=torch.bool)
+    found = []
+    for number, at_once in enumerate((12, 24, 10**6)):
+        monkeypatch.setattr(outputs, "AT_ONCE", at_once)
+        cache = TeacherCache.create(folder / str(number), KEY, 8, Storage(top_k=3), limits=SMALL)
+        cache.add(torch.arange(8), ModelOutput(logits), mask)
+        sparse = cache.lookup(torch.arange(8), mask).sparse
+        assert sparse is not None
+        found.append(sparse)
+    for other in found[1:]:
+        torch.testing.assert_close(other[:3], found[0][:3])
 
 
 def test_resident_and_mapped_answers_are_equal(folder: Path) -> None:
