@@ -35,6 +35,11 @@ class CalibratedTeacher(Teacher):
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the other teacher's answer with its logits divided by the temperature."""
         said = self.inner(batch)
+        if said.sparse is not None:
+            raise ConfigError(
+                "teacher.calibrate divides all logits by a temperature, and teacher.cache_top_k keeps but the largest: "
+                "set the one to false or the other to null"
+            )
         return ModelOutput(said.logits / self.temperature, said.features)
 
     def to(self, device: torch.device) -> Self:

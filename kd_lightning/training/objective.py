@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -211,7 +212,7 @@ class Objective(nn.Module):
 def _widened(output: ModelOutput) -> ModelOutput:
     """Return the output in float32 where it is narrower."""
     features = {name: at_least_float32(value) for name, value in output.features.items()}
-    return ModelOutput(at_least_float32(output.logits), features)
+    return replace(output, logits=at_least_float32(output.logits), features=features)
 
 
 def _at(value: Scheduled, progress: float) -> float:

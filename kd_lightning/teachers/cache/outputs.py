@@ -223,7 +223,7 @@ def _largest(spec: Spec, value: Tensor, owner: Tensor) -> dict[str, Tensor]:
     name, *more = spec.parts
     (_, number), (_, class_id) = spec.parts[name], spec.parts[more[0]]
     kept: list[tuple[Tensor, ...]] = []
-    for rows, whose in zip(*(x.split(max(AT_ONCE // spec.shape[-1], 1)) for x in (value, owner)), strict=True):
+    for rows, whose in zip(*(x.split(max(AT_ONCE // spec.shape[-1], 1)) for x in (value, owner)), strict=True):  # type: ignore[no-untyped-call]
         _check_finite(spec, rows, whose)
         sparse = SparseLogits.of(rows.float(), spec.top_k)
         shift = sparse.values.logsumexp(-1).logaddexp(sparse.rest) if spec.sparse else torch.zeros_like(sparse.rest)
