@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
+from trainings import ROOT, Job, pipeline, spread, teacher_scores, test_scores, train_all, without_traceback
 
 RUNS = ROOT / "runs" / "strategies"
 SEEDS = (0, 1, 2)
@@ -70,14 +70,6 @@ def needed(names: list[str], teacher: str) -> list[str]:
     return sorted(found)
 
 
-def test_scores(jobs: list[Job]) -> list[float]:
-    """Read the test split: the accuracy of each seed's selected student."""
-    from kd_lightning.tasks.metrics import evaluate_logits
-
-    said = [test_answers(job, "distill") for job in jobs]
-    return [evaluate_logits(one.logits, one.labels)["accuracy"] for one in said]
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,7 +106,7 @@ def main() -> None:
     found.sort(key=lambda row: -row["validation"]["mean"])
     content = {
         "student": STUDENT, "budget": BUDGET, "seeds": len(SEEDS),
-        "teacher": _teacher_scores(jobs[names[0]][0]),
+        "teacher": {split: teacher_scores(jobs[names[0]][0], split)["accuracy"] for split in ("validation", "test")},
         "command": " ".join(["python", *sys.argv]), "minutes": _minutes(started),
         "environment": environment(), "strategies": found,
     }  # fmt: skip
@@ -127,7 +119,7 @@ def _row(name: str, jobs: list[Job]) -> dict[str, Any]:
     return {
         "name": name,
         "validation": spread([job.validation("distill") for job in jobs]),
-        "test": spread(test_scores(jobs)),
+        "test": spread([test_scores(job, "distill")["accuracy"] for job in jobs]),
         "seconds": spread([job.record("distill")["seconds"] for job in jobs]),
     }
 
@@ -147,13 +139,6 @@ def _minutes(started: float) -> dict[str, float]:
 def _add_minutes(started: float) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     (RUNS / "minutes.json").write_text(json.dumps(_minutes(started)))
-
-
-def _teacher_scores(job: Job) -> dict[str, float]:
-    from kd_lightning.tasks.metrics import evaluate_logits
-
-    said = {split: teacher_answers(job, split) for split in ("validation", "test")}
-    return {split: evaluate_logits(found.logits, found.labels)["accuracy"] for split, found in said.items()}
 
 
 def picture(content: dict[str, Any]) -> None:

@@ -26,8 +26,8 @@ from trainings import (
     gain,
     pipeline,
     spread,
-    teacher_answers,
-    test_answers,
+    teacher_scores,
+    test_scores,
     train_all,
     without_traceback,
 )
@@ -169,12 +169,12 @@ def measure(name: str) -> Row:
     task, teacher = run.task, run.teacher
 
     def scores(some: list[Job], stage: str) -> list[dict[str, float]]:
-        return [task.evaluate(test_answers(job, stage)) for job in some]
+        return [test_scores(job, stage) for job in some]
 
     def main_of(scored: list[dict[str, float]]) -> dict[str, Any]:
         return spread([one[task.main] for one in scored])
 
-    above = task.evaluate(teacher_answers(own[0]))
+    above = teacher_scores(own[0])
     stages = ["baseline", *(["baseline_initialised"] if run.has_start else [])]
     by_stage = {stage: scores(own, stage) for stage in [*stages, "distill"]}
     row: Row = {
@@ -182,7 +182,7 @@ def measure(name: str) -> Row:
         "teacher": spread([above[task.main]]),
         **{stage: main_of(by_stage[stage]) for stage in stages}, "distilled": main_of(by_stage["distill"]),
         "validation": {
-            "teacher": spread([task.evaluate(teacher_answers(own[0], "validation"))[task.main]]),
+            "teacher": spread([teacher_scores(own[0], "validation")[task.main]]),
             **{stage: spread([job.validation(stage) for job in own]) for stage in by_stage},
         },
     }  # fmt: skip

@@ -42,7 +42,7 @@ import findings
 from findings import AS_IT_STANDS, FOLDS_LINE, LABELS_LINE, SOFT_LINE, START_LINE, TRUST_LINE, Curves
 from recipes import TRANSFER, teacher_of, train_teacher, trained_teachers
 from recipes import jobs as recipe_jobs
-from trainings import ROOT, Job, pipeline, spread, teacher_answers, test_answers, train_all, without_traceback
+from trainings import ROOT, Job, pipeline, spread, teacher_scores, test_scores, train_all, without_traceback
 
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "results" / "studies"
 SEEDS = range(5)
@@ -386,14 +386,13 @@ def measure(name: str, points: Sequence[Point]) -> Curves:
     if missing := {job.name for stage, job in stages if not job.is_trained(stage)}:
         sys.exit(f"study: {', '.join(sorted(missing))}: not trained yet; run python scripts/study.py {name} first")
     for point, some in found:
-        task = pipeline(some[0].overrides).task
         for stage, line in point.stages.items():
-            scored = [task.evaluate(test_answers(job, stage))[study.score] for job in some]
+            scored = [test_scores(job, stage)[study.score] for job in some]
             one = {
                 "x": point.x, "test": spread(scored), "validation": spread([job.validation(stage) for job in some]),
             }  # fmt: skip
             if study.teacher and stage == TAUGHT:
-                one["teacher"] = task.evaluate(teacher_answers(some[0]))[study.score]
+                one["teacher"] = teacher_scores(some[0])[study.score]
             if name == "teacher_quality":
                 one |= {"x": 100 * one["teacher"], "steps": point.x}
             curves.setdefault(line, []).append(one)

@@ -125,19 +125,20 @@ def without_traceback(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
-def test_answers(job: Job, stage: str) -> Any:
-    """Read the test split: what the selected student of a stage says of it."""
-    from kd_lightning.tasks.predictions import network_answers
+def test_scores(job: Job, stage: str) -> dict[str, float]:
+    """Read the test split: how the selected student of a stage scores."""
+    from kd_lightning.tasks.evaluation import evaluate, of_network
     from kd_lightning.training.run_folder import load_run
 
-    return network_answers(load_run(job.stage(stage)).network, _test_loader(job.settings))
+    data = _data(job.settings)
+    return evaluate(data.task, of_network(load_run(job.stage(stage)).network), data.test_dataloader()).scores
 
 
 @cache
-def _test_loader(settings: tuple[str, ...]) -> Any:
-    """Return the test split's batches for students; seeds have them in common."""
+def _data(settings: tuple[str, ...]) -> Any:
+    """Return the data as students read them; seeds have them in common."""
     nowhere = ROOT / "runs" / "nothing_is_written"  # whatever else is in the folder that the experiment names
-    return run_of([*settings, "logger={}", f"run_dir={nowhere}"]).data.select(tokens="student").test_dataloader()
+    return run_of([*settings, "logger={}", f"run_dir={nowhere}"]).data.select(tokens="student")
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -157,16 +158,17 @@ def closed(before: Sequence[float], after: Sequence[float], above: float) -> dic
     return spread([(taught - alone) / (above - alone) for alone, taught in zip(before, after, strict=True)])
 
 
-def teacher_answers(job: Job, split: Literal["validation", "test"] = "test") -> Any:
-    """Return what the teacher of a job says of a split, in float32 as its students are asked.
+def teacher_scores(job: Job, split: Literal["validation", "test"] = "test") -> dict[str, float]:
+    """Return how the teacher of a job scores on a split, in float32 as its students are.
 
     What it told them may be rounded to bfloat16, which other batches turn another way.
     """
-    from kd_lightning.tasks.predictions import answers
+    from kd_lightning.tasks.evaluation import evaluate
 
     run = run_of(job.overrides)
     for part in run.parts.values():  # its folder holds a training below the rounded outputs
         provider = run.provider_of(part)
         provider.serving = replace(provider.serving, precision="float32", cache="off")
     data = run.data.select(tokens="both")
-    return answers(run.predicting_teacher, data.test_dataloader() if split == "test" else data.val_dataloader())
+    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    return evaluate(data.task, run.predicting_teacher, loader).scores

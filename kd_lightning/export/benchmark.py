@@ -161,7 +161,8 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     import torch
 
     from kd_lightning.evaluation.profiling import measure_latency, measure_throughput
-    from kd_lightning.tasks.predictions import network_answers
+    from kd_lightning.tasks.evaluation import Model, evaluate_all, of_network
+    from kd_lightning.teachers import FrozenTeacher
 
     torch.set_num_threads(threads)
     whole = run_data(stage)
@@ -181,12 +182,16 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         measured = measure_throughput(networks, {subject.name: batches[subject.role] for subject in subjects})
         for name, one in measured.items():
             throughput[name][size] = one.examples_per_second
-    said = {s.name: network_answers(s.model.network, data[s.role].val_dataloader()) for s in subjects}
-    student = next(said[subject.name] for subject in subjects if subject.kind == "student")
+    models: dict[str, Model] = {
+        s.name: FrozenTeacher(s.model.network) if s.role == "teacher" else of_network(s.model.network) for s in subjects
+    }
+    student = next(subject.name for subject in subjects if subject.kind == "student")
+    read = whole.select(tokens="both" if "teacher" in data else "student")
+    evaluated = evaluate_all(task, models, read.val_dataloader(), reference=student)
     largest = {role: _batches(own, SIZES[-1])[:2] for role, own in data.items()}
     rows = []
     for subject in subjects:
-        scores = task.evaluate(said[subject.name], student.logits)
+        scores = evaluated[subject.name].scores
         rows.append({
             "name": subject.name,
             "kind": subject.kind,

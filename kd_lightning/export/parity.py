@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_lightning.evaluation.profiling import single_examples
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.tasks import Task
-from kd_lightning.tasks.predictions import Answers, network_answers
+from kd_lightning.tasks.evaluation import of_network
 from kd_lightning.types import Batch
 
 ALONE = 16
@@ -22,6 +22,9 @@ ALONE = 16
 
 RESAMPLES = 1000
 """Of the examples, with replacement: what the intervals of scores are read from."""
+
+PARTS = 512
+"""A validation split is resampled in about so many parts."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Parity:
         largest_difference: Between a logit of the export and of the student.
         mean_difference: Likewise on average.
         scale: What the tolerances of differences are shares of.
-        agreement: Share of the same labels; None where nothing has a label (a regression).
-        kl: Mean KL(student || export) in nats; None likewise.
+        agreement: Share of the same labels, of several tasks the mean over those that have labels; None where none has.
+        kl: Mean KL(student || export) in nats; likewise.
         student: The student's scores on these examples, among them `accuracy` and `ece`.
         export: The export's.
         student_intervals: The scores' 95% intervals (percentile bootstrap).
@@ -117,7 +120,7 @@ class Parity:
 def measure_parity(
     student: nn.Module, export: nn.Module, held_out: Sequence[Batch], task: Task, quantize: str
 ) -> Parity:
-    """Ask both about every example, in batches and some of them alone.
+    """Have both predict every example, in batches and some of them alone; nothing but sums is kept of that.
 
     Args:
         student: The student itself.
@@ -126,55 +129,106 @@ def measure_parity(
         task: What they predict.
         quantize: Decides the tolerance.
     """
-    alone = single_examples(held_out, ALONE)
-    said, told = network_answers(student, held_out), network_answers(export, held_out)
-    pairs = [
-        (told.logits, said.logits),
-        (network_answers(export, alone).logits, network_answers(student, alone).logits),
-    ]
-    largest = [float((ours - theirs).abs().max()) for ours, theirs in pairs]
-    above = task.evaluate(said, said.logits), task.evaluate(told, said.logits)
+    models, gap = (of_network(student), of_network(export)), _Gap()
+    parts = math.ceil(PARTS / len(held_out))
+    sampled, near = (_Parts(task, parts), _Parts(task, parts)), task.fidelity()
+    with torch.inference_mode():
+        for batch in held_out:
+            rows = task.compared(batch)
+            ours, theirs = (model(batch).logits.float() for model in models)
+            gap.add(theirs, ours, rows)
+            near.update(theirs, ours, rows)
+            for one, logits in zip(sampled, (ours, theirs), strict=True):
+                one.add(logits, rows)
+        alone = _Gap()
+        for batch in single_examples(held_out, ALONE):
+            ours, theirs = (model(batch).logits.float() for model in models)
+            alone.add(theirs, ours, task.compared(batch))
+    fidelity = {name: float(value) for name, value in near.compute().items()}
+    largest = gap.largest, alone.largest
     return Parity(
-        examples=len(said.logits),
+        examples=sum(len(batch["index"]) for batch in held_out),
         largest_difference=math.nan if any(map(math.isnan, largest)) else max(largest),
-        mean_difference=float((told.logits - said.logits).abs().mean()),
-        scale=max(1.0, float(said.logits.abs().max())),
-        agreement=_share(task.same_label(said, told)),
-        kl=_mean_of(above[1], "kl_to_teacher"),
-        student=_finite(above[0]),
-        export=_finite(above[1]),
-        student_intervals=intervals(task, said),
-        export_intervals=intervals(task, told),
+        mean_difference=gap.total / gap.count,
+        scale=max(1.0, gap.scale),
+        agreement=_mean_of(fidelity, "agreement"),
+        kl=_mean_of(fidelity, "kl_to_teacher"),
+        student=sampled[0].scores(),
+        export=sampled[1].scores(),
+        student_intervals=sampled[0].intervals(),
+        export_intervals=sampled[1].intervals(),
         resamples=RESAMPLES,
         tolerance=TOLERANCES[quantize],
     )
 
 
-def intervals(task: Task, said: Answers) -> dict[str, list[float] | None]:
-    """Return each score's 95% interval: of what it is on resamples of the examples (Efron 1979).
+class _Gap:
+    """How far one model's logits are from another's."""
+
+    def __init__(self) -> None:
+        self.largest = self.total = self.scale = 0.0
+        self.count = 0
+
+    def add(self, theirs: Tensor, ours: Tensor, rows: Batch) -> None:
+        """Add a batch; rows that do not count are left out."""
+        if "keep" in rows:
+            theirs, ours = theirs[rows["keep"]], ours[rows["keep"]]
+        differences = (theirs - ours).abs()
+        if len(differences):
+            largest = float(differences.max())
+            self.largest = largest if math.isnan(largest) else max(self.largest, largest)
+            self.total += float(differences.double().sum())
+            self.count += differences.numel()
+            self.scale = max(self.scale, float(ours.abs().max()))
+
+
+class _Parts:
+    """A model's scores, in parts of the examples from which intervals are resampled (Efron 1979).
+
+    A part is one example of a split of up to `PARTS`, and more of a larger one, evenly from a batch. Two models whose
+    parts are of the same examples get the same resamples.
 
     Args:
         task: What is scored.
-        said: A model's answers; alike in number, two models get the same resamples.
-
-    Returns:
-        Lower and upper end by score; None for a score that no resample has.
+        parts: How many a batch is made into, at most.
     """
-    generator = torch.Generator().manual_seed(0)
-    found: defaultdict[str, list[float]] = defaultdict(list)
-    for _ in range(RESAMPLES):
-        rows = torch.randint(len(said.logits), (len(said.logits),), generator=generator)
-        which = None if said.task is None else said.task[rows]
-        scores = task.evaluate(Answers(said.index[rows], said.logits[rows], said.labels[rows], which))
-        for name, value in scores.items():
-            if math.isfinite(value):
-                found[name].append(value)
-    names = _finite(task.evaluate(said))
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        name: torch.tensor(found[name], dtype=torch.float64).quantile(ends).tolist() if found[name] else None
-        for name in names
-    }
+
+    def __init__(self, task: Task, parts: int) -> None:
+        self.total, self.parts = task.scores(), parts
+        self.states: list[Tensor] = []
+
+    def add(self, logits: Tensor, rows: Batch) -> None:
+        """Add a batch."""
+        for number in range(min(self.parts, len(logits))):
+            part = slice(number, None, self.parts)
+            own = {name: value[part] for name, value in rows.items()}
+            self.total.reset()
+            self.total.update(logits[part], own["labels"], own)
+            self.states.append(self.total.states())
+
+    def scores(self) -> dict[str, float | None]:
+        """Return the scores of all parts together, as JSON can hold them."""
+        return {name: value if math.isfinite(value) else None for name, value in self._of(sum(self.states)).items()}  # type: ignore[arg-type]
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        """Return lower and upper end of each score's 95% interval; None for a score that no resample has."""
+        generator = torch.Generator().manual_seed(0)
+        states, count = torch.stack(self.states), len(self.states)
+        found: defaultdict[str, list[float]] = defaultdict(list)
+        for _ in range(RESAMPLES):
+            times = torch.randint(count, (count,), generator=generator).bincount(minlength=count)
+            for name, value in self._of(times.double() @ states).items():
+                if math.isfinite(value):
+                    found[name].append(value)
+        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        return {
+            name: torch.tensor(found[name], dtype=torch.float64).quantile(ends).tolist() if found[name] else None
+            for name in self.scores()
+        }
+
+    def _of(self, states: Tensor) -> dict[str, float]:
+        self.total.load(states)
+        return {name: float(value) for name, value in self.total.compute().items()}
 
 
 def require(parity: Parity, title: str) -> None:
@@ -183,17 +237,7 @@ def require(parity: Parity, title: str) -> None:
         raise KDError(f"{title} does not answer as the student did ({excess}): nothing was written")
 
 
-def _share(same: Tensor | None) -> float | None:
-    return None if same is None or not len(same) else float(same.float().mean())
-
-
 def _mean_of(scores: dict[str, float], name: str) -> float | None:
     """Return a score, or of several tasks its mean over those that have it."""
     values = [value for key, value in scores.items() if key.rpartition("/")[2] == name]
     return sum(values) / len(values) if values else None
-
-
-def _finite(scores: dict[str, float]) -> dict[str, float | None]:
-    """Return the scores against the labels, as JSON can hold them."""
-    known = {name: value for name, value in scores.items() if "teacher" not in name and "agreement" not in name}
-    return {name: value if math.isfinite(value) else None for name, value in known.items()}

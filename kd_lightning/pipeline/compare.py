@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from kd_lightning.evaluation import profiling
 from kd_lightning.evaluation.report import (
@@ -23,7 +21,7 @@ from kd_lightning.evaluation.report import (
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.fingerprints import digest
-from kd_lightning.tasks.predictions import Answers, answers, network_answers
+from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate_all, labels_of, of_network
 from kd_lightning.training.run_folder import is_finished, load_run, read_stage
 from kd_lightning.types import Batch
 
@@ -37,6 +35,9 @@ TITLES: dict[str, tuple[str, str]] = {
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
 LATENCY_EXAMPLES = 100
+TEACHER = "teacher"
+Evaluated = Mapping[str, Mapping[str, Evaluation]]
+"""By split, and by a stage's folder or `TEACHER`."""
 _PICTURES = re.compile(r"!\[[^\n]*\]\((\w+\.png)\)")
 """Of a report.md."""
 Speed = tuple[profiling.Latency | None, profiling.Throughput | None]
@@ -93,14 +94,12 @@ def _finished(run: Run) -> dict[str, list[Path]]:
 
 def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:
     data, cfg = run.data, run.cfg
-    teacher = _teacher_answers(run) if run.has_teacher else None
-    speeds = _speeds(run, folders)
+    evaluated, speeds = _evaluated(run, folders), _speeds(run, folders)
     results = [
-        _student(run, stage, found, teacher, speeds[stage]) for stage, found in folders.items() if stage != "teacher"
+        _student(run, stage, found, evaluated, speeds[stage]) for stage, found in folders.items() if stage != "teacher"
     ]
-    if teacher is not None:
-        results.insert(0, _teacher(run, teacher, speeds.get("teacher", (None, None))))
-    labels = torch.cat([batch["labels"] for batch in data.test_dataloader()])
+    if run.has_teacher:
+        results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
     return build_report(
         results,
@@ -118,7 +117,7 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         data=DataSummary(
             name=type(data).__name__,
             splits=data.sizes,
-            majority_accuracy=run.task.guess(labels),
+            majority_accuracy=run.task.guess(labels_of(run.task, data.test_dataloader())),
             class_names=data.class_names,
             fingerprint=data.fingerprint,
             score=run.task.main,
@@ -127,57 +126,54 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     )  # fmt: skip
 
 
-def _teacher_answers(run: Run) -> dict[str, Answers]:
-    """Ask the teacher about validation and test, or look its answers up."""
-    data, teacher = run.data.select(tokens="both"), run.predicting_teacher
-    teacher.to(run.device)
+def _evaluated(run: Run, folders: dict[str, list[Path]]) -> Evaluated:
+    """Score all networks of the run: side by side on each batch, so that the teacher predicts it once for all."""
+    students = [folder for stage, found in folders.items() if stage != "teacher" for folder in found]
+    models: dict[str, Model] = {str(one): of_network(load_run(one).network, run.device) for one in students}
+    data, reference = run.data.select(tokens="both" if run.has_teacher else "student"), None
+    if run.has_teacher:
+        teacher, reference = run.predicting_teacher, TEACHER
+        teacher.to(run.device)
+        models[TEACHER] = teacher
     loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-    said = {split: answers(teacher, loader, run.device) for split, loader in loaders.items()}
-    teacher.flush()
-    return said
+    found = {split: evaluate_all(run.task, models, loader, run.device, reference) for split, loader in loaders.items()}
+    if run.has_teacher:
+        teacher.flush()
+    return found
 
 
-def _teacher(run: Run, said: dict[str, Answers], speed: Speed) -> ModelResult:
+def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
     teachers, task = run.teacher.members or [run.teacher], run.task
     folders = [teacher.folder for teacher in teachers if teacher.folder is not None]
+    test = evaluated["test"][TEACHER]
     return ModelResult(
         name="teacher",
         title=f"{len(teachers)} teachers" if len(teachers) > 1 else "teacher",
-        test=[task.evaluate(said["test"], said["test"].logits)],
-        validation=[task.evaluate(said["validation"], said["validation"].logits)],
+        test=[test.scores],
+        validation=[evaluated["validation"][TEACHER].scores],
         size=profiling.size(run.teacher.network),
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[sum(read_stage(folder)["seconds"] for folder in folders)] if folders else [],
         curves=[_curve(folder, run.seeds[0], task.main) for folder in folders] if len(teachers) == 1 else [],
-        correct=list(filter(None, [task.correct(said["test"])])),
+        correct=[test.correct] if test.correct else [],
     )
 
 
-def _student(
-    run: Run, stage: str, folders: Sequence[Path], teacher: dict[str, Answers] | None, speed: Speed
-) -> ModelResult:
-    data = run.data.select(tokens="student")
-    scores: dict[str, list[dict[str, float]]] = {"validation": [], "test": []}
-    correct: list[list[bool]] = []
-    for folder in folders:
-        network = load_run(folder).network
-        for split, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
-            said = network_answers(network, loader, run.device)
-            scores[split].append(run.task.evaluate(said, teacher[split].logits if teacher else None))
-        correct.append(run.task.correct(said))
+def _student(run: Run, stage: str, folders: Sequence[Path], evaluated: Evaluated, speed: Speed) -> ModelResult:
     name, title = TITLES.get(stage, (stage, stage.replace("_", " ")))
+    test = [evaluated["test"][str(folder)] for folder in folders]
     return ModelResult(
         name=name,
         title=title,
-        test=scores["test"],
-        validation=scores["validation"],
-        size=profiling.size(network, folders[-1] / "model.safetensors"),
+        test=[one.scores for one in test],
+        validation=[evaluated["validation"][str(folder)].scores for folder in folders],
+        size=profiling.size(load_run(folders[-1]).network, folders[-1] / "model.safetensors"),
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
         curves=[_curve(folder, seed, run.task.main) for seed, folder in zip(run.seeds, folders, strict=False)],
-        correct=list(filter(None, correct)),
+        correct=[one.correct for one in test if one.correct],
     )
 
 

@@ -13,7 +13,7 @@ from kd_lightning.pipeline.prepare import prepare
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.processes import rank
-from kd_lightning.tasks.predictions import answers, network_answers
+from kd_lightning.tasks.evaluation import evaluate, of_network
 from kd_lightning.training.fit import train
 from kd_lightning.training.run_folder import read_stage, validation_score, write_config
 
@@ -57,11 +57,9 @@ def score(run: Run) -> float:
 def _teacher_score(run: Run, part: Part) -> float:
     provider = run.provider_of(part)
     data, task = part.data.select(tokens="teacher"), part.data.task
-    if provider.loaded.members:
-        predicted = answers(provider.teacher().to(run.device), data.val_dataloader(), run.device)
-    else:
-        predicted = network_answers(provider.loaded.network, data.val_dataloader(), run.device)
-    return task.evaluate(predicted)[task.main]
+    loaded = provider.loaded
+    model = provider.teacher().to(run.device) if loaded.members else of_network(loaded.network, run.device)
+    return evaluate(task, model, data.val_dataloader(), run.device).scores[task.main]
 
 
 def build_caches(run: Run) -> list[Path]:

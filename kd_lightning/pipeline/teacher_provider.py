@@ -26,7 +26,7 @@ from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
 from kd_lightning.runtime.processes import first
-from kd_lightning.tasks.predictions import answers
+from kd_lightning.tasks.evaluation import labelled_rows
 from kd_lightning.teachers import (
     AheadTeacher,
     CachedTeacher,
@@ -211,14 +211,15 @@ class TeacherProvider:
         """Return a teacher with the temperature that fits its outputs, if that is wanted.
 
         It is fitted to the validation split; of cross-fitted teachers, whose students read what one of them predicts,
-        and not what all predict for the validation split, to the training examples.
+        and not what all predict for the validation split, to the training examples. Of many a part counts
+        (`labelled_rows`).
         """
         if not self.serving.calibrate:
             return teacher
         unseen = self.data.val_dataloader() if self.serving.folds == 1 else self.data.labelled_dataloader()
-        found = answers(teacher.to(self.device), unseen, self.device)
-        temperature = fit_temperature(found.logits, found.labels)
-        before, after = (float(F.cross_entropy(found.logits / t, found.labels)) for t in (1.0, temperature))
+        (logits,), labels = labelled_rows(self.data.task, [teacher.to(self.device)], unseen, self.device)
+        temperature = fit_temperature(logits, labels)
+        before, after = (float(F.cross_entropy(logits / t, labels)) for t in (1.0, temperature))
         effect = f"its cross-entropy goes from {before:.3f} to {after:.3f}"
         say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {effect}")
         return CalibratedTeacher(teacher, temperature)
@@ -243,8 +244,9 @@ class TeacherProvider:
             teachers.append(self._single(member))
         weights, combine = self.serving.weights, self.serving.combine
         if weights == "learned":
-            found = [answers(one.to(self.device), self.data.val_dataloader(), self.device) for one in teachers]
-            weights = fit_weights(torch.stack([one.logits for one in found]), found[0].labels, combine)
+            teachers = [one.to(self.device) for one in teachers]
+            found = labelled_rows(self.data.task, teachers, self.data.val_dataloader(), self.device)
+            weights = fit_weights(*found, combine)
             pairs = zip(self.loaded.members, weights, strict=True)
             shares = ", ".join(f"{member.title} {weight:.2f}" for member, weight in pairs)
             self._say(f"teacher  weights of its members, learned on the validation split: {shares}")

@@ -22,44 +22,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError, KDError
-from kd_lightning.tasks.predictions import Answers
+from kd_lightning.tasks.scores import Scores
 from kd_lightning.types import Batch
-
-
-class Scores(nn.Module):
-    """Scores that are accumulated over the batches of a validation.
-
-    Args:
-        metrics: By name.
-    """
-
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        super().__init__()
-        self.metrics = nn.ModuleDict(metrics)
-
-    @property
-    def names(self) -> list[str]:
-        """Under which they are logged."""
-        return list(self.metrics)
-
-    def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
-        """Add a batch and return the metrics, to be logged.
-
-        Args:
-            logits: `(B, C)` or `(B, L, C)`.
-            against: Labels `(B,)` or `(B, L)`, or a teacher's logits.
-            batch: The batch as `Task.compared` returns it.
-        """
-        if "keep" in batch:
-            logits, against = logits[batch["keep"]], against[batch["keep"]]
-        for metric in self.metrics.values():
-            metric.update(logits, against)  # type: ignore[operator]
-        return dict(self.metrics)  # type: ignore[arg-type]
 
 
 class Task(ABC):
@@ -115,31 +83,36 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self) -> Scores:
-        """Return what validation looks at against the labels; `main` is among them."""
+        """Return the scores against labels; `main` is among them."""
 
     @abstractmethod
     def fidelity(self) -> Scores:
-        """Return what validation looks at against the teacher's logits."""
-
-    @abstractmethod
-    def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
-        """Return every score of the report; with the teacher's logits `(N, C)`, how near it is to the teacher too."""
+        """Return the scores against a teacher's logits."""
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return in numbers what logits `(B, C)` say: scores as they are, and the probabilities of classes."""
         return logits
 
     @abstractmethod
-    def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Return in plain values what the logits `(C,)` of one example say; `names` are the data's `class_names`."""
+    def read(self, logits: Tensor, rows: Batch, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return in plain values what is predicted for each example.
+
+        Args:
+            logits: `(B, C)` or `(B, L, C)`.
+            rows: The batch that they are of.
+            names: The data's `class_names`.
+
+        Raises:
+            KDError: A logit that counts is NaN: it predicts nothing.
+        """
+
+    @abstractmethod
+    def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+        """Return what a table shows of one example that `read` returned, by column."""
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """Return in which proportion folds are to be alike: a number for each of the labels `(N,)`."""
         return np.zeros(len(labels), np.int64)
-
-    def same_label(self, said: Answers, told: Answers) -> Tensor | None:
-        """Return for each label that is given whether both give the same; None where none is given."""
-        return None
 
     # -- what an export tells of it -----------------------------------------------------------------------------------
 
@@ -162,9 +135,9 @@ class Task(ABC):
     def description(self) -> Any:
         """What `task_of` makes this task of again, as JSON can hold it."""
 
-    def correct(self, said: Answers) -> list[bool]:
-        """Return whether each example is predicted rightly; nothing where that is no matter of right and wrong."""
-        return []
+    def correct(self, logits: Tensor, rows: Batch) -> Tensor | None:
+        """Return `(B,)` whether each example is predicted rightly; None where that is no matter of right and wrong."""
+        return None
 
     def guess(self, labels: Tensor) -> float | None:
         """Return the main score of the best constant answer; None where it has none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.term import Term
-from kd_lightning.tasks.base import Scores, Task, refuse_nan
-from kd_lightning.tasks.metrics import Accuracy, Agreement, MacroF1, TeacherStudentKL, evaluate_logits
-from kd_lightning.tasks.predictions import Answers
+from kd_lightning.tasks.base import Task, refuse_nan
+from kd_lightning.tasks.metrics import Accuracy, Agreement, CalibrationError, CrossEntropy, MacroF1, TeacherStudentKL
+from kd_lightning.tasks.scores import Scores
+from kd_lightning.types import Batch
+
+MOST_COLUMNS = 4
+"""Of more classes a table shows only the likeliest one's probability."""
 
 
 class Classification(Task):
@@ -42,49 +46,45 @@ class Classification(Task):
         return CrossEntropyLoss()
 
     def scores(self) -> Scores:
-        """Return accuracy and macro F1."""
-        return Scores({"accuracy": Accuracy(self.outputs), "macro_f1": MacroF1(self.outputs)})
+        """Return accuracy, macro F1, calibration error and cross-entropy."""
+        counted = {"accuracy": Accuracy(self.outputs), "macro_f1": MacroF1(self.outputs)}
+        return Scores({**counted, "ece": CalibrationError(), "cross_entropy": CrossEntropy()})
 
     def fidelity(self) -> Scores:
         """Return agreement with the teacher, and the divergence from it."""
         return Scores({"agreement": Agreement(), "kl_to_teacher": TeacherStudentKL()})
 
-    def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
-        """Return what `metrics.evaluate_logits` does."""
-        return evaluate_logits(said.logits, said.labels, teacher)
-
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the classes' probabilities."""
         return logits.softmax(-1)
 
-    def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Return the most probable class and all probabilities.
-
-        Raises:
-            KDError: There is no most probable class.
-        """
+    def read(self, logits: Tensor, rows: Batch, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the most probable class and all probabilities."""
         refuse_nan(logits)
-        probabilities = logits.softmax(0).tolist()
-        label = names[probabilities.index(max(probabilities))]
-        return {"label": label, "probabilities": dict(zip(names, probabilities, strict=True))}
+        return [
+            {"label": names[row.index(max(row))], "probabilities": dict(zip(names, row, strict=True))}
+            for row in logits.softmax(1).tolist()
+        ]
+
+    def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+        """Return the most probable class and the probabilities; of more than `MOST_COLUMNS` classes only its own."""
+        chances, label = record["probabilities"], record["label"]
+        few = names if len(names) <= MOST_COLUMNS else ()
+        found = {f"p({name})": f"{chances[name]:.3f}" for name in few} or {"p": f"{chances[label]:.3f}"}
+        return {"label": label, **found}
 
     @property
     def description(self) -> int:
         """The number of classes."""
         return self.outputs
 
-    def correct(self, said: Answers) -> list[bool]:
+    def correct(self, logits: Tensor, rows: Batch) -> Tensor | None:
         """Return whether the most probable class is the label; where the logits are NaN there is none."""
-        found: list[bool] = ((said.logits.argmax(1) == said.labels) & ~said.logits.isnan().any(1)).tolist()
-        return found
+        return (logits.argmax(-1) == rows["labels"]) & ~logits.isnan().any(-1) if logits.ndim == 2 else None
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """Return the classes."""
         return labels.astype(np.int64)
-
-    def same_label(self, said: Answers, told: Answers) -> Tensor:
-        """Return whether the most probable class is the same."""
-        return said.logits.argmax(1) == told.logits.argmax(1)
 
     def columns(self, names: Sequence[str]) -> str:
         """Return that they are the classes'."""

@@ -1,13 +1,14 @@
 """How good a model is, and how near it is to its teacher.
 
-Each measure of fidelity is a pure function beside a `torchmetrics` class that accumulates it over batches and
-processes; what torchmetrics already has (accuracy, F1) is called, not rewritten. A prediction that counts and is NaN
-makes every score NaN: its largest entry is no class.
+Every score is a `torchmetrics` class whose states are sums: over batches, over processes, and over the parts of a split
+from which the intervals of scores are resampled. What torchmetrics already has (accuracy, F1) is called, not rewritten.
+A prediction that counts and is NaN makes every score NaN: its largest entry is no class.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from kd_lightning.types import IGNORE, is_labelled
+from kd_lightning.types import IGNORE
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | N
     tensor(0.7500)
     """
     equal, count, invalid = _agreement_sums(student_logits, teacher_logits, labels)
-    return _unless(invalid, equal / count)
+    return _unless(invalid > 0, equal / count)
 
 
 def teacher_student_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -91,12 +91,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     >>> expected_calibration_error(logits, torch.tensor([0, 1]))  # confidence 0.8, accuracy 0.5
     tensor(0.3000)
     """
-    known = labels != IGNORE
-    confidence, predicted = F.softmax(_precise(logits[known]), dim=-1).max(dim=-1)
-    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=logits.device)[1:-1]
-    excess = confidence - (predicted == labels[known]).to(confidence.dtype)
-    by_bin = confidence.new_zeros(bins).index_add_(0, torch.bucketize(confidence, edges), excess)
-    return by_bin.abs().sum() / len(confidence)
+    by_bin, count = _excess_by_bin(logits, labels, bins)
+    return (by_bin.abs().sum() / count.sum()).to(_precise(logits).dtype)
 
 
 def distillation_ratio(teacher: float, baseline: float, distilled: float) -> float:
@@ -120,99 +116,34 @@ def distillation_ratio(teacher: float, baseline: float, distilled: float) -> flo
     return (distilled - baseline) / gap
 
 
-def evaluate_logits(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, *, num_classes: int | None = None
-) -> dict[str, float]:
-    """Every score of the report, from the logits of a whole split.
+class Sums(Metric):
+    """A metric whose states are sums in float64, which add up over batches, processes and parts of a split.
 
     Args:
-        logits: `(N, C)`.
-        labels: `(N,)`; examples labelled `IGNORE` count in agreement and KL only.
-        teacher_logits: `(N, C)`; None leaves `agreement` and `kl_to_teacher` out.
-        num_classes: C, when it should be checked against the logits.
-
-    Returns:
-        `accuracy`, `macro_f1` (over the classes that occur among labels or predictions), `ece`, `cross_entropy` (nats),
-        and with a teacher `agreement` and `kl_to_teacher`. A score without a single example to count is nan, and so is
-        one of logits that are.
-
-    Raises:
-        ValueError: If the shapes do not fit each other or `num_classes`.
-
-    >>> scores = evaluate_logits(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]), num_classes=2)
-    >>> {name: round(value, 3) for name, value in scores.items()}
-    {'accuracy': 0.5, 'macro_f1': 0.333, 'ece': 0.381, 'cross_entropy': 1.127}
+        names: Of the states.
+        size: Of each; a number where it is empty.
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}; "
-            "flatten token-level outputs first"
-        )
-    classes = logits.shape[1]
-    if num_classes is not None and num_classes != classes:
-        raise ValueError(f"the logits have {classes} classes, the data has {num_classes}")
-    known = labels != IGNORE
-    scores = dict.fromkeys(("accuracy", "macro_f1", "ece", "cross_entropy"), math.nan)
-    if known.any() and not logits[known].isnan().any():
-        z, y = _precise(logits[known]), labels[known]
-        predicted = z.argmax(dim=-1)
-        scores = {
-            "accuracy": float(multiclass_accuracy(predicted, y, num_classes=classes, average="micro")),
-            "macro_f1": float(multiclass_f1_score(predicted, y, num_classes=classes, average="macro")),
-            "ece": float(expected_calibration_error(z, y)),
-            "cross_entropy": float(F.cross_entropy(z, y)),
-        }
-    if teacher_logits is not None:
-        scores["agreement"] = float(agreement(logits, teacher_logits))
-        scores["kl_to_teacher"] = float(teacher_student_kl(logits, teacher_logits))
-    return scores
 
+    is_differentiable = False
+    full_state_update = False
 
-def evaluate_scores(scores: Tensor, labels: Tensor, teacher_scores: Tensor | None = None) -> dict[str, float]:
-    r"""Every score of a regression, from what is said of a whole split.
+    def __init__(self, *names: str, size: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        for name in names:
+            self.add_state(name, default=torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
-    With predictions s and labels y of the N examples that have one: Pearson's correlation
-    $$ \frac{\sum_i (s_i - \bar s)(y_i - \bar y)}{\sqrt{\sum_i (s_i - \bar s)^2 \sum_i (y_i - \bar y)^2}} $$
-    which is 0 here where either is constant, and $$ \mathrm{RMSE} = \sqrt{\frac{1}{N} \sum_i (s_i - y_i)^2} $$ in the
-    unit of the labels.
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Move the states, and keep them wide where a trainer narrows all it holds; Apple's GPUs have no float64."""
 
-    Args:
-        scores: `(N,)` or `(N, 1)`.
-        labels: `(N,)`; NaN and `IGNORE` are no labels.
-        teacher_scores: As `scores`; None leaves `rmse_to_teacher` out.
+        def moved(x: Tensor) -> Tensor:
+            device = fn(torch.zeros((), device=x.device)).device
+            return x.to(device, torch.float32 if device.type == "mps" else x.dtype)
 
-    Returns:
-        `pearson`, `rmse` and with a teacher `rmse_to_teacher`. Without a single label the first two are nan.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-
-    >>> found = evaluate_scores(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0]))
-    >>> {name: round(value, 3) for name, value in found.items()}
-    {'pearson': 1.0, 'rmse': 0.816}
-    """
-    said, known = _precise(scores).reshape(-1), is_labelled(labels)
-    if labels.shape != said.shape:
-        raise ValueError(f"expected scores (N,) and labels (N,), got {tuple(scores.shape)} and {tuple(labels.shape)}")
-    found = {"pearson": math.nan, "rmse": math.nan}
-    if known.any():
-        s, y = said[known].double(), labels[known].double()
-        a, b = s - s.mean(), y - y.mean()
-        spread = float((a.square().sum() * b.square().sum()).sqrt())
-        found = {"pearson": float((a * b).sum()) / spread if spread else 0.0, "rmse": float(_rms(s - y))}
-        if not math.isfinite(found["rmse"]):
-            found["pearson"] = math.nan
-    if teacher_scores is not None:
-        found["rmse_to_teacher"] = float(_rms(said - _precise(teacher_scores).reshape(-1)))
-    return found
-
-
-def _rms(differences: Tensor) -> Tensor:
-    return differences.square().mean().sqrt()
+        return super()._apply(moved, exclude_state)
 
 
 class _OfNumbers(MulticlassStatScores):
-    """A metric of predicted classes that is nan where a row of logits that counts has a nan."""
+    """A metric of predicted classes that is nan where nothing counts, or a row of logits that counts has a nan."""
 
     invalid: Tensor
 
@@ -227,7 +158,8 @@ class _OfNumbers(MulticlassStatScores):
 
     def compute(self) -> Tensor:
         """Return the score over everything added so far."""
-        return _unless(self.invalid, super().compute())
+        counted = (self.tp + self.fn).sum()  # type: ignore[operator]
+        return _unless((self.invalid > 0) | (counted == 0), super().compute())
 
 
 class Accuracy(_OfNumbers, MulticlassAccuracy):
@@ -289,10 +221,10 @@ class Agreement(Metric):
 
     def compute(self) -> Tensor:
         """Return the share over everything added so far."""
-        return _unless(self.invalid, self.equal / self.count)
+        return _unless(self.invalid > 0, self.equal / self.count)
 
 
-class TeacherStudentKL(Metric):
+class TeacherStudentKL(Sums):
     """`teacher_student_kl` accumulated over batches and processes: the mean over examples, not over batches.
 
     >>> metric = TeacherStudentKL()
@@ -301,32 +233,148 @@ class TeacherStudentKL(Metric):
     tensor(0.)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
 
     divergence: Tensor
     count: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("divergence", default=torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+        super().__init__("divergence", "count")
 
     def update(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch: logits `(..., C)` of both and, to leave padding out, labels `(...)`."""
         divergence, count = _kl_sums(student_logits, teacher_logits, labels)
-        self.divergence += divergence.to(self.divergence.dtype)
+        self.divergence += divergence
         self.count += count
 
     def compute(self) -> Tensor:
         """Return the mean over everything added so far."""
-        return self.divergence / self.count
+        return (self.divergence / self.count).float()
+
+
+class CrossEntropy(Sums):
+    """Mean cross-entropy of labels under softmax(logits), in nats, over the labelled examples of all batches.
+
+    >>> metric = CrossEntropy()
+    >>> metric.update(torch.zeros(2, 4), torch.tensor([1, -100]))
+    >>> metric.compute()  # log 4
+    tensor(1.3863)
+    """
+
+    higher_is_better = False
+
+    surprise: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__("surprise", "count")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: logits `(B, C)` and labels `(B,)`."""
+        known = target != IGNORE
+        values = F.cross_entropy(_precise(preds[known]), target[known], reduction="none")
+        self.surprise += values.to(self.surprise.dtype).sum()
+        self.count += known.sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean over everything added so far."""
+        return (self.surprise / self.count).float()
+
+
+class CalibrationError(Sums):
+    """`expected_calibration_error` accumulated over batches and processes.
+
+    >>> metric = CalibrationError()
+    >>> metric.update(torch.log(torch.tensor([[0.8, 0.2]])), torch.tensor([0]))
+    >>> metric.update(torch.log(torch.tensor([[0.8, 0.2]])), torch.tensor([1]))
+    >>> metric.compute()  # confidence 0.8, accuracy 0.5
+    tensor(0.3000)
+    """
+
+    higher_is_better = False
+
+    excess: Tensor
+    count: Tensor
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__("excess", "count", size=(bins,))
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: logits `(B, C)` and labels `(B,)`."""
+        excess, count = _excess_by_bin(preds, target, len(self.excess))
+        self.excess += excess
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the error over everything added so far."""
+        return (self.excess.abs().sum() / self.count.sum()).float()
+
+
+class Pearson(Sums):
+    r"""Pearson's correlation of predictions s and labels y over all batches.
+
+    $$ \frac{\sum_i (s_i - \bar s)(y_i - \bar y)}{\sqrt{\sum_i (s_i - \bar s)^2 \sum_i (y_i - \bar y)^2}} $$
+
+    which is 0 here where either is constant to rounding.
+
+    >>> metric = Pearson()
+    >>> metric.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0]))
+    >>> round(float(metric.compute()), 6)
+    1.0
+    """
+
+    higher_is_better = True
+
+    moments: Tensor
+
+    def __init__(self) -> None:
+        super().__init__("moments", size=(6,))
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: predictions `(B,)` and labels `(B,)`."""
+        s, y = preds.to(self.moments.dtype), target.to(self.moments.dtype)
+        self.moments += torch.stack([x.sum() for x in (torch.ones_like(s), s, y, s * s, y * y, s * y)])
+
+    def compute(self) -> Tensor:
+        """Return the correlation over everything added so far."""
+        n, s, y, ss, yy, sy = self.moments
+        spreads = torch.stack([n * ss - s * s, n * yy - y * y])
+        rounding = 1e-12 * n * torch.stack([ss, yy])
+        value = (n * sy - s * y) / spreads.prod().sqrt()
+        constant = (spreads <= rounding).any() & self.moments.isfinite().all() & (n > 0)
+        return torch.where(constant, 0.0, value)
+
+
+class RootMeanSquare(Sums):
+    """Root of the mean squared difference over all batches, in the unit of what is predicted.
+
+    >>> metric = RootMeanSquare()
+    >>> metric.update(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]))
+    >>> metric.compute()
+    tensor(1., dtype=torch.float64)
+    """
+
+    higher_is_better = False
+
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__("squares", "count")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: predictions `(B,)`, and labels or a teacher's predictions `(B,)`."""
+        self.squares += (preds.to(self.squares.dtype) - target.to(self.squares.dtype)).square().sum()
+        self.count += len(preds)
+
+    def compute(self) -> Tensor:
+        """Return the root over everything added so far."""
+        return (self.squares / self.count).sqrt()
 
 
 def _unless(invalid: Tensor, score: Tensor) -> Tensor:
-    """Return the score, or nan where anything that counted is not valid."""
-    return torch.where(invalid > 0, torch.nan, score)
+    """Return the score, or nan where it is not valid."""
+    return torch.where(invalid, torch.nan, score)
 
 
 def _precise(logits: Tensor) -> Tensor:
@@ -368,3 +416,14 @@ def _kl_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | No
     terms = torch.where((p_teacher == 0) & ~log_student.isnan(), 0, p_teacher * (log_teacher - log_student))
     # `where` rather than a product, so that a nan at a padded position does not spread
     return torch.where(counted, terms.sum(dim=-1), 0).sum(), counted.sum()
+
+
+def _excess_by_bin(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Return by bin of confidence the summed excess of confidence over rightness, and how many examples there are."""
+    known = labels != IGNORE
+    confidence, predicted = F.softmax(_precise(logits[known]), dim=-1).max(dim=-1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=logits.device)[1:-1]
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    excess = confidence.to(wide) - (predicted == labels[known]).to(wide)
+    places, empty = torch.bucketize(confidence, edges), excess.new_zeros(bins)
+    return empty.index_add(0, places, excess), empty.index_add(0, places, torch.ones_like(excess))

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from kd_lightning.losses.task_term import TaskTerm
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.borders import markdown
-from kd_lightning.tasks.base import Scores, Task
+from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.classification import Classification
-from kd_lightning.tasks.predictions import Answers
 from kd_lightning.tasks.regression import Regression
+from kd_lightning.tasks.scores import Scores
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -65,38 +64,12 @@ class MultiTask(Task):
         return _Sum(*self.terms())
 
     def scores(self) -> Scores:
-        """Return each task's scores, and the average of their main ones."""
-        parts = {name: task.scores() for name, task in self.tasks.items()}
-        average = _Average([parts[name].metrics[task.main] for name, task in self.tasks.items()])  # type: ignore[misc]
-        return _TaskScores(parts, self, {"average": average})
+        """Return each task's scores as `TASK/SCORE`, and `average`, the mean of their main ones."""
+        return _TaskScores(self, {name: task.scores() for name, task in self.tasks.items()}, average=True)
 
     def fidelity(self) -> Scores:
-        """Return how near each task's answers are to its teacher's."""
-        return _TaskScores({name: task.fidelity() for name, task in self.tasks.items()}, self, {})
-
-    def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
-        """Return each task's scores, named `TASK/SCORE`, and `average`, the mean of their main ones."""
-        assert said.task is not None
-        found: dict[str, float] = {}
-        for number, (name, task) in enumerate(self.tasks.items()):
-            rows, span = said.task == number, self.spans[name]
-            above = None if teacher is None else teacher[rows, span.start : span.stop]
-            found |= {f"{name}/{score}": value for score, value in task.evaluate(self.of(name, said), above).items()}
-        mains = [found[f"{name}/{task.main}"] for name, task in self.tasks.items()]
-        return {"average": sum(mains) / len(mains)} | found
-
-    def of(self, name: str, said: Answers) -> Answers:
-        """Return one task's rows and columns of all tasks' answers."""
-        assert said.task is not None
-        rows, span = said.task == list(self.tasks).index(name), self.spans[name]
-        labels = self.tasks[name].labels(said.labels[rows])
-        return Answers(said.index[rows], said.logits[rows, span.start : span.stop], labels)
-
-    def same_label(self, said: Answers, told: Answers) -> Tensor | None:
-        """Return it for the examples of every task that has labels, one task after the other."""
-        parts = (t.same_label(self.of(name, said), self.of(name, told)) for name, t in self.tasks.items())
-        found = [part for part in parts if part is not None]
-        return torch.cat(found) if found else None
+        """Return how near each task's predictions are to its teacher's."""
+        return _TaskScores(self, {name: task.fidelity() for name, task in self.tasks.items()})
 
     def columns(self, names: Sequence[str]) -> str:
         """Return which are whose."""
@@ -115,10 +88,15 @@ class MultiTask(Task):
         """Return each task's, side by side as its logits are."""
         return torch.cat([t.predictions(logits[:, self.spans[name]]) for name, t in self.tasks.items()], dim=1)
 
-    def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    def read(self, logits: Tensor, rows: Batch, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return what each task's logits say, by its name."""
         own = {name: [names[i].removeprefix(f"{name}: ") for i in span] for name, span in self.spans.items()}
-        return {name: task.read(logits[list(self.spans[name])], own[name]) for name, task in self.tasks.items()}
+        found = [task.read(logits[:, self.spans[name]], rows, own[name]) for name, task in self.tasks.items()]
+        return [dict(zip(self.tasks, records, strict=True)) for records in zip(*found, strict=True)]
+
+    def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+        """Return what each task predicts, in a column of its name."""
+        return {name: " ".join(task.cells(record[name]).values()) for name, task in self.tasks.items()}
 
     @property
     def description(self) -> dict[str, Any]:
@@ -153,44 +131,36 @@ class _Sum(Term):
 
 
 class _TaskScores(Scores):
-    """Each task's scores, on its rows and columns."""
+    """Each task's scores, on its rows and columns.
 
-    def __init__(self, parts: Mapping[str, Scores], whole: MultiTask, more: Mapping[str, Metric]) -> None:
-        super().__init__(more)
-        self.parts, self.whole = nn.ModuleDict(parts), whole
+    Args:
+        whole: The tasks.
+        tasks: Their scores.
+        average: The mean of the tasks' main scores is one, too.
+    """
+
+    def __init__(self, whole: MultiTask, tasks: Mapping[str, Scores], average: bool = False) -> None:
+        super().__init__({})
+        self.whole, self.tasks, self.average = whole, nn.ModuleDict(tasks), average
 
     @property
     def names(self) -> list[str]:
-        """Those of the whole, and of each task as `TASK/SCORE`."""
-        return [*self.metrics, *(f"{name}/{score}" for name, part in self.parts.items() for score in part.names)]  # type: ignore[union-attr]
+        """Of the scores: of the whole, and of each task."""
+        own = [f"{name}/{score}" for name, scores in self.tasks.items() for score in scores.names]  # type: ignore[union-attr]
+        return ["average"] * self.average + own
 
-    def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
-        """Add a batch."""
-        found = super().forward(logits, against, batch)
-        for number, (name, part) in enumerate(self.parts.items()):
-            assert isinstance(part, Scores)
-            rows, span = batch["task"] == number, self.whole.spans[name]
-            if rows.any():
-                columns = slice(span.start, span.stop)
-                own = against[rows]
-                own = own[:, columns] if own.ndim == 2 else self.whole.tasks[name].labels(own)
-                part(logits[rows][:, columns], own, batch)
-            found |= {f"{name}/{score}": metric for score, metric in part.metrics.items()}  # type: ignore[misc]
-        return found
+    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> None:
+        """Add a batch to the scores of the tasks that it has examples of."""
+        for number, (name, scores) in enumerate(self.tasks.items()):
+            assert isinstance(scores, Scores)
+            chosen, span = rows["task"] == number, self.whole.spans[name]
+            columns, own = slice(span.start, span.stop), against[chosen]
+            own = own[:, columns] if own.ndim == 2 else self.whole.tasks[name].labels(own)
+            scores.update(logits[chosen][:, columns], own, {key: value[chosen] for key, value in rows.items()})
 
-
-class _Average(Metric):
-    """The mean of other metrics' values."""
-
-    full_state_update = False
-
-    def __init__(self, metrics: list[Metric]) -> None:
-        super().__init__()
-        self.metrics = nn.ModuleList(metrics)
-
-    def update(self, *_: Any) -> None:
-        """Do nothing: the metrics are given batches of their own."""
-
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return torch.stack([torch.as_tensor(metric.compute()).float() for metric in self.metrics]).mean()  # type: ignore[operator]
+    def compute(self) -> dict[str, Tensor]:
+        """Return the scores of all that was added, in all processes."""
+        found: dict[str, dict[str, Tensor]] = {name: scores.compute() for name, scores in self.tasks.items()}  # type: ignore[operator]
+        mains = [found[name][task.main].double() for name, task in self.whole.tasks.items()] if self.average else []
+        own = {"average": torch.stack(mains).mean()} if mains else {}
+        return own | {f"{name}/{score}": value for name, scores in found.items() for score, value in scores.items()}

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef
+from torchmetrics import Metric
 
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.term import Term
-from kd_lightning.tasks.base import Scores, Task, refuse_nan
-from kd_lightning.tasks.metrics import evaluate_scores
-from kd_lightning.tasks.predictions import Answers
+from kd_lightning.tasks.base import Task, refuse_nan
+from kd_lightning.tasks.metrics import Pearson, RootMeanSquare
+from kd_lightning.tasks.scores import Scores
 from kd_lightning.types import Batch, is_labelled
 
 
@@ -40,24 +40,20 @@ class Regression(Task):
 
     def scores(self) -> Scores:
         """Return Pearson's correlation and the root of the mean squared error."""
-        return _Differences({"pearson": PearsonCorrCoef(), "rmse": MeanSquaredError(squared=False)})
+        return _Differences({"pearson": Pearson(), "rmse": RootMeanSquare()})
 
     def fidelity(self) -> Scores:
         """Return the root of the mean squared difference from the teacher."""
-        return _Differences({"rmse_to_teacher": MeanSquaredError(squared=False)}, labels=False)
+        return _Differences({"rmse_to_teacher": RootMeanSquare()}, labels=False)
 
-    def evaluate(self, said: Answers, teacher: Tensor | None = None) -> dict[str, float]:
-        """Return what `metrics.evaluate_scores` does."""
-        return evaluate_scores(said.logits, said.labels, teacher)
-
-    def read(self, logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Return the score.
-
-        Raises:
-            KDError: It is NaN.
-        """
+    def read(self, logits: Tensor, rows: Batch, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the score."""
         refuse_nan(logits)
-        return {"score": float(logits)}
+        return [{"score": score} for score in logits.reshape(-1).tolist()]
+
+    def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+        """Return the score."""
+        return {"score": f"{record['score']:.3f}"}
 
     @property
     def description(self) -> str:
@@ -77,10 +73,8 @@ class _Differences(Scores):
         super().__init__(metrics)
         self.labels = labels
 
-    def forward(self, logits: Tensor, against: Tensor, batch: Batch) -> dict[str, Metric]:
+    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> None:
         """Add a batch, in float32 whatever it was computed in."""
-        said, against = logits.reshape(-1).float(), against.reshape(-1).float()
-        if self.labels:
-            known = is_labelled(against)
-            said, against = said[known], against[known]
-        return super().forward(said, against, batch) if len(said) else dict(self.metrics)  # type: ignore[arg-type]
+        predicted, against = logits.reshape(-1).float(), against.reshape(-1).float()
+        known = is_labelled(against) if self.labels else slice(None)
+        super().update(predicted[known], against[known], rows)

@@ -154,8 +154,13 @@ class DistillationModule(NetworkModule):
         self.score(student, rows)
         if self.teacher is None:
             return
-        near = self.val_fidelity(student, self.teacher(batch).logits, rows)
-        self.log_dict({f"val/{name}": metric for name, metric in near.items()})
+        self.val_fidelity.update(student, self.teacher(batch).logits, rows)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of validation, and with a teacher how near the student is to it."""
+        super().on_validation_epoch_end()
+        if self.teacher is not None:
+            self.log_scores(self.val_fidelity, "val")
 
     def _expected(self, batch: Batch, student: ModelOutput) -> ModelOutput:
         """Return what the teacher says of a batch; where the objective does not read it, the student's own output."""

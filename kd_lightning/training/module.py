@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from kd_lightning.losses.term import at_least_float32
 from kd_lightning.models.adapt import run_network
 from kd_lightning.runtime.sharding import full, shard
-from kd_lightning.tasks import Task
+from kd_lightning.tasks import Scores, Task
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable, parameter_groups
 from kd_lightning.training.step_counts import StepCounts
@@ -171,8 +171,21 @@ class NetworkModule(L.LightningModule):
         labelled = int((known & batch["keep"] if "keep" in batch else known).sum())
         said = ModelOutput(at_least_float32(logits))
         self.log(f"{split}/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
-        for name, metric in self.val_scores(logits, batch["labels"], batch).items():
-            self.log(f"{split}/{name}", metric, prog_bar=name == self.task.main)
+        self.val_scores.update(logits, batch["labels"], batch)
+
+    def log_scores(self, scores: Scores, split: str) -> None:
+        """Log the scores of a split that has been gone through in all processes, and begin anew."""
+        for name, value in scores.compute().items():
+            self.log(f"{split}/{name}", value, prog_bar=name == self.task.main, batch_size=1, sync_dist=True)
+        scores.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of validation."""
+        self.log_scores(self.val_scores, "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the test split."""
+        self.log_scores(self.val_scores, "test")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and count the steps that a GradScaler (float16) leaves out for gradients that overflow.

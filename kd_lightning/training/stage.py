@@ -16,7 +16,7 @@ from torch import nn
 from kd_lightning.config.instantiate import lookup, processes
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.runtime.fingerprints import digest
-from kd_lightning.tasks.predictions import network_answers
+from kd_lightning.tasks.evaluation import evaluate, of_network
 from kd_lightning.training.run_folder import finish_stage, save_network
 
 if TYPE_CHECKING:
@@ -103,17 +103,16 @@ def keep(
     checkpoint = torch.load(best, map_location="cpu", weights_only=True)
     network = module.whole
     network.load_state_dict(module.weights_of_trained(checkpoint["state_dict"]))
-    validation = network_answers(network, training.data.val_dataloader(), device)
-    scores = training.data.task.evaluate(validation)
+    data, task = training.data, training.data.task
+    scores = evaluate(task, of_network(network, device), data.val_dataloader(), device).scores
     if bad := [name for name, score in scores.items() if not math.isfinite(score)]:
         raise KDError(f"{training.name} diverged: its validation {bad[-1]} is {scores[bad[-1]]}; lower {training.rate}")
-    data = training.data
-    task = {
-        "class_names": data.class_names, "predicts": data.task.description, **data.input_format,
+    read = {
+        "class_names": data.class_names, "predicts": task.description, **data.input_format,
         "role": training.role, "data": data.labelled,
     }  # fmt: skip
     tokenizer = data.tokenizer_of(training.role)
-    save_network(training.folder, network, training.network_settings, task, tokenizer)
+    save_network(training.folder, network, training.network_settings, read, tokenizer)
     record: dict[str, Any] = {
         "fingerprint": training.fingerprint,
         "settings": training.settings,
@@ -121,7 +120,7 @@ def keep(
         "best_step": int(checkpoint["global_step"]),
         "seconds": seconds,
         "validation": scores,
-        "selected_by": training.data.task.main,
+        "selected_by": task.main,
         **training.notes,
     }
     finish_stage(training.folder, record)

@@ -18,7 +18,7 @@ from kd_lightning.models.hf import pretrained
 from kd_lightning.runtime.assets import home, new_folder
 from kd_lightning.runtime.log_filters import quiet
 from kd_lightning.tasks import Classification
-from kd_lightning.tasks.predictions import network_answers
+from kd_lightning.tasks.evaluation import evaluate, of_network
 from kd_lightning.training.distillation import SupervisedModule
 
 
@@ -74,10 +74,7 @@ def train_teacher() -> dict[str, str]:
 
 def scored(student: nn.Module, data: Reviews, seconds: float) -> dict[str, float]:
     """Return a contestant's result: its time, and that its student has learned what the others' have."""
-    validation = network_answers(student, data.val_dataloader())
-    training = network_answers(student, data.train_dataloader())
-    return {
-        "seconds": seconds,
-        "validation_accuracy": float((validation.logits.argmax(1) == validation.labels).float().mean()),
-        "training_accuracy": float((training.logits.argmax(1) == training.labels).float().mean()),
-    }
+    loaders = {"validation": data.val_dataloader(), "training": data.train_dataloader()}
+    model, task = of_network(student), Classification(2)
+    scores = {f"{part}_accuracy": evaluate(task, model, own).scores["accuracy"] for part, own in loaders.items()}
+    return {"seconds": seconds, **scores}

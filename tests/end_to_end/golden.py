@@ -1,6 +1,7 @@
 """What small runs come to, by composition: held in golden.json, so that rebuilding the house changes no figure.
 
-python -m tests.end_to_end.golden     train them all and write golden.json anew: only when figures are to change
+python -m tests.end_to_end.golden [NAME]    train all, or those named, and write golden.json anew: only when figures are
+                                            to change
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def machine() -> str:
 
 def main() -> None:
     """Write golden.json."""
-    found = {}
-    for name in NAMES if len(sys.argv) == 1 else sys.argv[1:]:
+    found = json.loads(FILE.read_text())["runs"]
+    for name in sys.argv[1:] or NAMES:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = figures(name, Path(folder))
         print(name, file=sys.stderr)

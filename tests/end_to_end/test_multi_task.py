@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
 
-from kd_lightning.cli.evaluate import evaluate_file, evaluate_split
+from kd_lightning.cli.evaluate import score_split
 from kd_lightning.cli.predict import main as predict
 from kd_lightning.data.sources.files import FileReader
+from kd_lightning.evaluation.evaluator import score_file
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.objectives import run_objective
@@ -117,13 +118,13 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
     assert text.startswith("# MultiTaskData: sentiment, domain, rating: ")
     assert "most frequent class" not in text
 
-    scores = evaluate_split(load_run(folder / "seed_0/distill"), folder, "test")
-    assert scores["average"] == pytest.approx(models["distilled"]["test"]["average"]["mean"])
-    assert scores["examples"] == 144
-    rating = evaluate_split(load_run(folder / "tasks/rating/teacher"), folder / "tasks/rating/teacher", "test")
-    assert rating["pearson"] == pytest.approx(models["teacher"]["test"]["rating/pearson"]["mean"], abs=1e-6)
+    found = score_split(load_run(folder / "seed_0/distill"), folder, "test")
+    assert found.scores["average"] == pytest.approx(models["distilled"]["test"]["average"]["mean"])
+    assert found.examples == 144
+    rating = score_split(load_run(folder / "tasks/rating/teacher"), folder / "tasks/rating/teacher", "test")
+    assert rating.scores["pearson"] == pytest.approx(models["teacher"]["test"]["rating/pearson"]["mean"], abs=1e-6)
     with pytest.raises(KDError, match="predicts more than a class"):
-        evaluate_file(load_run(folder), "x.csv", FileReader())
+        score_file(load_run(folder), "x.csv", FileReader())
 
     predict([str(folder), "a superb film actor tonight", "--json"])
     said = json.loads(capsys.readouterr().out)

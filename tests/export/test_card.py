@@ -18,16 +18,15 @@ from omegaconf import OmegaConf
 
 from kd_lightning.cli.export import main as kd_export
 from kd_lightning.evaluation.report.build import SCHEMA_VERSION
+from kd_lightning.export import parity
 from kd_lightning.export.card import card
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.history import History, Origin, start_of, teacher_of
 from kd_lightning.export.hub import push_to_hub
-from kd_lightning.export.parity import intervals
 from kd_lightning.export.source import find_student, open_source
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.runtime.fingerprints import write_json
 from kd_lightning.tasks import Regression
-from kd_lightning.tasks.predictions import Answers
 from kd_lightning.training.run_folder import finish_stage
 from tests.export.runs import cnn_run
 from tests.names import HOSTILE
@@ -230,7 +229,11 @@ def test_intervals_hold_the_score_and_shrink_with_the_examples(monkeypatch: pyte
     for n in (100, 1600):
         labels = torch.randn(n, generator=generator)
         logits = (labels + torch.randn(n, generator=generator)).reshape(-1, 1)
-        low, high = intervals(Regression(), Answers(torch.arange(n), logits, labels))["rmse"] or (0, 0)
+        sampled = parity._Parts(Regression(), parity.PARTS // 4)
+        for rows in torch.arange(n).chunk(4):
+            sampled.add(logits[rows], {"labels": labels[rows]})
+        assert len(sampled.states) == min(n, parity.PARTS)
+        low, high = sampled.intervals()["rmse"] or (0, 0)
         assert low < 1 < high, "the noise's deviation is 1"
         widths.append(high - low)
         assert high - low == pytest.approx(2 * 1.96 / (2 * n) ** 0.5, rel=0.25), "of a normal deviation in theory"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from kd_lightning.cli.evaluate import image_logits, text_logits
 from kd_lightning.cli.export import main as kd_export
 from kd_lightning.cli.predict import main as kd_predict
 from kd_lightning.export.exported import read_exported
@@ -27,6 +26,7 @@ from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import load_run
 from tests.export.fresh import OURS, ROOT, answers, example
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
+from tests.whole_split import image_logits, text_logits
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")

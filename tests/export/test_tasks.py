@@ -10,13 +10,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from kd_lightning.cli.evaluate import text_logits
 from kd_lightning.export.exported import read_exported
 from kd_lightning.export.load import load_export
 from kd_lightning.training.run_folder import load_run
 from tests.export.fresh import OURS, answers, example
 from tests.export.test_formats import export
 from tests.export.test_refusals import refusal
+from tests.whole_split import text_logits
 
 SENTENCES = ["a superb film, lovely actor", "an awful battery", "the senate again"]
 

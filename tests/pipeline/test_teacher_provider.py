@@ -28,13 +28,13 @@ from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import CacheError, ConfigError
-from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, fit_weights
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.ensemble import check_scores
 from kd_lightning.training.run_folder import load_run
 from kd_lightning.types import Batch, ModelOutput
 from tests.conftest import tiny_overrides, write_toy_csv
+from tests.whole_split import outputs_of
 
 Composed = Callable[..., DictConfig]
 
@@ -119,7 +119,7 @@ def test_auto_keeps_the_answers_while_the_first_epoch_trains_and_they_are_those_
     cache = TeacherCache.open(folder)
     assert cache.complete
     loader = pipeline.data.select(tokens="teacher").all_dataloader()
-    running = answers(FrozenTeacher(pipeline.teacher.network), loader)
+    running = outputs_of(FrozenTeacher(pipeline.teacher.network), loader)
     kept = cache.lookup(torch.arange(pipeline.data.num_examples)).logits
     torch.testing.assert_close(kept, running.logits, rtol=1e-5, atol=1e-6)
 
@@ -256,11 +256,11 @@ def test_members_with_tokenizers_of_their_own_teach_together(
     assert report["models"]["teacher"]["latency_ms"] is None  # no one batch to time both on
     said = []
     for network, data in zip((m.network for m in pipeline.teacher.members), (pipeline.data, second.data), strict=True):
-        said.append(answers(FrozenTeacher(network), data.select(tokens="teacher").val_dataloader()))
+        said.append(outputs_of(FrozenTeacher(network), data.select(tokens="teacher").val_dataloader()))
     assert torch.equal(said[0].labels, said[1].labels)
     weights = torch.tensor(fit_weights(torch.stack([one.logits for one in said]), said[0].labels, "logits"))
     expected = (weights.view(2, 1, 1) * torch.stack([one.logits for one in said])).sum(0)
-    together = answers(pipeline.predicting_teacher, pipeline.data.val_dataloader())
+    together = outputs_of(pipeline.predicting_teacher, pipeline.data.val_dataloader())
     torch.testing.assert_close(together.logits, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"teacher\.cache=off: the members of teacher.checkpoint have different tok"):
         train_all(distil(members, "teacher.cache=off"))

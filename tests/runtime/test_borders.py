@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kd_lightning.cli.predict import _print_table, _print_tasks
+from kd_lightning.cli.predict import print_table
 from kd_lightning.evaluation.report.table import as_markdown
 from kd_lightning.runtime.borders import (
     Plain,
@@ -31,6 +31,7 @@ from kd_lightning.runtime.borders import (
 )
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
+from kd_lightning.tasks import Classification, MultiTask
 from tests.names import HOSTILE
 
 
@@ -52,9 +53,10 @@ def test_ordinary_names_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_predictions_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"text": name, "label": name, "probabilities": {name: 0.75, "b": 0.25}}
-    _print_table([row], "text", [name, "b"])
-    _print_tasks([{"text": name, name: {"label": name, "probabilities": {name: 1.0}}}])
+    record = {"label": name, "probabilities": {name: 0.75, "b": 0.25}}
+    several = MultiTask({name: Classification(2)})
+    print_table("text", [name], [Classification(2).cells(record, [name, "b"])])
+    print_table("text", [name], [several.cells({name: record})])
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\x07" not in out

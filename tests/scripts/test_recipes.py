@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kd_lightning.config.instantiate import conf_dir
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.tasks.predictions import answers, network_answers
+from kd_lightning.tasks.evaluation import evaluate, of_network
 from tests import ROOT
 from tests.conftest import tiny_overrides, write_toy_csv
 
@@ -147,7 +147,7 @@ def test_the_test_split_is_read_whatever_else_is_in_the_folder_of_the_experiment
     own = tmp_path / "runs/quickstart/config.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("name: quickstart\nalpha: 0.123\n")
-    assert len(list(trainings._test_loader((*settings, *more)))) > 0
+    assert len(list(trainings._data((*settings, *more)).test_dataloader())) > 0
     assert own.read_text() == "name: quickstart\nalpha: 0.123\n"
 
 
@@ -157,14 +157,13 @@ def test_a_teacher_is_scored_in_float32_whatever_its_students_were_told(
     trainings = sys.modules["trainings"]
     more = ("stages=[teacher,distill]", "teacher.precision=bf16")
     job = trainings.Job("toy", (*tiny_overrides(toy_csv, tmp_path / "run"), *more), tmp_path / "run", 0)
-    run = trainings.pipeline(job.overrides)
-    run.run()
+    run = trainings.run_of(job.overrides)
+    train_all(run)
     batches = run.data.select(tokens="teacher").test_dataloader()
-    scored = trainings.teacher_answers(job).logits
-    torch.testing.assert_close(scored, network_answers(run.teacher.network, batches).logits, rtol=0, atol=1e-6)
-    assert (scored - answers(run.answering_teacher, batches).logits).abs().max() > 1e-4, (
-        "what they were told is rounded"
-    )
+    models = of_network(run.teacher.network), run.predicting_teacher
+    exact, rounded = (evaluate(run.task, model, batches).scores["cross_entropy"] for model in models)
+    assert trainings.teacher_scores(job)["cross_entropy"] == pytest.approx(exact, abs=1e-6)
+    assert abs(exact - rounded) > 1e-5, "what they were told is rounded"
 
 
 def test_a_recipe_that_trains_its_teachers_gives_them_to_another_run(

@@ -8,18 +8,22 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
-from scipy.stats import entropy
+from scipy.stats import entropy, pearsonr
 from torch import Tensor
 from torchmetrics import Metric
 
+from kd_lightning.tasks import Classification
 from kd_lightning.tasks.metrics import (
     Accuracy,
     Agreement,
+    CalibrationError,
+    CrossEntropy,
     MacroF1,
+    Pearson,
+    RootMeanSquare,
     TeacherStudentKL,
     agreement,
     distillation_ratio,
-    evaluate_logits,
     expected_calibration_error,
     teacher_student_kl,
 )
@@ -86,10 +90,6 @@ def test_shapes_are_checked(logits: tuple[Tensor, Tensor, Tensor]) -> None:
             function(student, teacher[:, :4])
         with pytest.raises(ValueError, match="do not fit"):
             function(student, teacher, labels[:3])
-    with pytest.raises(ValueError, match="flatten"):
-        evaluate_logits(student[None], labels[None])
-    with pytest.raises(ValueError, match="5 classes, the data has 4"):
-        evaluate_logits(student, labels, num_classes=4)
 
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -105,10 +105,23 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) ->
     return total
 
 
-def test_scores_are_numpys(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+def scores_of(student: Tensor, labels: Tensor, teacher: Tensor | None = None, size: int = 64) -> dict[str, float]:
+    """The scores of a classification, batch by batch."""
+    task = Classification(student.shape[1])
+    found: dict[str, Tensor] = {}
+    for scores, against in ((task.scores(), labels), (task.fidelity(), teacher)):
+        if against is not None:
+            for rows in torch.arange(len(student)).split(size):
+                scores.update(student[rows], against[rows], {})
+            found |= scores.compute()
+    return {name: float(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("size", [200, 64, 1])
+def test_scores_are_numpys(logits: tuple[Tensor, Tensor, Tensor], size: int) -> None:
     student, teacher, labels = logits
     z, t, y = float64(student), float64(teacher), labels.numpy()
-    scores = evaluate_logits(student, labels, teacher, num_classes=5)
+    scores = scores_of(student, labels, teacher, size)
     predicted = z.argmax(1)
     f1 = []
     for c in range(5):
@@ -140,7 +153,7 @@ def test_a_confidence_of_1_is_in_the_last_of_15_bins() -> None:
     logits = torch.stack([margins, torch.zeros(1000)], dim=1)
     assert torch.softmax(logits[0], 0)[0] == 1.0
     assert expected_calibration_error(logits, labels).item() == pytest.approx(0.0453, abs=5e-5)
-    assert evaluate_logits(logits, labels)["ece"] == pytest.approx(0.0453, abs=5e-5)
+    assert scores_of(logits, labels)["ece"] == pytest.approx(0.0453, abs=5e-5)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -162,12 +175,10 @@ def test_nan_in_is_nan_out_of_every_score(row: int, column: int, of_teacher: boo
     labels = torch.arange(200) % 5
     damaged = teacher if of_teacher else student
     damaged[slice(None) if every else row, column] = torch.nan
-    scores = evaluate_logits(student, labels, teacher)
-    hit = {"agreement", "kl_to_teacher"} if of_teacher else set(scores)
-    assert {name for name, value in scores.items() if math.isnan(value)} == hit
     assert math.isnan(expected_calibration_error(student, labels)) is not of_teacher
     streamed: list[tuple[Metric, Tensor]] = [
-        (Accuracy(5), labels), (MacroF1(5), labels), (Agreement(), teacher), (TeacherStudentKL(), teacher)
+        *((metric, labels) for metric in (Accuracy(5), MacroF1(5), CalibrationError(), CrossEntropy())),
+        (Agreement(), teacher), (TeacherStudentKL(), teacher),
     ]  # fmt: skip
     for metric, against in streamed:
         for rows in torch.arange(200).split(64):
@@ -180,24 +191,21 @@ def test_nan_in_is_nan_out_of_every_score(row: int, column: int, of_teacher: boo
 
 def test_unlabelled_nan_counts_nowhere(logits: tuple[Tensor, Tensor, Tensor]) -> None:
     student, _, labels = logits
-    expected = evaluate_logits(student[:100], labels[:100])
+    expected = scores_of(student[:100], labels[:100])
     student, labels = student.clone(), labels.clone()
     student[100:], labels[100:] = torch.nan, IGNORE
-    assert evaluate_logits(student, labels) == pytest.approx(expected)
-    for metric, name in ((Accuracy(5), "accuracy"), (MacroF1(5), "macro_f1")):
-        metric.update(student, labels)
-        assert float(metric.compute()) == pytest.approx(expected[name])
+    assert scores_of(student, labels) == pytest.approx(expected)
 
 
 def test_unlabelled_examples_count_in_fidelity_only(logits: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, labels = logits
     partly = labels.clone()
     partly[100:] = IGNORE
-    scores = evaluate_logits(student, partly, teacher)
-    labelled = evaluate_logits(student[:100], labels[:100])
+    scores = scores_of(student, partly, teacher, 50)
+    labelled = scores_of(student[:100], labels[:100], size=50)
     assert {name: scores[name] for name in labelled} == labelled
     assert scores["agreement"] == agreement(student, teacher).item()
-    nothing = evaluate_logits(student, torch.full_like(labels, IGNORE), teacher)
+    nothing = scores_of(student, torch.full_like(labels, IGNORE), teacher)
     assert all(math.isnan(nothing[name]) for name in labelled)
     assert nothing["agreement"] == scores["agreement"]
 
@@ -222,6 +230,50 @@ def test_metrics_accumulate_over_uneven_batches_and_processes(
     torch.testing.assert_close(merged.compute(), expected)
     merged.reset()
     assert merged.count == 0
+
+
+def test_correlation_and_difference_of_scores_are_scipys_in_batches_of_any_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = 40 + torch.randn(100, generator=generator)  # far from zero, where sums of squares lose digits
+    scores = 0.5 * labels + 0.1 * torch.randn(100, generator=generator)
+    for sizes in ([100], [1, 30, 69]):
+        correlation, difference = Pearson(), RootMeanSquare()
+        for rows in torch.arange(100).split(sizes):
+            correlation.update(scores[rows], labels[rows])
+            difference.update(scores[rows], labels[rows])
+        assert float(correlation.compute()) == pytest.approx(
+            pearsonr(scores.double(), labels.double()).statistic, abs=1e-10
+        )
+        expected = (scores.double() - labels.double()).square().mean().sqrt()
+        assert float(difference.compute()) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("scores", "labels"), [([0.0] * 3, [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [0.1] * 3)])
+def test_a_constant_has_no_correlation(scores: list[float], labels: list[float]) -> None:
+    metric = Pearson()
+    metric.update(torch.tensor(scores), torch.tensor(labels))
+    assert float(metric.compute()) == 0
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_has_no_correlation_and_none_is_nan(value: float) -> None:
+    metric = Pearson()
+    metric.update(torch.tensor([1.0, value, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    assert math.isnan(metric.compute())
+    metric.reset()
+    metric.update(torch.zeros(0), torch.zeros(0))
+    assert math.isnan(metric.compute())
+
+
+def test_sums_stay_wide_where_a_trainer_narrows_all_it_holds() -> None:
+    scores = Classification(3).scores().to(torch.bfloat16)
+    for metric in scores.metrics.values():
+        states = [getattr(metric, name) for name in metric._defaults]
+        assert {state.dtype for state in states} <= {torch.float64, torch.int64}
+    for _ in range(1000):
+        scores.update(torch.eye(3)[:1], torch.tensor([0]), {})
+    assert float(scores.compute()["accuracy"]) == 1.0
+    assert float(scores.metrics["cross_entropy"].count) == 1000
 
 
 def test_ratio() -> None:

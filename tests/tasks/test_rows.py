@@ -98,8 +98,9 @@ def test_what_is_not_kept_may_be_no_number() -> None:
     (batch,) = sequences([6])
     task, keep = Tagging(CLASSES), batch["keep"]
     logits = torch.where(keep.unsqueeze(2), torch.randn(6, LENGTH, CLASSES), torch.nan)
-    for scores in (task.scores()(logits, batch["labels"], batch), task.fidelity()(logits, logits, batch)):
-        assert all(torch.isfinite(metric.compute()) for metric in scores.values())
+    for scores, against in ((task.scores(), batch["labels"]), (task.fidelity(), logits)):
+        scores.update(logits, against, batch)
+        assert all(torch.isfinite(value) for value in scores.compute().values())
 
 
 def test_row_t_answers_for_token_t_plus_one() -> None:

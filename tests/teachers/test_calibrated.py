@@ -18,10 +18,10 @@ from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
-from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import CalibratedTeacher, FrozenTeacher, fit_temperature
 from kd_lightning.types import IGNORE
 from tests.conftest import tiny_overrides
+from tests.whole_split import outputs_of
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
@@ -58,13 +58,13 @@ def test_a_run_with_a_calibrated_teacher(
     assert "calibrated: logits divided by" in said.getvalue()
     temperature = read_json(tmp_path / "run" / "seed_0" / "distill" / "stage.json")["teacher_temperature"]
     data = pipeline.data.select(tokens="teacher")
-    raw = answers(FrozenTeacher(pipeline.teacher.network), data.val_dataloader())
+    raw = outputs_of(FrozenTeacher(pipeline.teacher.network), data.val_dataloader())
     assert temperature == pytest.approx(fit_temperature(raw.logits, raw.labels), rel=1e-4)
     asked = pipeline.predicting_teacher
     assert isinstance(asked, CalibratedTeacher)
     assert abs(temperature - 1) > 0.05
-    divided = answers(asked, data.test_dataloader()).logits
-    plain = answers(FrozenTeacher(pipeline.teacher.network), data.test_dataloader()).logits
+    divided = outputs_of(asked, data.test_dataloader()).logits
+    plain = outputs_of(FrozenTeacher(pipeline.teacher.network), data.test_dataloader()).logits
     torch.testing.assert_close(divided, plain / temperature, rtol=1e-4, atol=1e-5)
 
 

@@ -21,12 +21,12 @@ from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
-from kd_lightning.tasks.predictions import answers
 from kd_lightning.teachers import CalibratedTeacher, CrossFittedTeacher, FrozenTeacher, fit_temperature
 from kd_lightning.teachers.ensemble import Combine
 from kd_lightning.types import Batch, ModelOutput
 from tests.conftest import tiny_overrides
 from tests.data.images import write_fashion
+from tests.whole_split import outputs_of
 
 
 class Says:
@@ -166,12 +166,12 @@ def test_a_run_with_a_cross_fitted_teacher(
     folds = data.folds(3)
     asked = pipeline.predicting_teacher
     assert isinstance(asked, CalibratedTeacher)
-    said = answers(asked.inner, data.all_dataloader())
+    said = outputs_of(asked.inner, data.all_dataloader())
     train = data.sizes["train"]
     assert (folds[:train] >= 0).all()
     assert (folds[train : 2 * train] == folds[:train]).all(), "views are answered by who has not seen their sentence"
     assert asked.temperature == pytest.approx(fit_temperature(said.logits[:train], said.labels[:train]), rel=1e-3)
-    alone = [answers(FrozenTeacher(member.network), data.all_dataloader()) for member in pipeline.teacher.members]
+    alone = [outputs_of(FrozenTeacher(member.network), data.all_dataloader()) for member in pipeline.teacher.members]
     for row, fold in enumerate(folds):
         own = [one.logits[row].softmax(0) for one in alone]
         expected = own[fold] if fold >= 0 else torch.stack(own).mean(0)

@@ -28,6 +28,7 @@ from kd_lightning.training.objective import Objective
 from kd_lightning.training.optim import warmup_linear
 from kd_lightning.training.schedules import Linear, OneMinus
 from kd_lightning.types import IGNORE, Batch, ModelOutput
+from tests.tasks.test_metrics import calibration_error
 
 FEATURES, CLASSES = 6, 4
 
@@ -348,6 +349,8 @@ def test_validation_scores_over_unequal_batches() -> None:
             "val/loss": ce,
             "val/accuracy": (z_s.argmax(-1) == labels.numpy()).mean(),
             "val/macro_f1": macro_f1(z_s.argmax(-1), labels.numpy()),
+            "val/ece": calibration_error(z_s, labels.numpy()),
+            "val/cross_entropy": ce,
             "val/agreement": (z_s.argmax(-1) == z_t.argmax(-1)).mean(),
             "val/kl_to_teacher": kl,
         },

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from kd_lightning.cli import evaluate, predict
-from kd_lightning.cli.evaluate import text_logits
 from kd_lightning.data import TextFiles
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
@@ -19,6 +18,7 @@ from kd_lightning.runtime.fingerprints import differences, digest, network_diges
 from kd_lightning.runtime.seals import write_sealed
 from kd_lightning.training.run_folder import check_fingerprint, find_stage, finish_stage, load_run, save_network
 from kd_lightning.training.stage import planned_steps
+from tests.whole_split import text_logits
 
 
 class Mine(nn.Module):
@@ -61,7 +61,7 @@ def test_a_network_is_read_back_with_its_weights_and_answers_alike(run: Path, da
     assert model.class_names == ["food", "science", "运动"]
     assert not model.network.training
     texts = [("good soup",), ("球赛, a match today",), ("atom",)]
-    together = text_logits(model, texts, batch_size=2)
+    together = text_logits(model, texts)
     for i, text in enumerate(texts):
         batch = data.encode([text[0]])
         torch.testing.assert_close(run_network(model.network, batch).logits[0], together[i])

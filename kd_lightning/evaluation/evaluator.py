@@ -1,0 +1,151 @@
+"""A trained model on inputs of the user's own: what it predicts of them, and how it scores on a labelled file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_lightning.runtime.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from kd_lightning.data.sources.files import FileReader
+    from kd_lightning.data.text.corpus import Sentence
+    from kd_lightning.tasks.evaluation import Evaluation
+    from kd_lightning.training.run_folder import TrainedModel
+    from kd_lightning.types import Batch
+
+BATCH = 64
+"""Inputs that are predicted together."""
+
+
+def text_batches(model: TrainedModel, sentences: Sequence[Sentence]) -> Iterator[Batch]:
+    """Yield sentences (or pairs) as a text model reads them, those of like length together; `index` is their place.
+
+    Raises:
+        ConfigError: The model reads no text.
+    """
+    import torch
+
+    from kd_lightning.data.text.tokens import encode_batch
+
+    if model.tokenizer is None:
+        raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
+    order = sorted(range(len(sentences)), key=lambda i: sum(map(len, sentences[i])))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        encoded = encode_batch(model.tokenizer, [sentences[i] for i in chosen], model.max_length)
+        yield {**encoded, "index": torch.tensor(chosen)}
+
+
+def image_batches(model: TrainedModel, paths: Sequence[Path]) -> Iterator[Batch]:
+    """Yield image files as a model of images reads them; `index` is their place.
+
+    Raises:
+        ConfigError: The model reads no images, or a file is none.
+    """
+    import numpy as np
+    import torch
+
+    from kd_lightning.data.image.store import read_image
+
+    if model.images is None:
+        raise ConfigError(f"the model in {model.folder} does not read images")
+    for start in range(0, len(paths), BATCH):
+        chosen = paths[start : start + BATCH]
+        pixels = np.stack([read_image(path, model.images.size, model.images.channels) for path in chosen])
+        index = torch.arange(start, start + len(chosen))
+        yield {"pixel_values": model.images.normalise(pixels), "index": index}
+
+
+def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict[str, Any]]:
+    """Return what a model predicts of each input (texts, or an image's path); of an empty one nothing, by these names.
+
+    Raises:
+        DataError: All of them are empty.
+    """
+    import torch
+
+    from kd_lightning.models.adapt import run_network
+
+    given = [one for one in inputs if one is not None]
+    if not given:
+        raise DataError("no sentences: every line is empty")
+    reads_images = model.images is not None
+    paths = [Path(one[0]).expanduser() for one in given] if reads_images else []
+    found: dict[int, dict[str, Any]] = {}
+    with torch.inference_mode():
+        for batch in image_batches(model, paths) if reads_images else text_batches(model, given):
+            logits = run_network(model.network, batch).logits.float()
+            records = model.task.read(logits, batch, model.class_names)
+            found |= dict(zip(batch["index"].tolist(), records, strict=True))
+    records = iter([found[place] for place in range(len(given))])
+    nothing = dict.fromkeys(found[0])
+    return [dict(nothing) if one is None else next(records) for one in inputs]
+
+
+def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: bool = False) -> Evaluation:
+    """Score a model on a labelled file: CSV, TSV, JSON or Parquet.
+
+    Args:
+        model: A classifier of texts.
+        file: The file.
+        reader: Reads it.
+        numbered: Whether its labels may be the classes' numbers where these are called by words.
+
+    Raises:
+        ConfigError: The model is another, or the file is not for it.
+    """
+    import torch
+
+    from kd_lightning.data.text.corpus import encode_labels
+    from kd_lightning.tasks.evaluation import evaluate, of_network
+
+    if model.tokenizer is None:
+        raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
+    if model.task.classes is None:
+        raise ConfigError(
+            f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
+        )
+    check_columns(model, reader)
+    examples = encode_labels(reader.examples(file), model.class_names, numbered)
+    labels = torch.tensor(examples.labels)
+    batches = ({**batch, "labels": labels[batch["index"]]} for batch in text_batches(model, examples.texts))
+    return evaluate(model.task, of_network(model.network), batches)
+
+
+def read_inputs(model: TrainedModel, file: Path, reader: FileReader) -> list[Sentence | None]:
+    """Return what to predict for each record of a table, or for each line of any other file; None where it is empty.
+
+    Raises:
+        ConfigError: The file cannot be read so.
+    """
+    from dataclasses import replace
+
+    from kd_lightning.data.sources.records import format_of, lines_of
+
+    kind = "txt" if model.images is not None else reader.format or format_of(file) or "txt"
+    if kind == "txt":
+        return inputs_of(model, [line.rstrip("\n") for line in lines_of(file, reader.manner)])
+    check_columns(model, reader)
+    return replace(reader, format=kind).sentences_and_gaps(file)
+
+
+def inputs_of(model: TrainedModel, lines: Sequence[str]) -> list[Sentence | None]:
+    """Return the text of each line, or two with a tab between for a model of pairs; None where there is none."""
+    from kd_lightning.data.text.corpus import is_blank
+
+    found: list[Sentence | None] = []
+    for line in lines:
+        texts = tuple(text.strip() for text in (line.split("\t") if model.texts == 2 else [line]))
+        if len(texts) != (model.texts or 1) and not is_blank(line):
+            raise DataError(f"the model in {model.folder} reads pairs, two texts with a tab between: {line!r} is none")
+        found.append(None if is_blank(line) else texts)
+    return found
+
+
+def check_columns(model: TrainedModel, reader: FileReader) -> None:
+    """Refuse a file that is read for fewer or more texts an example than the model reads."""
+    if model.texts != len(reader.text_columns):
+        reads = "pairs: name --text-pair-column" if model.texts == 2 else "single texts: give no --text-pair-column"
+        raise ConfigError(f"the model in {model.folder} reads {reads}")
