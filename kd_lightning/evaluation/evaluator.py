@@ -77,8 +77,8 @@ def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict
     with torch.inference_mode():
         for batch in image_batches(model, paths) if reads_images else text_batches(model, given):
             logits = run_network(model.network, batch).logits.float()
-            records = model.task.read(logits, batch, model.class_names)
-            found |= dict(zip(batch["index"].tolist(), records, strict=True))
+            read = model.task.read(logits, batch, model.class_names)
+            found |= dict(zip(batch["index"].tolist(), read, strict=True))
     records = iter([found[place] for place in range(len(given))])
     nothing = dict.fromkeys(found[0])
     return [dict(nothing) if one is None else next(records) for one in inputs]

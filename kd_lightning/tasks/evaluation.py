@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +90,8 @@ def evaluate_all(
     found = {}
     for name in models:
         scores = against_labels[name].compute() | (against_teacher[name].compute() if reference is not None else {})
-        right = torch.cat(correct[name])[order].tolist() if correct[name] else []
-        found[name] = Evaluation({key: float(value) for key, value in scores.items()}, len(order), right)
+        rights: list[bool] = torch.cat(correct[name])[order].tolist() if correct[name] else []
+        found[name] = Evaluation({key: float(value) for key, value in scores.items()}, len(order), rights)
     return found
 
 
@@ -102,7 +102,7 @@ def labels_of(task: Task, batches: Iterable[Batch]) -> Tensor:
 
 
 def labelled_rows(
-    task: Task, models: list[Model], batches: Iterable[Batch], device: torch.device | str = "cpu"
+    task: Task, models: Sequence[Model], batches: Iterable[Batch], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Return logits of models where there is a label, to fit a few numbers to: a temperature, weights of an ensemble.
 

@@ -158,7 +158,7 @@ class _OfNumbers(MulticlassStatScores):
 
     def compute(self) -> Tensor:
         """Return the score over everything added so far."""
-        counted = (self.tp + self.fn).sum()  # type: ignore[operator]
+        counted = torch.as_tensor(self.tp).sum() + torch.as_tensor(self.fn).sum()
         return _unless((self.invalid > 0) | (counted == 0), super().compute())
 
 

@@ -64,7 +64,7 @@ class Scores(nn.Module):
     def load(self, states: Tensor) -> None:
         """Take numbers that `states` returned, or a sum of such, for what was added."""
         sizes = [state.numel() for _, _, state in self._states()]
-        for (metric, name, state), values in zip(self._states(), states.split(sizes), strict=True):
+        for (metric, name, state), values in zip(self._states(), torch.split(states, sizes), strict=True):
             setattr(metric, name, values.view(state.shape).to(state.device, state.dtype))
             metric._update_count, metric._computed = 1, None  # else it warns, or returns what it was before
 
