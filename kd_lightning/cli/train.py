@@ -59,7 +59,7 @@ def _train(cfg: DictConfig) -> Run:
     from kd_lightning.runtime.processes import first, join
 
     watch()
-    validate(cfg)
+    checked = validate(cfg)
     join()
     from kd_lightning.pipeline.compare import compare
     from kd_lightning.pipeline.context import Run
@@ -71,7 +71,7 @@ def _train(cfg: DictConfig) -> Run:
     log.handlers = [logging.StreamHandler()]
     log.handlers[0].setFormatter(Plain())
     with first():
-        run = Run(cfg, Console(quiet=rank() > 0))
+        run = Run(checked, Console(quiet=rank() > 0))
     train_all(run, begin=lambda: link_logs(run.folder))
     with first():
         if rank() == 0:

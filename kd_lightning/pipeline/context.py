@@ -76,7 +76,7 @@ class Run:
     """What all stages of a run read; nothing in it is trained.
 
     Args:
-        cfg: The composed configuration (conf/config.yaml).
+        cfg: The composed configuration (conf/config.yaml), or what `validate` made of it.
         console: Where progress and the table are printed.
         data: The data that `cfg` describes, where they are read already.
 
@@ -91,8 +91,10 @@ class Run:
         ConfigError: Before any work, for whatever is wrong with the configuration.
     """
 
-    def __init__(self, cfg: DictConfig, console: Console | None = None, data: IndexedData | None = None) -> None:
-        checked = validate(cfg)
+    def __init__(
+        self, cfg: DictConfig | RunConfig, console: Console | None = None, data: IndexedData | None = None
+    ) -> None:
+        checked = cfg if isinstance(cfg, RunConfig) else validate(cfg)
         self.cfg = replace(checked, data=absolute(checked.data))
         self.console = console or Console()
         self.folder = Path(self.cfg.run_dir)
@@ -103,7 +105,7 @@ class Run:
         check_folder(self.folder, self.cfg)
         if rank() == 0:
             remove_temporary(self.folder)
-        check_sources(self.cfg.as_dict())
+        check_sources(self.cfg)
         key = [digest(self.cfg.data), stamps(self.cfg.data)]
         self.data: IndexedData = data or shared("data", key, lambda: _prepared(self.cfg.data))
         self.parts = {"": Part("", self.cfg, self.data, self.folder)}

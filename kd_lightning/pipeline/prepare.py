@@ -23,7 +23,7 @@ from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
 from kd_lightning.training.callbacks import CacheFilling, MeanTeacher
 from kd_lightning.training.distillation import DistillationModule, SupervisedModule
 from kd_lightning.training.run_folder import load_run
-from kd_lightning.training.stage import Training
+from kd_lightning.training.stage import VERSION, Training
 
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
@@ -85,7 +85,8 @@ def _deciding(run: Run, stage: Stage, data: IndexedData) -> dict[str, Any]:
         trainer["strategy"] = "ddp"
     weights = {name: own.weight for name, own in run.cfg.tasks.items()}
     return {
-        "optimizer": stage.optimizer, "scheduler": stage.scheduler, "trainer": trainer, "batch_size": data.batch_size,
+        "version": VERSION, "optimizer": stage.optimizer, "scheduler": stage.scheduler, "trainer": trainer,
+        "batch_size": data.batch_size,
         "validations": stage.validations, "steps": stage.steps, "seed": stage.seed, "data": data.fingerprint,
         "callbacks": run.cfg.callbacks, **({"task_weights": weights} if weights else {}),
     }  # fmt: skip

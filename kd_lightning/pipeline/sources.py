@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kd_lightning.config.instantiate import first_line, lookup
+from kd_lightning.config.schema import Node, RunConfig
 from kd_lightning.models.hf import locate, pretrained
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import teacher_stage
 
 
-def check_sources(cfg: dict[str, Any]) -> None:
+def check_sources(cfg: RunConfig) -> None:
     """Refuse a finished teacher, a run's student or a pretrained network that is not there, nor on the hub.
 
     Raises:
@@ -31,22 +31,22 @@ def check_sources(cfg: dict[str, Any]) -> None:
             raise ConfigError(f"{key}={name}: there is no such run folder{_near(name)}")
 
 
-def _sources(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Give the names of networks that this run loads, each with its key."""
-    teachers = {"teacher": cfg["teacher"]}
-    teachers |= {f"tasks.{name}.teacher": task["teacher"] for name, task in cfg["tasks"].items() if "teacher" in task}
-    networks: dict[str, dict[str, Any]] = {}
+def _sources(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the names of networks that this run loads, each with its key."""
+    teachers = {"teacher": cfg.teacher.chosen(("checkpoint", "network"))}
+    teachers |= {f"tasks.{name}.teacher": task.teacher for name, task in cfg.tasks.items()}
+    networks: dict[str, Node] = {}
     for key, teacher in teachers.items():
         checkpoint = teacher.get("checkpoint")
         for one in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
             if one is not None:
                 yield f"{key}.checkpoint", str(one)
-        if checkpoint is None and "teacher" in cfg["stages"]:
+        if checkpoint is None and "teacher" in cfg.stages:
             networks[f"{key}.network"] = teacher.get("network", {})
-    if cfg["stages"] != ["teacher"]:
-        networks["student"] = cfg["student"]
-        for key in ("assistants", "peers"):
-            networks |= {f"{key}[{number}]": node for number, node in enumerate(cfg[key])}
+    if cfg.stages != ["teacher"]:
+        networks["student"] = cfg.student
+        for key, given in (("assistants", cfg.assistants), ("peers", cfg.peers)):
+            networks |= {f"{key}[{number}]": node for number, node in enumerate(given)}
     for key, node in networks.items():
         kind = lookup(node["_target_"]) if "_target_" in node else None
         if kind is pretrained or kind is from_run:

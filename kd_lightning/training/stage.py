@@ -19,6 +19,9 @@ from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.tasks.evaluation import evaluate, of_network
 from kd_lightning.training.run_folder import finish_stage, save_network
 
+VERSION = 1
+"""Raised when the same settings train other weights: what is half trained, or was trained before, is then refused."""
+
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role

@@ -27,6 +27,7 @@ from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.training.run_folder import read_stage
+from kd_lightning.training.stage import VERSION
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.end_to_end.test_multi_task import NETWORKS, TASKS
 from tests.toy_reviews import write_archive, write_tokenizer
@@ -137,7 +138,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = figures(name, Path(folder))
         print(name, file=sys.stderr)
-    FILE.write_text(json.dumps({"machine": machine(), "runs": found}, indent=0) + "\n")
+    FILE.write_text(json.dumps({"machine": machine(), "version": VERSION, "runs": found}, indent=0) + "\n")
 
 
 if __name__ == "__main__":
