@@ -22,7 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, Job, pipeline, spread, teacher_scores, test_scores, train_all, without_traceback
+from trainings import (
+    ROOT,
+    Job,
+    run_of,
+    spread,
+    store_outputs,
+    teacher_scores,
+    test_scores,
+    train_all,
+    train_run,
+    without_traceback,
+)
 
 RUNS = ROOT / "runs" / "strategies"
 SEEDS = (0, 1, 2)
@@ -62,11 +73,14 @@ def job(strategy: str, seed: int, settings: list[str]) -> Job:
 
 def needed(names: list[str], teacher: str) -> list[str]:
     """Return every feature of the teacher that any of the strategies reads."""
+    from kd_lightning.pipeline.networks import build_network
+    from kd_lightning.pipeline.objectives import run_objective
+
     found: set[str] = set()
     for name in names:
-        run = pipeline(job(name, SEEDS[0], overrides(name, teacher, [])).overrides)
-        student, _ = run._student(0, "random")
-        found |= set(run.objective(student, run.teacher.network).needs_teacher)
+        run = run_of(job(name, SEEDS[0], overrides(name, teacher, [])).overrides)
+        student, _ = build_network(run.cfg.student, run.data, "student", run.teacher.network)
+        found |= set(run_objective(run, student, run.teacher.network).needs_teacher)
     return sorted(found)
 
 
@@ -91,11 +105,11 @@ def main() -> None:
     atexit.register(_add_minutes, started)
     teacher = str(given.teacher or RUNS / "teacher")
     if not given.teacher:
-        pipeline(["experiment=quickstart", "stages=[teacher]", f"run_dir={teacher}"], quiet=False).run()
+        train_run(["experiment=quickstart", "stages=[teacher]", f"run_dir={teacher}"], quiet=False)
     features = needed(known, teacher)
     print(f"the teacher answers {len(features)} features besides logits: {', '.join(features)}", flush=True)
     jobs = {name: [job(name, seed, overrides(name, teacher, features)) for seed in SEEDS] for name in names}
-    pipeline(jobs[names[0]][0].overrides, quiet=False).build_caches()
+    store_outputs(jobs[names[0]][0].overrides)
 
     train_all([jobs[name][number] for number in range(len(SEEDS)) for name in names])
     if given.strategies:  # a part is no comparison of all: it reads no test split and is not recorded

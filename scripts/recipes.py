@@ -24,11 +24,13 @@ from trainings import (
     Job,
     closed,
     gain,
-    pipeline,
+    run_of,
     spread,
+    store_outputs,
     teacher_scores,
     test_scores,
     train_all,
+    train_run,
     without_traceback,
 )
 
@@ -165,7 +167,9 @@ def measure(name: str) -> Row:
     variants = {one: some for one, some in found.items() if one and all(job.is_trained() for job in some)}
     for one in recipe.variants.keys() - variants.keys():
         print(f"{name}, {one}: left out, since it is not trained yet")
-    run = pipeline(own[0].overrides)
+    from kd_lightning.pipeline.networks import has_start
+
+    run = run_of(own[0].overrides)
     task, teacher = run.task, run.teacher
 
     def scores(some: list[Job], stage: str) -> list[dict[str, float]]:
@@ -175,7 +179,7 @@ def measure(name: str) -> Row:
         return spread([one[task.main] for one in scored])
 
     above = teacher_scores(own[0])
-    stages = ["baseline", *(["baseline_initialised"] if run.has_start else [])]
+    stages = ["baseline", *(["baseline_initialised"] if has_start(run.cfg.student) else [])]
     by_stage = {stage: scores(own, stage) for stage in [*stages, "distill"]}
     row: Row = {
         "student": recipe.student, "taught_by": recipe.taught_by, "metric": task.main,
@@ -213,7 +217,7 @@ def _cost(job: Job, teacher: Any) -> Row:
 
     student = load_run(job.stage("distill")).network
     networks = [member.network for member in teacher.members] or [teacher.network]
-    data = pipeline(job.overrides).data
+    data = run_of(job.overrides).data
     ours, theirs = (single_examples(data.select(tokens=role).val_dataloader(), 200) for role in ("student", "teacher"))
     latency = measure_latency(
         {"teacher": networks[0], "student": student}, {"teacher": theirs, "student": ours}, threads=1
@@ -258,7 +262,7 @@ def record(names: list[str]) -> None:
 def train_teacher(name: str, folder: Path, *more: str) -> None:
     """Train the teacher of a recipe in a folder of its own, unless it is there."""
     if not (folder / "teacher" / "stage.json").is_file():
-        pipeline([f"experiment={name}", "stages=[teacher]", f"run_dir={folder}", *more], quiet=False).run()
+        train_run([f"experiment={name}", "stages=[teacher]", f"run_dir={folder}", *more], quiet=False)
 
 
 def main() -> None:
@@ -278,7 +282,7 @@ def main() -> None:
     found = {name: all_jobs(name) for name in names}
     for name in names:
         for some in found[name].values():
-            pipeline(some[0].overrides, quiet=False).build_caches()
+            store_outputs(some[0].overrides)
     train_all([job for name in names for some in found[name].values() for job in some])
 
 

@@ -42,7 +42,18 @@ import findings
 from findings import AS_IT_STANDS, FOLDS_LINE, LABELS_LINE, SOFT_LINE, START_LINE, TRUST_LINE, Curves
 from recipes import TRANSFER, teacher_of, train_teacher, trained_teachers
 from recipes import jobs as recipe_jobs
-from trainings import ROOT, Job, pipeline, spread, teacher_scores, test_scores, train_all, without_traceback
+from trainings import (
+    ROOT,
+    Job,
+    run_of,
+    spread,
+    store_outputs,
+    teacher_scores,
+    test_scores,
+    train_all,
+    train_run,
+    without_traceback,
+)
 
 RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "results" / "studies"
 SEEDS = range(5)
@@ -115,7 +126,7 @@ def write_files(folder: Path, change: Callable[[list[str], list[str], random.Ran
     """
     from kd_lightning.runtime.files import write_file
 
-    corpus = pipeline([*BUDGET, f"run_dir={RUNS / 'reviews'}"]).data.read()
+    corpus = run_of([*BUDGET, f"run_dir={RUNS / 'reviews'}"]).data.read()
     names = {part: [corpus.class_names[int(label)] for label in getattr(corpus, part).labels] for part in PARTS}
     texts = {part: [sentence[0] for sentence in getattr(corpus, part).texts] for part in PARTS}
     kept = set(change(texts["train"], names["train"], random.Random(0)))
@@ -260,7 +271,7 @@ def train_general() -> None:
     settings = (*VIEWS, *given_teacher(), "trainer.max_steps=200", "alpha=1", TRANSFER, "stages=[distill]")
     general = Job("pre-distillation", settings, GENERAL, seed=0)
     if not general.is_trained():
-        pipeline(general.overrides, quiet=False).run()
+        train_run(general.overrides, quiet=False)
 
 
 def teacher_quality() -> list[Point]:
@@ -308,20 +319,20 @@ def training_seconds(name: str, stage: str) -> float:
     """
     torch.set_num_threads(1)
     job, teachers = recipe_jobs(name)[0], trained_teachers(name)
-    cfg = pipeline(job.overrides).cfg
+    cfg = run_of(job.overrides).cfg
 
     def seconds(steps: int, validations: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             length = [f"trainer.max_steps={steps}", f"validations={validations}"]
             own = [f"shared_dir={folder}/shared", f"stages=[{stage}]", "teacher.cache=require", *length]
             short = Job(job.name, (*job.settings, *teachers, *own), Path(folder) / "run", job.seed)
-            pipeline(short.overrides).run()
+            train_run(short.overrides)
             return float(short.record(stage)["seconds"])
 
     seconds(10, 1)
     short, longer, checked = seconds(30, 1), seconds(90, 1), seconds(30, 3)
     step, validation = (longer - short) / 60, (checked - short) / 2
-    return short + step * (cfg["trainer"]["max_steps"] - 30) + validation * (cfg["validations"] - 1)
+    return short + step * (cfg.trainer["max_steps"] - 30) + validation * (cfg.validations - 1)
 
 
 STUDIES = {
@@ -535,7 +546,7 @@ def main() -> None:
             train_general()
         found = [jobs(given.name, point) for point in STUDIES[given.name].points()]
         for some in found:
-            pipeline(some[0].overrides, quiet=False).build_caches()
+            store_outputs(some[0].overrides)
         train_all([job for some in found for job in some])
 
 

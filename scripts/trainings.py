@@ -78,14 +78,26 @@ def run_of(settings: Sequence[str], quiet: bool = True) -> Any:
     return Run(cfg, Console(file=io.StringIO()) if quiet else None)
 
 
+def train_run(settings: Sequence[str], quiet: bool = True) -> None:
+    """Train the stages of a configuration."""
+    from kd_lightning.pipeline import run
+
+    run.train_all(run_of(settings, quiet))
+
+
+def store_outputs(settings: Sequence[str]) -> None:
+    """Have the teacher of a configuration predict every example, and store what it predicts."""
+    from kd_lightning.pipeline.run import build_caches
+
+    build_caches(run_of(settings, quiet=False))
+
+
 def train(job: Job) -> None:
     """Run a job on one core; what is finished is not trained again."""
     import torch
 
-    from kd_lightning.pipeline import run as pipeline_run
-
     torch.set_num_threads(1)
-    pipeline_run.train_all(run_of(job.overrides))
+    train_run(job.overrides)
 
 
 def train_all(jobs: Sequence[Job]) -> None:

@@ -1,7 +1,7 @@
 """How long a command takes to answer: `kd-train --help`, `--cfg job`, and to the first training step on warm caches.
 
 The first step is that of `experiment=quickstart` with a finished teacher whose answers are stored: imports, reading the
-data and the teacher, rehearsal, and setting up the training come before it.
+data and the teacher, preflight, and setting up the training come before it.
 """
 
 from __future__ import annotations
