@@ -141,6 +141,7 @@ def test_the_page_names_every_room_and_no_file_that_is_not_there() -> None:
     files = set(re.findall(r"`([\w/]+\.(?:py|md|toml|yaml))`", page))
     places = [path.as_posix() for path in (*PACKAGE.rglob("*.py"), *ROOT.glob("*.*"), *(ROOT / "docs").glob("*"))]
     places += [path.as_posix() for path in (*(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").glob("*.py"))]
+    places += [path.as_posix() for path in (ROOT / "conf").rglob("*.yaml")]
     lacking = [file for file in files if "NAME" not in file and not any(p.endswith(f"/{file}") for p in places)]
     assert lacking == []
     assert "(docs/architecture.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

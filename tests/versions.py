@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.data.corpus import store as corpus
 from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
 from kd_lightning.data.text import augment, tokens
@@ -75,6 +76,15 @@ def make_tokens() -> Any:
             types = None if stored.types is None else stored.types.tolist()
             found.append([stored.tokens.tolist(), stored.offsets.tolist(), types])
     return [sorted(tokenizer.get_vocab()), found]
+
+
+def make_corpus() -> Any:
+    """Return documents encoded, each with an end, and how many bytes each token stands for."""
+    tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
+    with tempfile.TemporaryDirectory() as folder:
+        source = corpus.Source("", lambda: iter(TEXTS))
+        stored = corpus.encode_corpus(tokenizer, {"train": source}, Path(folder), tokenizer.sep_token_id)
+        return [getattr(stored, name).tolist() for name in ("tokens", "widths", "offsets", "hashes")]
 
 
 def make_views() -> Any:
@@ -160,6 +170,7 @@ def _around_bert() -> nn.Module:
 PIXELS = {"pixel_values": (torch.arange(2 * 3 * 64) * 0.37).sin().view(2, 3, 8, 8)}
 COMPONENTS = {
     "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
+    "corpus": Component(corpus.VERSION, "data/corpus/store.py", make_corpus),
     "views": Component(augment.VERSION, "data/text/augment.py", make_views),
     "pixels": Component(store.VERSION, "data/image/store.py", make_pixels, 1e-6),
     "image views": Component(images.VERSION, "data/image/datamodule.py", make_image_views),
