@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kd_lightning.losses.term import at_least_float32
 from kd_lightning.models.adapt import run_network
-from kd_lightning.runtime.sharding import full, shard
+from kd_lightning.runtime.sharding import shard
 from kd_lightning.tasks import Scores, Task
+from kd_lightning.training import lightning_patches
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable, parameter_groups
 from kd_lightning.training.step_counts import StepCounts
@@ -76,15 +75,8 @@ class NetworkModule(L.LightningModule):
         if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
             look, around = self.step.around, trainer.datamodule.around
             trainer.datamodule.around = look if around is None else lambda loader: around(look(loader))
-        if isinstance(trainer.precision_plugin, HalfPrecision):
-            # It would make all of a batch narrow, also labels, which lose their numbers. `run_network` sees to images.
-            trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
-        if isinstance(trainer.strategy, DDPStrategy):  # DDP is made after this hook
-            if self.objective.pauses:  # what sits out then has no gradient, as in one process
-                trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
-            # Banks and the like, which may be large, are alike already: not sent to all processes in every step.
-            kept = [f"objective.{name}" for name, _ in self.objective.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, kept)  # type: ignore[no-untyped-call]
+        lightning_patches.keep_batches_wide(trainer)
+        lightning_patches.share_objective(self, self.objective)
 
     def _counts(self, batch: Batch) -> Tensor:
         return self.objective.counts(self.task.compared(batch))
@@ -112,16 +104,8 @@ class NetworkModule(L.LightningModule):
         return min(self.trainer.global_step / max(self.trainer.estimated_stepping_batches - 1, 1), 1.0)
 
     def on_train_start(self) -> None:
-        """Count the epoch that a training begins which was resumed from the last step of the one before.
-
-        Lightning 2.6 then closes that epoch and does not take the next for begun, so that a checkpoint made in it looks
-        as if made between two epochs, and cannot be resumed from.
-        """
-        loop: Any = self.trainer.fit_loop
-        epochs = loop.epoch_progress
-        if loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
-            epochs.increment_ready()
-            epochs.increment_started()
+        """Count a resumed training's first epoch."""
+        lightning_patches.count_begun_epoch(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""
@@ -212,23 +196,13 @@ class NetworkModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, also around a fused optimizer.
-
-        Lightning refuses that under every mixed precision, since with a GradScaler (float16) the optimizer would undo
-        the scaling after the clipping. In bfloat16 nothing is scaled and clipping is safe. On a CPU gradients that are
-        short enough already are left alone, where torch multiplies all of them by one.
-        """
-        plugin = self.trainer.precision_plugin  # FSDP's is another class: a norm over one shard would be wrong
-        unscaled = type(plugin) is Precision or (type(plugin) is MixedPrecision and plugin.scaler is None)
-        if not (unscaled and gradient_clip_val and gradient_clip_algorithm in (None, "norm")):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
+        """Clip as the trainer says, also around a fused optimizer."""
         given = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = full(torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]))
-        if self.norm_watched is not None:
+        norm = lightning_patches.clip(self, given, gradient_clip_val, gradient_clip_algorithm)
+        if norm is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.norm_watched is not None:
             self.norm_watched(norm)
-        if self.device.type != "cpu" or not norm <= gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(given, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over decayed and undecayed parameters, and the schedule over all planned steps."""
