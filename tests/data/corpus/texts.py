@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.data import LMTextData
 from kd_lightning.data.corpus.store import CorpusStore, Source, encode_corpus
 from kd_lightning.data.text.tokens import load_tokenizer
 
@@ -39,3 +40,8 @@ def written(folder: Path, texts: Sequence[str]) -> Path:
     path = folder / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def data(folder: Path, texts: Sequence[str], **options: Any) -> LMTextData:
+    given: dict[str, Any] = {"tokenizer": "bpe:300", "block_size": 16, "cache_dir": str(folder / "cache"), **options}
+    return LMTextData(str(written(folder, texts)), **given)

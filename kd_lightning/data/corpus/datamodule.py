@@ -1,0 +1,220 @@
+"""Running text as a `LightningDataModule`: tokenised once, split by document, served in blocks."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, mixed, split_documents
+from kd_lightning.data.corpus.store import VERSION, CorpusStore, Source, encode_corpus
+from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
+from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
+from kd_lightning.runtime.assets import home
+from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
+from kd_lightning.runtime.fingerprints import digest
+from kd_lightning.tasks import CausalLanguageModeling, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LEARNED_FROM = 100_000
+"""Documents that a tokenizer is learned from, where it is learned from the data."""
+
+
+class CorpusData(IndexedData):
+    """Documents, of which a language model predicts each token from those before it.
+
+    A subclass says where they come from, in `sources`. An example is a block of tokens. Batches have the entries of
+    `kd_lightning.data.corpus.blocks.Blocks.batch` and `index`, the number of the block: first those of the training
+    documents, which stand in an order that their texts decide, then validation, then test.
+
+    A corpus is split by document, never by block. Where a split is not given, documents are drawn by their texts; of
+    several copies of a text, and of training documents that are in another split too, no two splits have any.
+
+    Args:
+        tokenizer: A folder, a Hugging Face name, or `"bpe:8000"` to learn one from the training documents. Teacher and
+            student read the same tokens.
+        block_size: Tokens of a block.
+        packing: What stands in a block: `documents` one after the other, of which none sees another; the same as one
+            text (`concat`); or `none` but a single document.
+        end_of_text: Whether each document ends with the tokenizer's end-of-text token.
+        validation_fraction: How many of the documents to hold out for a missing validation split.
+        test_fraction: How many to hold out for a missing test split.
+        train_tokens: Train on so many tokens only; a smaller choice is part of a larger one. None: all.
+        cache_dir: Where encoded documents are kept; by default under `$KD_LIGHTNING_HOME`.
+        options: Those of `IndexedData`.
+
+    Raises:
+        ConfigError: An option out of its range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        block_size: int = 512,
+        packing: Packing = "documents",
+        end_of_text: bool = True,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        train_tokens: int | None = None,
+        cache_dir: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_least(2, block_size=block_size, train_tokens=2 if train_tokens is None else train_tokens)
+        if packing not in get_args(Packing):
+            raise ConfigError(f"data.packing={packing!r} is unknown{did_you_mean(str(packing), get_args(Packing))}")
+        shares = {"validation": validation_fraction, "test": test_fraction}
+        if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+            raise ConfigError(
+                f"data.validation_fraction={validation_fraction:g} and data.test_fraction={test_fraction:g}: each must "
+                "lie between 0 and 1, their sum below 1"
+            )
+        self.tokenizer_name = tokenizer
+        self.block_size = block_size
+        self.packing: Packing = packing
+        self.end_of_text = end_of_text
+        self.shares = shares
+        self.train_tokens = train_tokens
+        self.cache_dir = Path(cache_dir) if cache_dir else home() / "corpora"
+
+    @abstractmethod
+    def sources(self) -> Mapping[str, Source]:
+        """Return the documents: `train`, and `validation` and `test` where they are given."""
+
+    # -- getting ready ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Encode, split and cut everything; a second call does nothing."""
+        if self.fingerprint:
+            return
+        sources = self.sources()
+        texts = itertools.islice(sources["train"].documents(), LEARNED_FROM)
+        self._tokenizer = load_tokenizer(self.tokenizer_name, texts)
+        store = encode_corpus(self._tokenizer, sources, self.cache_dir, self._end())
+        documents = self._split(store)
+        limits = {} if self.train_tokens is None else {"train": self.train_tokens}
+        pad = int(self._tokenizer.pad_token_id)
+        self._blocks, counts = cut(store, documents, self.block_size, self.packing, pad, limits)
+        self._lay_out(counts)
+        self.teacher_key = {
+            "corpus": digest({name: source.key for name, source in sources.items()}),
+            "documents": digest({name: store.hashes[chosen].tolist() for name, chosen in documents.items()}),
+            "examples": len(self._blocks), "tokenizer": tokenizer_fingerprint(self._tokenizer),
+            "end": self._end(), "block_size": self.block_size, "packing": self.packing,
+            "train_tokens": self.train_tokens, "version": VERSION,
+        }  # fmt: skip
+        self.fingerprint = self._labelled = digest(self.teacher_key)
+
+    def _end(self) -> int | None:
+        """Return the token that ends a document."""
+        if not self.end_of_text:
+            return None
+        found = self._tokenizer.eos_token_id
+        found = self._tokenizer.sep_token_id if found is None else found
+        if found is None:
+            raise ConfigError(
+                f"data.tokenizer={self.tokenizer_name!r} has no end-of-text token: set data.end_of_text=false, or give "
+                "it an eos_token and save it again"
+            )
+        return int(found)
+
+    def _split(self, store: CorpusStore) -> dict[str, NDArray[np.int64]]:
+        """Return which documents each split has; the training documents in an order that their texts decide."""
+        ends = np.cumsum(list(store.counts.values()))
+        found = {
+            name: np.arange(end - count, end) for (name, count), end in zip(store.counts.items(), ends, strict=True)
+        }
+        missing = [name for name in self.shares if name not in found]
+        train = found["train"]
+        if missing:
+            texts = len(np.unique(store.hashes[train]))
+            sizes = {name: max(1, round(self.shares[name] * texts)) for name in missing}
+            if sum(sizes.values()) >= texts:
+                raise DataError(
+                    f"data.train_file: {texts} different documents are too few to hold some out: give "
+                    f"more, or {' and '.join(f'data.{name}_file' for name in missing)}"
+                )
+            drawn = split_documents(store.hashes[train], sizes, self.split_seed)
+            found |= {name: train[positions] for name, positions in drawn.items()}
+        held_out = np.concatenate([store.hashes[found[name]] for name in self.shares])
+        both = np.isin(store.hashes[found["train"]], held_out)
+        if both.any():
+            log.warning("left out %d training documents that are validation or test documents too", both.sum())
+        train = found["train"][~both]
+        order = np.argsort(mixed(store.hashes[train], self.split_seed), kind="stable")
+        return {"train": train[order], **{name: found[name] for name in self.shares}}
+
+    # -- what models need to know -------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task:
+        """The next token."""
+        return CausalLanguageModeling(len(self._tokenizer))
+
+    @property
+    def title(self) -> str:
+        """What is predicted, in a few words."""
+        return "next token"
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each block has, `(num_examples,)`."""
+        return self._blocks.lengths
+
+    def model_arguments(self, role: Role) -> dict[str, int]:
+        """Return what the data decide about a network: `vocab_size`, `pad_token_id` and `block_size`."""
+        self.prepare()
+        return {
+            "vocab_size": len(self._tokenizer),
+            "pad_token_id": int(self._tokenizer.pad_token_id),
+            "block_size": self.block_size,
+        }
+
+    @property
+    def input_format(self) -> dict[str, Any]:
+        """The longest input in tokens."""
+        return {"max_length": self.block_size}
+
+    def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast:
+        """Return the tokenizer, teacher's and student's."""
+        return self._tokenizer
+
+    def read_with(self, tokenizers: Mapping[Role, str]) -> None:
+        """Read with this tokenizer's folder, whoever's it is."""
+        self.tokenizer_name = next(iter(tokenizers.values()), self.tokenizer_name)
+
+    def reading(self, tokenizer: str) -> Self:
+        """Return this very object for a teacher that reads the same tokens.
+
+        Raises:
+            ConfigError: It reads others.
+        """
+        self.prepare()
+        if tokenizer_fingerprint(load_tokenizer(tokenizer, [])) != self.teacher_key["tokenizer"]:
+            raise ConfigError(
+                f"the teacher reads with {tokenizer}, the student with data.tokenizer={self.tokenizer_name}: their "
+                "tokens cannot be compared one by one; give the data the teacher's tokenizer"
+            )
+        return self
+
+    def folds(self, count: int) -> NDArray[np.int64]:
+        """Return that no example is in a fold of its own; more folds than one are refused: blocks share documents."""
+        if count > 1:
+            raise ConfigError(f"teacher.folds={count}: blocks share documents, so there are no folds of them; set 1")
+        return super().folds(count)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def _training_dataset(self) -> BlockDataset:
+        return self._trained_on(self._dataset("train", "train"))
+
+    def _dataset(self, first: str, last: str) -> BlockDataset:
+        self.prepare()
+        return BlockDataset(self._blocks, range(self._spans[first].start, self._spans[last].stop))

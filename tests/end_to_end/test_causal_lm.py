@@ -1,0 +1,90 @@
+"""A whole run of language models, offline and small: from a folder of text to the report."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from safetensors.torch import load_file
+
+from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
+from kd_lightning.models.causal_lm import CausalLM
+from kd_lightning.pipeline.compare import compare
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
+from kd_lightning.tasks import CausalLanguageModeling
+from kd_lightning.training.run_folder import load_run
+from tests.data.corpus.texts import WORDS
+
+Composed = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, own_home: Path) -> list[str]:
+    """Texts that go round in a circle of words from anywhere: easy to learn."""
+    rng = random.Random(0)
+    texts = []
+    for number in range(60):
+        start = rng.randrange(len(WORDS))
+        texts.append(f"{number}: " + " ".join(WORDS[(start + i) % len(WORDS)] for i in range(rng.randint(10, 40))))
+    path = tmp_path / "texts"
+    path.mkdir()
+    (path / "some.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:50]))
+    for number, text in enumerate(texts[50:]):
+        (path / f"{number}.txt").write_text(text)
+    write_tokenizer(load_tokenizer("bpe:300", texts), tmp_path / "tokenizer")
+    return [
+        "data=lm_text", f"data.train_file={path}", f"data.tokenizer={tmp_path / 'tokenizer'}", "data.block_size=32",
+        "data.batch_size=4", "model@teacher.network=causal_lm_small", "teacher.network.hidden_size=32",
+        "teacher.network.num_layers=2", "teacher.network.num_heads=2", "model@student=causal_lm_small",
+        "student.hidden_size=16", "student.num_layers=1", "student.num_heads=2", "teacher.trainer.max_epochs=6",
+        "teacher.trainer.precision=32-true", "teacher.precision=float32", "teacher.batch_size=4",
+        "teacher.optimizer.lr=0.01", "trainer.max_epochs=2", "optimizer.lr=0.01", "teacher.validations=2",
+        "validations=2", "temperature=1", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    pipeline = Run(cfg, Console(file=StringIO(), width=120))
+    train_all(pipeline)
+    return compare(pipeline, "kd-train ...")
+
+
+def test_from_a_folder_of_text_to_a_student_and_its_report(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    report = run(composed(*overrides, "teacher.cache=off"))
+    scores = {
+        name: {key: value["mean"] for key, value in model["test"].items()} for name, model in report["models"].items()
+    }
+    assert scores["teacher"]["accuracy"] > 0.5  # a circle of words
+    assert scores["teacher"]["perplexity"] < scores["distilled"]["perplexity"] < 300
+    assert scores["distilled"]["kl_to_teacher"] < scores["baseline"]["kl_to_teacher"]
+    assert scores["distilled"]["agreement"] > scores["baseline"]["agreement"]
+    assert 0 < scores["teacher"]["bits_per_byte"] < 8
+    trained = load_run(tmp_path / "run" / "seed_0" / "distill")
+    assert isinstance(trained.network, CausalLM)
+    assert isinstance(trained.task, CausalLanguageModeling)
+    assert trained.tokenizer is not None
+
+
+def test_stored_outputs_train_the_same_student_as_the_running_teacher(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    sparse = ["distillation=sparse_kd", "distillation.terms.kd.top_k=16", "stages=[teacher,distill]"]
+    live = run(composed(*overrides, *sparse, "teacher.cache=off"))
+    weights = load_file(tmp_path / "run/seed_0/distill/model.safetensors")
+    again = [*overrides, *sparse, f"run_dir={tmp_path / 'again'}", "teacher.cache_top_k=16"]
+    stored = run(composed(*again))
+    for name, weight in load_file(tmp_path / "again/seed_0/distill/model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)
+    one, other = (report["models"]["distilled"]["test"]["loss"]["mean"] for report in (live, stored))
+    assert one == pytest.approx(other, rel=1e-3)

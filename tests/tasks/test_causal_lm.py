@@ -1,0 +1,137 @@
+"""The next token: shifted once, scored token by token, whatever the batches; against NumPy's arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from torch import Tensor
+
+from kd_lightning.losses.soft_target import SoftTargetLoss
+from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.tasks import CausalLanguageModeling, task_of
+from kd_lightning.types import IGNORE, Batch, ModelOutput
+
+V = 12
+TASK = CausalLanguageModeling(V)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Three rows: two documents in one, one that ends with the padding's token, one short."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, V, (3, 7), generator=generator)
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 2 + [0] * 5])
+    ids[mask == 0] = 0
+    ids[1, 4] = 0  # a text's end
+    labels = torch.where(mask.bool(), ids, IGNORE)
+    labels[:, 0] = IGNORE
+    labels[0, 3] = IGNORE  # a second document's first token
+    width = torch.randint(1, 5, (3, 7), generator=generator) * mask
+    return {
+        "input_ids": ids, "attention_mask": mask, "labels": labels, "token_bytes": width, "index": torch.arange(3),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def logits() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 7, V, generator=generator), torch.randn(3, 7, V, generator=generator)
+
+
+def by_hand(logits: Tensor, batch: Batch) -> dict[str, float]:
+    """Go through the places one by one."""
+    surprises, right, size = [], [], 0
+    for row in range(3):
+        for place in range(6):
+            label = int(batch["labels"][row, place + 1])
+            if label == IGNORE:
+                continue
+            own = log_softmax(logits[row, place].double().numpy())
+            surprises.append(-own[label])
+            right.append(own.argmax() == label)
+            size += int(batch["token_bytes"][row, place + 1])
+    mean = float(np.mean(surprises))
+    return {
+        "log_likelihood": -mean, "loss": mean, "perplexity": math.exp(mean), "accuracy": float(np.mean(right)),
+        "bits_per_byte": sum(surprises) / math.log(2) / size,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 2], [1, 1, 1]])
+def test_scores_are_those_of_each_token_whatever_the_batches(
+    batch: Batch, logits: tuple[Tensor, Tensor], sizes: list[int]
+) -> None:
+    scores = TASK.scores()
+    for part in torch.arange(3).split(sizes):
+        rows = TASK.compared({name: entry[part] for name, entry in batch.items()})
+        scores.update(logits[0][part], rows["labels"], rows)
+    found = {name: float(value) for name, value in scores.compute().items()}
+    assert found == pytest.approx(by_hand(logits[0], batch), rel=1e-5)
+
+
+def test_what_it_says_of_the_teacher_is_a_mean_over_tokens(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
+    fidelity, rows = TASK.fidelity(), TASK.compared(batch)
+    fidelity.update(*logits, rows)
+    found = {name: float(value) for name, value in fidelity.compute().items()}
+    own, others = (log_softmax(x.double().numpy(), -1)[rows["keep"].numpy()] for x in logits)
+    assert found["kl_to_teacher"] == pytest.approx((np.exp(others) * (others - own)).sum(-1).mean(), rel=1e-5)
+    assert found["agreement"] == pytest.approx((own.argmax(-1) == others.argmax(-1)).mean())
+    value = SoftTargetLoss()(ModelOutput(logits[0]), ModelOutput(logits[1]), rows)
+    assert found["kl_to_teacher"] == pytest.approx(float(value), rel=1e-5)  # the training's scale
+
+
+def test_the_loss_is_that_of_the_scores(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
+    rows, output = TASK.compared(batch), ModelOutput(logits[0])
+    assert float(TASK.loss()(output, output, rows)) == pytest.approx(by_hand(logits[0], batch)["loss"], rel=1e-5)
+
+
+def test_what_stands_where_nothing_is_predicted_does_not_matter(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
+    rows, scores = TASK.compared(batch), TASK.scores()
+    holed = torch.where(rows["keep"][..., None], logits[0], torch.nan)
+    scores.update(holed, rows["labels"], rows)
+    assert float(scores.compute()["loss"]) == pytest.approx(by_hand(logits[0], batch)["loss"], rel=1e-5)
+
+
+def test_nan_is_never_a_score(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
+    rows, scores = TASK.compared(batch), TASK.scores()
+    logits[0][0, 1, 3] = torch.nan
+    scores.update(logits[0], rows["labels"], rows)
+    assert all(math.isnan(value) for value in scores.compute().values())
+
+
+def test_without_bytes_there_are_no_bits_per_byte(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
+    del batch["token_bytes"]
+    rows, scores = TASK.compared(batch), TASK.scores()
+    scores.update(logits[0], rows["labels"], rows)
+    found = scores.compute()
+    assert math.isnan(found["bits_per_byte"])
+    assert not math.isnan(found["perplexity"])
+
+
+def test_logits_of_another_shape_are_refused(batch: Batch) -> None:
+    TASK.check_logits(torch.zeros(3, 7, V), batch)
+    TASK.check_logits(torch.zeros(3, 7, 0), batch)  # of a network that leaves its output layer to the loss
+    for wrong in (torch.zeros(3, V), torch.zeros(3, 7, V + 1), torch.zeros(3, 6, V)):
+        with pytest.raises(ConfigError, match=r"a language model of these data \[3, 7, 12\]"):
+            TASK.check_logits(wrong, batch)
+
+
+def test_it_is_built_again_from_its_description() -> None:
+    again = task_of(TASK.description)
+    assert isinstance(again, CausalLanguageModeling)
+    assert again.outputs == V
+
+
+def test_it_reads_the_likeliest_next_tokens(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
+    records = TASK.read(logits[0], batch, [])
+    assert [record["tokens"][0] for record in records] == [
+        int(logits[0][row, last].argmax()) for row, last in enumerate((6, 4, 1))
+    ]
+    assert TASK.cells(records[0])["token"] == str(records[0]["tokens"][0])
+    logits[0][1, 4] = torch.nan
+    with pytest.raises(KDError, match="NaN"):
+        TASK.read(logits[0], batch, [])
