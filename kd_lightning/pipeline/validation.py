@@ -14,7 +14,7 @@ from kd_lightning.config.instantiate import build, first_line, processes
 from kd_lightning.config.nodes import check_node, nodes
 from kd_lightning.config.schema import CACHE_MODES, RunConfig, TeacherConfig
 from kd_lightning.config.trust import trust_own
-from kd_lightning.pipeline.trainer_checks import check_trainers, shards, try_trainers
+from kd_lightning.pipeline.trainer_checks import check_trainers, named, shards, try_trainers
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import check_place
 from kd_lightning.runtime.fingerprints import differences
@@ -30,22 +30,30 @@ def validate(settings: DictConfig | Mapping[str, Any]) -> RunConfig:
         ConfigError: Names the key, what was given, what was expected and the nearest valid name.
     """
     cfg = RunConfig.parse(settings)
-    plain = cfg.as_dict()
-    trust_own(plain)
+    trust_own(cfg.as_dict())
+    _check(cfg)
+    for name, task in cfg.tasks.items():
+        if task.teacher:  # else it has the one that is checked
+            with named(f"tasks.{name}"):
+                _check(cfg.of_task(name))
+    return cfg
+
+
+def _check(cfg: RunConfig) -> None:
+    """Check what several keys say together, and make what can be made of them; cheap and most telling first."""
     _check_terms(cfg)
     _check_schedules(cfg)
     _check_teacher(cfg.teacher)
     _check_schemes(cfg)
     _check_tasks(cfg)
     _check_sharded(cfg)
-    for path, node in nodes(plain):
+    for path, node in nodes(cfg.as_dict()):
         check_node(path, node, whole=not path.startswith(_FILLED_IN) and ".teacher.network" not in path)
     check_node("teacher.trainer", {"_target_": cfg.trainer["_target_"], **cfg.teacher.trainer})
     check_trainers(cfg)
     _check_losses(cfg)
     _check_places(cfg)
     try_trainers(cfg)
-    return cfg
 
 
 _FILLED_IN = ("student", "teacher.network", "assistants", "peers", "logger")

@@ -10,10 +10,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config.instantiate import build, conf_dir
-from kd_lightning.pipeline.validation import validate
+from kd_lightning.pipeline.validation import check_folder, validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training import schedules
 from kd_lightning.training.objective import Objective
+from kd_lightning.training.run_folder import write_config
 
 Composed = Callable[..., DictConfig]
 CONF = conf_dir()
@@ -145,3 +146,16 @@ def test_a_users_mistake_inside_a_constructor_is_not_wrapped() -> None:
     node = {"_target_": "kd_lightning.schedules.Linear", "start": 1.0, "end": 0.0, "until": 2.0}
     with pytest.raises(ConfigError, match="share of the training"):
         build(node)
+
+
+def test_a_finished_run_of_other_keys_or_settings_is_refused_in_a_line(composed: Composed, tmp_path: Path) -> None:
+    cfg = validate(composed())
+    kept = cfg.as_dict()
+    write_config(tmp_path, OmegaConf.to_yaml(kept | {"seeds": 3, "logger": {}, "resume": "never"}))
+    check_folder(tmp_path, cfg)  # more seeds are there than are asked for, and what decides nothing differs
+    write_config(tmp_path, OmegaConf.to_yaml(kept | {"alpha": 0.5}))
+    with pytest.raises(ConfigError, match=r"finished run with other settings \(alpha was 0.5, now 0.9\)"):
+        check_folder(tmp_path, cfg)
+    write_config(tmp_path, OmegaConf.to_yaml(kept | {"temprature": 3}))
+    with pytest.raises(ConfigError, match=r"holds a run of another version \(temprature: there is no such key"):
+        check_folder(tmp_path, cfg)
