@@ -53,6 +53,10 @@ class SparseLogits(NamedTuple):
         """Return it on a device."""
         return SparseLogits(self.values.to(device), self.ids.to(device), self.rest.to(device), self.classes)
 
+    def at(self, places: Tensor) -> SparseLogits:
+        """Return the rows where `places` is True."""
+        return SparseLogits(self.values[places], self.ids[places], self.rest[places], self.classes)
+
     @classmethod
     def of(cls, logits: Tensor, k: int) -> SparseLogits:
         """Return the sparse form of logits `(..., V)`."""

@@ -208,9 +208,9 @@ class Run:
 
     @cached_property
     def predicting_teacher(self) -> Teacher:
-        """The teacher as it is evaluated: as its students learn from it, where it has any."""
-        provider = self.providers[0]
-        if isinstance(provider, JointProvider) or "distill" in self.cfg.stages or self.teacher.members:
+        """The teacher as it is evaluated: as its students learn from it, if it has any; never cut to its top K."""
+        provider, taught = self.providers[0], "distill" in self.cfg.stages and self.cfg.teacher.cache_top_k is None
+        if isinstance(provider, JointProvider) or taught or self.teacher.members:
             return self.teacher_for_training(0)
         return provider.calibrated(FrozenTeacher(self.teacher.network, self.cfg.teacher.precision))
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
+from kd_lightning.losses.sparse import bucketed, teacher_buckets
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
 from kd_lightning.tasks.metrics import Agreement, Sums, TeacherStudentKL
 from kd_lightning.tasks.rows import next_tokens
 from kd_lightning.tasks.scores import Scores
-from kd_lightning.types import Batch
+from kd_lightning.types import Batch, SparseLogits
 
 MOST_SHOWN = 5
 """Of the likeliest next tokens."""
@@ -65,8 +66,11 @@ class CausalLanguageModeling(Task):
         return _TokenScores()
 
     def fidelity(self) -> Scores:
-        """Return how many tokens are predicted as the teacher predicts them, and the divergence from it a token."""
-        return Scores({"agreement": Agreement(), "kl_to_teacher": TeacherStudentKL()})
+        """Return how many tokens are predicted as the teacher predicts them, and the divergence from it a token.
+
+        Of a sparse teacher the divergence is that over its K classes and the tail: no more than that over all classes.
+        """
+        return _TokenFidelity({"agreement": Agreement(), "kl_to_teacher": TeacherStudentKL()})
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the tokens' probabilities."""
@@ -154,3 +158,19 @@ class _TokenScores(Scores):
                 (bytes_ if name == "bits_per_byte" else len(own)),
             )
             metric.update(values, counts)  # type: ignore[operator]
+
+
+class _TokenFidelity(Scores):
+    """Scores against a teacher's logits, all of them or in sparse form."""
+
+    def update(self, logits: Tensor, against: Tensor | SparseLogits, rows: Batch) -> None:
+        """Add a batch: logits `(B, L, V)`."""
+        if isinstance(against, Tensor):
+            super().update(logits, against, rows)
+            return
+        own, teacher = logits[rows["keep"]].float(), against.at(rows["keep"])
+        self.metrics["kl_to_teacher"].update(bucketed(own, teacher.ids), teacher_buckets(teacher, None))  # type: ignore[operator]
+        first = teacher.ids.gather(-1, teacher.values.argmax(-1, keepdim=True))[:, 0]
+        same = torch.where(own.isnan().any(-1) | teacher.rest.isnan(), torch.nan, (own.argmax(-1) == first).float())
+        half = torch.full_like(same, 0.5)  # two columns, of which the first is larger where both are the same
+        self.metrics["agreement"].update(torch.stack([same, half], -1), torch.stack([half + 1, half], -1))  # type: ignore[operator]

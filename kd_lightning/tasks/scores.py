@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 
-from kd_lightning.types import Batch
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.types import Batch, SparseLogits
 
 
 class Scores(nn.Module):
@@ -39,9 +40,11 @@ class Scores(nn.Module):
 
         Args:
             logits: `(B, C)` or `(B, L, C)`.
-            against: Labels `(B,)` or `(B, L)`, or a teacher's logits.
+            against: Labels `(B,)` or `(B, L)`, or a teacher's logits; a task may take these in sparse form, too.
             rows: The batch as `Task.compared` returns it.
         """
+        if isinstance(against, SparseLogits):
+            raise ConfigError("these scores compare all logits with the teacher's: set teacher.cache_top_k=null")
         if "keep" in rows:
             logits, against = logits[rows["keep"]], against[rows["keep"]]
         if len(logits):

@@ -154,7 +154,9 @@ class DistillationModule(NetworkModule):
         self.score(student, rows)
         if self.teacher is None:
             return
-        self.val_fidelity.update(student, self.teacher(batch).logits, rows)
+        teacher = self.teacher(batch)
+        against: Any = teacher.logits if teacher.sparse is None else teacher.sparse
+        self.val_fidelity.update(student, against, rows)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of validation, and with a teacher how near the student is to it."""

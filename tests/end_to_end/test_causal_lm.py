@@ -21,6 +21,7 @@ from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.tasks import CausalLanguageModeling
+from kd_lightning.teachers.cache import outputs
 from kd_lightning.training.run_folder import load_run
 from tests.data.corpus.texts import WORDS
 
@@ -76,9 +77,11 @@ def test_from_a_folder_of_text_to_a_student_and_its_report(
     assert trained.tokenizer is not None
 
 
+@pytest.mark.parametrize("most_dense", [1024, 8], ids=["read back whole", "read back sparse"])
 def test_stored_outputs_train_the_same_student_as_the_running_teacher(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_dense: int
 ) -> None:
+    monkeypatch.setattr(outputs, "MOST_DENSE", most_dense)
     sparse = ["distillation=sparse_kd", "distillation.terms.kd.top_k=16", "stages=[teacher,distill]"]
     live = run(composed(*overrides, *sparse, "teacher.cache=off"))
     weights = load_file(tmp_path / "run/seed_0/distill/model.safetensors")
@@ -86,5 +89,6 @@ def test_stored_outputs_train_the_same_student_as_the_running_teacher(
     stored = run(composed(*again))
     for name, weight in load_file(tmp_path / "again/seed_0/distill/model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)
+    assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]  # not cut to what is stored
     one, other = (report["models"]["distilled"]["test"]["loss"]["mean"] for report in (live, stored))
     assert one == pytest.approx(other, rel=1e-3)

@@ -11,9 +11,10 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from kd_lightning.losses.soft_target import SoftTargetLoss
+from kd_lightning.losses.sparse import sparse_kd
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.tasks import CausalLanguageModeling, task_of
-from kd_lightning.types import IGNORE, Batch, ModelOutput
+from kd_lightning.types import IGNORE, Batch, ModelOutput, SparseLogits
 
 V = 12
 TASK = CausalLanguageModeling(V)
@@ -82,6 +83,23 @@ def test_what_it_says_of_the_teacher_is_a_mean_over_tokens(batch: Batch, logits:
     assert found["agreement"] == pytest.approx((own.argmax(-1) == others.argmax(-1)).mean())
     value = SoftTargetLoss()(ModelOutput(logits[0]), ModelOutput(logits[1]), rows)
     assert found["kl_to_teacher"] == pytest.approx(float(value), rel=1e-5)  # the training's scale
+
+
+@pytest.mark.parametrize("k", [1, 5, V])
+def test_a_sparse_teacher_is_compared_over_what_is_kept(batch: Batch, logits: tuple[Tensor, Tensor], k: int) -> None:
+    rows, sparse = TASK.compared(batch), SparseLogits.of(logits[1], k)
+    found = {}
+    for name, against in (("sparse", sparse), ("dense", logits[1])):
+        fidelity = TASK.fidelity()
+        fidelity.update(logits[0], against, rows)
+        found[name] = {key: float(value) for key, value in fidelity.compute().items()}
+    expected = float(sparse_kd(logits[0], sparse, mask=rows["keep"]))
+    assert found["sparse"]["kl_to_teacher"] == pytest.approx(expected, rel=1e-5)
+    assert found["sparse"]["agreement"] == found["dense"]["agreement"]
+    assert found["sparse"]["kl_to_teacher"] <= found["dense"]["kl_to_teacher"] * (1 + 1e-5)
+    logits[0][0, 1, 3] = torch.nan
+    fidelity.update(logits[0], sparse, rows)
+    assert all(math.isnan(value) for value in fidelity.compute().values())
 
 
 def test_the_loss_is_that_of_the_scores(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
