@@ -125,6 +125,34 @@ class DenseTeacher:
         return blockwise(z_s, block)
 
 
+@dataclass
+class NoTeacher:
+    """Nothing but the labels.
+
+    Attributes:
+        label_smoothing: epsilon in [0, 1).
+    """
+
+    label_smoothing: float
+    ce_weight: float = 1.0
+    kd_weight: float = 0.0
+
+    def begin(self, rows: int) -> None:
+        """Need no room."""
+
+    def values_and_gradient(
+        self, z_s: Tensor, pick: Tensor | slice, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare with the labels."""
+        assert labels is not None
+
+        def block(at: slice) -> tuple[Tensor, Tensor, Tensor]:
+            ce, gradient = _cross_entropy(at_least_float32(z_s[at]), labels[at], self.label_smoothing)
+            return ce, torch.zeros_like(ce), gradient.to(z_s.dtype)
+
+        return block(slice(None)) if z_s.is_cuda else blockwise(z_s, block)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_linear(
     student: Layer,

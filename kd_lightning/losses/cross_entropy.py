@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_lightning.losses.chunked_linear import NoTeacher, chunked_sums
 from kd_lightning.losses.logit_term import check_labels
 from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, kept_rows, only_counted, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
@@ -59,6 +60,9 @@ def cross_entropy(
 class CrossEntropyLoss(Term):
     """Learning from labels; see `cross_entropy` for the formula.
 
+    Of a student that leaves out its output layer (logits `(B, L, 0)`) it is computed chunk by chunk, from the features
+    `last_hidden` and `head`.
+
     Args:
         label_smoothing: epsilon in [0, 1).
     """
@@ -73,4 +77,8 @@ class CrossEntropyLoss(Term):
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over labelled examples or positions."""
         mask = kept_rows(student.logits, batch)
+        if not student.logits.shape[-1] and "head" in student.features:
+            layer = student.features["last_hidden"], student.features["head"], student.features.get("head_bias")
+            loss: Tensor = chunked_sums(layer, NoTeacher(self.label_smoothing), batch["labels"], mask, None)[0]
+            return loss
         return cross_entropy(student.logits, batch["labels"], self.label_smoothing, mask)

@@ -77,15 +77,23 @@ def test_from_a_folder_of_text_to_a_student_and_its_report(
     assert trained.tokenizer is not None
 
 
-@pytest.mark.parametrize("most_dense", [1024, 8], ids=["read back whole", "read back sparse"])
+@pytest.mark.parametrize(
+    ("most_dense", "logits"), [(1024, "true"), (8, "false")], ids=["read back whole", "read back sparse, in chunks"]
+)
 def test_stored_outputs_train_the_same_student_as_the_running_teacher(
-    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_dense: int
+    composed: Composed,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most_dense: int,
+    logits: str,
 ) -> None:
     monkeypatch.setattr(outputs, "MOST_DENSE", most_dense)
     sparse = ["distillation=sparse_kd", "distillation.terms.kd.top_k=16", "stages=[teacher,distill]"]
     live = run(composed(*overrides, *sparse, "teacher.cache=off"))
     weights = load_file(tmp_path / "run/seed_0/distill/model.safetensors")
     again = [*overrides, *sparse, f"run_dir={tmp_path / 'again'}", "teacher.cache_top_k=16"]
+    again.append(f"student.logits_in_training={logits}")
     stored = run(composed(*again))
     for name, weight in load_file(tmp_path / "again/seed_0/distill/model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)

@@ -208,3 +208,20 @@ def test_refuses_labels_of_another_shape() -> None:
 def test_refuses_smoothing_outside_its_range(smoothing: float) -> None:
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
         cross_entropy(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_student_without_logits_learns_the_same(smoothing: float) -> None:
+    hidden, head, bias = (x.requires_grad_() for x in (randn(2, 5, 3, seed=1), randn(7, 3, seed=2), randn(7, seed=3)))
+    labels = torch.tensor([[1, 2, -100, 4, 0], [6, 5, 4, 3, 2]])
+    batch = {"labels": labels, "keep": torch.tensor([[True, True, True, False, True], [True] * 5])}
+    features = {"last_hidden": hidden, "head": head, "head_bias": bias}
+    term = CrossEntropyLoss(smoothing)
+    values = [
+        term(output, output, batch)
+        for output in (ModelOutput(hidden @ head.T + bias), ModelOutput(hidden[..., :0], features))
+    ]
+    torch.testing.assert_close(values[1], values[0])
+    found, expected = (torch.autograd.grad(value, [hidden, head, bias]) for value in values[::-1])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
