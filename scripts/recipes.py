@@ -176,17 +176,17 @@ def measure(name: str) -> Row:
         return [test_scores(job, stage) for job in some]
 
     def main_of(scored: list[dict[str, float]]) -> dict[str, Any]:
-        return spread([one[task.main] for one in scored])
+        return spread([one[task.monitor] for one in scored])
 
     above = teacher_scores(own[0])
     stages = ["baseline", *(["baseline_initialised"] if has_start(run.cfg.student) else [])]
     by_stage = {stage: scores(own, stage) for stage in [*stages, "distill"]}
     row: Row = {
-        "student": recipe.student, "taught_by": recipe.taught_by, "metric": task.main,
-        "teacher": spread([above[task.main]]),
+        "student": recipe.student, "taught_by": recipe.taught_by, "metric": task.monitor,
+        "teacher": spread([above[task.monitor]]),
         **{stage: main_of(by_stage[stage]) for stage in stages}, "distilled": main_of(by_stage["distill"]),
         "validation": {
-            "teacher": spread([teacher_scores(own[0], "validation")[task.main]]),
+            "teacher": spread([teacher_scores(own[0], "validation")[task.monitor]]),
             **{stage: spread([job.validation(stage) for job in own]) for stage in by_stage},
         },
     }  # fmt: skip

@@ -232,11 +232,11 @@ class _Converter:
         folder = self.folder(stage.path)
         is_ours = stage.network["_target_"].startswith("kd_lightning.")
         rebuilt = None if is_ours else filled(stage.network, self.read_by(stage), stage.role)
-        compiled = self.cfg.compile and stage.role == "student"
+        compiled, task = self.cfg.compile and stage.role == "student", self.read_by(stage).task
         ours = [
             class_path(
                 "lightning.pytorch.callbacks.ModelCheckpoint", dirpath=f"{folder}/lightning", filename="best",
-                monitor=f"val/{self.read_by(stage).task.main}", mode="max", enable_version_counter=False,
+                monitor=f"val/{task.monitor}", mode=task.mode, enable_version_counter=False,
                 save_weights_only=not averages(self.cfg.callbacks),
             ),
             *([class_path("kd_lightning.callbacks.Compilation")] if compiled else []),

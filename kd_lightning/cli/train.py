@@ -36,7 +36,8 @@ def _run(cfg: DictConfig) -> float:
     if in_sweep():
         return _point(cfg)
     with _ended(), explained(sys.argv[1:]):  # here, since Hydra adds lines of its own to an exception that leaves a job
-        return _score(_train(cfg))
+        run = _train(cfg)
+        return _aim(run, _score(run))
 
 
 def _point(cfg: DictConfig) -> float:
@@ -45,11 +46,16 @@ def _point(cfg: DictConfig) -> float:
     try:
         with recorded(cfg) as point:
             run = _train(cfg)
-            point.score, point.metric = _score(run), run.task.main
+            point.score, point.metric = _score(run), run.task.monitor
     except Interrupted:
         with _ended():
             raise
-    return point.score
+    return _aim(run, point.score)
+
+
+def _aim(run: Run, score: float) -> float:
+    """Return what a sweeper maximises."""
+    return score if run.task.mode == "max" else -score
 
 
 def _train(cfg: DictConfig) -> Run:

@@ -199,7 +199,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
             "throughput": {str(size): value for size, value in throughput[subject.name].items()},
             "peak_memory_bytes": peak_memory(subject, largest[subject.role], threads),
             "file_bytes": subject.file.stat().st_size,
-            task.main: scores[task.main],
+            "score": {"title": task.specs[task.monitor].title, "value": scores[task.monitor]},
             "agreement_with_student": scores.get("agreement"),
         })  # fmt: skip
     return rows
@@ -277,14 +277,14 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Return the table as text: a heading and a row for each that answers."""
     from kd_lightning.evaluation.report.table import MISSING, file_size, short
 
-    main = next(name for name in ("accuracy", "pearson", "average") if name in result["rows"][0])
-    heading = ["", main, "p50 / p95, ms", "times faster"]
+    heading = ["", result["rows"][0]["score"]["title"], "p50 / p95, ms", "times faster"]
     heading += [f"examples/s ({size})" for size in result["rows"][0]["throughput"]]
     heading += ["peak memory", "file", "times smaller"]
     rows = [heading]
     for row in result["rows"]:
         latency = f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"
-        score = MISSING if row[main] is None else f"{row[main]:.4f}"
+        value = row["score"]["value"]
+        score = MISSING if value is None else f"{value:.4f}"
         cells = [row["name"], score, latency, f"{row['times_faster']:.1f}"]
         cells += [MISSING if value is None else short(value) for value in row["throughput"].values()]
         cells += [file_size(row["peak_memory_bytes"]), file_size(row["file_bytes"]), f"{row['times_smaller']:.1f}"]
@@ -326,7 +326,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     memory = (
         "Peak memory is a process's own: of onnx with onnxruntime alone, of pt2 with torch, of others with Lightning"
     )
-    against = f"Accuracy on the validation split. Times faster and smaller: than {result['against']}"
+    score = result["rows"][0]["score"]["title"]
+    against = (
+        f"{score[0].upper()}{score[1:]} on the validation split. Times faster and smaller: than {result['against']}"
+    )
     return f"{as_markdown(table_rows(result))}\n\n{against}. {memory}. {code(result['command'])}, {where}."
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.evaluation.report.results import score_title
 from kd_lightning.evaluation.report.table import as_markdown, count, file_size
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.history import KNOWN, History, hub_names
 from kd_lightning.runtime.borders import code, html_free, markdown, visible
 from kd_lightning.runtime.files import write_file
-from kd_lightning.tasks import task_of
+from kd_lightning.tasks import ScoreSpec, task_of
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
@@ -71,7 +71,7 @@ def _metadata(exported: Exported, run: History) -> str:
             metric_name=f"{metric} of the float32 student",
         )
         for metric, value in run.test_scores(run.own_name).items()
-        if metric in (task.main, "macro_f1")
+        if metric in (task.monitor, "macro_f1")
     ]  # fmt: skip
     tags = ["knowledge-distillation"] * run.taught + [*task.tags]
     tags += ["kd_lightning", exported.format] + [exported.quantize] * (exported.quantize != "none")
@@ -120,38 +120,38 @@ def _use(exported: Exported) -> str:
 
 def _scores(exported: Exported, run: History) -> str:
     """Return two tables: the run's models on the test split, and student and export on the validation split."""
-    parity = exported.parity
+    parity, specs = exported.parity, task_of(exported.predicts).specs
     rows = [["", "student", "this export"]]
     for name in parity["student"]:
-        cells = [_cell(name, parity[one].get(name), parity["examples"], parity[f"{one}_intervals"].get(name))
+        cells = [_cell(specs[name], parity[one].get(name), parity["examples"], parity[f"{one}_intervals"].get(name))
                  for one in ("student", "export")]  # fmt: skip
-        rows.append([score_title(name), *cells])
+        rows.append([specs[name].title, *cells])
     return "\n\n".join([
-        _test_table(run),
+        _test_table(run, specs),
         f"On the {parity['examples']:,} validation examples, by which quantisation was judged:", as_markdown(rows),
-        f"In brackets: 95% intervals, as the examples are a sample (accuracy: Wilson; others: {parity['resamples']:,} "
+        f"In brackets: 95% intervals, as the examples are a sample (shares: Wilson; others: {parity['resamples']:,} "
         "bootstrap resamples).",
     ])  # fmt: skip
 
 
-def _test_table(run: History) -> str:
+def _test_table(run: History, specs: Mapping[str, ScoreSpec]) -> str:
     """Return the scores of the run's teacher, of the student from labels and of this student on the test split."""
     own = run.test_scores(run.own_name)
     if not own:
         return "The run has no report of this student, so nothing is said of the test split."
     n = run.data.sizes["test"]
-    rows = [["", *map(score_title, own)]]
+    rows = [["", *(specs[score].title for score in own)]]
     for name, title in {"teacher": "teacher", "baseline": "student from labels", run.own_name: "this student"}.items():
         if scores := run.test_scores(name):
             title += " (float32)" if name == run.own_name else ""
-            rows.append([title, *(_cell(score, scores.get(score), n) for score in own)])
+            rows.append([title, *(_cell(specs[score], scores.get(score), n) for score in own)])
     return f"On the {n:,} test examples, which were read once:\n\n{as_markdown(rows)}"
 
 
-def _cell(name: str, value: float | None, n: int, interval: list[float] | None = None) -> str:
+def _cell(spec: ScoreSpec, value: float | None, n: int, interval: list[float] | None = None) -> str:
     if value is None:
         return "not measured"
-    low_high = wilson(value, n) if name == "accuracy" else interval
+    low_high = wilson(value, n) if spec.share else interval
     return f"{value:.3f} ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else f"{value:.3f}"
 
 

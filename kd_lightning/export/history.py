@@ -151,7 +151,7 @@ def _training(stage: Path) -> str:
     settings = record["settings"]
     return (
         f"stage `{stage.name}`: {record['steps']} optimizer steps, weights of step {record['best_step']}, selected by "
-        f"{markdown(record.get('selected_by', 'accuracy'))} on validation; batches of "
+        f"{markdown(record['monitor'])} on validation; batches of "
         f"{settings.get('batch_size')}, learning rate {settings.get('optimizer', {}).get('lr')}"
     )
 

@@ -111,8 +111,8 @@ class Parity:
             lines.append(f"label agreement {self.agreement:.4f} (allowed {self.tolerance.agreement}), KL {self.kl:.2g}")
         changes = [
             f"{name} {before:.4f} -> {after:.4f}"
-            for name in ("accuracy", "ece", "pearson", "average")
-            if (before := self.student.get(name)) is not None and (after := self.export.get(name)) is not None
+            for name, before in self.student.items()
+            if before is not None and (after := self.export.get(name)) is not None
         ]
         return [*lines, ", ".join(changes)]
 

@@ -117,10 +117,10 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         data=DataSummary(
             name=type(data).__name__,
             splits=data.sizes,
-            majority_accuracy=run.task.guess(labels_of(run.task, data.test_dataloader())),
+            majority_accuracy=run.task.chance_score(labels_of(run.task, data.test_dataloader())),
             class_names=data.class_names,
             fingerprint=data.fingerprint,
-            score=run.task.main,
+            score=run.task.monitor,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
     )  # fmt: skip
@@ -155,7 +155,7 @@ def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[sum(read_stage(folder)["seconds"] for folder in folders)] if folders else [],
-        curves=[_curve(folder, run.seeds[0], task.main) for folder in folders] if len(teachers) == 1 else [],
+        curves=[_curve(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
         correct=[test.correct] if test.correct else [],
     )
 
@@ -172,7 +172,7 @@ def _student(run: Run, stage: str, folders: Sequence[Path], evaluated: Evaluated
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
-        curves=[_curve(folder, seed, run.task.main) for seed, folder in zip(run.seeds, folders, strict=False)],
+        curves=[_curve(folder, seed, run.task.monitor) for seed, folder in zip(run.seeds, folders, strict=False)],
         correct=[one.correct for one in test if one.correct],
     )
 

@@ -59,7 +59,7 @@ def _teacher_score(run: Run, part: Part) -> float:
     data, task = part.data.select(tokens="teacher"), part.data.task
     loaded = provider.loaded
     model = provider.teacher().to(run.device) if loaded.members else of_network(loaded.network, run.device)
-    return evaluate(task, model, data.val_dataloader(), run.device).scores[task.main]
+    return evaluate(task, model, data.val_dataloader(), run.device).scores[task.monitor]
 
 
 def build_caches(run: Run) -> list[Path]:

@@ -10,6 +10,15 @@ from kd_lightning.tasks.causal_lm import CausalLanguageModeling
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.multi_task import MultiTask, task_of
 from kd_lightning.tasks.regression import Regression
-from kd_lightning.tasks.scores import Scores
+from kd_lightning.tasks.scores import Scores, ScoreSpec
 
-__all__ = ["CausalLanguageModeling", "Classification", "MultiTask", "Regression", "Scores", "Task", "task_of"]
+__all__ = [
+    "CausalLanguageModeling",
+    "Classification",
+    "MultiTask",
+    "Regression",
+    "ScoreSpec",
+    "Scores",
+    "Task",
+    "task_of",
+]

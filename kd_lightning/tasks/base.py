@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError, KDError
-from kd_lightning.tasks.scores import Scores
+from kd_lightning.tasks.scores import Mode, Scores, ScoreSpec
 from kd_lightning.types import Batch
 
 
@@ -34,17 +34,24 @@ class Task(ABC):
     """What a network predicts.
 
     Attributes:
-        main: The score by which checkpoints are selected and models compared; higher is better.
+        monitor: The score by which checkpoints are selected and models compared.
+        specs: How the scores are to be read, those against labels and those against a teacher.
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
     """
 
-    main: str
+    monitor: str
+    specs: Mapping[str, ScoreSpec]
     outputs: int
     classes: int | None = None
 
     @property
-    def parts(self) -> Mapping[str, Task]:
+    def mode(self) -> Mode:
+        """Whether more or less of `monitor` is better."""
+        return self.specs[self.monitor].mode
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
         """The tasks that it consists of, by name; none where it is one."""
         return {}
 
@@ -83,7 +90,7 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self) -> Scores:
-        """Return the scores against labels; `main` is among them."""
+        """Return the scores against labels; `monitor` is among them."""
 
     @abstractmethod
     def fidelity(self) -> Scores:
@@ -139,8 +146,8 @@ class Task(ABC):
         """Return `(B,)` whether each example is predicted rightly; None where that is no matter of right and wrong."""
         return None
 
-    def guess(self, labels: Tensor) -> float | None:
-        """Return the main score of the best constant answer; None where it has none."""
+    def chance_score(self, labels: Tensor) -> float | None:
+        """Return the `monitor` score of the best constant prediction for labels `(N,)`; None where it has none."""
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
 from kd_lightning.tasks.metrics import Agreement, Sums, TeacherStudentKL
 from kd_lightning.tasks.rows import next_tokens
-from kd_lightning.tasks.scores import Scores
+from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.types import Batch, SparseLogits
 
 MOST_SHOWN = 5
@@ -31,7 +31,16 @@ class CausalLanguageModeling(Task):
         vocabulary: V, how many tokens there are.
     """
 
-    main, tags = "log_likelihood", ("text-generation",)
+    monitor, tags = "log_likelihood", ("text-generation",)
+    specs: ClassVar = {
+        "log_likelihood": ScoreSpec("log likelihood of a token, nats", shown="never"),
+        "loss": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
+        "perplexity": ScoreSpec("perplexity", "min"),
+        "bits_per_byte": ScoreSpec("bits per byte", "min"),
+        "accuracy": ScoreSpec("tokens predicted first"),
+        "agreement": ScoreSpec("agreement with teacher"),
+        "kl_to_teacher": ScoreSpec("KL to teacher, nats a token", "min"),
+    }
 
     def __init__(self, vocabulary: int) -> None:
         self.outputs = self.classes = vocabulary

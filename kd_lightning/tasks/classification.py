@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.tasks.base import Task, refuse_nan
 from kd_lightning.tasks.metrics import Accuracy, Agreement, CalibrationError, CrossEntropy, MacroF1, TeacherStudentKL
-from kd_lightning.tasks.scores import Scores
+from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.types import Batch
 
 MOST_COLUMNS = 4
@@ -27,7 +27,15 @@ class Classification(Task):
         classes: C.
     """
 
-    main, problem_type = "accuracy", "single_label_classification"
+    monitor, problem_type = "accuracy", "single_label_classification"
+    specs: ClassVar = {
+        "accuracy": ScoreSpec("accuracy", share=True, shown="always"),
+        "macro_f1": ScoreSpec("macro F1"),
+        "agreement": ScoreSpec("agreement with teacher"),
+        "kl_to_teacher": ScoreSpec("KL to teacher, nats", "min"),
+        "ece": ScoreSpec("calibration error (ECE)", "min"),
+        "cross_entropy": ScoreSpec("cross-entropy, nats", "min", shown="never"),
+    }
 
     def __init__(self, classes: int) -> None:
         self.outputs = self.classes = classes
@@ -94,6 +102,6 @@ class Classification(Task):
         """Return that it knows its classes only."""
         return f"It knows {', '.join(names)} and nothing else: whatever it is given, it says one of them."
 
-    def guess(self, labels: Tensor) -> float:
+    def chance_score(self, labels: Tensor) -> float:
         """Return the share of the most frequent class."""
         return float(labels.bincount().max() / len(labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.causal_lm import CausalLanguageModeling
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.regression import Regression
-from kd_lightning.tasks.scores import Scores
+from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -31,19 +32,30 @@ class MultiTask(Task):
         weights: Of the tasks in the loss; 1 where none is given.
     """
 
-    main = "average"
+    monitor = "average"
 
     def __init__(self, tasks: Mapping[str, Task], weights: Mapping[str, float] | None = None) -> None:
-        self.tasks = dict(tasks)
+        self._tasks = dict(tasks)
         self.weights = {name: (weights or {}).get(name, 1.0) for name in tasks}
         ends = accumulate((task.outputs for task in tasks.values()), initial=0)
         self.spans = dict(zip(tasks, (range(start, end) for start, end in pairwise(ends)), strict=True))
         self.outputs = sum(task.outputs for task in tasks.values())
 
     @property
-    def parts(self) -> Mapping[str, Task]:
+    def tasks(self) -> Mapping[str, Task]:
         """Its tasks."""
-        return self.tasks
+        return self._tasks
+
+    @property
+    def specs(self) -> Mapping[str, ScoreSpec]:  # type: ignore[override]
+        """How the scores are to be read: `average`, and each task's as `TASK/SCORE`."""
+        own = {
+            f"{name}/{score}": replace(
+                spec, title=f"{name}: {spec.title}", shown="always" if spec.shown == "always" else "never"
+            )
+            for name, task in self.tasks.items() for score, spec in task.specs.items()
+        }  # fmt: skip
+        return {"average": ScoreSpec("average over tasks", shown="always"), **own}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -65,7 +77,7 @@ class MultiTask(Task):
         return _Sum(*self.terms())
 
     def scores(self) -> Scores:
-        """Return each task's scores as `TASK/SCORE`, and `average`, the mean of their main ones."""
+        """Return each task's scores as `TASK/SCORE`, and `average`, the mean of those that they are compared by."""
         return _TaskScores(self, {name: task.scores() for name, task in self.tasks.items()}, average=True)
 
     def fidelity(self) -> Scores:
@@ -139,7 +151,7 @@ class _TaskScores(Scores):
     Args:
         whole: The tasks.
         tasks: Their scores.
-        average: The mean of the tasks' main scores is one, too.
+        average: The mean of the scores that tasks are compared by is one, too.
     """
 
     def __init__(self, whole: MultiTask, tasks: Mapping[str, Scores], average: bool = False) -> None:
@@ -164,6 +176,8 @@ class _TaskScores(Scores):
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all that was added, in all processes."""
         found: dict[str, dict[str, Tensor]] = {name: scores.compute() for name, scores in self.tasks.items()}  # type: ignore[operator]
-        mains = [found[name][task.main].double() for name, task in self.whole.tasks.items()] if self.average else []
-        own = {"average": torch.stack(mains).mean()} if mains else {}
+        monitored = (
+            [found[name][task.monitor].double() for name, task in self.whole.tasks.items()] if self.average else []
+        )
+        own = {"average": torch.stack(monitored).mean()} if monitored else {}
         return own | {f"{name}/{score}": value for name, scores in found.items() for score, value in scores.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -12,14 +12,19 @@ from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.tasks.base import Task, refuse_nan
 from kd_lightning.tasks.metrics import Pearson, RootMeanSquare
-from kd_lightning.tasks.scores import Scores
+from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.types import Batch, is_labelled
 
 
 class Regression(Task):
     """One score, labelled with a float; NaN where there is no label."""
 
-    main, outputs, tags, problem_type = "pearson", 1, ("regression",), "regression"
+    monitor, outputs, tags, problem_type = "pearson", 1, ("regression",), "regression"
+    specs: ClassVar = {
+        "pearson": ScoreSpec("Pearson correlation", shown="always"),
+        "rmse": ScoreSpec("RMSE", "min", shown="always"),
+        "rmse_to_teacher": ScoreSpec("RMSE to teacher", "min"),
+    }
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,25 @@ from torchmetrics.utilities import dim_zero_sum
 
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch, SparseLogits
+
+Mode = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """How a score is to be read: what report, exports and commands know of it.
+
+    Attributes:
+        title: What people call it, with its unit if it has one.
+        mode: Whether more or less of it is better.
+        share: It is a share of examples that are right, whose error over n of them is sqrt(p (1 - p) / n).
+        shown: In tables `always`; `alone`, where there is one task; or `never`, in files only.
+    """
+
+    title: str
+    mode: Mode = "max"
+    share: bool = False
+    shown: Literal["always", "alone", "never"] = "alone"
 
 
 class Scores(nn.Module):

@@ -123,8 +123,9 @@ def _fit(training: Training, console: Console) -> None:
 
 
 def _best(training: Training) -> ModelCheckpoint:
+    task = training.data.task
     return ModelCheckpoint(
-        training.folder / "checkpoints", "best", monitor=f"val/{training.data.task.main}", mode="max",
+        training.folder / "checkpoints", "best", monitor=f"val/{task.monitor}", mode=task.mode,
         save_weights_only=not averages(training.callbacks), enable_version_counter=False,
     )  # fmt: skip
 

@@ -160,7 +160,7 @@ class NetworkModule(L.LightningModule):
     def log_scores(self, scores: Scores, split: str) -> None:
         """Log the scores of a split that has been gone through in all processes, and begin anew."""
         for name, value in scores.compute().items():
-            self.log(f"{split}/{name}", value, prog_bar=name == self.task.main, batch_size=1, sync_dist=True)
+            self.log(f"{split}/{name}", value, prog_bar=name == self.task.monitor, batch_size=1, sync_dist=True)
         scores.reset()
 
     def on_validation_epoch_end(self) -> None:

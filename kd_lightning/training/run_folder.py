@@ -133,7 +133,7 @@ def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -
 
     Args:
         folder: A run folder, or the folder of one of its stages.
-        seed: Which seed of a run with several; None takes the one with the best validation accuracy.
+        seed: Which seed of a run with several; None takes the one that is best on validation.
         trust: Whether the folder may run code that it names, as that of a network of your own: see docs/security.md.
 
     Raises:
@@ -201,7 +201,7 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     if not found:
         which = "" if seed is None else f" of seed {seed}"
         raise ConfigError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
-    return max(found, key=lambda stage: validation_score(read_stage(stage)))
+    return max(found, key=_goodness)
 
 
 GO_ON = "run the same kd-train again, and it goes on where it stopped"
@@ -283,8 +283,20 @@ def teacher_stage(folder: Path) -> Path | None:
 
 
 def validation_score(record: dict[str, Any]) -> float:
-    """Return the score of a stage's record by which its weights were selected."""
-    return float(record["validation"][record.get("selected_by", "accuracy")])
+    """Return the score of a stage's record by which its weights were selected.
+
+    Raises:
+        KDError: The record is of an older version.
+    """
+    if "monitor" not in record:
+        raise KDError("stage.json is of an older version: it does not name the score that selects weights; train again")
+    return float(record["validation"][record["monitor"]])
+
+
+def _goodness(stage: Path) -> float:
+    """Return a stage's validation score, the larger the better."""
+    record = read_stage(stage)
+    return validation_score(record) * (1 if record["mode"] == "max" else -1)
 
 
 def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) -> bool:

@@ -123,7 +123,8 @@ def keep(
         "best_step": int(checkpoint["global_step"]),
         "seconds": seconds,
         "validation": scores,
-        "selected_by": task.main,
+        "monitor": task.monitor,
+        "mode": task.mode,
         **training.notes,
     }
     finish_stage(training.folder, record)

@@ -167,7 +167,7 @@ def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypa
         one, other = (load_file(tmp_path / way / "run" / name / "model.safetensors") for way in ("hydra", "cli"))
         assert_same(one, other, f"{name} after training")
         records = [read_json(tmp_path / way / "run" / name / "stage.json") for way in ("hydra", "cli")]
-        for key in ("steps", "best_step", "validation", "selected_by"):
+        for key in ("steps", "best_step", "validation", "monitor", "mode"):
             assert records[0][key] == records[1][key], (name, key)
     return names
 

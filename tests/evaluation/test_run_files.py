@@ -33,7 +33,10 @@ def make_run(tmp_path: Path, toy_csv: Path, own_home: Path) -> Run:
         stage = tmp_path / "run" / "seed_0" / "distill"
         task = {"class_names": read.class_names, "max_length": 16, "texts": texts, "role": "student"}
         save_network(stage, network, {}, task, read.student_tokenizer)
-        finish_stage(stage, {"fingerprint": "f", "settings": {}, "validation": {"accuracy": 1.0}})
+        finish_stage(
+            stage,
+            {"fingerprint": "f", "settings": {}, "validation": {"accuracy": 1.0}, "monitor": "accuracy", "mode": "max"},
+        )
         OmegaConf.save(OmegaConf.create({"data": {"train_file": "train.csv", **data}}), tmp_path / "run/config.yaml")
         return tmp_path / "run"
 

@@ -62,7 +62,7 @@ def write_run(
         how = {"batch_size": 16, "optimizer": {"lr": 0.1}, "network": MINILM if role == "teacher" else more}
         record = {"fingerprint": "f", "steps": 7, "settings": how}
         write_json(folder / stage / "settings.json", record)
-        scores = {"validation": {data.task.main: 0.5}, "selected_by": data.task.main}
+        scores = {"validation": {data.task.monitor: 0.5}, "monitor": data.task.monitor, "mode": data.task.mode}
         finish_stage(folder / stage, {**record, "best_step": 7, **scores})
     config = {"name": folder.name, "data": settings, "temperature": 2.0, "alpha": 0.9, "stages": ["teacher", "distill"]}
     config["distillation"] = {"terms": {"ce": {}, "kd": {}}}

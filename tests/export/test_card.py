@@ -271,7 +271,8 @@ def test_names_in_a_card_are_text(exported: Path, bert: Path, monkeypatch: pytes
         run.taught, run.teacher, run.start = True, Origin(name), Origin(name)
         monkeypatch.setattr(type(run.data), "title", name)
         for predicts in (made.predicts, "regression", {name: "regression", "b": 2}):
-            text = card(replace(made, class_names=[name, "b"], command=name, predicts=predicts), run)
+            parity = {**made.parity, "student": made.parity["student"] if predicts == made.predicts else {}}
+            text = card(replace(made, class_names=[name, "b"], command=name, predicts=predicts, parity=parity), run)
             body = text.split("\n---\n", 1)[1]
             assert text.replace("\n", "").isprintable(), ascii(name)
             assert "<" not in body

@@ -19,7 +19,7 @@ def write_student(folder: Path, network: nn.Module, accuracy: float = 0.5, token
     """A finished student, as a run leaves it."""
     task = {"class_names": ["a", "b", "c"], "predicts": 3, "max_length": 16, "texts": 1, "role": "student"}
     save_network(folder, network, more, task, tokenizer)
-    finish_stage(folder, {"validation": {"accuracy": accuracy}})
+    finish_stage(folder, {"validation": {"accuracy": accuracy}, "monitor": "accuracy", "mode": "max"})
     return folder
 
 

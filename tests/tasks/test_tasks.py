@@ -71,9 +71,9 @@ def test_several_tasks_are_scored_each_on_its_rows_and_columns(split: Split, siz
     assert found["score/rmse_to_teacher"] == pytest.approx(float(np.sqrt((difference**2).mean())), rel=1e-6)
     mains = [found["side/accuracy"], found["score/pearson"], found["kind/accuracy"]]
     assert found["average"] == pytest.approx(sum(mains) / 3)
-    assert WHOLE.main == "average"
+    assert WHOLE.monitor == "average"
     assert WHOLE.correct(logits, {"labels": labels}) is None
-    assert WHOLE.guess(labels) is None
+    assert WHOLE.chance_score(labels) is None
     assert set(found) == {
         "average", *(f"{name}/{score}" for name in ("side", "kind") for score in OF_CLASSES),
         "score/pearson", "score/rmse", "score/rmse_to_teacher",
@@ -163,7 +163,7 @@ def test_a_classification() -> None:
     right = task.correct(torch.eye(3), {"labels": labels})
     assert right is not None
     assert right.tolist() == [True, False, True]
-    assert task.guess(labels) == pytest.approx(2 / 3)
+    assert task.chance_score(labels) == pytest.approx(2 / 3)
     assert isinstance(task.loss(), CrossEntropyLoss)
     assert scores_of(task, torch.eye(3), labels, sizes=[3])["accuracy"] == pytest.approx(2 / 3)
 

@@ -42,7 +42,8 @@ def data(toy_csv: Path, own_home: Path) -> TextFiles:
 def save(folder: Path, data: TextFiles, network: nn.Module, accuracy: float = 0.5, **settings: object) -> None:
     task = {"class_names": data.class_names, "max_length": 16, "texts": 1, "role": "student"}
     save_network(folder, network, dict(settings), task, data.student_tokenizer)
-    finish_stage(folder, {"fingerprint": "f", "settings": {}, "validation": {"accuracy": accuracy}})
+    scores = {"validation": {"accuracy": accuracy}, "monitor": "accuracy", "mode": "max"}
+    finish_stage(folder, {"fingerprint": "f", "settings": {}, **scores})
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def check(model: TrainedModel) -> None:
     network = model.network
     if model.task.problem_type is None:
         raise ConfigError(
-            f"--format huggingface: this student has {len(model.task.parts)} tasks ({', '.join(model.task.parts)}), "
+            f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
             "and from_pretrained knows classifiers of one; it can be: safetensors, pt2, onnx"
         )
     if isinstance(network, PooledClassifier):

@@ -19,7 +19,6 @@ from rich.progress import (
 )
 
 _READ_EVERY = 10
-_SHOWN = ("train/loss", "val/loss", "val/accuracy", "val/pearson", "val/average")
 
 
 class StageProgress(L.Callback):
@@ -59,7 +58,7 @@ class StageProgress(L.Callback):
         if self._progress is None:
             return
         if trainer.global_step % _READ_EVERY == 0:
-            self._progress.update(self._task, completed=trainer.global_step, scores=_scores(trainer))
+            self._progress.update(self._task, completed=trainer.global_step, scores=_scores(trainer, pl_module))
         else:
             self._progress.update(self._task, completed=trainer.global_step)
 
@@ -74,14 +73,14 @@ class StageProgress(L.Callback):
         done = trainer.global_step - self._first_step
         left = f"{seconds / done * (total - trainer.global_step):.0f} s left" if done else ""
         self.console.print(
-            f"{self.stage}  step {trainer.global_step}/{total:.0f}  {_scores(trainer)}  {left}",
+            f"{self.stage}  step {trainer.global_step}/{total:.0f}  {_scores(trainer, pl_module)}  {left}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Close the bar, also after an exception."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=trainer.global_step, scores=_scores(trainer))
+            self._progress.update(self._task, completed=trainer.global_step, scores=_scores(trainer, pl_module))
             self._progress.stop()
             self._progress = None
 
@@ -98,6 +97,7 @@ class StageProgress(L.Callback):
         self.__dict__.update(state, console=Console())
 
 
-def _scores(trainer: L.Trainer) -> str:
-    metrics = trainer.callback_metrics
-    return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in _SHOWN if name in metrics)
+def _scores(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+    metrics, monitor = trainer.callback_metrics, getattr(getattr(pl_module, "task", None), "monitor", None)
+    shown = ("train/loss", "val/loss", f"val/{monitor}")
+    return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in shown if name in metrics)
