@@ -117,10 +117,11 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         data=DataSummary(
             name=type(data).__name__,
             splits=data.sizes,
-            majority_accuracy=run.task.chance_score(labels_of(run.task, data.test_dataloader())),
+            chance_score=run.task.chance_score(labels_of(run.task, data.test_dataloader())),
             class_names=data.class_names,
             fingerprint=data.fingerprint,
-            score=run.task.monitor,
+            monitor=run.task.monitor,
+            specs=run.task.specs,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
     )  # fmt: skip
@@ -181,8 +182,8 @@ def _curve(folder: Path, seed: int, score: str) -> Curve:
     """Read a stage's learning curve; a training that was resumed has one log an attempt, and the later one counts."""
     curve = Curve(seed, {}, {})
     for log in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
-        part = read_curve(log, seed, accuracy_key=f"val/{score}")
-        curve.accuracy.update(part.accuracy)
+        part = read_curve(log, seed, score_key=f"val/{score}")
+        curve.score.update(part.score)
         curve.loss.update(part.loss)
         for known, new in ((curve.loss_share, part.loss_share), (curve.gradient_share, part.gradient_share)):
             for term, values in new.items():

@@ -124,7 +124,7 @@ class Run:
         task = self.data.task
         if not isinstance(self.data, MultiTaskData):
             return task
-        return MultiTask(task.parts, {name: own.weight for name, own in self.cfg.tasks.items()})
+        return MultiTask(task.tasks, {name: own.weight for name, own in self.cfg.tasks.items()})
 
     def data_of(self, teacher: int) -> IndexedData:
         """Return the data as teacher 0, 1, ... and those below it read them: an assistant reads as the students do."""

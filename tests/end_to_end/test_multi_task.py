@@ -106,9 +106,9 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
     assert models["teacher"]["size"]["parameters"] == sum(sizes)
     assert models["teacher"]["title"] == "3 teachers"
     assert models["teacher"]["latency_ms"]["p50"] > models["distilled"]["latency_ms"]["p50"]
-    assert report["data"]["score"] == "average"
-    assert report["data"]["majority_accuracy"] is report["difference"]["standard_error"] is None
-    assert models["distilled"]["curves"][0]["validation_accuracy"]["steps"] == [29, 59]
+    assert report["data"]["monitor"] == "average"
+    assert report["data"]["chance_score"] is report["difference"]["standard_error"] is None
+    assert models["distilled"]["curves"][0]["validation_score"]["steps"] == [29, 59]
     assert set(models["distilled"]["curves"][0]["gradient_share"]) == {
         "sentiment/ce", "sentiment/kd", "domain/ce", "domain/kd", "rating/mse", "rating/kd"
     }  # fmt: skip
@@ -116,7 +116,7 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
     for row in ("average over tasks", "sentiment: accuracy", "domain: accuracy", "rating: Pearson correlation"):
         assert f"\n| {row} | " in text
     assert text.startswith("# MultiTaskData: sentiment, domain, rating: ")
-    assert "most frequent class" not in text
+    assert "constant prediction" not in text
 
     found = score_split(load_run(folder / "seed_0/distill"), folder, "test")
     assert found.scores["average"] == pytest.approx(models["distilled"]["test"]["average"]["mean"])
@@ -344,7 +344,7 @@ def test_a_regression_is_trained_selected_and_reported_by_correlation(
     assert models["distilled"]["test"]["pearson"]["mean"] > 0.7
     assert set(models["distilled"]["test"]) == {"pearson", "rmse", "rmse_to_teacher"}
     assert "val/pearson" in said
-    assert report["data"]["score"] == "pearson"
+    assert report["data"]["monitor"] == "pearson"
     assert (tmp_path / "run/curves.png").is_file()
     assert "| Pearson correlation | " in (tmp_path / "run/report.md").read_text()
     best = max((0, 1), key=lambda seed: record(tmp_path / f"run/seed_{seed}/distill")["validation"]["pearson"])

@@ -77,7 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert records[0]["best_step"] == records[1]["best_step"]
     assert records[0]["validation"] == records[1]["validation"]
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
-    curves = [report["models"]["distilled"]["curves"][0]["validation_accuracy"] for report in reports]
+    curves = [report["models"]["distilled"]["curves"][0]["validation_score"] for report in reports]
     assert curves[0] == curves[1], "the learning curve survives the kill"
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from kd_lightning.tasks import Classification
 from kd_lightning.training.callbacks import StageProgress
 
 
@@ -21,6 +22,7 @@ class Module(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.fail_at, self.error = fail_at, error
+        self.task = Classification(2)  # its score is shown
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.global_step == self.fail_at:

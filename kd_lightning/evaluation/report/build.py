@@ -14,12 +14,13 @@ from kd_lightning.evaluation.report.results import (
     Curve,
     DataSummary,
     ModelResult,
-    main_score,
+    monitor,
     role,
     score_title,
+    sign,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a key of the report changes its meaning or goes away; new keys do not raise it."""
 
 SELECTION = (
@@ -41,7 +42,7 @@ def build_report(
     stages_seconds: Mapping[str, float],
     selection: str | None = None,
 ) -> dict[str, Any]:
-    """Assemble the report, schema version 1 (docs/report_schema.md).
+    """Assemble the report, schema version 2 (docs/report_schema.md).
 
     Args:
         models: The results; models that were not trained are left out.
@@ -63,13 +64,15 @@ def build_report(
     """
     by_name = _by_name(models, seeds)
     n_test = data.splits["test"]
-    entries = {name: _model_entry(result, n_test) for name, result in by_name.items()}
-    scores = {name: [float(test[data.score]) for test in result.test] for name, result in by_name.items()}
-    ratios = {name: _ratios(scores, name) for name in ("baseline_initialised", "distilled", "finetuned")}
+    shares = [name for name, spec in data.specs.items() if spec.share]
+    entries = {name: _model_entry(result, shares, n_test) for name, result in by_name.items()}
+    direction = 1 if data.specs[data.monitor].mode == "max" else -1
+    scores = {name: [float(test[data.monitor]) for test in result.test] for name, result in by_name.items()}
+    ratios = {name: _ratios(scores, name, direction) for name in ("baseline_initialised", "distilled", "finetuned")}
     for name, ratio in ratios.items():
         if name in entries:
             entries[name]["distillation_ratio"] = ratio
-    errors = [entry["test"].get("accuracy", {}).get("standard_error") for entry in entries.values()]
+    errors = [entry["test"][data.monitor].get("standard_error") for entry in entries.values()]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": run,
@@ -78,13 +81,14 @@ def build_report(
         "command": command,
         "models": entries,
         "distillation_ratio": ratios["distilled"],
-        "difference": _difference(by_name, scores, n_test, data.score),
+        "difference": _difference(by_name, scores, n_test, data.monitor in shares),
         "data": {
-            **asdict(data),
+            **{key: value for key, value in vars(data).items() if key != "specs"},
             "n_test": n_test,
             "standard_error": max((error for error in errors if error is not None), default=None),
         },
-        "selection": selection or SELECTION.format(score=score_title(data.score)),
+        "scores": {name: asdict(spec) for name, spec in data.specs.items()},
+        "selection": selection or SELECTION.format(score=data.specs[data.monitor].title),
         "settings": dict(settings),
         "stages": dict(stages_seconds),
         "environment": dict(environment),
@@ -105,20 +109,20 @@ def check(report: Mapping[str, Any]) -> list[str]:
         baseline, seeds without a ratio, a distilled student below the baseline, a difference within the noise, a loss
         term that hardly counts, a single seed.
     """
-    main = main_score(report)
-    accuracy = {name: entry["test"][main]["mean"] for name, entry in report["models"].items()}
-    accuracy = {name: value for name, value in accuracy.items() if value is not None}
+    main, better = score_title(report), sign(report, monitor(report))
+    scores = {name: entry["test"][monitor(report)]["mean"] for name, entry in report["models"].items()}
+    scores = {name: value for name, value in scores.items() if value is not None}
     titles = {name: entry["title"] for name, entry in report["models"].items()}
-    majority = report["data"]["majority_accuracy"]
+    chance = report["data"]["chance_score"]
     warnings = [
-        f"{titles[name]}: accuracy {value:.3f} is no better than always answering the most frequent class "
-        f"({majority:.3f})." + (" Do not distill from this teacher." if name == "teacher" else "")
-        for name, value in accuracy.items()
-        if majority is not None and value <= majority
+        f"{titles[name]}: {main} {value:.3f} is no better than that of the best constant prediction ({chance:.3f})."
+        + (" Do not distill from this teacher." if name == "teacher" else "")
+        for name, value in scores.items()
+        if chance is not None and better * value <= better * chance
     ]
     ratios = report["distillation_ratio"]["values"]
-    teacher, baseline, distilled = (accuracy.get(name) for name in ("teacher", "baseline", "distilled"))
-    if teacher is not None and baseline is not None and teacher <= baseline:
+    teacher, baseline, distilled = (scores.get(name) for name in ("teacher", "baseline", "distilled"))
+    if teacher is not None and baseline is not None and better * teacher <= better * baseline:
         warnings.append(
             f"The teacher ({teacher:.3f}) is no better than the student from labels ({baseline:.3f}): "
             "there is no gap to close and the distillation ratio means nothing."
@@ -128,9 +132,9 @@ def check(report: Mapping[str, Any]) -> list[str]:
             f"The distillation ratio is undefined for {undefined} of {len(ratios)} seeds, "
             "where the teacher was no better than the student from labels; its mean leaves them out."
         )
-    if baseline is not None and distilled is not None and distilled < baseline:
+    if baseline is not None and distilled is not None and better * distilled < better * baseline:
         warnings.append(
-            f"Distillation made it worse: the distilled student has {score_title(main)} {distilled:.3f}, "
+            f"Distillation made it worse: the distilled student has {main} {distilled:.3f}, "
             f"the student from labels {baseline:.3f}."
         )
     warnings.extend(_noise_warning(report["difference"]))
@@ -187,11 +191,11 @@ def _by_name(models: Sequence[ModelResult], seeds: Sequence[int]) -> dict[str, M
     return dict(sorted(by_name.items(), key=lambda item: MODEL_NAMES.index(role(item[0]))))
 
 
-def _model_entry(result: ModelResult, n_test: int) -> dict[str, Any]:
+def _model_entry(result: ModelResult, shares: Sequence[str], n_test: int) -> dict[str, Any]:
     """Return the report's entry of one model."""
     test = _describe_scores(result.test)
-    if "accuracy" in test:
-        test["accuracy"]["standard_error"] = _binomial_error(test["accuracy"]["mean"], n_test)
+    for name in test.keys() & shares:
+        test[name]["standard_error"] = _binomial_error(test[name]["mean"], n_test)
     return {
         "title": result.title,
         "test": test,
@@ -214,7 +218,7 @@ def _curve_entry(curve: Curve) -> dict[str, Any]:
     """Write a curve as lists, since JSON keys cannot be numbers."""
     return {
         "seed": curve.seed,
-        "validation_accuracy": _series(curve.accuracy),
+        "validation_score": _series(curve.score),
         "training_loss": _series(curve.loss),
         "loss_share": {term: _series(values) for term, values in curve.loss_share.items()},
         "gradient_share": {term: _series(values) for term, values in curve.gradient_share.items()},
@@ -225,20 +229,20 @@ def _series(values: Mapping[int, float]) -> dict[str, list[Any]]:
     return {"steps": list(values), "values": list(values.values())}
 
 
-def _ratios(scores: Mapping[str, list[float]], name: str) -> dict[str, Any]:
+def _ratios(scores: Mapping[str, list[float]], name: str, direction: int) -> dict[str, Any]:
     """Return the distillation ratio of a student, each seed against the baseline of the same seed."""
     from kd_lightning.tasks.metrics import distillation_ratio
 
     if not {"teacher", "baseline", name} <= set(scores):
         return {**describe([]), "of_means": math.nan}
-    teacher, baseline, student = scores["teacher"][0], scores["baseline"], scores[name]
+    (teacher, *_), baseline, student = ([direction * x for x in scores[own]] for own in ("teacher", "baseline", name))
     per_seed = [distillation_ratio(teacher, *pair) for pair in zip(baseline, student, strict=True)]
     of_means = distillation_ratio(teacher, statistics.fmean(baseline), statistics.fmean(student))
     return {**describe(per_seed), "of_means": of_means}
 
 
 def _difference(
-    models: Mapping[str, ModelResult], scores: Mapping[str, list[float]], n_test: int, main: str
+    models: Mapping[str, ModelResult], scores: Mapping[str, list[float]], n_test: int, share: bool
 ) -> dict[str, Any] | None:
     """Return the main score of distilled minus baseline, with the standard error of that difference if it is accuracy.
 
@@ -252,7 +256,7 @@ def _difference(
     per_seed = [b - a for a, b in zip(scores["baseline"], scores["distilled"], strict=True)]
     described = describe(per_seed)
     paired = bool(baseline.correct) and bool(distilled.correct)
-    if main != "accuracy":
+    if not share:
         return {**described, "standard_error": math.nan, "paired": False}
     if paired:
         shares = [

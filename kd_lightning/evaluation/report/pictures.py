@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.evaluation.report.results import main_score, role, score_title
+from kd_lightning.evaluation.report.results import monitor, role, score_title
 from kd_lightning.evaluation.report.table import count, short
 from kd_lightning.runtime.borders import drawn
 
@@ -38,10 +38,10 @@ TERM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 
 
 def curves_figure(report: Mapping[str, Any]) -> Figure | None:
-    """Draw validation accuracy against optimizer steps, a line per student.
+    """Draw the validation score against optimizer steps, a line per student.
 
     A line is the mean over the seeds, with a band of one standard deviation. The teacher is a dashed line at its
-    validation accuracy. The fine-tuned student starts where the distilled one ended.
+    validation score. The fine-tuned student starts where the distilled one ended.
 
     Returns:
         The figure; None where no student has a learning curve.
@@ -53,7 +53,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
         return None
     figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
-    main = main_score(report)
+    main = monitor(report)
     teacher = report["models"].get("teacher", {}).get("validation", {}).get(main)
     if teacher and teacher["mean"] is not None:
         title = drawn(report["models"]["teacher"]["title"])
@@ -73,7 +73,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
     axes.set_title(f"Learning curves{spread}", fontsize=11)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(drawn(f"validation {score_title(main)}"))
+    axes.set_ylabel(drawn(f"validation {score_title(report)}"))
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)  # never over a line
     tidy(axes)
@@ -81,7 +81,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
 
 
 def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
-    """Draw test accuracy against parameters and against batch-1 latency, each model labelled where it stands.
+    """Draw the test score against parameters and against batch-1 latency, each model labelled where it stands.
 
     Error bars are one standard deviation over the seeds.
 
@@ -90,7 +90,7 @@ def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
     """
     panels = [
         ("size", "parameters", "parameters (log scale)", count),
-        ("latency_ms", "p50", "latency of one sentence, ms (log scale)", short),
+        ("latency_ms", "p50", "latency of one example, ms (log scale)", short),
     ]
     panels = [panel for panel in panels if any(model[panel[0]] for model in report["models"].values())]
     if not panels:
@@ -108,7 +108,7 @@ def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.xaxis.set_major_formatter(_tick_writer(write))
         axes.xaxis.set_minor_locator(NullLocator())
         tidy(axes)
-    figure.axes[0].set_ylabel(drawn(f"test {score_title(main_score(report))}"))
+    figure.axes[0].set_ylabel(drawn(f"test {score_title(report)}"))
     for axes in figure.axes[1:]:
         axes.tick_params(labelleft=False)
     return figure
@@ -152,8 +152,8 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
 
 
 def mean_curve(curves: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], list[float]]:
-    """Return `mean_series` of the validation accuracy in the curves of one model's entry in the report."""
-    return mean_series([curve["validation_accuracy"] for curve in curves])
+    """Return `mean_series` of the validation score in the curves of one model's entry in the report."""
+    return mean_series([curve["validation_score"] for curve in curves])
 
 
 def mean_series(series: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], list[float]]:
@@ -208,15 +208,15 @@ def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
 
 def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: str) -> None:
     """Put every measured model on a panel, with its title beside it."""
-    main = main_score(report)
+    main = monitor(report)
     points = [
         (name, model, model[section][key], model["test"][main])
         for name, model in report["models"].items()
         if model[section] and model["test"][main]["mean"] is not None
     ]
     xs = [x for _, _, x, _ in points]
-    ys = [accuracy["mean"] for *_, accuracy in points]
-    deviations = [accuracy["std"] or 0.0 for *_, accuracy in points]
+    ys = [score["mean"] for *_, score in points]
+    deviations = [score["std"] or 0.0 for *_, score in points]
     for (name, _, x, _), y, deviation in zip(points, ys, deviations, strict=True):
         size = 13 if MARKERS[role(name)] == "*" else 8
         axes.errorbar(

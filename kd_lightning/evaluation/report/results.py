@@ -13,22 +13,10 @@ from kd_lightning.runtime.errors import DataError
 
 if TYPE_CHECKING:  # they live beside code that needs torch
     from kd_lightning.evaluation.profiling import Latency, Size, Throughput
+    from kd_lightning.tasks import ScoreSpec
 
 MODEL_NAMES = ("teacher", "assistant", "baseline", "baseline_initialised", "distilled", "finetuned")
 """Every model a report knows, in the order of tables and pictures; assistants are numbered: assistant_1, ..."""
-
-SCORES = {
-    "average": "average over tasks",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "pearson": "Pearson correlation",
-    "rmse": "RMSE",
-    "agreement": "agreement with teacher",
-    "kl_to_teacher": "KL to teacher, nats",
-    "rmse_to_teacher": "RMSE to teacher",
-    "ece": "calibration error (ECE)",
-}
-"""How people read the scores, in the order of tables."""
 
 LOSS_SHARE, GRADIENT_SHARE = "train/share/", "train/gradient/share/"
 """What the names of those columns begin with; a term's name follows."""
@@ -45,21 +33,25 @@ def role(name: str) -> str:
     return "assistant" if name.startswith("assistant_") else name
 
 
-def score_title(name: str) -> str:
-    """Return how people read a score.
+def score_title(document: Mapping[str, Any], name: str | None = None) -> str:
+    """Return how people read a score of a report or a sweep; by default that by which models are compared.
 
-    >>> score_title("pearson"), score_title("domain/accuracy")
-    ('Pearson correlation', 'domain: accuracy')
+    >>> score_title({"scores": {"pearson": {"title": "Pearson correlation"}}}, "pearson")
+    'Pearson correlation'
     """
-    task, _, score = name.rpartition("/")
-    title = SCORES.get(score, score)
-    return f"{task}: {title}" if task else title
+    title: str = document["scores"][name or document["data"]["monitor"]]["title"]
+    return title
 
 
-def main_score(report: Mapping[str, Any]) -> str:
-    """Return the name of the score by which a report compares models; older reports know accuracy only."""
-    name: str = report["data"].get("score", "accuracy")
+def monitor(report: Mapping[str, Any]) -> str:
+    """Return the name of the score by which a report compares models."""
+    name: str = report["data"]["monitor"]
     return name
+
+
+def sign(document: Mapping[str, Any], name: str) -> int:
+    """Return 1 where more of a score is better, -1 where less is."""
+    return 1 if document["scores"][name]["mode"] == "max" else -1
 
 
 @dataclass(frozen=True)
@@ -68,14 +60,14 @@ class Curve:
 
     Attributes:
         seed: The run's seed.
-        accuracy: The main score on validation (accuracy, or what `DataSummary.score` says) by optimizer step, in order.
+        score: The score on validation by which models are compared, by optimizer step, in order.
         loss: Training loss by optimizer step.
         loss_share: Each term's share of the weighted loss by optimizer step; empty for a training from labels.
         gradient_share: Each term's share of the gradient, likewise.
     """
 
     seed: int
-    accuracy: dict[int, float]
+    score: dict[int, float]
     loss: dict[int, float]
     loss_share: dict[str, dict[int, float]] = field(default_factory=dict)
     gradient_share: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -90,7 +82,7 @@ class ModelResult:
     Attributes:
         name: Which model: one of `MODEL_NAMES`.
         title: How people read it, such as "student from labels".
-        test: Scores on the test split, as `tasks.Task.evaluate` returns them.
+        test: Scores on the test split, as `tasks.evaluation.evaluate` returns them.
         validation: The same on the validation split.
         size: Parameters and bytes.
         latency: One example at a time.
@@ -122,24 +114,24 @@ class DataSummary:
         name: The data set.
         splits: Number of examples by split; at least `test`, usually `train`, `validation`, and `views` and `transfer`
             where used.
-        majority_accuracy: Accuracy on the test split of always answering its most frequent class; None where there are
-            no classes, or several tasks.
+        chance_score: The score, by which models are compared, of the best constant prediction on the test split; None
+            where there is none.
         class_names: Names of the classes.
         fingerprint: Hash of content and preprocessing.
-        score: The score by which checkpoints are selected and models compared; higher is better.
+        monitor: The score by which checkpoints are selected and models compared.
+        specs: How each score is to be read, by name.
     """
 
     name: str
     splits: Mapping[str, int]
-    majority_accuracy: float | None
+    chance_score: float | None
+    monitor: str
+    specs: Mapping[str, ScoreSpec]
     class_names: Sequence[str] = field(default=())
     fingerprint: str | None = None
-    score: str = "accuracy"
 
 
-def read_curve(
-    path: str | Path, seed: int, *, accuracy_key: str = "val/accuracy", loss_key: str = "train/loss"
-) -> Curve:
+def read_curve(path: str | Path, seed: int, *, score_key: str, loss_key: str = "train/loss") -> Curve:
     """Read a learning curve from the `metrics.csv` of Lightning's `CSVLogger`.
 
     Its rows are sparse: each holds what was logged together at one step, the other cells are empty. A step that occurs
@@ -149,7 +141,7 @@ def read_curve(
     Args:
         path: The CSV file.
         seed: Seed of that run.
-        accuracy_key: Column of the validation accuracy.
+        score_key: Column of the score on validation.
         loss_key: Column of the training loss; `<loss_key>_step` is taken when Lightning wrote that instead.
 
     Returns:
@@ -173,7 +165,7 @@ def read_curve(
         if loss_key not in columns:
             loss_key = f"{loss_key}_step"
         shares = [key for key in columns if key.startswith((LOSS_SHARE, GRADIENT_SHARE))]
-        found: dict[str, dict[int, float]] = {key: {} for key in (accuracy_key, loss_key, *shares)}
+        found: dict[str, dict[int, float]] = {key: {} for key in (score_key, loss_key, *shares)}
         for row in rows:
             try:
                 step = int(row["step"])
@@ -188,4 +180,4 @@ def read_curve(
         {key.removeprefix(prefix): found[key] for key in shares if key.startswith(prefix)}
         for prefix in (LOSS_SHARE, GRADIENT_SHARE)
     ]
-    return Curve(seed, found[accuracy_key], found[loss_key], *by_term)
+    return Curve(seed, found[score_key], found[loss_key], *by_term)

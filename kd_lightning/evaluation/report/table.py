@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kd_lightning.evaluation.report.results import SCORES, main_score, score_title
+from kd_lightning.evaluation.report.results import score_title
 from kd_lightning.runtime.borders import markdown, shown, visible
 
 MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
@@ -23,9 +23,9 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """
     models = report["models"]
     batch_size = next((m["throughput"]["batch_size"] for m in models.values() if m["throughput"]), None)
-    throughput = "sentences/s" + (f" (batch {batch_size})" if batch_size else "")
+    throughput = "examples/s" + (f" (batch {batch_size})" if batch_size else "")
     cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        **{score_title(name): partial(_score, name) for name in _tabulated(report)},
+        **{score_title(report, name): partial(_score, name) for name in _tabulated(report)},
         "parameters": lambda m: _part(m["size"], "parameters", count),
         "parameters, no embeddings": lambda m: _part(m["size"], "parameters_without_embeddings", count),
         "file size": lambda m: _part(m["size"], "bytes", file_size),
@@ -39,12 +39,9 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _tabulated(report: Mapping[str, Any]) -> list[str]:
-    """Return the scores that are tabulated: of one task all that have a title, of several what each is judged by."""
-    if main_score(report) == "accuracy":
-        return ["accuracy", "macro_f1", "agreement", "kl_to_teacher", "ece"]
-    found = dict.fromkeys(name for model in report["models"].values() for name in model["test"])
-    judged = [name for name in found if "/" in name and name.rpartition("/")[2] in ("accuracy", "pearson", "rmse")]
-    return [name for name in SCORES if name in found] + judged
+    """Return the scores that are tabulated, as the task orders them."""
+    found = {name for model in report["models"].values() for name in model["test"]}
+    return [name for name, spec in report["scores"].items() if spec["shown"] != "never" and name in found]
 
 
 def _score(name: str, model: Mapping[str, Any]) -> str:
@@ -102,7 +99,7 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
         width = max(len(row[number]) for row in body)
         table.add_column(Text(visible(title), justify="right"), justify="right", vertical="bottom", min_width=width)
     for row in body:
-        style = "bold" if row[0] == score_title(main_score(report)) else None
+        style = "bold" if row[0] == score_title(report) else None
         table.add_row(*(Text(visible(cell), no_wrap=True) for cell in row), style=style)
     needed = console.measure(table).minimum
     console.print(table, width=max(console.width, needed), crop=False, no_wrap=True, overflow="ignore")

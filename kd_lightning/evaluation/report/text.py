@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kd_lightning.evaluation.report.results import main_score, score_title
+from kd_lightning.evaluation.report.results import monitor, score_title, sign
 from kd_lightning.evaluation.report.table import as_markdown, markdown_table, ratio_line, short
 from kd_lightning.runtime.borders import fence, markdown, visible
 
@@ -14,17 +14,18 @@ def summary(report: Mapping[str, Any]) -> str:
     """Say in one paragraph what came out: how near the student is to its teacher, at what price, thanks to what."""
     models = report["models"]
     student, teacher = models.get("distilled"), models.get("teacher")
-    main, title = main_score(report), score_title(main_score(report))
-    accuracy = {name: model["test"][main]["mean"] for name, model in models.items()}
-    if student is None or teacher is None or not accuracy["distilled"] or not accuracy["teacher"]:
-        scores = ", ".join(f"{model['title']} {_score(accuracy[name])}" for name, model in models.items())
-        return f"{title[0].upper()}{title[1:]} on the test split: {scores}."
-    kept = 100 * accuracy["distilled"] / accuracy["teacher"]
-    sentence = f"The distilled student keeps {kept:.1f}% of the teacher's {title}"
+    main, title = monitor(report), score_title(report)
+    scores = {name: model["test"][main]["mean"] for name, model in models.items()}
+    if student is None or teacher is None or not scores["distilled"] or not scores["teacher"]:
+        listed = ", ".join(f"{model['title']} {_score(scores[name])}" for name, model in models.items())
+        return f"{title[0].upper()}{title[1:]} on the test split: {listed}."
+    share = 100 * scores["distilled"] / scores["teacher"]
+    verb = "keeps" if sign(report, main) > 0 else "has"
+    sentence = f"The distilled student {verb} {share:.1f}% of the teacher's {title}"
     clauses = [clause for clause in (_size_clause(teacher, student), _speed_clause(teacher, student)) if clause]
     sentences = [sentence + (" " + " and ".join(clauses) if clauses else "") + "."]
-    if accuracy.get("baseline") is not None:
-        sentences.append(_gain(report, accuracy["baseline"], accuracy["distilled"]))
+    if scores.get("baseline") is not None:
+        sentences.append(_gain(report, scores["baseline"], scores["distilled"]))
     if len(report["seeds"]) > 1:
         sentences.append(f"The students' figures are means over {len(report['seeds'])} seeds.")
     return " ".join(sentences)
@@ -40,7 +41,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     Returns:
         The text of report.md.
     """
-    data, environment, title = report["data"], report["environment"], score_title(main_score(report))
+    data, environment, title = report["data"], report["environment"], score_title(report)
     splits = ", ".join(f"{markdown(name)} {size:,}" for name, size in data["splits"].items())
     parts = [f"# {markdown(report['task'])}: distillation report", markdown(summary(report))]
     parts += ["\n".join(f"> **Warning.** {markdown(warning)}" for warning in report["warnings"]).replace("\n", "\n>\n")]
@@ -56,7 +57,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         markdown(report["selection"]),
         f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
         + _chance_text(data),
-        _difference_text(report["difference"]),
+        _difference_text(report["difference"], title),
         _speed_text(report),
         "## How to reproduce it",
         f"{(marks := fence(report['command']))}\n{visible(report['command'])}\n{marks}",
@@ -70,13 +71,14 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
 
 
 def _chance_text(data: Mapping[str, Any]) -> str:
-    """Say what an accuracy is to be held against."""
-    if data["majority_accuracy"] is None:
+    """Say what a score is to be held against."""
+    if data["chance_score"] is None:
         return ""
-    return (
-        f" Always answering the most frequent class scores {_score(data['majority_accuracy'])}. With "
-        f"{data['n_test']:,} test examples the standard error of an accuracy is up to {_score(data['standard_error'])}."
-    )
+    text = f" The best constant prediction scores {_score(data['chance_score'])}."
+    if data["standard_error"] is None:
+        return text
+    error = _score(data["standard_error"])
+    return f"{text} With {data['n_test']:,} test examples the standard error of a score is up to {error}."
 
 
 def _score(value: float | None) -> str:
@@ -117,17 +119,17 @@ def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
     compared = f"the same student trained from labels alone scores {baseline:.3f}"
     if ratio is None:
         return f"There was no gap for distillation to close: {compared}."
-    if distilled <= baseline:
+    if sign(report, monitor(report)) * (distilled - baseline) <= 0:
         return f"Distillation did not help: {compared}."
     return f"Distillation closed {100 * ratio:.0f}% of the gap to the teacher: {compared}."
 
 
-def _difference_text(difference: Mapping[str, Any] | None) -> str:
+def _difference_text(difference: Mapping[str, Any] | None, title: str) -> str:
     if difference is None or difference["standard_error"] is None:
         return ""
     method = "compared on the same test examples" if difference["paired"] else "as if from independent test sets"
     return (
-        f"Distilled minus baseline: {difference['mean']:+.3f} accuracy, standard error "
+        f"Distilled minus baseline: {difference['mean']:+.3f} {markdown(title)}, standard error "
         f"{difference['standard_error']:.3f} ({method}, variation over seeds included)."
     )
 
@@ -138,6 +140,6 @@ def _speed_text(report: Mapping[str, Any]) -> str:
     if latency is None:
         return ""
     return (
-        f"Latency is one sentence at a time, {latency['calls']} calls per model in turns on {latency['device']} with "
-        f"{latency['threads']} thread(s); tokenisation is not included."
+        f"Latency is one example at a time, {latency['calls']} calls per model in turns on {latency['device']} with "
+        f"{latency['threads']} thread(s); the preparation of inputs is not included."
     )

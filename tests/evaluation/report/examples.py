@@ -13,6 +13,7 @@ from rich.console import Console
 
 from kd_lightning.evaluation.profiling import Latency, Size, Throughput
 from kd_lightning.evaluation.report import Curve, DataSummary, ModelResult, build_report, print_table
+from kd_lightning.tasks import Classification
 
 TITLES = {
     "teacher": "teacher",
@@ -26,8 +27,8 @@ TITLES = {
 def curve(seed: int, top: float) -> Curve:
     jitter = random.Random(seed)
     steps = range(100, 1100, 100)
-    accuracy = {s: top - 0.2 * math.exp(-s / 250) + jitter.uniform(-0.005, 0.005) for s in steps}
-    return Curve(seed=seed, accuracy=accuracy, loss={s: 1 / s for s in range(10, 1000, 50)})
+    score = {s: top - 0.2 * math.exp(-s / 250) + jitter.uniform(-0.005, 0.005) for s in steps}
+    return Curve(seed=seed, score=score, loss={s: 1 / s for s in range(10, 1000, 50)})
 
 
 def scores(accuracy: float, teacher: bool = False) -> dict[str, float]:
@@ -57,7 +58,7 @@ def models(
     return [model("teacher", [teacher]), model("baseline", list(baseline)), model("distilled", list(distilled))]
 
 
-def report_of(results: list[ModelResult], n_test: int = 2000, majority: float = 0.5, **changes: Any) -> dict[str, Any]:
+def report_of(results: list[ModelResult], n_test: int = 2000, chance: float = 0.5, **changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "run": "runs/quickstart",
         "task": "reviews",
@@ -65,7 +66,14 @@ def report_of(results: list[ModelResult], n_test: int = 2000, majority: float = 
         "command": "kd-train experiment=quickstart",
         "environment": {"python": "3.11.2", "versions": {"torch": "2.13.0"}, "git_commit": None, "cuda_devices": []},
         "settings": {"temperature": 2.0, "alpha": 0.9, "folder": Path("runs")},
-        "data": DataSummary("reviews", {"train": 8000, "validation": 1000, "test": n_test}, majority, ["neg", "pos"]),
+        "data": DataSummary(
+            "reviews",
+            {"train": 8000, "validation": 1000, "test": n_test},
+            chance,
+            "accuracy",
+            Classification(2).specs,
+            ["neg", "pos"],
+        ),
         "stages_seconds": {"teacher": 61.2, "baseline": 50.0, "distill": 88.0},
     }
     return build_report(results, **{**arguments, **changes})

@@ -17,7 +17,7 @@ from tests.evaluation.report.examples import FIVE, model, models, printed, repor
 
 
 def test_schema_of_version_one(five: dict[str, Any]) -> None:
-    assert five["schema_version"] == 1
+    assert five["schema_version"] == 2
     assert five["seeds"] == [0, 1, 2, 3, 4]
     assert list(five["models"]) == ["teacher", "baseline", "distilled"]
     for entry in five["models"].values():
@@ -127,14 +127,17 @@ def has(report: dict[str, Any], words: str) -> bool:
     return any(words in warning for warning in check(report))
 
 
-def test_warns_of_a_teacher_no_better_than_the_majority() -> None:
-    assert has(report_of(models(), majority=0.9), "Do not distill from this teacher")
-    assert not has(report_of(models(), majority=0.8), "Do not distill from this teacher")
+def test_warns_of_a_teacher_no_better_than_chance() -> None:
+    assert has(report_of(models(), chance=0.9), "Do not distill from this teacher")
+    assert not has(report_of(models(), chance=0.8), "Do not distill from this teacher")
 
 
-def test_warns_of_a_student_no_better_than_the_majority() -> None:
-    assert has(report_of(models(), majority=0.8), "student from labels: accuracy 0.759 is no better than always")
-    assert not has(report_of(models(), majority=0.7), "is no better than always")
+def test_warns_of_a_student_no_better_than_chance() -> None:
+    assert has(
+        report_of(models(), chance=0.8),
+        "student from labels: accuracy 0.759 is no better than that of the best constant",
+    )
+    assert not has(report_of(models(), chance=0.7), "is no better than that of the best constant")
 
 
 def test_warns_of_a_teacher_worse_than_the_baseline() -> None:

@@ -35,7 +35,8 @@ def named(name: str) -> dict[str, Any]:
     """A report in which whatever has a name has this one."""
     report = shared({name: [0.5, 0.75], "kd": [0.5, 0.25]}, {name: [0.9, 0.8], "kd": [0.1, 0.2]})
     report["task"] = name
-    report["data"] |= {"name": name, "score": f"{name}/accuracy", "class_names": [name, "b"]}
+    report["data"] |= {"name": name, "monitor": f"{name}/accuracy", "class_names": [name, "b"]}
+    report["scores"][f"{name}/accuracy"] = report["scores"]["accuracy"] | {"title": f"{name}: accuracy"}
     report["data"]["splits"][name] = 3
     report["settings"] = {name: name}
     report["stages"] = {name: 1.0}
@@ -53,6 +54,7 @@ def swept(folder: Path, name: str) -> dict[str, Any]:
     """A sweep in which parameters, values, scores and errors have this name."""
     made = document(folder)
     made["score"] = f"{name}/accuracy"
+    made["scores"] = {made["score"]: {"title": f"{name}: accuracy", "mode": "max"}}
     for parameter in made["parameters"]:
         parameter["name"] += name
         if not parameter["numeric"]:
@@ -84,7 +86,7 @@ def drawn_as_text(figure: Figure) -> None:
 def test_pictures_of_a_run(name: str) -> None:
     report = named(name)
     report["models"]["distilled"]["curves"] = [
-        {**curve, "validation_accuracy": {"steps": [0, 50], "values": [0.5, 0.6]}}
+        {**curve, "validation_score": {"steps": [0, 50], "values": [0.5, 0.6]}}
         for curve in report["models"]["distilled"]["curves"]
     ]
     made = [draw(report) for draw in (curves_figure, tradeoff_figure, shares_figure)]

@@ -19,8 +19,8 @@ def test_reads_lightnings_sparse_rows(tmp_path: Path) -> None:
     path.write_text(
         "epoch,step,train/loss,val/accuracy\n0,9,0.7,\n0,9,,0.6\n1,19,0.5,\n1,19,,0.7\n1,19,,0.71\n0,4,0.9,\n"
     )
-    read = read_curve(path, seed=3)
-    assert read == Curve(seed=3, accuracy={9: 0.6, 19: 0.71}, loss={4: 0.9, 9: 0.7, 19: 0.5})
+    read = read_curve(path, seed=3, score_key="val/accuracy")
+    assert read == Curve(seed=3, score={9: 0.6, 19: 0.71}, loss={4: 0.9, 9: 0.7, 19: 0.5})
     assert list(read.loss) == [4, 9, 19]
 
 
@@ -31,29 +31,29 @@ def test_reads_what_lightning_writes(tmp_path: Path) -> None:
     logger.log_metrics({"train/loss_step": 0.9}, step=1)
     logger.log_metrics({"val/accuracy": 0.5}, step=2)
     logger.save()
-    assert read_curve(tmp_path / "metrics.csv", seed=0) == Curve(0, {2: 0.5}, {1: 0.9})
+    assert read_curve(tmp_path / "metrics.csv", seed=0, score_key="val/accuracy") == Curve(0, {2: 0.5}, {1: 0.9})
 
 
 def test_damaged_rows_are_skipped_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,val/accuracy\n1,0.5\n2,0.6x3,0.7\n,0.8\n4,0.9\n5")
-    assert read_curve(path, seed=0).accuracy == {1: 0.5, 4: 0.9}
+    assert read_curve(path, seed=0, score_key="val/accuracy").score == {1: 0.5, 4: 0.9}
     assert caplog.text.count("skipped a damaged row") == 2
 
 
 def test_curve_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        read_curve(tmp_path / "metrics.csv", seed=0)
+        read_curve(tmp_path / "metrics.csv", seed=0, score_key="val/accuracy")
     with (tmp_path / "other.csv").open("w", newline="") as file:
         csv.writer(file).writerow(["a", "b"])
     with pytest.raises(DataError, match="no column 'step'"):
-        read_curve(tmp_path / "other.csv", seed=0)
+        read_curve(tmp_path / "other.csv", seed=0, score_key="val/accuracy")
 
 
 def test_mean_curve_over_the_steps_all_seeds_have() -> None:
     curves = [
-        {"validation_accuracy": {"steps": [1, 2, 3], "values": [0.1, 0.2, 0.3]}},
-        {"validation_accuracy": {"steps": [1, 2, 3, 4], "values": [0.3, None, 0.5, 0.6]}},
+        {"validation_score": {"steps": [1, 2, 3], "values": [0.1, 0.2, 0.3]}},
+        {"validation_score": {"steps": [1, 2, 3, 4], "values": [0.3, None, 0.5, 0.6]}},
     ]
     steps, means, deviations = mean_curve(curves)
     assert steps == [1, 3]

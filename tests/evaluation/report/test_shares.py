@@ -33,7 +33,7 @@ def test_shares_are_read_from_the_log(tmp_path: Path) -> None:
         "step,train/loss,train/share/ce,train/share/kd,train/gradient/share/ce,train/gradient/norm/ce,"
         "train/gradient/share/hint/1\n0,,,,0.25,3.0,0.75\n9,1.0,0.1,0.9,,,\n0,,,,0.2,,0.8\n4,,0.3,,,,\n"
     )
-    curve = read_curve(path, seed=1)
+    curve = read_curve(path, seed=1, score_key="val/accuracy")
     assert curve.loss == {9: 1.0}
     assert curve.loss_share == {"ce": {4: 0.3, 9: 0.1}, "kd": {9: 0.9}}
     assert curve.gradient_share == {"ce": {0: 0.2}, "hint/1": {0: 0.8}}
@@ -116,4 +116,4 @@ def test_what_is_not_finite_is_left_out() -> None:
 
 def test_a_log_that_a_kill_left_empty_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").touch()
-    assert read_curve(tmp_path / "metrics.csv", seed=0) == Curve(0, {}, {})
+    assert read_curve(tmp_path / "metrics.csv", seed=0, score_key="val/accuracy") == Curve(0, {}, {})

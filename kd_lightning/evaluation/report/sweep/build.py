@@ -26,11 +26,11 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
         points: What `read_points` returns.
 
     Returns:
-        `score` (what was measured), `parameters` (what the points differ in but for the seed, with the mean over all
-        else of each value), `configurations` (the best first), `chosen` (None where no point is finished), `noise` (the
-        standard deviation over seeds, pooled over configurations), `teacher` (its validation score and its price; None
-        where there is none), `search` (whether a sweeper chose the points as it went), `failed`, `unfinished`, and
-        `environment`.
+        `score` (what was measured), `scores` (how it is to be read), `parameters` (what the points differ in but for
+        the seed, with the mean over all else of each value), `configurations` (the best first), `chosen` (None where no
+        point is finished), `noise` (the standard deviation over seeds, pooled over configurations), `teacher` (its
+        validation score and its price; None where there is none), `search` (whether a sweeper chose the points as it
+        went), `failed`, `unfinished`, and `environment`.
     """
     names = _varied(points)
     groups: dict[Key, list[Point]] = {}
@@ -38,10 +38,13 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
         if point.score is not None:
             groups.setdefault(tuple(point.value(name) for name in names), []).append(point)
     configurations = [_configuration(dict(zip(names, key, strict=True)), group) for key, group in groups.items()]
-    configurations.sort(key=lambda entry: -entry["validation"]["mean"])
     finished = [point for group in groups.values() for point in group]
+    scores = next((point.report["scores"] for point in finished if point.report), {})
+    better = -1 if finished and scores.get(finished[0].metric, {}).get("mode") == "min" else 1
+    configurations.sort(key=lambda entry: -better * entry["validation"]["mean"])
     plain: dict[str, Any] = to_plain({
         "score": finished[0].metric if finished else None,
+        "scores": scores,
         "parameters": [_parameter(name, configurations) for name in names],
         "configurations": configurations,
         "chosen": _chosen(configurations, groups, names),

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.evaluation.report.results import score_title
 from kd_lightning.evaluation.report.sweep.pictures import LETTERS, baseline_of, label
+from kd_lightning.evaluation.report.sweep.points import title_of
 from kd_lightning.evaluation.report.table import spread
 from kd_lightning.runtime.borders import visible
 
@@ -39,7 +39,7 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
         sentences=sentences(document),
         figures=[{"caption": caption, "data": base64.b64encode(data).decode()} for caption, data in pictures],
         names=[parameter["name"] for parameter in document["parameters"]],
-        score=score_title(document["score"] or ""),
+        score=title_of(document),
         has_baseline=baseline_of(document["configurations"]) is not None,
         rows=[_row(document, rank) for rank in range(len(document["configurations"]))],
         lost=[
@@ -66,7 +66,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     counts = f"{finished} points finished, {len(document['failed'])} failed, {len(document['unfinished'])} unfinished."
     if chosen is None:
         return [counts]
-    best, title = found[chosen["rank"]], score_title(document["score"])
+    best, title = found[chosen["rank"]], title_of(document)
     seeds = len(best["validation"]["values"])
     said = [
         f"Best on validation of {len(found)} configurations: {setting(chosen['values'])}, {title} "

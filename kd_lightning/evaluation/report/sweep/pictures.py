@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.evaluation.report.pictures import COLOURS, TERM_COLOURS, new_figure, tidy
-from kd_lightning.evaluation.report.results import score_title
-from kd_lightning.evaluation.report.sweep.points import Value
+from kd_lightning.evaluation.report.sweep.points import Value, title_of
 from kd_lightning.evaluation.report.table import count, short
 from kd_lightning.runtime.borders import drawn, visible
 
@@ -313,7 +312,7 @@ def _parameter_figure(document: Mapping[str, Any], parameter: Mapping[str, Any])
 
 
 def _score_label(document: Mapping[str, Any]) -> str:
-    return drawn(f"validation {score_title(document['score'])}")
+    return drawn(f"validation {title_of(document)}")
 
 
 def _legend(axes: Axes) -> None:
@@ -338,7 +337,7 @@ def _parallel_figure(document: Mapping[str, Any]) -> Figure:
     """Draw each configuration as a line over one scale per parameter, and one for the score."""
     configurations = document["configurations"]
     scales = {parameter["name"]: parameter for parameter in document["parameters"] if len(parameter["values"]) > 1}
-    title = f"validation {score_title(document['score'])}"
+    title = f"validation {title_of(document)}"
     columns = {name: [entry["values"][name] for entry in configurations] for name in scales}
     columns[title] = [entry["validation"]["mean"] for entry in configurations]
     heights = {name: _heights(values) for name, values in columns.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from kd_lightning.config.sweep import FAILURE, GRID, OVERRIDES, SCORE
 from kd_lightning.evaluation.report.files import load_report
+from kd_lightning.evaluation.report.results import score_title
 from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.runtime.seals import read_sealed
 from kd_lightning.training.run_folder import read_config
@@ -79,6 +81,12 @@ class Point:
         if split == "validation" and len(self.report["seeds"]) == 1:
             return [self.score]
         return values_of(self.model, split, self.metric)
+
+
+def title_of(document: Mapping[str, Any]) -> str:
+    """Return how people read a sweep's score: as its points' reports say, or by its name where none has a report."""
+    name: str = document["score"] or ""
+    return score_title(document, name) if name in document["scores"] else name
 
 
 def values_of(model: dict[str, Any], split: str, metric: str | None) -> list[float]:
