@@ -31,9 +31,8 @@ class CausalLanguageModeling(Task):
         vocabulary: V, how many tokens there are.
     """
 
-    monitor, tags = "log_likelihood", ("text-generation",)
+    monitor, tags = "loss", ("text-generation",)
     specs: ClassVar = {
-        "log_likelihood": ScoreSpec("log likelihood of a token, nats", shown="never"),
         "loss": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
         "perplexity": ScoreSpec("perplexity", "min"),
         "bits_per_byte": ScoreSpec("bits per byte", "min"),
@@ -71,7 +70,7 @@ class CausalLanguageModeling(Task):
         return CrossEntropyLoss()
 
     def scores(self) -> Scores:
-        """Return the mean log likelihood of a token and what follows from it, and how many are predicted first."""
+        """Return the mean cross-entropy of a token and what follows from it, and how many are predicted first."""
         return _TokenScores()
 
     def fidelity(self) -> Scores:
@@ -150,7 +149,7 @@ class _TokenScores(Scores):
 
     def __init__(self) -> None:
         super().__init__({
-            "log_likelihood": _Mean(-1.0), "loss": _Mean(), "perplexity": _Mean(power=True), "accuracy": _Mean(),
+            "loss": _Mean(), "perplexity": _Mean(power=True), "accuracy": _Mean(),
             "bits_per_byte": _Mean(1 / math.log(2)),
         })  # fmt: skip
 

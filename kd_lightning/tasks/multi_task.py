@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,12 @@ class MultiTask(Task):
     @property
     def specs(self) -> Mapping[str, ScoreSpec]:  # type: ignore[override]
         """How the scores are to be read: `average`, and each task's as `TASK/SCORE`."""
-        own = {
-            f"{name}/{score}": replace(
-                spec, title=f"{name}: {spec.title}", shown="always" if spec.shown == "always" else "never"
-            )
-            for name, task in self.tasks.items() for score, spec in task.specs.items()
-        }  # fmt: skip
+        own = {}
+        for name, task in self.tasks.items():
+            for score, spec in task.specs.items():
+                shown: Literal["always", "never"] = "always" if spec.shown == "always" else "never"
+                # of how many examples it is a share no split's size tells
+                own[f"{name}/{score}"] = replace(spec, title=f"{name}: {spec.title}", shown=shown, share=False)
         return {"average": ScoreSpec("average over tasks", shown="always"), **own}
 
     @property

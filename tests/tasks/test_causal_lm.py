@@ -57,7 +57,7 @@ def by_hand(logits: Tensor, batch: Batch) -> dict[str, float]:
             size += int(batch["token_bytes"][row, place + 1])
     mean = float(np.mean(surprises))
     return {
-        "log_likelihood": -mean, "loss": mean, "perplexity": math.exp(mean), "accuracy": float(np.mean(right)),
+        "loss": mean, "perplexity": math.exp(mean), "accuracy": float(np.mean(right)),
         "bits_per_byte": sum(surprises) / math.log(2) / size,
     }  # fmt: skip
 
