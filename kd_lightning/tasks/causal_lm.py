@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class CausalLanguageModeling(Task):
     """
 
     monitor, tags = "loss", ("text-generation",)
-    specs: ClassVar = {
+    specs: Mapping[str, ScoreSpec] = {
         "loss": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
         "perplexity": ScoreSpec("perplexity", "min"),
         "bits_per_byte": ScoreSpec("bits per byte", "min"),

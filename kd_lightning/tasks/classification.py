@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class Classification(Task):
     """
 
     monitor, problem_type = "accuracy", "single_label_classification"
-    specs: ClassVar = {
+    specs: Mapping[str, ScoreSpec] = {
         "accuracy": ScoreSpec("accuracy", share=True, shown="always"),
         "macro_f1": ScoreSpec("macro F1"),
         "agreement": ScoreSpec("agreement with teacher"),

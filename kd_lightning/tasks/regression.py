@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,7 +20,7 @@ class Regression(Task):
     """One score, labelled with a float; NaN where there is no label."""
 
     monitor, outputs, tags, problem_type = "pearson", 1, ("regression",), "regression"
-    specs: ClassVar = {
+    specs: Mapping[str, ScoreSpec] = {
         "pearson": ScoreSpec("Pearson correlation", shown="always"),
         "rmse": ScoreSpec("RMSE", "min", shown="always"),
         "rmse_to_teacher": ScoreSpec("RMSE to teacher", "min"),

@@ -39,8 +39,8 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
             groups.setdefault(tuple(point.value(name) for name in names), []).append(point)
     configurations = [_configuration(dict(zip(names, key, strict=True)), group) for key, group in groups.items()]
     finished = [point for group in groups.values() for point in group]
-    scores = next((point.report["scores"] for point in finished if point.report), {})
-    better = -1 if finished and scores.get(finished[0].metric, {}).get("mode") == "min" else 1
+    scores: dict[str, Any] = next((point.report["scores"] for point in finished if point.report), {})
+    better = -1 if finished and scores.get(finished[0].metric or "", {}).get("mode") == "min" else 1
     configurations.sort(key=lambda entry: -better * entry["validation"]["mean"])
     plain: dict[str, Any] = to_plain({
         "score": finished[0].metric if finished else None,
