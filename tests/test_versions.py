@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import build_caches
 from kd_lightning.runtime import memoize
 from kd_lightning.teachers import frozen
+from tests import ROOT
 from tests.conftest import tiny_overrides
 from tests.data.images import write_fashion
 from tests.versions import COMPONENTS, FILE, problem, same
@@ -38,6 +40,15 @@ RECORDED: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 def test_a_component_makes_what_its_version_made(name: str) -> None:
     wrong = problem(COMPONENTS[name], RECORDED.get(name))
     assert wrong is None, wrong
+
+
+def test_whatever_has_a_version_is_recorded() -> None:
+    """The version of a training is beside the golden figures, and that of an export's file names no meaning."""
+    package = ROOT / "kd_lightning"
+    texts = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    found = {name for name, text in texts.items() if re.search(r"^\s*VERSION = \d", text, re.MULTILINE)}
+    recorded = {component.file for component in COMPONENTS.values()}
+    assert found - recorded == {"training/stage.py", "export/exported.py"}
 
 
 def test_another_meaning_and_another_version_are_noticed() -> None:
@@ -84,7 +95,7 @@ def test_a_version_reaches_the_names_of_data(
 ) -> None:
     before, again = make(tmp_path), make(tmp_path)
     assert (before.fingerprint, before.teacher_key) == (again.fingerprint, again.teacher_key)
-    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
     after = make(tmp_path)
     assert after.fingerprint != before.fingerprint
     assert (after.teacher_key != before.teacher_key) == reaches_teacher

@@ -11,14 +11,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.data.corpus import store as corpus
+from kd_lightning.data.corpus.blocks import Packing, cut
 from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
 from kd_lightning.data.text import augment, tokens
@@ -79,12 +81,16 @@ def make_tokens() -> Any:
 
 
 def make_corpus() -> Any:
-    """Return documents encoded, each with an end, and how many bytes each token stands for."""
+    """Return documents encoded, each with an end, how many bytes each token stands for, and the blocks they fill."""
     tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
     with tempfile.TemporaryDirectory() as folder:
         source = corpus.Source("", lambda: iter(TEXTS))
         stored = corpus.encode_corpus(tokenizer, {"train": source}, Path(folder), tokenizer.sep_token_id)
-        return [getattr(stored, name).tolist() for name in ("tokens", "widths", "offsets", "hashes")]
+        found: list[Any] = [getattr(stored, name).tolist() for name in ("tokens", "widths", "offsets", "hashes")]
+        for packing in get_args(Packing):
+            blocks, _ = cut(stored, {"train": np.array([0, 2, 1, 4])}, 6, packing, int(tokenizer.pad_token_id))
+            found.append({name: entry.tolist() for name, entry in blocks.batch(np.arange(len(blocks))).items()})
+        return found
 
 
 def make_views() -> Any:
@@ -151,8 +157,9 @@ def make_stored() -> Any:
         for spec in specs_of(ModelOutput(logits, {"hidden": hidden}), mask, storage):
             value = logits if spec.name == "logits" else hidden
             parts = encode(spec, value, mask.bool(), torch.arange(2))
-            back = decode(spec, parts).tolist() if spec.name == "logits" else None
-            found.append([spec.to_json(), {name: part.tolist() for name, part in parts.items()}, back])
+            back: Any = decode(spec, parts) if spec.name == "logits" else None
+            stored = {name: part.tolist() for name, part in parts.items()}
+            found.append([spec.to_json(), stored, None if back is None else back.tolist()])
     return found
 
 
@@ -163,10 +170,20 @@ def of_network(network: Callable[[], nn.Module], **inputs: Tensor) -> Callable[[
 
 def _around_bert() -> nn.Module:
     network = tiny("bert", layers=1)
-    network.set_input_embeddings(embedding.FactorizedEmbedding(30, 3, 8))  # type: ignore[arg-type]
+    network.set_input_embeddings(embedding.FactorizedEmbedding(30, 3, 8))
     return network
 
 
+def _pooled(pooling: hf.Pooling) -> nn.Module:
+    encoder: Any = tiny("bert").bert
+    return hf.PooledClassifier(encoder, 3, pooling)
+
+
+DOCUMENTS = {
+    "input_ids": BATCH["input_ids"],
+    "document_ids": torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, -1, -1]]),
+    "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]),
+}
 PIXELS = {"pixel_values": (torch.arange(2 * 3 * 64) * 0.37).sin().view(2, 3, 8, 8)}
 COMPONENTS = {
     "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
@@ -193,16 +210,13 @@ COMPONENTS = {
     "CausalLM": Component(
         causal_lm.CausalLM.VERSION,
         "models/causal_lm.py",
-        of_network(lambda: causal_lm.causal_lm_small(30, 8, 8, 1, 2)),
+        of_network(lambda: causal_lm.causal_lm_small(30, 8, 8, 1, 2), **DOCUMENTS),
         1e-4,
     ),
     "PooledClassifier": Component(
         hf.PooledClassifier.VERSION,
         "models/hf.py",
-        lambda: [
-            of_network(lambda pooling=pooling: hf.PooledClassifier(tiny("bert").bert, 3, pooling))()  # type: ignore[misc]
-            for pooling in ("mean", "max", "first")
-        ],
+        lambda: [of_network(partial(_pooled, pooling))() for pooling in get_args(hf.Pooling)],
         1e-4,
     ),
     "SimKDStudent": Component(
