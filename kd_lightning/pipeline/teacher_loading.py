@@ -55,16 +55,16 @@ def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Consol
                 f"teacher  {checkpoint} holds several: this is the first, a list takes all of them",
             )
         return read_teacher(stage, data)
-    from kd_lightning.models.hf import finished
-
-    padding = data.model_arguments("teacher").get("pad_token_id")
+    sizes = data.model_arguments("teacher")
 
     def load() -> LoadedTeacher:
-        network = finished(checkpoint, data.task.outputs, padding).eval()
+        network = data.task.finished(checkpoint, sizes).eval()
         return LoadedTeacher(network, network_digest(network), checkpoint, None)
 
-    teacher = shared("teacher", (checkpoint, data.task.outputs, padding, stamps(checkpoint)), load)
-    _check_class_order(checkpoint, teacher.network, data, console)
+    key = (checkpoint, type(data.task), data.task.outputs, sorted(sizes.items()), stamps(checkpoint))
+    teacher = shared("teacher", key, load)
+    if data.class_names:
+        _check_class_order(checkpoint, teacher.network, data, console)
     return teacher
 
 

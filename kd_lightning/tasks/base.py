@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError, KDError
@@ -79,6 +79,20 @@ class Task(ABC):
     def labels(self, values: Tensor) -> Tensor:
         """Return labels `(B,)` of several tasks' common type as this task's own."""
         return values
+
+    def finished(self, checkpoint: str, sizes: Mapping[str, int]) -> nn.Module:
+        """Load a network of Hugging Face that was trained for this task.
+
+        Args:
+            checkpoint: A folder or a name.
+            sizes: What the data say of a network, by the names of constructors' arguments.
+
+        Raises:
+            ConfigError: It is none, or for other data.
+        """
+        from kd_lightning.models.hf import finished  # imports the models of transformers
+
+        return finished(checkpoint, self.outputs, sizes.get("pad_token_id"))
 
     @abstractmethod
     def loss(self) -> Term:

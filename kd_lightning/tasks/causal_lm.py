@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.sparse import bucketed, teacher_buckets
@@ -64,6 +64,12 @@ class CausalLanguageModeling(Task):
                 f"it predicts logits of shape {list(logits.shape)}, and a language model of these data {shape}: "
                 "use model@student=causal_lm_small, causal_lm or another with a row of logits for each token"
             )
+
+    def finished(self, checkpoint: str, sizes: Mapping[str, int]) -> nn.Module:
+        """Load a causal language model of Hugging Face."""
+        from kd_lightning.models.causal_lm import causal_lm  # imports the models of transformers
+
+        return causal_lm(checkpoint, self.outputs, sizes.get("block_size"))
 
     def loss(self) -> Term:
         """Return the cross-entropy."""

@@ -16,10 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
-from kd_lightning.models.causal_lm import CausalLM
+from kd_lightning.models.causal_lm import CausalLM, causal_lm_small
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import CausalLanguageModeling
 from kd_lightning.teachers.cache import outputs
 from kd_lightning.training.run_folder import load_run
@@ -100,3 +101,20 @@ def test_stored_outputs_train_the_same_student_as_the_running_teacher(
     assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]  # not cut to what is stored
     one, other = (report["models"]["distilled"]["test"]["loss"]["mean"] for report in (live, stored))
     assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_a_checkpoint_of_hugging_face_teaches_with_its_own_tokenizer(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    torch.manual_seed(0)
+    network = causal_lm_small(len(tokenizer) + 4, 32, hidden_size=16, num_layers=1, num_heads=2).network
+    network.save_pretrained(tmp_path / "llama")  # with rows that no token has
+    write_tokenizer(tokenizer, tmp_path / "llama")
+    without = [one for one in overrides if not one.startswith(("data.tokenizer", "model@teacher", "teacher.network"))]
+    teacher = [f"teacher.checkpoint={tmp_path / 'llama'}", "stages=[distill]", "trainer.max_epochs=1", "validations=1"]
+    report = run(composed(*without, *teacher))
+    assert set(report["models"]) == {"teacher", "distilled"}
+    assert report["models"]["teacher"]["test"]["perplexity"]["mean"] == pytest.approx(len(tokenizer), rel=0.1)
+    with pytest.raises(ConfigError, match=r"data\.block_size=64: .*llama has positions for 32 tokens"):
+        run(composed(*without, *teacher, "data.block_size=64", f"run_dir={tmp_path / 'other'}"))
