@@ -343,7 +343,7 @@ def try_signal(job: Job, trial: Trial, draw: random.Random) -> None:
     else:
         trial.said = log.count("nothing was being trained")
     ours = [line for line in log.splitlines() if not line.startswith(("srun: ", "slurmstepd"))]
-    wrong = re.search(r"Traceback|Error|was not put back|dumped", "\n".join(ours))
+    wrong = re.search(r"Traceback|Error|was not requeued|dumped", "\n".join(ours))
     trial.clean = wrong is None and trial.said >= 1
 
 

@@ -15,7 +15,7 @@ from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Return the module and the line of help of each command, by name; none of the modules is imported."""
+    """Return each command's module and help line by name, without importing the modules."""
     found = {}
     here = Path(__file__).parent
     for file in here.rglob("*.py"):
@@ -30,12 +30,12 @@ def commands() -> dict[str, tuple[str, str]]:
 def _help(known: dict[str, tuple[str, str]]) -> str:
     lines = ["usage: kd COMMAND ...", "", "Knowledge distillation with PyTorch Lightning.", "", "commands:"]
     lines += [f"  {name:<11}{about}" for name, (_, about) in known.items()]
-    return "\n".join([*lines, "", "kd COMMAND --help shows what a command takes; kd-COMMAND is the same command."])
+    return "\n".join([*lines, "", "kd COMMAND --help shows a command's options; kd-COMMAND is the same command."])
 
 
 @command("kd", "nothing was begun")
 def main() -> None:
-    """Entry point of `kd`: runs the command's module as `python -m` does, which starts further processes alike."""
+    """Entry point of `kd`: runs the command's module like `python -m`, also in further processes."""
     known = commands()
     name, *rest = sys.argv[1:] or [""]
     if name in ("", "-h", "--help"):

@@ -1,4 +1,4 @@
-"""`kd-benchmark`: measure a run's teacher, its student and their exports: how fast, how large and how good each is."""
+"""`kd-benchmark`: measure speed, size and accuracy of a run's teacher, its student and exports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def show(result: Mapping[str, Any], out: Path) -> None:
         table.add_row(*map(shown, row))
     console = Console()
     wanted = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, wanted)).print(table)  # a narrow terminal wraps lines, and cuts no figure off
+    Console(width=max(console.width, wanted)).print(table)  # wraps lines on a narrow terminal instead of truncating
     tell(f"benchmark: {out / 'benchmark.md'}")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kd_lightning.teachers.cache.manifest import Manifest
 
 
-@command("kd-cache", "what was stored stays, and the same command goes on from it")
+@command("kd-cache", "what was stored is kept; run the same command to resume")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-cache`."""
     given = _parser().parse_args(arguments)
@@ -33,20 +33,20 @@ def _parser() -> argparse.ArgumentParser:
         found.set_defaults(command=globals()[f"_{name}"])
         return found
 
-    build = add("build", "have the teacher of a configuration answer every example, and store the answers")
+    build = add("build", "run the teacher of a configuration on every example, and store its outputs")
     build.add_argument("overrides", nargs="*", help="as for kd-train: data=reviews teacher.checkpoint=runs/a ...")
     everywhere = "cache folders; default: all of them in $KD_LIGHTNING_HOME/teacher_outputs"
-    info = add("info", "show what is stored: teacher, data, outputs, examples, size, age, and whether it is whole")
+    info = add("info", "show what is stored: teacher, data, outputs, examples, size, age and integrity")
     info.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=everywhere)
     verify = add("verify", "check every file of a cache against its checksum; exit code 1 if any is damaged")
     verify.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="cache folders")
-    prune = add("prune", "remove stored outputs; without a filter only what killed processes left in them")
+    prune = add("prune", "remove stored outputs; without a filter, only files of killed processes")
     prune.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=everywhere)
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="remove caches not written to for so long")
-    prune.add_argument("--incomplete", action="store_true", help="remove caches that lack answers")
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="remove caches not written to for this long")
+    prune.add_argument("--incomplete", action="store_true", help="remove incomplete caches")
     prune.add_argument("--damaged", action="store_true", help="remove caches with a damaged file")
     prune.add_argument("--all", action="store_true", help="remove all of them")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     return parser
 
 
@@ -79,7 +79,7 @@ def _verify(given: argparse.Namespace) -> int:
     for folder in given.paths:
         wrong = verify(folder)
         damaged = damaged or bool(wrong)
-        tell("\n".join(wrong) if wrong else f"{folder}: every file is what was written")
+        tell("\n".join(wrong) if wrong else f"{folder}: every file is intact")
     return int(damaged)
 
 
@@ -94,7 +94,7 @@ def _prune(given: argparse.Namespace) -> int:
     verb, freed = ("would remove" if given.dry_run else "removed"), 0
     for folder in given.paths or _everywhere():
         if not is_cache(folder):
-            raise ConfigError(f"{folder} holds no teacher outputs, so nothing of it is removed")
+            raise ConfigError(f"{folder} holds no teacher outputs, so nothing is removed")
         try:
             with locked(folder, wait=False), unread(folder):
                 reason = _why_removed(folder, given)
@@ -114,7 +114,7 @@ def _prune(given: argparse.Namespace) -> int:
 
 
 def _why_removed(folder: Path, given: argparse.Namespace) -> str | None:
-    """Return which of the filters a cache matches, None when it stays."""
+    """Return the filter that a cache matches, None if it stays."""
     from kd_lightning.teachers.cache.upkeep import verify
 
     if given.all:
@@ -125,7 +125,7 @@ def _why_removed(folder: Path, given: argparse.Namespace) -> str | None:
     if wrong:
         return wrong[0]
     if given.incomplete and (manifest := _manifest(folder)) is not None and manifest.known < manifest.num_examples:
-        return f"holds {manifest.known:,} of {manifest.num_examples:,} answers"
+        return f"holds {manifest.known:,} of {manifest.num_examples:,} examples"
     return None
 
 
@@ -167,7 +167,7 @@ def _manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.read(folder / MANIFEST)
     except CacheError:
-        return None  # `verify` says why
+        return None  # `verify` reports why
 
 
 def _everywhere() -> list[Path]:
@@ -196,7 +196,7 @@ def _age(folder: Path) -> float:
 
     written = [folder.stat().st_mtime]
     for path in own_files(folder):
-        with suppress(FileNotFoundError):  # a killed process's, swept this very moment
+        with suppress(FileNotFoundError):  # a killed process's, just removed
             written.append(path.lstat().st_mtime)
     return time.time() - max(written)
 

@@ -1,4 +1,4 @@
-"""`kd-export`: export a run's student to files that run without this library, and compare its outputs with theirs."""
+"""`kd-export`: export a run's student to files that run without this library, and check them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kd_lightning.runtime.borders import tell
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "kd-export", description="Export a run's student, and check that it answers alike."
+        "kd-export", description="Export a run's student, and check that its predictions are the same."
     )
     parser.add_argument("run", type=Path, help="run folder, or the folder of one of its students (RUN/seed_0/distill)")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="the export folder: new, or empty")
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder to the Hugging Face hub too")
-    parser.add_argument("--private", action="store_true", help="make that repository a private one")
+    parser.add_argument("--private", action="store_true", help="make that repository private")
     trust_option(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Configurations composed from a command line, and Hydra's refusals in one line with the nearest valid key."""
+"""Composes configurations, and turns Hydra's errors into one line with the nearest valid key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kd_lightning.runtime import errors
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 
 _PLUGINS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/sweeper/optuna": "sweep"}
-"""Settings that Hydra's plugins bring, and the extra that installs them."""
+"""Settings of Hydra's plugins, and the extra that installs them."""
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -31,13 +31,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 @contextmanager
 def explained(overrides: Sequence[str]) -> Iterator[None]:
-    """Raise what Hydra refuses in this block as an error of ours.
+    """Raise Hydra's errors in this block as our own.
 
     Args:
         overrides: The command line's arguments.
 
     Raises:
-        KDError: Says it in one line; a `ConfigError` where it is in the overrides.
+        KDError: In one line; a `ConfigError` for mistakes in the overrides.
     """
     try:
         yield
@@ -49,26 +49,26 @@ def explained(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def explain(error: Exception, overrides: list[str]) -> KDError | None:
-    """Turn what Hydra, its sweepers or a spawned process raised into an error of ours.
+    """Convert an error of Hydra, its sweepers or a spawned process into our own.
 
     Args:
         error: What was raised.
         overrides: The command line's arguments.
 
     Returns:
-        Our error; None when it is one already, or a defect, which deserves its traceback.
+        Our error; None if it already is one, or a defect, which keeps its traceback.
     """
-    if type(error).__name__ == "ProcessRaisedException":  # torch's: a traceback of a process of trainer=ddp, as text
+    if type(error).__name__ == "ProcessRaisedException":  # from torch: a process's traceback as text
         lines = re.findall(rf"^{KDError.__module__}\.(\w+): (.+)$", str(error), re.MULTILINE)
         return getattr(errors, lines[-1][0])(lines[-1][1]) if lines else None
-    if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # what Optuna's sweeper says
-        return KDError("every point of this search failed: the report says why")
+    if isinstance(error, ValueError) and str(error).startswith("No trials are completed"):  # Optuna's sweeper
+        return KDError("every point of this search failed: see the report")
     refusal = _refusal(error, overrides)
     return None if refusal is None else ConfigError(refusal)
 
 
 def _refusal(error: Exception, overrides: list[str]) -> str | None:
-    """Return a line on Hydra's refusal of the command line, with the nearest valid key; None for another error."""
+    """Return a line on Hydra's error, with the nearest valid key; None for other errors."""
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -83,7 +83,7 @@ def _refusal(error: Exception, overrides: list[str]) -> str | None:
         return f"model={name}: whose? model@student={name} is the student, model@teacher.network={name} the teacher"
     for plugin, extra in _PLUGINS.items():
         if f"'{plugin}'" in str(error):
-            return f"{plugin} comes with a package that is missing: pip install 'kd-lightning[{extra}]'"
+            return f"{plugin} needs a package that is not installed: pip install 'kd-lightning[{extra}]'"
     if choice := re.search(r"Could not find '([\w/]+)/(\w+)'", str(error)):
         group, name = choice.groups()
         there = [file.stem for file in (conf_dir() / group).glob("*.yaml")]
@@ -98,10 +98,10 @@ def _refusal(error: Exception, overrides: list[str]) -> str | None:
 
 
 def _unreadable(override: str, reason: str) -> str:
-    """Say which argument Hydra's grammar does not take, and how to write its value."""
+    """Return which argument does not parse, and how to write its value."""
     key, equals, value = override.partition("=")
     if not equals:
-        return f"{override!r} is no KEY=VALUE"
+        return f"{override!r} is not KEY=VALUE"
     value = value.strip("\"'")
     inner = f"'{value}'" if "'" not in value else '"' + value.replace('"', r"\"") + '"'
     outer = '"' if inner.startswith("'") else "'"
@@ -111,14 +111,14 @@ def _unreadable(override: str, reason: str) -> str:
 
 
 def _no_choice(overrides: list[str]) -> str:
-    """Say which group is given something else than the name of one of its choices."""
+    """Return which group got something other than the name of a choice."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         folder = conf_dir() / key.partition("@")[0]
         if key.strip("@") and folder.is_dir() and not (folder / f"{value}.yaml").is_file():
             names = [file.stem for file in folder.glob("*.yaml")]
             return f"{override}: {key} is a group of settings and takes the name of a choice{did_you_mean('', names)}"
-    return "one of KEY=VALUE names no key, or gives a group of settings something else than the name of a choice"
+    return "one of KEY=VALUE names no key, or gives a group of settings something other than the name of a choice"
 
 
 def _chooses_group(override: str) -> bool:
@@ -126,7 +126,7 @@ def _chooses_group(override: str) -> bool:
 
 
 def _known_keys(groups: list[str]) -> list[str]:
-    """Return every key and group that the command line could have named, under the groups it chose."""
+    """Return every key and group that is valid with the selected groups."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -135,7 +135,7 @@ def _known_keys(groups: list[str]) -> list[str]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             cfg = compose("config", overrides=groups)
-        except HydraException:  # the choice of a group is itself what is wrong
+        except HydraException:  # the choice of a group is itself wrong
             return []
     choices = [path.name for path in conf_dir().iterdir() if path.is_dir()]
     return [*_flatten(to_dict_unresolved(cfg)), *choices, "model@student", "model@teacher.network",

@@ -6,7 +6,7 @@
     kd-cli fit --config run.yaml --print_config                    print what would be run
     kd-cli fit --help                                              every argument
 
-It takes the classes that `kd-train` puts together: `model` is a `kd_lightning.DistillationModule` or
+It uses the classes of `kd-train`: `model` is a `kd_lightning.DistillationModule` or
 `SupervisedModule` (or any LightningModule), `data` one of `kd_lightning.data`; networks, teachers, terms, optimizers
 and schedules are named by their `class_path`.
 `kd-config experiment=quickstart --to-cli FOLDER` writes such files.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def partially(function: str, arguments: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """Return a function that has some of its arguments: what configurations for Hydra call `_partial_`.
+    """Return a function with some of its arguments, like Hydra's `_partial_`.
 
     Args:
         function: Its import path, such as `kd_lightning.training.optim.warmup_linear`.
@@ -45,7 +45,7 @@ def partially(function: str, arguments: dict[str, Any] | None = None) -> Callabl
 
 
 def parser() -> LightningArgumentParser:
-    """Return the parser of a configuration that is given as an object, without subcommands; it raises its refusals."""
+    """Return a parser for configurations as objects, without subcommands, that raises its errors."""
     import lightning as L
     from lightning.pytorch.cli import LightningArgumentParser
 
@@ -76,9 +76,9 @@ def command_line() -> None:
     )  # fmt: skip
 
 
-@command("kd-cli", "checkpoints that were saved stay; --ckpt_path=FILE goes on from one")
+@command("kd-cli", "saved checkpoints are kept; --ckpt_path=FILE resumes from one")
 def main() -> None:
-    """Entry point: a user's mistake ends in a line or two, as the parser or we say it."""
+    """Entry point; a user's mistake ends in a line or two."""
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(__doc__.strip().replace("`", ""))
         sys.exit(0 if sys.argv[1:] else MISTAKE)
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def _ours(error: BaseException | None) -> KDError | None:
-    """Return our own error in what the parser wrapped it in, or our word for a `--ckpt_path` that is not there."""
+    """Return our own error that the parser wrapped, or our message for a missing `--ckpt_path`."""
     if isinstance(error, FileNotFoundError) and str(error).startswith("Checkpoint"):
         return ConfigError(str(error))
     while error is not None and not isinstance(error, KDError):

@@ -1,4 +1,4 @@
-"""`kd-report`: write one page about a sweep, from what its points left in its folder."""
+"""`kd-report`: write one page about a sweep, from its folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ examples:
 """
 
 
-@command("kd-report", "the report is as it was, or the new one")
+@command("kd-report", "the report is the old or the new one")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-report`."""
     parser = argparse.ArgumentParser(
         "kd-report",
-        description="Write one self-contained page about a sweep: which point is best, how sure that is, what failed.",
+        description="Write one self-contained page about a sweep: the best point, its uncertainty, failures.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

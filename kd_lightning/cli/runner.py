@@ -1,4 +1,4 @@
-"""What the commands share: one line for an error, the exit code, `--trust`, and what is set up before any work."""
+"""Shared by the commands: errors in one line, exit codes, `--trust`, set-up before any work."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FAILURE, MISTAKE, INTERRUPTED = 1, 2, 130
 
 @contextmanager
 def command(name: str, kept: str, first_only: bool = False) -> Iterator[None]:
-    """End a command in one line, whatever stops it; a defect of ours keeps its traceback. Decorates a `main`, too.
+    """End a command with one line for any error; a defect keeps its traceback. Also a decorator.
 
     Args:
-        name: The command's name, which the line begins with.
-        kept: What of its work stays after Ctrl-C.
-        first_only: Whether of several processes only the first prints the line: all of them fail alike.
+        name: The command's name, the line's prefix.
+        kept: The work that is kept after Ctrl-C.
+        first_only: Whether only the first of several processes prints the line.
 
     Raises:
         SystemExit: With `MISTAKE` for what the user can correct in the command line, the configuration or the data,
@@ -45,7 +45,7 @@ def command(name: str, kept: str, first_only: bool = False) -> Iterator[None]:
 
 
 def _leave(line: str, code: int) -> NoReturn:
-    """Print a line to standard error and exit; the exception has both, for those who call a `main` from Python."""
+    """Print a line to standard error and exit; the exception has both, for calls from Python."""
     if line:
         print(line, file=sys.stderr, flush=True)
     left = SystemExit(line)
@@ -54,22 +54,22 @@ def _leave(line: str, code: int) -> NoReturn:
 
 
 def typed(name: str, arguments: Sequence[str] | None) -> str:
-    """Return a command as it was typed, for the files that name it.
+    """Return a command line, for the files that store it.
 
     Args:
         name: The command's name.
-        arguments: What its `main` was given; None: the command line of this process.
+        arguments: The arguments of its `main`; None: those of this process.
     """
     return shlex.join([name, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def import_from_here() -> None:
-    """Let modules of the user be imported: networks and losses are named by modules in the working folder."""
+    """Let modules in the working folder be imported, for the user's networks and losses."""
     sys.path.insert(0, os.getcwd())
 
 
 def begin() -> None:
-    """Silence what tells a user nothing, and use the cores that there are; called where torch is needed anyway."""
+    """Silence uninformative messages and set the number of threads; call it where torch is needed."""
     from kd_lightning.runtime.log_filters import quiet
     from kd_lightning.runtime.threads import settle_threads
 
@@ -81,13 +81,13 @@ def trust_option(parser: argparse.ArgumentParser) -> None:
     """Add `--trust` to a command that reads runs or exports."""
     parser.add_argument(
         "--trust", action="store_true",
-        help="let the folders run code that they bring or name: only for folders of people you trust",
+        help="let the folders run code that they contain or name: only for folders from people you trust",
     )  # fmt: skip
 
 
 @contextmanager
 def trusting_folders(trust: bool) -> Iterator[None]:
-    """Let files read in this block run code, if `--trust` was given; the classes may be of modules here."""
+    """Let files loaded in this block run code, if `--trust` was given, also from modules here."""
     if trust:
         import_from_here()
     with trusting(trust):
@@ -95,7 +95,7 @@ def trusting_folders(trust: bool) -> Iterator[None]:
 
 
 def run_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser for a command about a finished run: which run, which seed, JSON or not."""
+    """Return a parser for a command on a finished run, with run, seed and JSON options."""
     parser = argparse.ArgumentParser(name, description=description)
     parser.add_argument("run", type=Path, help="run folder, folder of one of its stages (RUN/teacher), or an export")
     parser.add_argument("--seed", type=int, help="which seed's student; default: the best on validation")

@@ -32,16 +32,16 @@ _ended = partial(command, "kd-train", "nothing was being trained; the same comma
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def _run(cfg: DictConfig) -> float:
-    """Run one composed configuration; returns the best validation score, averaged over seeds, for a sweeper."""
+    """Run a composed configuration; return the best validation score, averaged over seeds."""
     if in_sweep():
         return _point(cfg)
-    with _ended(), explained(sys.argv[1:]):  # here, since Hydra adds lines of its own to an exception that leaves a job
+    with _ended(), explained(sys.argv[1:]):  # here, since Hydra adds lines to exceptions from a job
         run = _train(cfg)
         return _aim(run, _score(run))
 
 
 def _point(cfg: DictConfig) -> float:
-    """Run a point of a sweep, which goes on after one that fails, and raises its error at the end."""
+    """Run a point of a sweep; the sweep continues after an error and raises it at the end."""
     place(cfg)
     try:
         with recorded(cfg) as point:
@@ -72,7 +72,7 @@ def _train(cfg: DictConfig) -> Run:
     from kd_lightning.pipeline.run import train_all
 
     begin()
-    log = logging.getLogger("kd_lightning")  # what we noticed in the data and the models, as plain lines
+    log = logging.getLogger("kd_lightning")  # notices about data and models, as plain lines
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     log.handlers = [logging.StreamHandler()]
     log.handlers[0].setFormatter(Plain())
@@ -96,7 +96,7 @@ def main() -> None:
     """Entry point of `kd-train`."""
     register_resolvers()
     import_from_here()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what the user reads is decided here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is decided here
     with explained(sys.argv[1:]):
         _run()
 

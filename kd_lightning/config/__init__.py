@@ -1,1 +1,1 @@
-"""The schema of the keys, and from a composed configuration to objects: building, trust, catalog, numbers."""
+"""Configuration: the schema of the keys, building objects, trust, catalog, numbers."""

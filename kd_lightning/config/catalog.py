@@ -1,4 +1,4 @@
-"""What the files of conf/distillation say of themselves: for the documentation, the comparison and the tests."""
+"""The headers of conf/distillation's files, for the documentation, comparison and tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Strategy:
         idea: What the student learns from, in a sentence.
         paper: Authors, year and arXiv id.
         models: The kinds of models it trains out of the box: `text`, `vision`.
-        remark: What it asks of them, or "".
+        remark: Its requirements, or "".
     """
 
     name: str

@@ -19,7 +19,7 @@ _GROUPS: dict[str, tuple[str, type]] = {
 
 
 def keys_help(cfg: DictConfig) -> str:
-    """Return every key of a composed configuration with its value as it is written, its type and its doc, by groups."""
+    """Return every key of a composed configuration with value, type and doc, by group."""
     settings: Any = OmegaConf.to_container(cfg, resolve=False)
     values = {"": settings, **settings, "tasks.NAME": asdict(TaskConfig())}
     lines: list[str] = []

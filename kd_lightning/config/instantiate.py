@@ -19,7 +19,7 @@ from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 
 
 def conf_dir() -> Path:
-    """Return the configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
+    """Return the configuration folder: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -80,7 +80,7 @@ def lookup(target: str) -> Callable[..., Any]:
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
-    """Return the parameters of a function or class by name, as (type, required), through `**kwargs` up the bases."""
+    """Return a callable's parameters by name, as (type, required), following `**kwargs` to bases."""
     found: dict[str, tuple[Any, bool]] = {}
     constructors: list[Any] = [target]
     if inspect.isclass(target):

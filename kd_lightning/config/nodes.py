@@ -1,4 +1,4 @@
-"""The nodes of a configuration that name a class: it is there, takes these arguments, and of these types."""
+"""Checks nodes that name a class: it exists, and takes these arguments of these types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of a configuration, all of them in one walk: finite, and within what their names say they are."""
+"""Checks all numbers of a configuration: finite, and in the range of their key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARES = ("warmup",)
 
 
 def check_numbers(settings: dict[str, Any]) -> None:
-    """Refuse numbers that are not finite or too large for any key, and those outside what their key's name means.
+    """Refuse numbers that are not finite, too large, or outside the range of their key.
 
     Raises:
         ConfigError: Names the key and what it takes.

@@ -43,11 +43,11 @@ def fast_precision() -> str:
     return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
 
 
-def fast_answers() -> str:
-    """Return the precision in which a teacher answers fastest at next to no loss: `bf16` or `float32`."""
+def fast_inference() -> str:
+    """Return the fastest precision of a teacher without a loss of accuracy: `bf16` or `float32`."""
     return "bf16" if fast_precision() == "bf16-mixed" else "float32"
 
 
 def ddp_strategy() -> str:
-    """Return `ddp` where a launcher started a process for each device, else `ddp_spawn`, which starts them itself."""
+    """Return `ddp` if a launcher started the processes, otherwise `ddp_spawn`."""
     return "ddp" if launched() > 1 else "ddp_spawn"

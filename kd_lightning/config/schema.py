@@ -1,4 +1,4 @@
-"""The keys of a run's configuration: what each is for, what it takes, and how composed settings become typed ones.
+"""The schema of a run's configuration: keys with docs and types, and parsing to typed settings.
 
 The docstring under a field is the one place that tells what its key is for: the comments of conf/config.yaml and
 `kd-train --help` come from it. conf/config.yaml has the defaults. What names a class (`Node`) stays a dictionary, since
@@ -166,7 +166,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The whole of a run. Every key can be set on the command line: kd-train temperature=4 data.batch_size=64."""
+    """A run's configuration. Set any key on the command line: kd-train temperature=4."""
 
     name: str
     """Of the run, and of its folder inside runs/."""

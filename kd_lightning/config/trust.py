@@ -1,8 +1,8 @@
-"""What a file of a run may name. A folder that somebody sent is data; it may be code only where the user says so.
+"""What a run's files may name: a folder is data, and code only if the user trusts it.
 
 `_target_` of a `model.json` or `config.yaml` is imported and called. Without the user's word it reaches the networks
 and data of this package, modules of torch.nn, and classes of networks and configs of transformers and timm: nothing
-that deletes, loads pickles or runs what it is given. What the user's own configuration names, the user has said.
+that deletes, loads pickles or runs what it is given. What the user's own configuration names is trusted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def trusts_all() -> bool:
 
 
 def trust_own(settings: Any) -> None:
-    """Take note of the classes that the user's own configuration names: runs of them are read back in this process."""
+    """Trust the classes of the user's own configuration when loading runs in this process."""
     _own.update(named(settings))
 
 
@@ -91,7 +91,7 @@ def _interpolation(settings: Any) -> str | None:
 
 
 def _harmless(target: str) -> bool:
-    """Return whether a name is that of a network, a config or data which a file may ask for."""
+    """Return whether a name is that of a network, a config or data that a file may name."""
     from kd_lightning.models.rebuild import is_description
 
     if is_description({"_target_": target}):

@@ -1,7 +1,7 @@
-"""Data modules: where sentences and images come from, and how they become batches.
+"""Data modules for sentences and images.
 
 >>> import kd_lightning as kd
->>> data = kd.data.TextFiles("my.csv", tokenizer="wordpiece:400", batch_size=16)  # read when the training begins
+>>> data = kd.data.TextFiles("my.csv", tokenizer="wordpiece:400", batch_size=16)  # loaded when training starts
 """
 
 from kd_lightning.data.classification import ClassificationData

@@ -1,4 +1,4 @@
-"""Examples with a class or a score each, altered copies of them, and examples that only a teacher labels."""
+"""Labelled examples, their augmented views, and unlabelled examples for distillation."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from kd_lightning.tasks import Classification, Regression, Task
 
 
 class ClassificationData(IndexedData):
-    """Examples with one class each, and examples without that only a teacher labels.
+    """Labelled examples with one class each, and unlabelled examples for distillation.
 
-    For a regression they have a score each instead, and `class_names` holds its name alone.
+    For a regression, labels are scores and `class_names` holds the name of the score.
 
-    Every example has a stable `index`: first the training examples, then their views (set by set), then the transfer
-    examples, then validation, then test.
+    Every example has a stable `index`, in the order: training examples, their views (set by set), transfer examples,
+    validation, test.
 
     Args:
         batch_size: As for `IndexedData`.
         eval_batch_size: As for `IndexedData`.
-        views: Altered copies of each training example.
+        views: Augmented views (altered copies) of each training example.
         view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All have an
-            `index`. None: a set of its own for every epoch, made as it is trained on, of index -1, which nothing that
-            is looked up by `index` can serve.
-        pool_ratio: How many views and transfer examples an epoch takes for each training example: others in each
-            epoch, until all have been taken. None: all of them in every epoch.
+            `index`. None: a new set for every epoch, created on the fly with index -1, which cannot be cached.
+        pool_ratio: Views and transfer examples per training example in an epoch: others in each epoch, until all have
+            been used. None: all of them in every epoch.
         options: The others of `IndexedData`.
 
     Raises:
@@ -64,36 +63,36 @@ class ClassificationData(IndexedData):
         super()._lay_out(sizes)
         if self.pool_ratio is not None and not (self.views or self.sizes["transfer"]):
             raise ConfigError(
-                f"data.pool_ratio={self.pool_ratio:g}: there is nothing to take; set data.views or data.transfer"
+                f"data.pool_ratio={self.pool_ratio:g}: no views or transfer data; set data.views or data.transfer"
             )
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; 1 for a regression."""
+        """Number of classes; 1 for a regression."""
         return len(self.class_names)
 
     @property
     def task(self) -> Task:
-        """What is predicted: a class, or where the labels are floats a score."""
+        """The task: classification, or regression for float labels."""
         return Regression() if self._labels.dtype.kind == "f" else Classification(self.num_classes)
 
     @property
     def repeatable(self) -> bool:
-        """Whether every training example has an `index`; fresh views in each epoch (`view_sets=None`) have none."""
+        """Whether every training example has an `index`; fresh views (`view_sets=None`) have none."""
         return self.view_sets is not None or self.views == 0
 
     def folds(self, count: int) -> NDArray[np.int64]:
-        """Return which of `count` folds each example is in; see `IndexedData`. Views go with their examples.
+        """Return each example's fold of `count`; see `IndexedData`. Views belong to their example's fold.
 
         Raises:
-            ConfigError: As there, or fresh views, of which it is not known where they belong.
+            ConfigError: As there, or fresh views, whose fold is unknown.
         """
         self.prepare()
         train, views = self._spans["train"], self._spans["views"]
         if not self.repeatable:
             raise ConfigError(
-                f"teacher.folds={count}: data.view_sets=null makes views without an index, of which it is not known "
-                "who has seen their example: set teacher.cache_views=K"
+                f"teacher.folds={count}: data.view_sets=null creates views without an index, whose fold is "
+                "unknown: set teacher.cache_views=K"
             )
         found = super().folds(count)
         if len(views):
@@ -110,7 +109,7 @@ class ClassificationData(IndexedData):
 
 
 def check_probabilities(**options: float) -> None:
-    """Refuse options of the data that lie outside [0, 1]."""
+    """Refuse data options outside [0, 1]."""
     for name, value in options.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"data.{name}={value}: expected a probability, 0 to 1")

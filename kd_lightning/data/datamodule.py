@@ -1,4 +1,4 @@
-"""What all data share: parts, batches in an order of their own, positions to resume from."""
+"""Base class of the data modules: splits, batches in a reproducible order, resumption."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Role = Literal["teacher", "student"]
 
 
 def check_least(lowest: int, **options: int) -> None:
-    """Refuse options of the data that are below `lowest`."""
+    """Refuse data options below `lowest`."""
     for name, value in options.items():
         if value < lowest:
             raise ConfigError(f"data.{name}={value}: expected {lowest} or more")
 
 
 def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return positions in a random order of which every run has the classes in their proportion.
+    """Return positions in a random order in which every run has the classes in proportion.
 
     >>> labels = np.array([0] * 6 + [1] * 3)
     >>> labels[stratified_order(labels, seed=0)]
@@ -60,8 +60,8 @@ class BatchDataset(Dataset[Batch], ABC):
 
     Attributes:
         span: Which of all examples these are.
-        share: How many of those behind the labelled ones an epoch takes; None: all.
-        left_out: Which positions no epoch takes, `(len(self),)` bool; None: there are none.
+        share: How many of the unlabelled examples an epoch uses; None: all.
+        left_out: Positions that no epoch uses, `(len(self),)` bool; None: there are none.
     """
 
     span: range
@@ -74,10 +74,10 @@ class BatchDataset(Dataset[Batch], ABC):
     @property
     @abstractmethod
     def lengths(self) -> NDArray[np.int64]:
-        """What batches of like examples are formed by, `(len(self),)`."""
+        """The lengths by which batches are formed, `(len(self),)`."""
 
     def turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch takes, and their lengths."""
+        """Return the positions that an epoch uses, and their lengths."""
         turn = self._turn(epoch)
         if self.left_out is not None:
             kept = ~self.left_out[turn[0]]
@@ -93,29 +93,29 @@ Dataset_ = TypeVar("Dataset_", bound=BatchDataset)
 
 
 class IndexedData(L.LightningDataModule, ABC):
-    """Examples that each have a stable `index`, in batches of like length, which go on where a run was stopped.
+    """Examples with a stable `index`, in batches of similar length, resumable.
 
-    What an example is, and what is predicted of it, is for subclasses to say.
+    Subclasses define the examples and the task.
 
     Args:
         batch_size: Training examples in a batch of one process.
-        eval_batch_size: Examples in a batch where nothing is trained.
+        eval_batch_size: Examples in a batch for evaluation.
         seed: Of the order of training.
-        split_seed: Of the split and whatever else is drawn once. It is a seed of its own so that repeats with other
-            seeds share their data, and with it the teacher's stored outputs.
+        split_seed: Of the split and other random choices made once. Separate from `seed`, so that repeats with other
+            seeds share their data and the teacher's cached outputs.
         num_workers: Processes that prepare batches; 0 does it in the training process.
 
     Raises:
         ConfigError: An option out of its range.
 
     Attributes:
-        parts: The names of the runs that the `index` counts through, in their order.
-        class_names: Of what is predicted, in the order of the labels; set by `prepare`. Empty where classes have none.
-        fingerprint: Of everything that decides the batches but for their sizes and order; set by `prepare`. Without the
-            pool (see `select`) it is the same whatever is in the pool: a teacher outlives a change of views.
-        teacher_key: What decides a teacher's outputs for each `index`, for people to compare; set by `prepare`.
-        around: Wraps the loader of training batches (`AheadTeacher.around`); None leaves it as it is.
-        image_format: How images become inputs; None for data of another kind.
+        parts: The names of the splits, in the order of their `index`.
+        class_names: Names of the classes, in the order of the labels; set by `prepare`. Empty for unnamed classes.
+        fingerprint: Of everything that determines the batches except their sizes and order; set by `prepare`. Without
+            the pool (see `select`) it does not depend on the pool, so that changed views do not retrain a teacher.
+        teacher_key: What determines a teacher's outputs for each `index`, as readable values; set by `prepare`.
+        around: Wraps the loader of training batches (`AheadTeacher.around`), if given.
+        image_format: The preprocessing of images; None for other data.
     """
 
     parts: tuple[str, ...] = ("train", "validation", "test")
@@ -142,7 +142,7 @@ class IndexedData(L.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.class_names: list[str] = []
         self.fingerprint = ""
-        self._without_pool = self.parts  # the parts that are no pool
+        self._without_pool = self.parts  # the splits outside of the pool
         self._fingerprints: dict[bool, str] = {}  # with the pool and without
         self._labelled = ""
         self.teacher_key: dict[str, Any] = {}
@@ -154,11 +154,11 @@ class IndexedData(L.LightningDataModule, ABC):
         self._left_out: NDArray[np.bool_] | None = None  # by `index`: a fold that is not trained on
         self._spans: dict[str, range]
 
-    # -- getting ready ------------------------------------------------------------------------------------------------
+    # -- preparation --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def prepare(self) -> None:
-        """Read and split everything, and set what the attributes describe; a second call does nothing.
+        """Load and split everything, and set the attributes; a second call does nothing.
 
         Raises:
             DataError: The data cannot be used as they are.
@@ -166,38 +166,38 @@ class IndexedData(L.LightningDataModule, ABC):
         """
 
     def prepare_data(self) -> None:
-        """Fill the caches on disk, in one process of each machine."""
+        """Fill the caches on disk, in one process per machine."""
         self.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what `prepare_data` left; from here to `teardown` each process gets its share of the examples."""
+        """Load the data; until `teardown` each process gets its share of the examples."""
         self.prepare()
         self._share = rank_and_world()
 
     def teardown(self, stage: str | None = None) -> None:
-        """Give whoever asks all examples again."""
+        """Return all examples again from now on."""
         self._share = (0, 1)
 
     def _lay_out(self, sizes: Sequence[int]) -> None:
-        """Give each part its run of the `index`; `sizes` are in the order of `parts`."""
+        """Assign each split its range of `index`; `sizes` are in the order of `parts`."""
         ends = np.cumsum(sizes).tolist()
         self._spans = {name: range(end - size, end) for name, size, end in zip(self.parts, sizes, ends, strict=True)}
         log.info("%s: %s", type(self).__name__, ", ".join(f"{size} {name}" for name, size in self.sizes.items()))
 
     def _of(self, values: NDArray[Any], parts: Sequence[str]) -> NDArray[Any]:
-        """Return the values of some parts' examples, of an array that holds all examples'."""
+        """Select the values of some splits from an array of all examples'."""
         return np.concatenate([values[self._spans[name].start : self._spans[name].stop] for name in parts])
 
     def _spans_of(self, parts: Sequence[str]) -> list[list[int]]:
-        """Return each part's `[start, stop]` if there were no others than these."""
+        """Return each split's `[start, stop]` if there were only these splits."""
         ends = np.cumsum([len(span) if name in parts else 0 for name, span in self._spans.items()]).tolist()
         return [[start, end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    # -- what models need to know -------------------------------------------------------------------------------------
+    # -- what networks need -------------------------------------------------------------------------------------------
 
     @property
     def title(self) -> str:
-        """What is predicted, in a few words."""
+        """A short description of the prediction."""
         return " / ".join(self.class_names)
 
     @property
@@ -207,13 +207,13 @@ class IndexedData(L.LightningDataModule, ABC):
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are in all; every `index` is below."""
+        """Number of all examples; every `index` is smaller."""
         return max(span.stop for span in self._spans.values())
 
     @property
     @abstractmethod
     def lengths(self) -> NDArray[np.int64]:
-        """How many tokens each example has for the teacher, `(num_examples,)`; 1 where there are no tokens."""
+        """Number of the teacher's tokens of each example, `(num_examples,)`; 1 without tokens."""
 
     @property
     def repeatable(self) -> bool:
@@ -222,32 +222,32 @@ class IndexedData(L.LightningDataModule, ABC):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many examples each part has."""
+        """Number of examples in each split."""
         return {name: len(span) for name, span in self._spans.items()}
 
     @abstractmethod
     def model_arguments(self, role: Role) -> dict[str, int]:
-        """Return what the data decide about a network, by the names of its constructor's arguments."""
+        """Return the constructor arguments that the data determine for a network."""
 
     @property
     @abstractmethod
     def input_format(self) -> dict[str, Any]:
-        """What a saved network must be given besides its weights, as JSON-able values (`task.json` of a run)."""
+        """What a saved network needs besides its weights, as JSON values (`task.json` of a run)."""
 
     @property
     def labelled(self) -> str:
-        """Names the labelled examples, their splits and classes, whoever reads them and whatever fold is left out."""
+        """Identifies the labelled examples, splits and classes, for any tokenizer and fold."""
         return self._labelled or self._fingerprints.get(False, self.fingerprint)
 
     def read_with(self, tokenizers: Mapping[Role, str]) -> None:
-        """Read texts with these tokenizers instead of those that the options name; to be called before `prepare`.
+        """Use these tokenizers instead of those of the options; call it before `prepare`.
 
         Args:
-            tokenizers: Folders, by who reads with them.
+            tokenizers: Folders by role, student or teacher.
         """
 
     def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast | None:
-        """Return the tokenizer of a network's inputs; None where they are no texts."""
+        """Return the tokenizer of a network's inputs; None without texts."""
         return None
 
     # -- views of the same data ---------------------------------------------------------------------------------------
@@ -256,9 +256,9 @@ class IndexedData(L.LightningDataModule, ABC):
         """Return the same data with other batches; the arrays are shared.
 
         Args:
-            tokens: Whose tokens stand under the plain names. `"both"`: the student's and, where the tokenizers differ,
-                the teacher's under `teacher_input_ids` and so on.
-            pool: Whether what only a teacher can label is trained on too.
+            tokens: Whose tokens have the plain names. `"both"`: the student's and, if the tokenizers differ, the
+                teacher's as `teacher_input_ids` and so on.
+            pool: Whether to train on views and transfer examples too.
         """
         if tokens not in ("student", "teacher", "both"):
             raise ConfigError(f"tokens={tokens!r}: expected 'student', 'teacher' or 'both'")
@@ -278,7 +278,7 @@ class IndexedData(L.LightningDataModule, ABC):
         return chosen
 
     def folds(self, count: int) -> NDArray[np.int64]:
-        """Return which of `count` folds each example is in, by `index`, `(num_examples,)`.
+        """Return each example's fold of `count`, by `index`, `(num_examples,)`.
 
         The training examples are dealt out at random, alike in what `_strata` tells apart; what no teacher is trained
         on is in the fold -1.
@@ -299,7 +299,7 @@ class IndexedData(L.LightningDataModule, ABC):
         return np.zeros(self.sizes["train"], np.int64)
 
     def without_fold(self, fold: int, count: int) -> Self:
-        """Return the same data of which one of `count` folds, with its views, is not trained on."""
+        """Return the same data without one of `count` folds, with its views, in training."""
         chosen = self._copy()
         chosen._left_out, chosen._labelled = self.folds(count) == fold, self.labelled
         for pool, parts in ((True, self.parts), (False, self._without_pool)):
@@ -310,17 +310,17 @@ class IndexedData(L.LightningDataModule, ABC):
         return chosen
 
     def _trained_on(self, data: Dataset_) -> Dataset_:
-        """Return a run of examples that begins with the training examples, of which some are not taken."""
+        """Return a run of examples that starts with the training examples, without left-out ones."""
         if self._left_out is not None:
             data.left_out = self._left_out[: len(data)]
         return data
 
     def reading(self, tokenizer: str) -> Self:
-        """Return the same data for a teacher with another tokenizer; this very object where there is none to change."""
+        """Return the same data for a teacher with another tokenizer; itself without texts."""
         return self
 
     def with_one_reader(self) -> Self:
-        """Return the same data for a teacher that reads what the student reads, as one that was a student does."""
+        """Return the same data for a teacher with the student's inputs, such as a former student."""
         return self._copy()
 
     def _copy(self) -> Self:
@@ -342,7 +342,7 @@ class IndexedData(L.LightningDataModule, ABC):
         if self._resume is not None:
             sampler.resume(*self._resume)
             self._resume = None
-        elif self.trainer is not None and self.trainer.training:  # Lightning reloads it at the start of an epoch
+        elif self.trainer is not None and self.trainer.training:  # Lightning reloads it in each epoch
             sampler.set_epoch(self.trainer.current_epoch)
         loader = self._loader(data, sampler)
         if self.around is not None:
@@ -350,7 +350,7 @@ class IndexedData(L.LightningDataModule, ABC):
         return loader
 
     def smallest_batch(self, processes: int) -> int:
-        """Return how many examples the smallest training batch of a process has."""
+        """Return the size of a process's smallest training batch."""
         data = self._training_dataset()
         sampler = BucketBatchSampler(data.turn, self.batch_size, shuffle=True, rank=0, world_size=processes)
         return sampler.smallest
@@ -373,20 +373,20 @@ class IndexedData(L.LightningDataModule, ABC):
         return self._evaluation_loader("test", "test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return the test examples, whose labels a prediction does not read."""
+        """Return the test examples; prediction ignores their labels."""
         return self.test_dataloader()
 
     def all_dataloader(self) -> DataLoader[Batch]:
-        """Return every example of every part, sorted by length."""
+        """Return every example of every split, sorted by length."""
         return self._evaluation_loader("train", "test")
 
     @abstractmethod
     def _training_dataset(self) -> BatchDataset:
-        """Return what is trained on, with the turns of its epochs."""
+        """Return the training examples, with the set of views of each epoch."""
 
     @abstractmethod
     def _dataset(self, first: str, last: str) -> BatchDataset:
-        """Return the parts from `first` to `last`."""
+        """Return the splits from `first` to `last`."""
 
     def _evaluation_loader(self, first: str, last: str) -> DataLoader[Batch]:
         data = self._dataset(first, last)
@@ -396,7 +396,7 @@ class IndexedData(L.LightningDataModule, ABC):
 
     def _loader(self, data: BatchDataset, sampler: BucketBatchSampler) -> DataLoader[Batch]:
         if self.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker prints a warning
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise each forked worker prints a warning
         return DataLoader(
             data,
             sampler=sampler,
@@ -404,7 +404,7 @@ class IndexedData(L.LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global one
+            generator=torch.Generator().manual_seed(self.seed),  # otherwise each iterator draws from the global one
         )
 
     # -- resuming -----------------------------------------------------------------------------------------------------
@@ -419,10 +419,10 @@ class IndexedData(L.LightningDataModule, ABC):
         return {**self._order(), "epoch": epoch, "batches": batches, "between_epochs": between}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on where a checkpoint was made.
+        """Resume training batches at the position of a checkpoint.
 
         Raises:
-            ConfigError: The data or the batches are not those of the checkpoint, or Lightning cannot go on from it.
+            ConfigError: The data or batches differ from the checkpoint's, or Lightning cannot resume from it.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # an evaluation may use other batches
@@ -431,15 +431,15 @@ class IndexedData(L.LightningDataModule, ABC):
                 given = f"{now!r}, but the checkpoint was trained with {state_dict.get(name)!r}"
                 raise ConfigError(f"cannot resume: the data's {name} is {given}; restore it or start a new run")
         if self.trainer is not None and self.trainer.max_steps != -1 and state_dict["between_epochs"]:
-            # Lightning 2.6 then counts one batch of the next epoch to the finished one and leaves out the others.
-            message = "cannot resume: the checkpoint was made after an epoch's end, which Lightning gets wrong"
+            # Lightning 2.6 then counts one batch of the next epoch to the finished one and skips the others.
+            message = "cannot resume: the checkpoint is from after an epoch's end, which Lightning gets wrong"
             raise ConfigError(f"{message} with trainer.max_steps; limit by trainer.max_epochs, or save at a step")
         self._resume = (state_dict["epoch"], state_dict["batches"])
-        # Lightning looks for a position in the loader only and warns, wrongly, that there is none.
+        # Lightning looks for the position only in the loader, and warns that there is none.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
 
     def _order(self) -> dict[str, Any]:
-        """Return what the sequence of training batches follows from."""
+        """Return what determines the sequence of training batches."""
         self.prepare()
         return {
             "fingerprint": self.fingerprint,
@@ -456,5 +456,5 @@ def selected(
     pool: bool = True,
     one_reader: bool = False,
 ) -> IndexedData:
-    """Return `data.select(tokens, pool)`, and before it `data.with_one_reader()`: for a configuration to name."""
+    """Return `data.with_one_reader()` if wanted, then `data.select(tokens, pool)`: for configurations."""
     return (data.with_one_reader() if one_reader else data).select(tokens, pool)

@@ -1,4 +1,4 @@
-"""Labels as they are written, made alike: a whole number is the same class however a file spells it."""
+"""Normalises labels: an integer is the same class however a file writes it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ClassNames = Sequence[str | int | float]
 """Names of the classes as a configuration writes them."""
 
 NO_LABEL = str(IGNORE)
-"""How `label_of` writes that only the teacher labels a training sentence."""
+"""How `label_of` writes an unlabelled training sentence."""
 
 
 def label_of(value: object, where: str) -> str:
-    """Return a label cell as text: a name, or a number; a whole number in digits, as another file may write it.
+    """Return a label cell as text: a name or a number, integers always in digits.
 
     Raises:
         DataError: The label is missing, or is neither a name nor a number.
@@ -38,8 +38,8 @@ def label_of(value: object, where: str) -> str:
     if value is None or (isinstance(value, str) and text.lower() in _MISSING):
         given = f" ({text})" if text and value is not None else ""
         raise DataError(
-            f"{where}: the label is missing{given}; fill it in or remove the example ({IGNORE} says that only the "
-            "teacher labels a training sentence)"
+            f"{where}: the label is missing{given}; fill it in or remove the example ({IGNORE} marks an "
+            "unlabelled training sentence)"
         )
     if not isinstance(value, str | int):
         raise DataError(f"{where}: the label {value!r} is neither a name nor a number")
@@ -51,13 +51,13 @@ def label_of(value: object, where: str) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a cell is written where nobody knows the label: nothing, NaN, -1 or -100."""
+    """Return whether a cell often means a missing label: empty, NaN, -1 or -100."""
     text = "" if value is None else str(value).strip().lower()
     return text in _MISSING or number_of(text) in (-1, IGNORE)
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Refuse a text that no file can hold, since it has half a character."""
+    """Refuse a text with a lone surrogate, which cannot be written to a file."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -68,7 +68,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def number_of(label: str) -> int | None:
-    """Return the whole number that a label spells; None for anything else."""
+    """Return a label's integer value; None for anything else."""
     if not _NUMBER.fullmatch(label):
         return None
     number = Decimal(label)
@@ -76,7 +76,7 @@ def number_of(label: str) -> int | None:
 
 
 def key_of(label: str) -> object:
-    """Return what two spellings of one class have in common."""
+    """Return the normal form of a class's spellings."""
     number = number_of(label)
     if number is not None:
         return number
@@ -95,7 +95,7 @@ def given_names(names: ClassNames) -> list[str]:
     """Return `data.class_names` as texts.
 
     Raises:
-        ConfigError: Fewer than two, two that are one, or the number that means that there is no label.
+        ConfigError: Fewer than two, duplicates, or the number for no label.
     """
     given = [str(name).strip() for name in names]
     keys = [key_of(name) for name in given]
@@ -109,11 +109,11 @@ def found_names(labels: Sequence[str], where: Callable[[int], str], source: str)
 
     Args:
         labels: As `label_of` returns them.
-        where: Says where label `i` stands.
-        source: What to call the whole in a message.
+        where: Returns the place of label `i`.
+        source: The name of the data in messages.
 
     Raises:
-        DataError: A label that is hardly a class, one class in two spellings.
+        DataError: A label that is probably not a class, or two spellings of one class.
     """
     first: dict[str, int] = {}
     for i, label in enumerate(labels):
@@ -136,7 +136,7 @@ def found_names(labels: Sequence[str], where: Callable[[int], str], source: str)
 def _minus_one(labels: Iterable[str]) -> str:
     names = ",".join(sort_names(set(labels)))
     return (
-        f"the label -1 often stands for a missing one: write {IGNORE} where only the teacher is to label a training "
+        f"the label -1 often stands for a missing one: write {IGNORE} for an unlabelled training "
         f"sentence, or remove the example; if -1 is a class, list all of them, such as data.class_names=[{names}]"
     )
 
@@ -154,7 +154,7 @@ def _warn_of_spellings(names: Sequence[str], source: str) -> None:
 
 
 def folded(text: str) -> str:
-    """Return a text with Unicode, case and white space made alike."""
+    """Return a text with normalised Unicode, case and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -164,12 +164,12 @@ def positions_in(labels: Sequence[str], names: Sequence[str], where: Callable[[i
     Args:
         labels: As `label_of` returns them.
         names: The classes.
-        where: Says where label `i` stands.
-        numbered: Whether somebody gave the classes the order of their numbers, so that where the names are words a
-            whole number is a position.
+        where: Returns the place of label `i`.
+        numbered: Whether the user gave the classes in the order of their numbers, so that integers are positions of
+            names that are words.
 
     Raises:
-        DataError: A label that is no class.
+        DataError: A label that is not a class.
     """
     codes = {key_of(name): code for code, name in enumerate(names)}
     words = not any(_NUMBER.fullmatch(name) for name in names)
@@ -188,7 +188,7 @@ def positions_in(labels: Sequence[str], names: Sequence[str], where: Callable[[i
 def _hint(label: str, names: Sequence[str], words: bool) -> str:
     number = number_of(label)
     if number == IGNORE:
-        return ": only a training sentence may go without a label; give it one or remove the example"
+        return ": only training sentences may be unlabelled; give it one or remove the example"
     if number == -1:
         return f" (it often stands for a missing one: remove the example){did_you_mean(label, names)}"
     if number is not None and words:

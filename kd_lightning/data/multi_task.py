@@ -1,4 +1,4 @@
-"""Several tasks' data as one: batches that mix them, each task drawn as often as its size and a temperature say."""
+"""Combines several tasks' data into mixed batches, sampled by size and a temperature."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from kd_lightning.types import Batch
 
 
 class MultiTaskData(ClassificationData):
-    r"""Tasks that one network learns together.
+    r"""The data of several tasks for one network.
 
     An epoch draws as many examples as the tasks have together, of task k with n_k examples the share
 
     .. math:: p_k = \frac{n_k^{1 / \tau}}{\sum_j n_j^{1 / \tau}}
 
     At tau = 1 each task is drawn in proportion to its size; the larger tau, the more alike (Arivazhagan et al. 2019,
-    arXiv 1907.05019). A task's examples come in passes, each in an order of its own, and an epoch goes on where the one
-    before it stopped: none comes a second time before all have come once.
+    arXiv 1907.05019). A task's examples come in passes, each in its own order, and an epoch continues where the
+    previous one stopped: no example repeats before all have been used.
 
-    Beside the entries of its parts a batch has `task`; `labels` are float32, and `index` counts through all tasks.
+    In addition to the tasks' entries, a batch has `task`; `labels` are float32, and `index` is over all tasks.
 
     Args:
-        tasks: Each task's data, by its name. All must be read alike: the same tokenizer of the student, the same
-            lengths. Their own batch sizes and seeds of order are not used.
+        tasks: Each task's data, by its name. All need the same student tokenizer and lengths.
+            Their own batch sizes and seeds are not used.
         sampling_temperature: tau > 0.
         batch_size: As for `ClassificationData`.
         eval_batch_size: As for `ClassificationData`.
@@ -83,15 +83,15 @@ class MultiTaskData(ClassificationData):
         return digest([list(parts), parts, self.sampling_temperature])
 
     def _check_readings(self) -> None:
-        """Refuse tasks that one student could not read alike."""
+        """Refuse tasks whose inputs differ for one student."""
         first, *others = self.tasks
         expected = _reading(self.tasks[first])
         for name in others:
             found = _reading(self.tasks[name])
             if other := [key for key in expected if found.get(key) != expected[key]]:
                 raise ConfigError(
-                    f"data.tasks: {name} has another {' and '.join(other)} than {first}, and the student reads both "
-                    "with one encoder: give all tasks the same tokenizer (a folder or a name) and max_length"
+                    f"data.tasks: {name} has another {' and '.join(other)} than {first}, and the student has one "
+                    "encoder for both: give all tasks the same tokenizer (a folder or a name) and max_length"
                 )
         for name, data in self.tasks.items():
             if not data.repeatable:
@@ -106,11 +106,11 @@ class MultiTaskData(ClassificationData):
 
     @property
     def labelled(self) -> str:
-        """Names the labelled examples of all tasks."""
+        """Identifies the labelled examples of all tasks."""
         return digest({name: data.labelled for name, data in self.tasks.items()})
 
     def read_with(self, tokenizers: Mapping[Role, str]) -> None:
-        """Read every task's texts with the student's tokenizer; their teachers' are not one."""
+        """Use this student tokenizer for every task; teachers' differ by task."""
         for data in self.tasks.values():
             data.read_with({role: folder for role, folder in tokenizers.items() if role == "student"})
 
@@ -121,28 +121,28 @@ class MultiTaskData(ClassificationData):
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are in all; every `index` is below."""
+        """Number of all examples; every `index` is smaller."""
         return sum(data.num_examples for data in self.tasks.values())
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """How many tokens each example has for its teacher, `(num_examples,)`."""
+        """Number of its teacher's tokens of each example, `(num_examples,)`."""
         return np.concatenate([data.lengths for data in self.tasks.values()])
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many examples each part has, over all tasks."""
+        """Number of examples in each split, over all tasks."""
         parts = [data.sizes for data in self.tasks.values()]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def model_arguments(self, role: Role) -> dict[str, int]:
-        """Return what the data decide about a network that answers for all tasks."""
+        """Return the constructor arguments for a network of all tasks."""
         self.prepare()
         return {**self._first.model_arguments(role), "num_classes": self.num_classes}
 
     @property
     def input_format(self) -> dict[str, Any]:
-        """What every task's inputs look like."""
+        """The format of every task's inputs."""
         return self._first.input_format
 
     def tokenizer_of(self, role: Role) -> Any:
@@ -183,11 +183,11 @@ class MultiTaskData(ClassificationData):
         return MixedDataset(parts, alike, self.firsts, padding, counts, self.seed)
 
     def _read_alike(self) -> list[ClassificationData]:
-        """Return the tasks with the student's tokens alone, where that is what they have in common."""
+        """Return the tasks with only the student's tokens, if only those agree."""
         return [data.select("student", self._pool) if self._tokens == "both" else data for data in self.tasks.values()]
 
     def _padding(self, data: ClassificationData) -> dict[str, int]:
-        """Return what the entries of a task's batches are padded with, where that is not 0."""
+        """Return the padding values of a task's batch entries other than 0."""
         plain: Role = "teacher" if self._tokens == "teacher" else "student"
         readers: dict[str, Role] = {"input_ids": plain, "teacher_input_ids": "teacher"}
         found = {name: data.tokenizer_of(role) for name, role in readers.items()}
@@ -199,11 +199,11 @@ class MixedDataset(BatchDataset):
 
     Args:
         parts: Each task's.
-        alike: The same as the student alone reads them: batches of like lengths are formed by these, since where one
-            task's teacher has its own tokens to be counted too, they would keep the tasks apart.
+        alike: The same with only the student's tokens, whose lengths form the batches: counting a teacher's own tokens
+            would keep its task in separate batches.
         firsts: What is added to each task's `index`.
-        padding: By which ids each task's entries are padded, where these are not 0.
-        counts: How many examples of each task an epoch takes.
+        padding: Each task's padding ids, if not 0.
+        counts: The number of examples of each task in an epoch.
         seed: Of which these are.
     """
 
@@ -224,11 +224,11 @@ class MixedDataset(BatchDataset):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """What batches of like examples are formed by."""
+        """The lengths by which batches are formed."""
         return np.concatenate([part.lengths for part in self.alike])
 
     def _turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch takes, `counts` of each task, and their lengths."""
+        """Return the positions of an epoch, `counts` of each task, and their lengths."""
         turns = [_drawn(part, count, epoch, [self.seed, number])
                  for number, (part, count) in enumerate(zip(self.alike, self.counts, strict=True))]  # fmt: skip
         positions = [taken + start for (taken, _), start in zip(turns, self.starts, strict=True)]
@@ -247,7 +247,7 @@ class MixedDataset(BatchDataset):
 
 
 def draws(sizes: Sequence[int], temperature: float) -> list[int]:
-    """Share out `sum(sizes)` draws in proportion to `size ** (1 / temperature)`, to whole numbers of at least 1.
+    """Divide `sum(sizes)` draws in proportion to `size ** (1 / temperature)`, at least 1 each.
 
     >>> draws([800, 100, 100], 1.0), draws([800, 100, 100], 1e9), draws([810, 90], 2.0)
     ([800, 100, 100], [333, 334, 333], [675, 225])
@@ -259,7 +259,7 @@ def draws(sizes: Sequence[int], temperature: float) -> list[int]:
 
 
 def _drawn(part: BatchDataset, count: int, epoch: int, seed: list[int]) -> Turn:
-    """Return the positions an epoch takes of one task: `count` of an endless row of passes, each in its own order."""
+    """Return an epoch's positions in one task: the next `count` of endless shuffled passes."""
     taken: list[Turn] = []
     for number, order in endless(len(part.turn(0)[0]), count, epoch, seed):
         positions, lengths = part.turn(number)
@@ -268,9 +268,9 @@ def _drawn(part: BatchDataset, count: int, epoch: int, seed: list[int]) -> Turn:
 
 
 def _joined(parts: Sequence[tuple[torch.Tensor, Batch, Mapping[str, int]]], size: int) -> Batch:
-    """Return one batch of several, each of which fills the rows that its mask names.
+    """Merge batches into one; each fills the rows of its mask.
 
-    A task whose teacher reads the student's tokens has no `teacher_*` of its own: it gets the student's there.
+    A task whose teacher uses the student's tokens has no `teacher_*`: it gets the student's there.
     """
     joined: Batch = {}
     for name in dict.fromkeys(name for _, batch, _ in parts for name in batch):
@@ -287,7 +287,7 @@ def _joined(parts: Sequence[tuple[torch.Tensor, Batch, Mapping[str, int]]], size
 
 
 def _reading(data: ClassificationData) -> dict[str, Any]:
-    """Return what decides how a student reads a task's inputs."""
+    """Return what determines the student's inputs for a task."""
     tokenizer = data.tokenizer_of("student")
     sizes = {name: size for name, size in data.model_arguments("student").items() if name != "num_classes"}
     return {"tokenizer": tokenizer and tokenizer_fingerprint(tokenizer), **sizes, **data.input_format}

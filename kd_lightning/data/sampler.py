@@ -1,4 +1,4 @@
-"""Batches of neighbouring lengths: deterministic, right under distributed training, resumable."""
+"""Samples batches of similar lengths: deterministic, distributed, resumable."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kd_lightning.runtime.errors import ConfigError
 
 Positions = NDArray[np.int64]
 Turn = tuple[Positions, NDArray[np.int64]]
-"""What an epoch takes: positions, and the tokens in the example at each."""
+"""An epoch's examples: positions, and the number of tokens of each."""
 
 POOL_BATCHES = 50
-"""How many global batches are sorted by length together: enough for little padding, few enough to keep chance."""
+"""Global batches that are sorted by length together: a compromise of padding and randomness."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,11 +30,11 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def endless(size: int, count: int, epoch: int, seed: Sequence[int]) -> Iterator[tuple[int, Positions]]:
-    """Yield what an epoch takes of an endless row of passes over `size` examples, each pass in an order of its own.
+    """Yield an epoch's share of endless passes over `size` examples, each pass in its own order.
 
     Args:
         size: Examples in a pass.
-        count: Examples that an epoch takes; those of the next one follow them.
+        count: Examples in an epoch; those of the next one follow.
         epoch: Which epoch.
         seed: Of the orders.
 
@@ -49,12 +49,12 @@ def endless(size: int, count: int, epoch: int, seed: Sequence[int]) -> Iterator[
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the examples behind the labelled ones an epoch takes: so many for each labelled one.
+    """The number of unlabelled examples of an epoch, per labelled one.
 
     Attributes:
         labelled: How many labelled examples there are; they have the first positions.
         ratio: How many others come with each.
-        seed: Of the order in which they are taken: all of them before any comes again.
+        seed: Of their order; no example repeats before all have been used.
     """
 
     labelled: int
@@ -62,7 +62,7 @@ class Share:
     seed: int
 
     def of(self, turn: Turn, epoch: int) -> Turn:
-        """Return what is taken of the positions of an epoch."""
+        """Return the selected positions of an epoch."""
         positions, lengths = turn
         first, pool = (np.flatnonzero(chosen) for chosen in (positions < self.labelled, positions >= self.labelled))
         if not len(pool):
@@ -74,20 +74,19 @@ class Share:
 
 
 class BucketBatchSampler(DistributedSampler[Any]):
-    """Yields arrays of positions, one array a batch, for `DataLoader(sampler=..., batch_size=None)`.
+    """Yields arrays of positions, one per batch, for `DataLoader(sampler=..., batch_size=None)`.
 
-    A step takes `world_size * batch_size` examples of neighbouring lengths, and the ranks deal them out in turn, so
-    that the ranks together train on what one process with the whole batch would. Every rank has the same number of
-    steps:
+    A step has `world_size * batch_size` examples of similar lengths, divided among the ranks, so that the ranks
+    together train like one process with the whole batch. Every rank has the same number of steps:
 
-    * with `shuffle`, the order depends on `(seed, epoch)` alone. When the examples cannot be dealt out evenly, up to
-      `world_size - 1` examples of the epoch come twice; no example is left out. Where the last batch of one process
+    * with `shuffle`, the order depends on `(seed, epoch)` alone. If the examples cannot be divided evenly, up to
+      `world_size - 1` examples of the epoch appear twice; none is missing. Where the last batch of one process
       would be a single example, which BatchNorm cannot learn from, it gets a second one from the batch before (of 3 or
       more). That of several processes does not: they train on the batches of one with the same global batch.
     * without, examples come sorted by length and each exactly once over all ranks; batches of one step may then differ
       by one example in size.
 
-    Being a `DistributedSampler`, it is left alone by Lightning, which would otherwise put its own in its place.
+    It is a `DistributedSampler`, which Lightning does not replace by its own.
 
     Args:
         lengths: Tokens in each example, `(N,)`; or, where not every epoch takes the same examples, a function from the
@@ -120,7 +119,7 @@ class BucketBatchSampler(DistributedSampler[Any]):
         self.turn = lengths if callable(lengths) else lambda _: (np.arange(len(lengths)), np.asarray(lengths))
         self.size = len(self.turn(0)[0])
         if self.size < world:
-            raise ConfigError(f"{self.size} examples cannot be shared by {world} processes; lower trainer.devices")
+            raise ConfigError(f"{self.size} examples cannot be divided among {world} processes; lower trainer.devices")
         super().__init__(range(self.size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self._resumed: tuple[int, int] | None = None
@@ -135,7 +134,7 @@ class BucketBatchSampler(DistributedSampler[Any]):
         steps = -(-self.size // self.global_batch_size)
         if self.shuffle:
             return steps
-        return min(steps, self.size // self.num_replicas)  # a rank without any example would be left waiting
+        return min(steps, self.size // self.num_replicas)  # otherwise a rank could have no example and block the others
 
     @property
     def smallest(self) -> int:
@@ -146,13 +145,13 @@ class BucketBatchSampler(DistributedSampler[Any]):
         return 2 if moved else min(rest, each)
 
     def resume(self, epoch: int, batches: int) -> None:
-        """Go to `epoch` and leave out its first `batches` batches; other epochs are whole."""
+        """Start at `epoch` and skip its first `batches` batches; other epochs are complete."""
         self.set_epoch(epoch)
         self._resumed = (epoch, batches)
 
     def __iter__(self) -> Iterator[Positions]:
-        # The order is settled here and not at the first `next`: Lightning makes the first iterator of a fit before it
-        # sets the epoch, and with worker processes some batches are on their way by then.
+        # The order is fixed here and not at the first `next`: Lightning creates the first iterator of a fit before it
+        # sets the epoch, and worker processes have already fetched some batches by then.
         steps = self._training_steps() if self.shuffle else self._evaluation_steps()
         skipped = self._resumed[1] if self._resumed and self._resumed[0] == self.epoch else 0
         return iter([step[self.rank :: self.num_replicas] for step in steps[skipped:]])

@@ -1,4 +1,4 @@
-"""A trained model on inputs of the user's own: what it predicts of them, and how it scores on a labelled file."""
+"""Runs a trained model on the user's inputs: predictions, and scores on a labelled file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 64
 
 
 def text_batches(model: TrainedModel, sentences: Sequence[Sentence]) -> Iterator[Batch]:
-    """Yield sentences (or pairs) as a text model reads them, those of like length together; `index` is their place.
+    """Yield sentences (or pairs) as batches of similar length; `index` is their position.
 
     Raises:
         ConfigError: The model reads no text.
@@ -59,7 +59,7 @@ def image_batches(model: TrainedModel, paths: Sequence[Path]) -> Iterator[Batch]
 
 
 def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict[str, Any]]:
-    """Return what a model predicts of each input (texts, or an image's path); of an empty one nothing, by these names.
+    """Return a model's prediction for each input (texts or an image's path); none for empty ones.
 
     Raises:
         DataError: All of them are empty.
@@ -115,7 +115,7 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
 
 
 def read_inputs(model: TrainedModel, file: Path, reader: FileReader) -> list[Sentence | None]:
-    """Return what to predict for each record of a table, or for each line of any other file; None where it is empty.
+    """Return the input of each record of a table or line of another file; None for empty ones.
 
     Raises:
         ConfigError: The file cannot be read so.
@@ -132,7 +132,7 @@ def read_inputs(model: TrainedModel, file: Path, reader: FileReader) -> list[Sen
 
 
 def inputs_of(model: TrainedModel, lines: Sequence[str]) -> list[Sentence | None]:
-    """Return the text of each line, or two with a tab between for a model of pairs; None where there is none."""
+    """Return the text of each line, or two separated by a tab for pairs; None for empty lines."""
     from kd_lightning.data.text.corpus import is_blank
 
     found: list[Sentence | None] = []

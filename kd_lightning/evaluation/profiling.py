@@ -129,7 +129,7 @@ def measure_latency(
 def measure_throughput(
     networks: Mapping[str, nn.Module], batches: Batches, *, warmup: int = 1, threads: int | None = None
 ) -> dict[str, Throughput]:
-    """Count the examples a second that every network answers over whole batches, taking turns as in `measure_latency`.
+    """Measure examples per second over whole batches, in turns as in `measure_latency`.
 
     Args:
         networks: Networks by name.
@@ -342,10 +342,10 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        answer = subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""A user's further files, read as the files that a run was trained on, unless the command line says otherwise."""
+"""Reads further files of the user in the format of a run's files, or of the command line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def flag(option: str) -> str:
 
 
 def data_settings(run: Path) -> dict[str, Any]:
-    """Return the settings of the data that a run, or one of its stages, was trained on; empty if nothing tells them."""
+    """Return the data settings of a run or one of its stages; empty if unknown."""
     root = run_root(run)
     if root is None:
         return {}
@@ -72,9 +72,9 @@ def reader_for(settings: Mapping[str, Any], given: argparse.Namespace) -> FileRe
 
 
 def _format(settings: Mapping[str, Any], file: Path) -> Any:
-    """Return the format that the run was told, for a file that is named as its own are or in no known way."""
+    """Return the run's file format, for a file with the same or an unknown suffix."""
     from kd_lightning.data.sources.records import format_of
 
-    told = format_of(file)
-    alike = told is None or told == format_of(Path(settings.get("train_file") or ""))
+    known = format_of(file)
+    alike = known is None or known == format_of(Path(settings.get("train_file") or ""))
     return settings.get("format") if alike else None

@@ -1,5 +1,5 @@
-"""From a run folder to files that are deployed: without teacher, Lightning or this package, and proven to answer alike.
+"""Export of a student to files that run without teacher, Lightning or this package.
 
-`plan` checks, `export` writes to a folder that nobody sees, holds what it wrote against the student on the validation
-split, and moves it into place. The formats are in `formats/`, one file each.
+`plan` checks the request. `export` writes to a hidden folder, compares what it wrote with the student on the
+validation split, and moves it into place. The formats are in `formats/`, one file each.
 """

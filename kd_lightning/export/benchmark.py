@@ -1,4 +1,4 @@
-"""How fast, how large and how good a run's teacher, its student and their exports are, in turns."""
+"""Measures speed, size and accuracy of a run's teacher, its student and their exports, in turns."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ SIZES = (1, 8, 32, 128)
 LATENCY_EXAMPLES = 200
 THROUGHPUT_EXAMPLES = 512
 MEMORY_SECONDS = 1800
-"""That the process may take which loads a network and runs some batches, to measure its memory."""
+"""Time limit of the process that loads a network and runs some batches to measure its memory."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that answers.
+    """A model to measure.
 
     Attributes:
         name: In the table.
         kind: `teacher`, `student` or the export's format.
-        folder: Where it was read from.
+        folder: Where it was loaded from.
         file: Its weights.
-        model: It.
-        role: Whose tokens it reads.
+        model: The loaded model.
+        role: Whose tokens it uses.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Subject:
 def benchmark(
     folders: Sequence[Path], *, threads: int = 1, seed: int | None = None, out: Path | None = None, command: str = ""
 ) -> tuple[dict[str, Any], Path]:
-    """Measure what the folders hold, and write the result.
+    """Measure the models of the folders, and write the result.
 
     Args:
         folders: Run folders (teacher and student) and export folders.
         threads: CPU threads of each.
         seed: Which seed's student; None: the best on validation.
         out: Where `benchmark.json`, `.md` and `.png` go: new, or empty. None: `benchmark` in the first run's folder.
-        command: What the files say they were written by.
+        command: The command line stored in the files.
 
     Returns:
         The result, and the folder of its files.
@@ -93,21 +93,21 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
         seed: Which seed's student.
 
     Returns:
-        The subjects, and the stage folder of the first run's student, by whose data they are asked.
+        The subjects, and the stage folder of the first run's student, whose data are used.
 
     Raises:
         ConfigError: There is no run among the folders, or one of them is neither run nor export.
     """
     runs = [folder for folder in folders if not is_export(folder)]
     if not runs:
-        raise ConfigError("give a run folder too: its validation split is what the exports are asked about")
+        raise ConfigError("give a run folder too: exports are measured on its validation split")
     students = [find_student(run, seed) for run in runs]
     found: list[Subject] = []
     for run, stage in zip(runs, students, strict=True):
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         teacher = _teacher_of(run)
         if teacher is None:
-            tell(f"{run}: its teacher is in no run folder here and is left out")
+            tell(f"{run}: its teacher is in no run folder here and is not measured")
         elif teacher.resolve() not in [subject.folder.resolve() for subject in found]:  # runs may share one
             found.append(_trained(f"{prefix}teacher", "teacher", teacher))
         found.append(_trained(f"{prefix}student", "student", stage))
@@ -145,18 +145,18 @@ def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
 
 
 def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict[str, Any]]:
-    """Measure every subject, one after the other on each example, so that a slow moment slows all of them.
+    """Measure all subjects in turns on each example, so that a slow moment affects all of them.
 
     Args:
-        subjects: What answers, by unlike names.
-        stage: The student's folder, of the run whose data are asked about.
+        subjects: The models, with different names.
+        stage: The student's stage folder, whose run's data are used.
         threads: CPU threads.
 
     Returns:
         A row for each, as JSON can hold it.
 
     Raises:
-        ConfigError: One of them is of other classes or reads other tokens than that run.
+        ConfigError: One of them has other classes or tokens than that run.
     """
     import torch
 
@@ -172,7 +172,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         _check_fits(subject, whole, stage)
     networks = {subject.name: subject.model.network for subject in subjects}
     if len(networks) < len(subjects):
-        raise ConfigError("two of the folders have one name: rename one, so that the table can tell them apart")
+        raise ConfigError("two folders have the same name: rename one, so that the table's rows are unique")
     alone = {role: _singles(own) for role, own in data.items()}
     latency = measure_latency(networks, {subject.name: alone[subject.role] for subject in subjects}, threads=threads)
     throughput: dict[str, dict[int, float | None]] = {name: dict.fromkeys(SIZES) for name in networks}
@@ -206,16 +206,16 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
 
 
 def _check_fits(subject: Subject, data: IndexedData, stage: Path) -> None:
-    """Refuse what the run's examples say nothing about."""
+    """Refuse a model with other classes or tokens than the run."""
     theirs, ours = subject.model.tokenizer, data.tokenizer_of(subject.role)
     if subject.model.class_names != data.class_names:
-        raise ConfigError(f"{subject.folder} knows the classes {subject.model.class_names}, {stage} {data.class_names}")
+        raise ConfigError(f"{subject.folder} has the classes {subject.model.class_names}, {stage} {data.class_names}")
     if theirs is not None and (ours is None or theirs.get_vocab() != ours.get_vocab()):
-        raise ConfigError(f"{subject.folder} reads other tokens than {stage}: measure it with the run that it is of")
+        raise ConfigError(f"{subject.folder} uses other tokens than {stage}: measure it with its own run")
 
 
 def _singles(data: IndexedData) -> list[Batch]:
-    """Return validation examples one by one, the same ones for every tokenizer, spread over short and long ones."""
+    """Return single validation examples, short and long, the same ones for every tokenizer."""
     from kd_lightning.evaluation.profiling import single_examples
 
     singles = sorted(single_examples(data.val_dataloader()), key=lambda batch: int(batch["index"]))
@@ -231,7 +231,7 @@ def _batches(data: IndexedData, size: int) -> list[Batch]:
 
 
 def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int:
-    """Return the largest resident size, in bytes, of a process that loads this subject and answers some batches."""
+    """Return the peak resident size, in bytes, of a process that loads a subject and runs some batches."""
     import numpy as np
 
     from kd_lightning.runtime.files import naming
@@ -256,7 +256,7 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
 
 
 def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run: str) -> dict[str, Any]:
-    """Return the whole result: the rows, and by what of the teacher (or else the student) each is better."""
+    """Return the result: the rows, with each one's ratios to the teacher (or else the student)."""
     from kd_lightning.evaluation.profiling import environment
     from kd_lightning.evaluation.report.build import to_plain
 
@@ -274,7 +274,7 @@ def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run:
 
 
 def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the table as text: a heading and a row for each that answers."""
+    """Return the table as text: a heading and a row for each model."""
     from kd_lightning.evaluation.report.table import MISSING, file_size, short
 
     heading = ["", result["rows"][0]["score"]["title"], "p50 / p95, ms", "times faster"]

@@ -1,4 +1,4 @@
-"""The model card: `README.md` of an export, as the Hugging Face hub shows it, with metadata that it can read."""
+"""The model card, `README.md` of an export, with metadata for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 LIBRARIES = {"onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "safetensors": "kd_lightning"}
 USE = {
     "onnx": "docs/export.md of kd_lightning has a script for onnxruntime alone.",
-    "pt2": "`torch.export.load('model.pt2').module()` takes the inputs by name, gives logits; needs torch alone.",
+    "pt2": "`torch.export.load('model.pt2').module()` takes the inputs by name and returns logits; needs only torch.",
     "huggingface": "`pipeline('text-classification', FOLDER)` or `AutoModelForSequenceClassification.from_pretrained`.",
-    "safetensors": "Weights alone; `model.json` says what network they are of. `kd-predict FOLDER` builds it.",
+    "safetensors": "Weights only; `model.json` describes their network. `kd-predict FOLDER` builds it.",
 }
 
 
@@ -33,7 +33,7 @@ def write_card(exported: Exported, source: Source, folder: Path) -> None:
 
 def card(exported: Exported, run: History) -> str:
     """Return the card's text."""
-    unread = ("views", "transfer") if run.from_labels else ()  # only teachers label those
+    unread = ("views", "transfer") if run.from_labels else ()  # used only with a teacher
     sizes = {part: size for part, size in run.data.sizes.items() if size and part not in unread}
     examples = ", ".join(f"{size:,} {part}" for part, size in sizes.items())
     parts = [
@@ -42,12 +42,12 @@ def card(exported: Exported, run: History) -> str:
         f"{run.summary} with kd_lightning and exported as {exported.title}.",
         "## Use", _use(exported),
         "## Scores", _scores(exported, run),
-        "## How near to the student", _parity(exported),
+        "## Compared with the student", _parity(exported),
         "## How it was made", _bullets([
             f"data: {examples}, of {'; '.join(markdown(origin.text) for origin in run.sources)}",
-            f"teacher: {markdown(run.teacher.text) if run.taught and run.teacher else 'none'}",
-            f"its weights began as {markdown(run.start.text)}: it is derived from them" if run.start
-            else "its weights began at random",
+            f"teacher: {markdown(run.teacher.text) if run.distilled and run.teacher else 'none'}",
+            f"initialised from {markdown(run.start.text)}: it is derived from these weights" if run.start
+            else "initialised with random weights",
             *run.recipe,
             f"exported by {code(exported.command)}",
             "with " + ", ".join(f"{name} {version}" for name, version in exported.environment.items() if version),
@@ -58,11 +58,11 @@ def card(exported: Exported, run: History) -> str:
 
 
 def _metadata(exported: Exported, run: History) -> str:
-    """Return the YAML on top: what the hub searches by."""
+    """Return the YAML header, the hub's metadata."""
     from huggingface_hub import EvalResult, ModelCardData
 
     task = task_of(exported.predicts)
-    pipeline = f"{_reads(exported)}-classification" if task.problem_type else None  # the hub's word, also of scores
+    pipeline = f"{_reads(exported)}-classification" if task.problem_type else None  # regressions too
     data = [name for origin in run.sources for name in origin.names]
     results = [
         EvalResult(
@@ -73,7 +73,7 @@ def _metadata(exported: Exported, run: History) -> str:
         for metric, value in run.test_scores(run.own_name).items()
         if metric in (task.monitor, "macro_f1")
     ]  # fmt: skip
-    tags = ["knowledge-distillation"] * run.taught + [*task.tags]
+    tags = ["knowledge-distillation"] * run.distilled + [*task.tags]
     tags += ["kd_lightning", exported.format] + [exported.quantize] * (exported.quantize != "none")
     began = run.start.names if run.start else ()
     licences = {KNOWN[name].licence.lower() if name in KNOWN else None for name in began}
@@ -84,7 +84,7 @@ def _metadata(exported: Exported, run: History) -> str:
         tags=tags,
         model_name=run.name,
         eval_results=results or None,
-        license=licences.pop() if len(licences) == 1 else None,  # of weights of its own, their maker decides
+        license=licences.pop() if len(licences) == 1 else None,  # the owner of random weights decides
         base_model=hub_names(began) or None,
         datasets=_datasets(data) or None,
         language=languages.pop() if len(languages) == 1 else None,
@@ -93,7 +93,7 @@ def _metadata(exported: Exported, run: History) -> str:
 
 
 def _datasets(names: list[str]) -> list[str]:
-    """Return the data that the hub has, by its names there; those of other kinds are named after our classes."""
+    """Return the names of the data on the hub, or the names of our classes."""
     return hub_names(tuple(name for name in names if name in KNOWN or "/" in name))
 
 
@@ -107,10 +107,12 @@ def _use(exported: Exported) -> str:
     length = " of any length" if images is None else ""
     opset = f", opset {exported.opset}, any number of examples{length}" if exported.opset else ""
     if images is None:
-        reads = f"`tokenizer.json` beside it makes tokens of text, at most {exported.max_length}"
+        reads = f"`tokenizer.json` beside it tokenises text, at most {exported.max_length}"
     else:
         kind = "RGB" if images["channels"] == 3 else "grey"
-        reads = f"{kind} images of {images['size']} x {images['size']} pixels, made as `images` in `export.json` says"
+        reads = (
+            f"{kind} images of {images['size']} x {images['size']} pixels, preprocessed as `images` in `export.json`"
+        )
     use = USE[exported.format]
     if exported.format == "huggingface" and images is not None:
         use = "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor."
@@ -119,7 +121,7 @@ def _use(exported: Exported) -> str:
 
 
 def _scores(exported: Exported, run: History) -> str:
-    """Return two tables: the run's models on the test split, and student and export on the validation split."""
+    """Return tables of the run's models on test, and of student and export on validation."""
     parity, specs = exported.parity, task_of(exported.predicts).specs
     rows = [["", "student", "this export"]]
     for name in parity["student"]:
@@ -128,24 +130,24 @@ def _scores(exported: Exported, run: History) -> str:
         rows.append([specs[name].title, *cells])
     return "\n\n".join([
         _test_table(run, specs),
-        f"On the {parity['examples']:,} validation examples, by which quantisation was judged:", as_markdown(rows),
+        f"On the {parity['examples']:,} validation examples, which decided on the quantisation:", as_markdown(rows),
         f"In brackets: 95% intervals, as the examples are a sample (shares: Wilson; others: {parity['resamples']:,} "
         "bootstrap resamples).",
     ])  # fmt: skip
 
 
 def _test_table(run: History, specs: Mapping[str, ScoreSpec]) -> str:
-    """Return the scores of the run's teacher, of the student from labels and of this student on the test split."""
+    """Return the test scores of the run's teacher, the student from labels and this student."""
     own = run.test_scores(run.own_name)
     if not own:
-        return "The run has no report of this student, so nothing is said of the test split."
+        return "The run has no report of this student, so there are no test scores."
     n = run.data.sizes["test"]
     rows = [["", *(specs[score].title for score in own)]]
     for name, title in {"teacher": "teacher", "baseline": "student from labels", run.own_name: "this student"}.items():
         if scores := run.test_scores(name):
             title += " (float32)" if name == run.own_name else ""
             rows.append([title, *(_cell(specs[score], scores.get(score), n) for score in own)])
-    return f"On the {n:,} test examples, which were read once:\n\n{as_markdown(rows)}"
+    return f"On the {n:,} test examples, which were evaluated once:\n\n{as_markdown(rows)}"
 
 
 def _cell(spec: ScoreSpec, value: float | None, n: int, interval: list[float] | None = None) -> str:
@@ -184,12 +186,12 @@ def _parity(exported: Exported) -> str:
 def _limits(exported: Exported, run: History) -> list[str]:
     lines = [task_of(exported.predicts).limits(list(map(markdown, exported.class_names)))]
     if exported.max_length is not None:
-        lines.append(f"What comes after {exported.max_length} tokens is not read.")
+        lines.append(f"Text beyond {exported.max_length} tokens is ignored.")
     kinds = "sources and languages" if exported.images is None else "sources and kinds of images"
-    lines.append(f"Its scores are those of the data it was made with; other {kinds} were not tried.")
+    lines.append(f"Its scores are from the data it was trained on; other {kinds} were not tested.")
     if exported.quantize.startswith("int8"):
-        lines.append("8-bit kernels differ between processors: the parity above is that of the one it was made on.")
-    return [*lines, "Its teacher's errors and biases are in what it learned."] if run.taught else lines
+        lines.append("8-bit kernels differ between processors: the differences above are from the one used here.")
+    return [*lines, "It learned its teacher's errors and biases too."] if run.distilled else lines
 
 
 def _bullets(lines: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What an export folder says of itself: `export.json`, which whoever deploys the model reads too."""
+"""`export.json`, the description of an export, also for the code that deploys it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kd_lightning.runtime.seals import check_seal, read_sealed, seal, write_seal
 
 FILE = "export.json"
 VERSION = 1
-"""Raised when a key of `export.json` changes its meaning or goes away; new keys do not raise it."""
+"""Raised when a key of `export.json` is removed or changes its meaning, not for new keys."""
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,25 @@ class Exported:
 
     Attributes:
         format: `safetensors`, `huggingface`, `pt2` or `onnx`.
-        quantize: What its numbers became: `none`, `int8-dynamic`, `int8-static`, `fp16` or `bf16`.
+        quantize: The precision of its weights: `none`, `int8-dynamic`, `int8-static`, `fp16` or `bf16`.
         model: The file with the weights.
-        inputs: Names of what it reads, in this order.
+        inputs: Names of its inputs, in order.
         class_names: In the order of the logits.
-        predicts: What `kd_lightning.tasks.task_of` makes the task of.
-        max_length: Longest input in tokens; None for a network that reads no text.
+        predicts: The task's description for `kd_lightning.tasks.task_of`.
+        max_length: Longest input in tokens; None for a network without text.
         texts: How many texts an example has; None likewise.
-        pad_token_id: What shorter texts of a batch are filled up with; None likewise.
-        images: What an image is made into; None for a network that reads no images.
+        pad_token_id: The padding id; None likewise.
+        images: The preprocessing of images; None for a network without images.
         network: The student's class.
         parameters: How many it has.
         bytes: Length of the weights' file.
         opset: ONNX's; None in the other formats.
-        run: The run it came from, as it was named.
-        stage: Which of the run's trainings.
-        command: What made it.
-        parity: How near it is to the student (`kd_lightning.export.parity`).
+        run: The run, as the user named it.
+        stage: The student's stage in that run.
+        command: The command line that wrote it.
+        parity: Its difference from the student (`kd_lightning.export.parity`).
         environment: The versions that wrote it.
-        files: The sha256 of each file that it is read from.
+        files: The sha256 of each of its files.
         version: Of this description.
     """
 
@@ -66,7 +66,7 @@ class Exported:
 
     @property
     def title(self) -> str:
-        """Its format and what its numbers became, in a word."""
+        """Its format and quantisation, for people."""
         return self.format if self.quantize == "none" else f"{self.format} {self.quantize}"
 
     def write(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ def read_exported(folder: Path) -> Exported:
     """Read `export.json`.
 
     Raises:
-        KDError: It or a file that it names is damaged, or it is of a version that this one does not know.
+        KDError: It or a file that it names is damaged, or it has another version.
     """
     content = read_sealed(folder / FILE, "export it again")
     if content.get("version") != VERSION:

@@ -1,4 +1,4 @@
-"""A student as a graph of tensor operations that needs none of our code: what the formats pt2 and onnx are made of."""
+"""Traces a student to a graph of tensor operations without our code, for the formats pt2 and onnx."""
 
 from __future__ import annotations
 
@@ -20,46 +20,23 @@ from kd_lightning.types import Batch
 T = TypeVar("T")
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+INPUTS = (*TEXT_INPUTS, "pixel_values")
 DTYPES = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Logits(nn.Module):
-    """A network as a function of the batch's entries, by position, that returns float32 logits and nothing else."""
+    """A network as a function from named batch entries, any of these, to float32 logits."""
 
-    def __init__(self, network: nn.Module, names: list[str]) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.names = network, names
+        self.network = network
 
-    def _answer(self, *entries: Tensor) -> Tensor:
-        return run_network(self.network, dict(zip(self.names, entries, strict=True))).logits.float()
-
-
-class _Ids(_Logits):
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self._answer(input_ids)
-
-
-class _Text(_Logits):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._answer(input_ids, attention_mask)
-
-
-class _Pair(_Logits):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        return self._answer(input_ids, attention_mask, token_type_ids)
-
-
-class _Image(_Logits):
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self._answer(pixel_values)
-
-
-_SHAPES: dict[tuple[str, ...], type[_Logits]] = {
-    ("input_ids",): _Ids,
-    ("input_ids", "attention_mask"): _Text,
-    ("input_ids", "attention_mask", "token_type_ids"): _Pair,
-    ("pixel_values",): _Image,
-}
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        entries = dict(zip(INPUTS, (input_ids, attention_mask, token_type_ids, pixel_values), strict=True))
+        return run_network(self.network, {name: x for name, x in entries.items() if x is not None}).logits.float()
 
 
 def trace(
@@ -69,61 +46,57 @@ def trace(
 
     Args:
         network: The student; it is copied, not changed.
-        batch: Some examples that it reads.
+        batch: Some examples.
         max_length: The longest text in tokens.
-        dtype: What it is computed in.
+        dtype: The precision of the computation.
 
     Returns:
-        The program, and for each input, in order, which of its axes are free.
+        The program, and for each input, in order, its dynamic axes.
 
     Raises:
-        KDError: `torch.export` cannot follow what the network does.
+        KDError: `torch.export` cannot trace the network.
     """
     network = copy.deepcopy(network).eval().to(dtype)
-    names = [name for name in (*TEXT_INPUTS, "pixel_values") if name in batch]
+    names = [name for name in INPUTS if name in batch]
     sample = {name: _at_least_two(batch[name]) for name in names}
     program = _program(network, sample, max_length)
     read = {node.name for node in program.graph.nodes if node.op == "placeholder" and any(map(_computes, node.users))}
     used = [name for name in names if name in read]
-    if used != names:  # a network that reads no mask does not ask for one
+    if used != names:  # a network that ignores the mask does not require one
         sample = {name: sample[name] for name in used}
         program = _program(network, sample, max_length)
     return program, free_axes(used, max_length)
 
 
 def _computes(node: Any) -> bool:
-    """Return whether an operation reads more of its inputs than their sizes."""
+    """Return whether an operation uses more than the sizes of its inputs."""
     return node.target is not torch.ops.aten.sym_size.int
 
 
 def free_axes(names: list[str], max_length: int | None) -> dict[str, dict[int, Any]]:
-    """Return which axes of the inputs are of any length, by name."""
+    """Return the dynamic axes of the inputs by name."""
     batch, length = Dim("batch", min=1), Dim("length", min=1, max=max_length)
     return {name: {0: batch, 1: length} if name in TEXT_INPUTS else {0: batch} for name in names}
 
 
 def _program(network: nn.Module, sample: dict[str, Tensor], max_length: int | None) -> ExportedProgram:
-    shape = _SHAPES.get(tuple(sample))
-    if shape is None:
-        known = "; ".join(", ".join(names) for names in _SHAPES)
-        raise ConfigError(
-            f"a network that reads {', '.join(sample) or 'nothing'} cannot be exported; those that can: {known}"
-        )
-    wrapped = shape(network, list(sample)).eval()
+    if not sample:
+        raise ConfigError(f"a network with none of the inputs {', '.join(INPUTS)} cannot be exported")
+    wrapped = _Logits(network).eval()
     with torch.no_grad(), whole_lstms(), warnings.catch_warnings():
-        # nn.LSTM keeps its weights in a list too, which the exporter notices; they are parameters all the same
+        # nn.LSTM also keeps its parameters in a list, about which the exporter warns
         warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export.*")
         program = following(
-            f"torch.export cannot follow {type(network).__name__}",
+            f"torch.export cannot trace {type(network).__name__}",
             lambda: torch.export.export(wrapped, (), sample, dynamic_shapes=free_axes(list(sample), max_length)),
         )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names files of this machine, and is most of a small model's size
+        node.meta.pop("stack_trace", None)  # contains paths of this machine, and most of a small model's size
     return program
 
 
 def following(what: str, convert: Callable[[], T]) -> T:
-    """Convert, or say in one line what stood in the way."""
+    """Run a conversion; raise a one-line `KDError` if it fails."""
     try:
         return convert()
     except (KDError, OSError):  # a full disk is not the graph's fault
@@ -133,7 +106,7 @@ def following(what: str, convert: Callable[[], T]) -> T:
 
 
 def reason(error: BaseException) -> str:
-    """Return what lies at the bottom of an error, in a line."""
+    """Return the first line of an error's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -141,7 +114,7 @@ def reason(error: BaseException) -> str:
 
 
 def _at_least_two(entry: Tensor) -> Tensor:
-    """Return some rows, more than one: the exporter takes an axis of length 1 for one that is never longer."""
+    """Return at least two rows: the exporter takes an axis of length 1 as constant."""
     rows = entry[:4]
     return torch.cat([rows, rows]) if len(rows) == 1 else rows
 
@@ -150,8 +123,8 @@ def _at_least_two(entry: Tensor) -> Tensor:
 def whole_lstms() -> Iterator[None]:
     """Keep each LSTM one operation of any length inside this block.
 
-    torch otherwise asks what comes out of an LSTM by unrolling it, and so takes the example's length for the only one.
-    As `torch.export._patches` does for its own way (a loop, slower by far): in these tables, which are put back.
+    By default torch traces an LSTM by unrolling it, which fixes the example's length. This replaces entries of the same
+    tables as `torch.export._patches` (whose loop is much slower), and restores them.
     """
     op: Any = torch.ops.aten.lstm.input
     table: Any = global_decomposition_table["post_autograd"]

@@ -1,4 +1,4 @@
-"""How a student came to be, by its run's files: what a model card says of teachers, weights, data and licences."""
+"""A student's provenance from its run's files, for the model card: teachers, weights, data, licences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of something that this package fetches.
+    """Title and licence of an asset that this package downloads.
 
     Attributes:
-        title: What it is called.
+        title: Its full name.
         licence: Its SPDX name.
-        hub: Its name on the Hugging Face hub; None where it is from elsewhere.
+        hub: Its name on the Hugging Face hub; None if it is not there.
         language: Of its texts.
     """
 
@@ -40,17 +40,17 @@ KNOWN = {
     "FashionMNIST": Known("Fashion-MNIST (Xiao, Rasul & Vollgraf 2017)", "MIT", "zalando-datasets/fashion_mnist"),
 }
 
-UNKNOWN = "licence not recorded: look it up where it came from before you pass this model on"
+UNKNOWN = "licence not recorded: look it up at its source before you distribute this model"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights or data are from.
+    """The origin of weights or data.
 
     Attributes:
-        text: In words, with the licence.
-        names: What it began as, by the names of assets and of the hub; nothing where all weights were random.
-        first: Of several teachers the first one, from which students are made.
+        text: For people, with the licence.
+        names: The pretrained assets or hub models it derives from; empty for random weights.
+        first: The first of several teachers, from which students are built.
     """
 
     text: str
@@ -59,26 +59,27 @@ class Origin:
 
 
 class History:
-    """What a run's files say of how its student came to be.
+    """The provenance of a run's student.
 
     Args:
         source: The student.
 
     Attributes:
-        taught: Whether anything but labels taught it.
-        teacher: By whom; of a student from labels the run's teacher, None where there is none.
-        start: What its weights were derived from; None where they were random.
+        distilled: Whether it was trained with a teacher.
+        teacher: The run's teacher, also for a student trained from labels; None without one.
+        start: The origin of its initial weights; None if they were random.
     """
 
     def __init__(self, source: Source) -> None:
         self.stage, self.data = source.stage, source.data
-        self.root = _root(self.stage)
-        self.config = _config(self.root)
+        root = run_root(self.stage)
+        assert root is not None
+        self.root, self.config = root, read_config(root)
         self.record: dict[str, Any] = read_stage(self.stage)
         report = self.root / "report.json"
         self.report: dict[str, Any] = load_report(report) if report.is_file() else {}
         self.teacher = teacher_of(self.config, self.root)
-        self.taught = not self.from_labels and self.teacher is not None
+        self.distilled = not self.from_labels and self.teacher is not None
         self.start = start_of(first_stage(self.stage), self.teacher)
 
     @property
@@ -88,28 +89,26 @@ class History:
 
     @property
     def from_labels(self) -> bool:
-        """Whether it is a student that its run compares with."""
+        """Whether it is a baseline of its run."""
         return self.stage.name.startswith("baseline")
 
     @property
     def summary(self) -> str:
-        """How it was trained, in a few words."""
+        """Its training, in a few words."""
         if self.from_labels:
-            return (
-                f"trained from labels alone, {'on from weights of a teacher' if self.start else 'without a teacher'},"
-            )
-        how = "distilled" if self.taught else "trained without a teacher"
-        return f"{how}, then trained on from labels," if self.stage.name == "finetune" else how
+            return f"trained from labels alone, {'from weights of a teacher' if self.start else 'without a teacher'},"
+        how = "distilled" if self.distilled else "trained without a teacher"
+        return f"{how}, then fine-tuned from labels," if self.stage.name == "finetune" else how
 
     @property
     def sources(self) -> list[Origin]:
-        """The data: one, or that of each task."""
+        """The data sets: one, or one for each task."""
         given = self.config["data"]
         nodes = given["tasks"].values() if "tasks" in given else [given]
         return list(dict.fromkeys(_data_of(node) for node in nodes))
 
     def test_scores(self, name: str) -> dict[str, float]:
-        """Return a model's scores on the test split, of this student's seed; nothing where no report has them."""
+        """Return a model's test scores for this student's seed; empty without a report."""
         entry = self.report.get("models", {}).get(name)
         number = self.stage.parent.name.removeprefix("seed_")
         if entry is None or not number.isdecimal() or int(number) not in self.report["seeds"]:
@@ -123,7 +122,7 @@ class History:
 
     @property
     def own_name(self) -> str:
-        """What the report calls this student."""
+        """The report's name for this student."""
         return {"distill": "distilled", "finetune": "finetuned"}.get(self.stage.name, self.stage.name)
 
     @property
@@ -142,7 +141,7 @@ class History:
 
 
 def first_stage(stage: Path) -> Path:
-    """Return where the weights of a stage began: a fine-tuning goes on with those of the distillation."""
+    """Return the stage that a stage's weights started in: `distill` for a fine-tuning."""
     return stage.parent / "distill" if stage.name == "finetune" else stage
 
 
@@ -156,23 +155,13 @@ def _training(stage: Path) -> str:
     )
 
 
-def _root(stage: Path) -> Path:
-    root = run_root(stage)
-    assert root is not None
-    return root
-
-
-def _config(root: Path) -> dict[str, Any]:
-    return read_config(root)
-
-
 def _network(stage: Path) -> dict[str, Any]:
     settings: dict[str, Any] = read_stage(first_stage(stage))["settings"].get("network", {})
     return settings
 
 
 def teacher_of(config: Mapping[str, Any], root: Path) -> Origin | None:
-    """Return who taught a run's students; None where nobody did."""
+    """Return the teacher of a run's students; None without one."""
     given = config.get("teacher") or {}
     if given.get("ema") is not None:
         return Origin("the average of the student's own weights")
@@ -186,13 +175,13 @@ def teacher_of(config: Mapping[str, Any], root: Path) -> Origin | None:
     has_one = given.get("checkpoint") or "teacher" in config.get("stages", ()) or (root / "teacher").is_dir()
     if not has_one:
         peers = len(config.get("peers") or ())
-        return Origin(f"{peers} other student(s), which learned beside it and from it") if peers else None
+        return Origin(f"{peers} other student(s), trained together with it") if peers else None
     teacher, between = _one_teacher(given, root), len(config.get("assistants") or ())
-    return replace(teacher, text=f"{teacher.text}; by way of {between} assistant(s)") if between else teacher
+    return replace(teacher, text=f"{teacher.text}; through {between} assistant(s)") if between else teacher
 
 
 def _with_own(given: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the teacher's settings with those that a task has of its own."""
+    """Return the teacher's settings, overridden by a task's own."""
     own = (task or {}).get("teacher", {})
     network = own.get("network", {})
     merged = network if "_target_" in network else {**(given.get("network") or {}), **network}
@@ -200,7 +189,7 @@ def _with_own(given: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[
 
 
 def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
-    """Return what one task's teacher is: a checkpoint, several of them, or what the run fine-tuned."""
+    """Return the origin of one task's teacher: checkpoints, or what the run fine-tuned."""
     checkpoint = given.get("checkpoint")
     if checkpoint:
         listed = checkpoint if isinstance(checkpoint, list) else [checkpoint]
@@ -221,13 +210,13 @@ def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
 
 
 def located(checkpoint: str, root: Path) -> Path:
-    """Return a folder that a run names relative to where it was started: here, or somewhere above the run."""
+    """Return a folder named relative to a run's working directory: here, or above the run."""
     places = (Path(checkpoint), *(above / checkpoint for above in root.absolute().parents))
     return next((place for place in places if place.is_dir()), places[0])
 
 
 def followed(checkpoint: str, root: Path) -> Origin:
-    """Return what a run, one of its stages, or a name of the hub is, back to what it was pretrained as."""
+    """Return the origin of a run, one of its stages, or a hub model, back to its pretraining."""
     folder = located(checkpoint, root)
     stage = teacher_stage(folder)
     if stage is None:
@@ -236,14 +225,14 @@ def followed(checkpoint: str, root: Path) -> Origin:
     if stage.name.startswith("teacher"):
         return Origin(f"{checkpoint}, which is {network.text}", network.names)
     own = run_root(stage.parent)
-    above = None if own is None or stage.name.startswith("baseline") else teacher_of(_config(own), own)
+    above = None if own is None or stage.name.startswith("baseline") else teacher_of(read_config(own), own)
     text = f"{checkpoint}, which is {network.text}" + (f", itself distilled from {above.text}" if above else "")
     start = start_of(stage, above)
     return Origin(text, network.names if start is None else start.names)
 
 
 def _built(settings: Mapping[str, Any]) -> Origin:
-    """Return what a network was built as, by its settings."""
+    """Return the origin of a network by its settings."""
     if settings.get("name") and settings.get("pretrained", True):
         text, names = _named(str(settings["name"]))
         return Origin(f"{text}, fine-tuned", names)
@@ -251,7 +240,7 @@ def _built(settings: Mapping[str, Any]) -> Origin:
 
 
 def start_of(stage: Path, teacher: Origin | None) -> Origin | None:
-    """Return what a student's weights were derived from: a pretrained network, another run's student or its teacher."""
+    """Return the origin of a student's initial weights: pretrained, another student, or its teacher."""
     network = _network(stage)
     if network.get("initialise") == "teacher":
         if "checkpoint" not in network:
@@ -279,7 +268,7 @@ def _data_of(node: Mapping[str, Any]) -> Origin:
 
 
 def hub_names(names: tuple[str, ...]) -> list[str]:
-    """Return those that the hub has, by its names: a folder is nothing that others could look up."""
+    """Return the names that exist on the hub, without local folders."""
     found = []
     for name in names:
         if name in KNOWN:

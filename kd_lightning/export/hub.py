@@ -10,7 +10,7 @@ from kd_lightning.runtime.errors import ConfigError, KDError
 
 
 def check_repository(name: str) -> None:
-    """Refuse a name that no repository can have, before anything is exported for it.
+    """Refuse an invalid repository name before anything is exported.
 
     Raises:
         ConfigError: It is not `USER/NAME`.
@@ -27,19 +27,19 @@ def check_repository(name: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, private: bool = False, api: Any = None) -> str:
-    """Upload an export folder as a model repository, which is made if it is not there.
+    """Upload an export folder as a model repository, created if it does not exist.
 
     Args:
         folder: What `kd-export` wrote.
         repository: `USER/NAME`.
-        private: Whether a repository that is made is private.
+        private: Whether a new repository is private.
         api: A `huggingface_hub.HfApi`; None: one with the user's own login.
 
     Returns:
         The repository's address.
 
     Raises:
-        KDError: The hub refuses, or cannot be reached. The folder stays as it is.
+        KDError: The hub refuses or cannot be reached. The folder is unchanged.
     """
     from huggingface_hub import HfApi
 
@@ -47,9 +47,9 @@ def push_to_hub(folder: Path, repository: str, private: bool = False, api: Any =
     try:
         place = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
         api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model")
-    except Exception as error:  # without network, one of the HTTP library that the hub's client uses
+    except Exception as error:  # offline, an error of the hub client's HTTP library
         raise KDError(
-            f"{folder} is written, but the hub did not take it as {repository}: {reason(error)} (log in with `hf auth "
+            f"{folder} is written, but not uploaded to the hub as {repository}: {reason(error)} (log in with `hf auth "
             "login`)"
         ) from error
     return str(place)

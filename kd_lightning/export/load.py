@@ -1,4 +1,4 @@
-"""Exports read back, as networks like any other: for `kd-predict`, `kd-eval` and the benchmark."""
+"""Loads exports as networks, for `kd-predict`, `kd-eval` and the benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_export(folder: Path, threads: int | None = None, trust: bool = False) -> TrainedModel:
-    """Read an export folder.
+    """Load an export folder.
 
     Args:
         folder: What `kd-export` wrote.
@@ -24,7 +24,7 @@ def load_export(folder: Path, threads: int | None = None, trust: bool = False) -
         trust: Whether it may run code that it brings or names: see docs/security.md.
 
     Raises:
-        KDError: It is damaged, a package that it needs is missing, or it is one that only a trusted folder may bring.
+        KDError: It is damaged, a package that it needs is missing, or it needs `trust`.
     """
     from kd_lightning.export.graph import reason
 
@@ -35,7 +35,7 @@ def load_export(folder: Path, threads: int | None = None, trust: bool = False) -
             return _load(folder, exported, threads)
     except KDError:
         raise
-    except Exception as error:  # each runtime raises kinds of its own
+    except Exception as error:  # each runtime raises its own types
         raise KDError(f"{folder} is damaged and cannot be read ({reason(error)}): export it again") from error
 
 
@@ -58,13 +58,13 @@ def _load(folder: Path, exported: Exported, threads: int | None) -> TrainedModel
 
 
 def load_model(folder: Path, seed: int | None = None) -> TrainedModel:
-    """Read a run folder, one of its stages, or an export folder.
+    """Load a run folder, one of its stages, or an export folder.
 
     Raises:
-        KDError: It cannot be read, or is an export, which has no seeds to choose from.
+        KDError: It cannot be read, or is an export, for which a seed is given.
     """
     from kd_lightning.training.run_folder import load_run
 
     if seed is not None and is_export(folder):
-        raise ConfigError(f"--seed {seed}: {folder} is an export, which holds one student: leave --seed out")
+        raise ConfigError(f"--seed {seed}: {folder} is an export, which holds one student: omit --seed")
     return load_export(folder) if is_export(folder) else load_run(folder, seed)

@@ -1,4 +1,4 @@
-"""Whether an export answers as the student did."""
+"""Compares the predictions of an export with the student's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kd_lightning.tasks.evaluation import of_network
 from kd_lightning.types import Batch
 
 ALONE = 16
-"""So many examples are also asked one at a time, without the padding that they had among longer ones."""
+"""This many examples also run one at a time, without padding."""
 
 RESAMPLES = 1000
-"""Of the examples, with replacement: what the intervals of scores are read from."""
+"""Bootstrap resamples for the intervals of scores."""
 
 PARTS = 512
 """A validation split is resampled in about so many parts."""
@@ -32,8 +32,8 @@ class Tolerance:
     """How far an export may be from the student on the validation split.
 
     Attributes:
-        largest: Of all differences between logits, as a share of the student's largest logit (of 1 if that is less).
-        mean: Of them on average, likewise.
+        largest: Largest difference of logits, as a share of the student's largest logit (of 1 if that is less).
+        mean: Mean difference, likewise.
         agreement: Share of examples that must get the same label.
     """
 
@@ -53,21 +53,21 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Parity:
-    """What was measured.
+    """The measured differences and scores.
 
     Attributes:
         examples: Of the validation split, all of it.
-        largest_difference: Between a logit of the export and of the student.
+        largest_difference: Largest difference between a logit of the export and of the student.
         mean_difference: Likewise on average.
-        scale: What the tolerances of differences are shares of.
+        scale: The tolerances of differences are shares of it.
         agreement: Share of the same labels, of several tasks the mean over those that have labels; None where none has.
         kl: Mean KL(student || export) in nats; likewise.
         student: The student's scores on these examples, among them `accuracy` and `ece`.
         export: The export's.
         student_intervals: The scores' 95% intervals (percentile bootstrap).
         export_intervals: The export's.
-        resamples: How many the intervals are from.
-        tolerance: What was allowed.
+        resamples: Number of resamples for the intervals.
+        tolerance: The allowed differences.
     """
 
     examples: int
@@ -84,24 +84,24 @@ class Parity:
     tolerance: Tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the measurements as JSON values."""
         return asdict(self)
 
     def excess(self) -> str | None:
-        """Say what is beyond the tolerance; None where nothing is."""
+        """Return what exceeds the tolerance, None if nothing does."""
         found = []
         for name, value, share in (
             ("largest difference of logits", self.largest_difference, self.tolerance.largest),
             ("mean difference of logits", self.mean_difference, self.tolerance.mean),
         ):
-            if not value <= share * self.scale:  # a nan is beyond any
+            if not value <= share * self.scale:  # a NaN exceeds any tolerance
                 found.append(f"{name} {value:.3g}, allowed {share * self.scale:.3g}")
         if self.agreement is not None and self.agreement < self.tolerance.agreement:
             found.append(f"label agreement {self.agreement:.4f}, allowed {self.tolerance.agreement}")
         return "; ".join(found) or None
 
     def lines(self) -> list[str]:
-        """Say it in sentences."""
+        """Return the measurements as text."""
         lines = [
             f"logits differ by {self.largest_difference:.2g} at most and {self.mean_difference:.2g} on average "
             f"(allowed {self.tolerance.largest * self.scale:.2g} and {self.tolerance.mean * self.scale:.2g}), "
@@ -120,14 +120,14 @@ class Parity:
 def measure_parity(
     student: nn.Module, export: nn.Module, held_out: Sequence[Batch], task: Task, quantize: str
 ) -> Parity:
-    """Have both predict every example, in batches and some of them alone; nothing but sums is kept of that.
+    """Compare both on every example, in batches and some of them alone, keeping only sums.
 
     Args:
         student: The student itself.
-        export: What was exported, loaded as those who deploy it load it.
+        export: The export, loaded as for deployment.
         held_out: Batches of the validation split.
         task: What they predict.
-        quantize: Decides the tolerance.
+        quantize: Determines the tolerance.
     """
     models, gap = (of_network(student), of_network(export)), _Gap()
     parts = math.ceil(PARTS / len(held_out))
@@ -211,7 +211,7 @@ class _Parts:
         return {name: value if math.isfinite(value) else None for name, value in self._of(sum(self.states)).items()}  # type: ignore[arg-type]
 
     def intervals(self) -> dict[str, list[float] | None]:
-        """Return lower and upper end of each score's 95% interval; None for a score that no resample has."""
+        """Return each score's 95% interval; None for a score that is undefined on all resamples."""
         generator = torch.Generator().manual_seed(0)
         states, count = torch.stack(self.states), len(self.states)
         found: defaultdict[str, list[float]] = defaultdict(list)
@@ -232,12 +232,12 @@ class _Parts:
 
 
 def require(parity: Parity, title: str) -> None:
-    """Raise `KDError` where an export is too far from its student."""
+    """Raise `KDError` if an export differs too much from its student."""
     if excess := parity.excess():
-        raise KDError(f"{title} does not answer as the student did ({excess}): nothing was written")
+        raise KDError(f"{title} differs from the student ({excess}): nothing was written")
 
 
 def _mean_of(scores: dict[str, float], name: str) -> float | None:
-    """Return a score, or of several tasks its mean over those that have it."""
+    """Return a score, or its mean over the tasks that have it."""
     values = [value for key, value in scores.items() if key.rpartition("/")[2] == name]
     return sum(values) / len(values) if values else None

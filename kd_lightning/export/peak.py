@@ -1,9 +1,9 @@
-"""How much memory it takes to answer: run as a process of its own, with no other runtime loaded than the model's.
+"""Measures a model's peak memory, in a process that loads only the model's own runtime.
 
 python -m kd_lightning.export.peak KIND FILE BATCHES.npz THREADS True|False
 
-KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package reads. The last word
-says whether they may bring code.
+KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package loads. The last
+argument says whether they may run code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Batch = dict[str, Any]
 
 
 def read_batches(file: str) -> Iterator[Batch]:
-    """Return batches that were written under the names `NUMBER/ENTRY`."""
+    """Load batches stored as `NUMBER/ENTRY`."""
     with np.load(file) as stored:
         grouped: dict[int, Batch] = {}
         for name in stored.files:
@@ -31,8 +31,8 @@ def read_batches(file: str) -> Iterator[Batch]:
     yield from (grouped[number] for number in sorted(grouped))
 
 
-def answerer(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
-    """Return what answers a batch, having loaded what that takes and no more."""
+def runner(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
+    """Load a model, with only its own runtime, and return a function that runs it on a batch."""
     if kind == "onnx":
         import onnxruntime
 
@@ -58,18 +58,18 @@ def answerer(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
 
 
 def main() -> None:
-    """Answer every batch and print the process's largest resident size in bytes."""
+    """Run every batch and print the process's peak resident size in bytes."""
     kind, path, batches, threads, trust = sys.argv[1:]
     with trusting(trust == "True"):
-        answer = answerer(kind, path, int(threads))
+        run = runner(kind, path, int(threads))
     for batch in read_batches(batches):
         if kind == "onnx":
-            answer(batch)
+            run(batch)
         else:
             import torch
 
             with torch.inference_mode():
-                answer(batch)
+                run(batch)
     print(peak_bytes())
 
 

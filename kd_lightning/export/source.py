@@ -1,4 +1,4 @@
-"""What is exported: a run's student, with the examples that it is held against."""
+"""The student to export, and the examples that its export is compared on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from kd_lightning.types import Batch
 
 CALIBRATION = 256
-"""Training examples from which static quantisation learns the range of every activation."""
+"""Number of training examples for the activation ranges of static quantisation."""
 
 
 def find_student(run: Path, seed: int | None = None) -> Path:
-    """Return the stage folder of a run's student; nothing is read but which files there are.
+    """Return the stage folder of a run's student, without loading it.
 
     Raises:
         ConfigError: There is no such folder, or it holds no student.
@@ -49,12 +49,12 @@ def find_student(run: Path, seed: int | None = None) -> Path:
 
 @dataclass
 class Source:
-    """A student, and the examples that its export is calibrated on and held against.
+    """A student, and the examples for calibrating and checking its export.
 
     Attributes:
-        stage: The stage folder it was read from.
+        stage: Its stage folder.
         model: The student.
-        data: The run's data, in the tokens that the student reads.
+        data: The run's data, in the student's tokens.
     """
 
     stage: Path
@@ -63,15 +63,15 @@ class Source:
 
     @cached_property
     def held_out(self) -> list[Batch]:
-        """The validation split. The test split is no place to choose a format by."""
+        """The validation split: choosing a format must not use the test split."""
         batches = list(self.data.val_dataloader())
         if not batches:
-            raise DataError(f"the data of {self.stage} have no validation examples to hold an export against")
+            raise DataError(f"the data of {self.stage} have no validation examples to check an export on")
         return batches
 
     @cached_property
     def calibration(self) -> list[Batch]:
-        """Training examples, as many as `CALIBRATION`."""
+        """`CALIBRATION` training examples."""
         found: list[Batch] = []
         for batch in self.data.select(tokens=role_of(self.stage), pool=False).train_dataloader():
             if sum(len(one["index"]) for one in found) >= CALIBRATION:
@@ -81,7 +81,7 @@ class Source:
 
 
 def open_source(stage: Path) -> Source:
-    """Read a student and its run's data.
+    """Load a student and its run's data.
 
     Args:
         stage: A finished stage folder.
@@ -93,19 +93,19 @@ def open_source(stage: Path) -> Source:
 
 
 def role_of(stage: Path) -> Any:
-    """Return whose tokens a stage's network reads."""
+    """Return whose tokens a stage's network uses."""
     return read_task(stage)["role"]
 
 
-def run_data(stage: Path, remedy: str = "put them back as they were, or train again") -> IndexedData:
+def run_data(stage: Path, remedy: str = "restore them, or train again") -> IndexedData:
     """Return the data that a stage was trained on: its own splits and classes, in its run's own tokens.
 
     Args:
         stage: A finished stage folder.
-        remedy: What the user can do where the data are others now.
+        remedy: What the user can do if the data have changed.
 
     Raises:
-        KDError: The run's configuration is gone, or the data cannot be read, or are not what the stage was trained on.
+        KDError: The run's configuration is gone, or the data cannot be read, or have changed since the training.
     """
     from kd_lightning.config.trust import build_saved
     from kd_lightning.data.sources.places import found
@@ -113,7 +113,7 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
     root = run_root(stage)
     if root is None:
         raise KDError(
-            f"{stage}: no folder above it has the config.yaml of a finished run, which says what its data are: run the "
+            f"{stage}: no folder above it has the config.yaml of a finished run, which names its data: run the "
             "same kd-train again to its end"
         )
     cfg = read_config(root)
@@ -131,14 +131,14 @@ def run_data(stage: Path, remedy: str = "put them back as they were, or train ag
 
 
 def _without_caches(settings: Any) -> Any:
-    """Return data's settings with no say in where their caches are written: a folder that somebody sent has none."""
+    """Return data settings without cache folders, which a foreign run must not choose."""
     if not isinstance(settings, dict):
         return settings
     return {key: None if key == "cache_dir" else _without_caches(value) for key, value in settings.items()}
 
 
 def saved_tokenizers(stage: Path, root: Path) -> dict[Role, str]:
-    """Return the folders of the tokenizers that a run has saved, by who reads with them."""
+    """Return the folders of the tokenizers that a run has saved, by role."""
     found: dict[Role, str] = {}
     for place in (root / "teacher", stage):
         if (place / "tokenizer").is_dir() and is_finished(place):
@@ -148,7 +148,7 @@ def saved_tokenizers(stage: Path, root: Path) -> dict[Role, str]:
 
 
 def _files(settings: dict[str, Any]) -> str:
-    """Return what data are read from, for people."""
+    """Return the files or names of the data, for messages."""
     if "tasks" in settings:
         return ", ".join(dict.fromkeys(map(_files, settings["tasks"].values())))
     named = [value for key, value in settings.items() if key.endswith(("_file", "folder", "path")) or key == "name"]

@@ -1,4 +1,4 @@
-"""From a run folder to an export folder: plan, write beside it, hold it against the student, move it into place."""
+"""Writes an export: plan, write to a temporary folder, compare with the student, move into place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be exported, and where to.
+    """What to export, and where.
 
     Attributes:
         run: As the user named it.
@@ -29,7 +29,7 @@ class Plan:
         format: One of `formats.FORMATS`.
         quantize: One of the format's.
         out: The export folder.
-        command: What the user typed.
+        command: The command line.
     """
 
     run: Path
@@ -41,7 +41,7 @@ class Plan:
 
 
 def plan(run: Path, format: str, quantize: str, out: Path, command: str, seed: int | None = None) -> Plan:
-    """Check what is asked for; nothing is loaded or written.
+    """Check the request; nothing is loaded or written.
 
     Raises:
         KDError: No such format, no finished student, or a folder that is not empty.
@@ -52,10 +52,10 @@ def plan(run: Path, format: str, quantize: str, out: Path, command: str, seed: i
 
 
 def export(plan: Plan) -> tuple[Exported, Parity]:
-    """Carry a plan out: afterwards the whole export folder is there, or nothing.
+    """Carry out a plan: afterwards the complete export folder exists, or nothing.
 
     Raises:
-        KDError: The format cannot hold the student, or what was written does not answer as it did.
+        KDError: The format cannot hold the student, or the export differs from it.
     """
     from kd_lightning.export.card import write_card
     from kd_lightning.export.graph import following
@@ -71,7 +71,7 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
         with trusting():  # this process wrote it
             loaded = chosen.load(folder, exported)
         parity = following(
-            f"{exported.title} cannot run what {exported.network} does",
+            f"{exported.title} cannot run {exported.network}",
             lambda: measure_parity(source.model.network, loaded, source.held_out, source.model.task, plan.quantize),
         )
         require(parity, exported.title)
@@ -83,7 +83,7 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
 
 @contextmanager
 def _in_one_line(plan: Plan) -> Iterator[None]:
-    """Say in one line what went wrong: full disks, quantisers and runtimes raise kinds of their own."""
+    """Raise a one-line `KDError` for whatever goes wrong in disks, quantisers and runtimes."""
     from kd_lightning.export.graph import reason
 
     try:
@@ -91,13 +91,13 @@ def _in_one_line(plan: Plan) -> Iterator[None]:
     except KDError:
         raise
     except Exception as error:
-        asked = plan.format if plan.quantize == "none" else f"{plan.format} --quantize {plan.quantize}"
+        requested = plan.format if plan.quantize == "none" else f"{plan.format} --quantize {plan.quantize}"
         why = environment_fault(error) or reason(error)
-        raise KDError(f"--format {asked} to {plan.out} failed: {why}; nothing was written") from error
+        raise KDError(f"--format {requested} to {plan.out} failed: {why}; nothing was written") from error
 
 
 def describe(plan: Plan, source: Source, chosen: Format, written: Written, folder: Path) -> Exported:
-    """Return the description of what was written, without its parity yet."""
+    """Return the description of the export, without its parity."""
     from kd_lightning.evaluation.profiling import environment
     from kd_lightning.models.size import count_parameters
 
@@ -127,14 +127,14 @@ def describe(plan: Plan, source: Source, chosen: Format, written: Written, folde
 
 
 def versions(chosen: Format, known: dict[str, str | None]) -> dict[str, str | None]:
-    """Return the versions of what wrote the model."""
+    """Return the versions of the packages that wrote the model."""
     from importlib.metadata import version
 
     return known | {name: version(name) for name in chosen.NEEDS}
 
 
 def save_tokenizer(source: Source, folder: Path) -> None:
-    """Put the tokenizer beside the model, with the student's longest input as its own."""
+    """Save the tokenizer beside the model, with the student's maximum length."""
     from kd_lightning.data.text.tokens import write_tokenizer
 
     tokenizer = source.model.tokenizer
@@ -155,7 +155,7 @@ def check_vacant(out: Path) -> None:
         if full:
             raise ConfigError(f"--out {out} is not empty: choose another folder, or remove it")
         if out.resolve() == Path.cwd():
-            raise ConfigError(f"--out {out} is the folder that you are in, which is replaced: name one inside it")
+            raise ConfigError(f"--out {out} is the current folder, which would be replaced: name one inside it")
     elif out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out} is a file: choose another folder")
     check_place(out.resolve().parent if there else out, f"--out {out}")
@@ -163,7 +163,7 @@ def check_vacant(out: Path) -> None:
 
 @contextmanager
 def filled(out: Path) -> Iterator[Path]:
-    """Give an empty folder beside `out` that becomes `out` in one step; whatever goes wrong, nothing of it is left.
+    """Yield an empty folder beside `out` that becomes `out` in one step; after an error it is removed.
 
     Where `out` is a link to an empty folder, that one is filled.
 
@@ -188,5 +188,5 @@ def filled(out: Path) -> Iterator[Path]:
     finally:
         made.close()
         for folder in missing:
-            with suppress(OSError):  # it holds something now
+            with suppress(OSError):  # it is not empty any more
                 folder.rmdir()

@@ -1,4 +1,6 @@
-"""Loss terms: one file a method, a pure function and the module that configures it. Needs torch and nothing else.
+"""Loss terms: one file per method, with a pure function and the `Term` that configures it.
+
+They need torch and nothing else.
 
 Functions whose value is a mean over examples or positions take torch's `reduction`. Those that compare a batch's
 relations or distributions as a whole (`rkd`, `pkt`, `similarity_preserving`, `correlation_congruence`, `dist`), or

@@ -19,7 +19,7 @@ def adaptive_kl(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Forward and reverse KL, weighted by where the student errs (Wu et al. 2024, arXiv 2404.02657), in nats.
+    r"""Forward and reverse KL weighted by head and tail errors (Wu et al. 2024, arXiv 2404.02657), in nats.
 
     .. math:: T^2 \left[ w \, \mathrm{KL}(p_t \| p_s) + (1 - w) \, \mathrm{KL}(p_s \| p_t) \right], \quad
               w = \frac{\sum_{c \in H} |p_{t,c} - p_{s,c}|}{\sum_c |p_{t,c} - p_{s,c}|}, \quad
@@ -58,10 +58,10 @@ def adaptive_kl(
 
 
 def _share_of_head(student: Tensor, teacher: Tensor, head_mass: float) -> Tensor:
-    """Return which share of the gap between probabilities lies in the teacher's head; 0 where there is no gap."""
+    """Return the share of the probability gap in the teacher's head; 0 if there is no gap."""
     teacher, order = teacher.sort(dim=-1, descending=True)
     gaps = (teacher - student.gather(-1, order)).abs()
-    head = teacher.cumsum(-1) - teacher < head_mass  # what came before does not suffice
+    head = teacher.cumsum(-1) - teacher < head_mass  # the classes before it are not enough
     return gaps.masked_fill(~head, 0.0).sum(-1) / gaps.sum(-1).clamp(min=torch.finfo(gaps.dtype).tiny)
 
 

@@ -88,18 +88,18 @@ class AnnealingKDLoss(Term):
             raise ValueError(f"max_temperature={max_temperature} must be a whole number of at least 1")
         if not 0.0 < until < 1.0:
             raise ValueError(
-                f"until={until} must be a share of the training inside (0, 1), since labels alone teach after it"
+                f"until={until} must be a share of the training inside (0, 1), since after it only labels are used"
             )
         self.max_temperature, self.until, self.classes = int(max_temperature), until, classes
 
     @property
     def temperature(self) -> int:
-        """T at the present progress."""
+        """The current T."""
         passed = math.floor(self.max_temperature * self.progress / self.until)
         return max(self.max_temperature - passed, 1)
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.temperature}
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention transfer: the student looks where the teacher looks."""
+"""Attention transfer: both networks are active at the same places."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def attention_transfer(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Squared distance of activation-based attention maps (Zagoruyko & Komodakis 2016, arXiv 1612.03928, equation 2).
+    r"""Squared distance of attention maps (Zagoruyko & Komodakis 2016, arXiv 1612.03928, equation 2).
 
     .. math:: \left\| \frac{Q_s}{\|Q_s\|_2} - \frac{Q_t}{\|Q_t\|_2} \right\|_2^2, \quad Q(u) = \sum_c |F_c(u)|^p
 
@@ -40,8 +40,8 @@ def attention_transfer(
         student_feature: A map `(B, C, H, W)` or tokens `(B, L, D)`.
         teacher_feature: The same kind; gets no gradient. The widths may differ; the larger attention map is average
             pooled to the smaller one's height and width.
-        power: p >= 1; the larger, the more the strongest channels count. For states from a LayerNorm p = 2 says next
-            to nothing: but for its scale and shift, their squares sum to the same for each token.
+        power: p >= 1; the larger, the more the strongest channels count. For states from a LayerNorm
+            p = 2 is nearly constant: but for its scale and shift, their squares sum to the same for each token.
         mask: `(B, L)` bool for tokens, True = counts.
         reduction: `mean` over the examples with anything that counts, `sum`, or `none` for one value an example.
 
@@ -52,7 +52,7 @@ def attention_transfer(
     Example:
         >>> import torch
         >>> student, teacher = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
-        >>> attention_transfer(student, teacher).item()  # two tokens, and each side looks at another one
+        >>> attention_transfer(student, teacher).item()  # two tokens; each side is active at another one
         2.0
     """
     if not power >= 1:
@@ -67,7 +67,7 @@ def attention_transfer(
 
 
 def _attention(feature: Tensor, power: float, mask: Tensor | None) -> Tensor:
-    """Return Q, with the one channel left where the channels were; of an example scaled to a largest entry of 1.
+    """Return Q with one channel; each example is scaled to a largest entry of 1.
 
     Q is compared at length 1, and powers of small entries would be too small for a float32.
     """
@@ -80,7 +80,7 @@ def _attention(feature: Tensor, power: float, mask: Tensor | None) -> Tensor:
 
 
 class AttentionTransferLoss(LayerwiseTerm):
-    """Activation-based attention of paired layers, averaged over the pairs; see `attention_transfer` for the formula.
+    """Attention maps of paired layers, averaged over the pairs; see `attention_transfer` for the formula.
 
     Args:
         kind: `feature_maps` (CNNs) or `hidden` (transformers: which tokens have the largest states).

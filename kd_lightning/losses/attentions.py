@@ -1,4 +1,4 @@
-"""Attention distributions and relations between positions, compared row by row: what several methods share.
+"""Row-wise comparison of attentions and of relations between positions, shared by several methods.
 
 Shape suffixes: H heads, L positions, D width. A row is one query's distribution over keys.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from kd_lightning.losses.term import Reduction, check_mask, check_same_shape, only_counted, reduce
 
 SMALLEST = 1e-12
-"""Probabilities below it count as it in a logarithm: it bounds the divergence where the student has none at all."""
+"""Lower bound of probabilities in logarithms: it bounds the divergence where the student's is zero."""
 
 
 def check_attentions(student: Tensor, teacher: Tensor, mask: Tensor | None, remedy: str = "") -> None:
@@ -44,14 +44,14 @@ def check_attentions(student: Tensor, teacher: Tensor, mask: Tensor | None, reme
 
 
 def without_padding(attentions: Tensor, mask: Tensor | None) -> Tensor:
-    """Return attentions `(B, H, L, L)` with zeros at queries and keys that do not count by the mask `(B, L)`."""
+    """Return attentions `(B, H, L, L)` with zeros at masked queries and keys; the mask is `(B, L)`."""
     if mask is None:
         return attentions
     return attentions.masked_fill(~(mask[:, None, :, None] & mask[:, None, None, :]), 0.0)
 
 
 def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-    r"""Return KL(teacher || student) of attention rows in nats, averaged over heads and over queries that count.
+    r"""Return KL(teacher || student) of attention rows in nats, averaged over heads and counted queries.
 
     Padding keys are left out on both sides. 0 log 0 is 0; below `SMALLEST` a probability counts as `SMALLEST`.
 
@@ -71,7 +71,7 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None, reductio
 
 
 def relation_kl(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None, reduction: Reduction) -> Tensor:
-    r"""Return KL(teacher || student) of relations in nats, averaged over heads and over positions that count.
+    r"""Return KL(teacher || student) of relations in nats, averaged over heads and counted positions.
 
     A relation is the distribution :math:`\mathrm{softmax}(X X^\top / \sqrt{d})` of a head's queries, keys or values X
     `(L, d)`: how near each position is to each, whatever the width.

@@ -79,7 +79,7 @@ def _parts(
     temperature: float,
     hint_weight: float,
 ) -> Tensor:
-    """Return what is a mean over the labelled examples, and what is one over all, `(2,)`; see `byot`."""
+    """Return the mean over labelled examples and the mean over all, `(2,)`; see `byot`."""
     check_same_shape(exit_logits, deepest_logits)
     check_same_shape(exit_feature, deepest_feature, "features")
     if not 0.0 <= alpha <= 1.0:
@@ -93,11 +93,11 @@ def _parts(
 
 
 class BYOTLoss(Term):
-    """Self-distillation of a classifier; the sum over its exits of what `byot` gives.
+    """Self-distillation of a classifier: the sum of `byot` over its exits.
 
     Each exit pools its layer's output to a vector (the mean over tokens or over the map), takes it through a hidden
-    layer to the deepest layer's width, and classifies that. The exits train with the student and are no part of it:
-    what is saved and deployed is the network alone. The network's own logits, the deepest classifier, learn from
+    layer to the deepest layer's width, and classifies that. The exits train with the student but are not part of it:
+    only the network is saved and deployed. The network's own logits, the deepest classifier, learn from
     labels by a `CrossEntropyLoss` beside this term. No teacher is needed.
 
     The paper's exits are convolutions on the map before it is pooled; these serve tokens as well.
@@ -131,7 +131,7 @@ class BYOTLoss(Term):
         self.bottlenecks, self.classifiers = nn.ModuleList(), nn.ModuleList()
 
     def plan(self, student: Depth, teacher: Depth) -> None:
-        """Settle which layers are read: those with an exit, and the deepest."""
+        """Select the layers to read: those with an exit, and the deepest."""
         layers = student(self.kind)
         exits = range(layers - 1) if self.exits is None else self.exits
         chosen = [layer % layers for layer in exits if -layers <= layer < layers - 1 and layer != -1]
@@ -153,7 +153,7 @@ class BYOTLoss(Term):
             self.classifiers.append(nn.Linear(deepest, student.logits.shape[1]))
 
     def settings(self) -> dict[str, float]:
-        """Return the scheduled values now in force."""
+        """Return the current scheduled values."""
         return {"alpha": self.now(self.alpha), "temperature": self.now(self.temperature)}
 
     def counts(self, batch: Batch) -> Tensor:
@@ -165,7 +165,7 @@ class BYOTLoss(Term):
         return self.parts(student, teacher, batch).sum()
 
     def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return what is a mean over the labelled examples and what is one over all, summed over the exits."""
+        """Return the mean over labelled examples and the mean over all, summed over the exits."""
         *lower, deepest = (self._pooled(student.features[name], batch) for name in self.needs_student)
         losses = []
         for vector, bottleneck, classifier in zip(lower, self.bottlenecks, self.classifiers, strict=True):

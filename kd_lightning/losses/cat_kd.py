@@ -1,4 +1,4 @@
-"""Class attention transfer: the student finds each class where the teacher finds it."""
+"""Class attention transfer: both networks detect each class at the same places."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kd_lightning.types import Batch, ModelOutput
 
 @in_float32
 def cat_kd(student_maps: Tensor, teacher_maps: Tensor, size: int = 2, reduction: Reduction = "mean") -> Tensor:
-    r"""Squared distance of normalised class activation maps (Guo et al. 2023, CVPR, "Class Attention Transfer").
+    r"""Squared distance of normalised class activation maps (Guo et al. 2023, CAT-KD, CVPR).
 
     .. math:: \frac{1}{C} \sum_c \left\| \frac{\phi(A^s_c)}{\|\phi(A^s_c)\|_2} - \frac{\phi(A^t_c)}{\|\phi(A^t_c)\|_2}
               \right\|_2^2, \quad A_c(u) = \sum_d W_{cd} F_d(u)
@@ -51,7 +51,7 @@ def cat_kd(student_maps: Tensor, teacher_maps: Tensor, size: int = 2, reduction:
 class CATKDLoss(Term):
     """Class attention transfer between the networks' class activation maps; see `cat_kd` for the formula.
 
-    The feature `cam` is what a network's classifier says at each place of its last feature map. It exists where the
+    The feature `cam` is the network's classifier applied at each place of its last feature map. It exists where the
     classifier reads the mean of that map; a network that gives such maps of its own may be read by a module's name.
 
     Args:

@@ -30,7 +30,7 @@ def channel_wise(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""KL divergence of each channel's distribution over positions (Shu et al. 2020, arXiv 2011.13256), in nats.
+    r"""KL of channels' distributions over positions (Shu et al. 2020, arXiv 2011.13256), in nats.
 
     .. math:: \frac{T^2}{C} \sum_c \mathrm{KL}\left(\phi(t_c) \,\|\, \phi(s_c)\right), \quad
               \phi(x)_i = \frac{\exp(x_i / T)}{\sum_j \exp(x_j / T)}
@@ -65,7 +65,7 @@ def channel_wise(
 
 
 def _positions(feature: Tensor, mask: Tensor | None) -> Tensor:
-    """Return `(B, C, P)`, with next to nothing where a position does not count: its probability is zero."""
+    """Return `(B, C, P)`, very negative at masked positions, so that their probability is zero."""
     if feature.ndim == 4 and mask is None:
         return feature.flatten(2)
     if feature.ndim != 3:
@@ -101,7 +101,7 @@ class ChannelWiseLoss(FeaturePairTerm):
         self.temperature = temperature
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.now(self.temperature)}
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:

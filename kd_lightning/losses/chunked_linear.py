@@ -1,4 +1,4 @@
-"""How losses go from hidden states to gradients, chunk by chunk; the formulas stand in `fused_linear` and `sparse`.
+"""Computes losses chunk by chunk from hidden states; formulas in `fused_linear` and `sparse`.
 
 Shape suffixes: N positions, n of a chunk or block, V words, H the width of a side's hidden states.
 """
@@ -89,7 +89,7 @@ class Compared(Protocol):
     def values_and_gradient(
         self, z_s: Tensor, pick: Tensor | slice, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return CE and D of some rows, `(n,)`, and the gradient of their weighted sum; `z_s` may be overwritten."""
+        """Return rows' CE and D, `(n,)`, and their weighted sum's gradient; may overwrite `z_s`."""
 
 
 class DenseTeacher:
@@ -184,7 +184,7 @@ def chunked_sums(
 
 
 class _FusedLinear(torch.autograd.Function):
-    """Sums over the rows: the weighted loss and its two parts; gradients are finished when the forward pass is."""
+    """Sums the weighted loss and its two parts over the rows; computes gradients in the forward pass."""
 
     @staticmethod
     def forward(
@@ -220,7 +220,7 @@ class _FusedLinear(torch.autograd.Function):
 def _all_chunks(
     student: _Side, teacher: Compared, labels: Tensor | None, rows: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return the sums of CE and D over the rows, and the weighted sum's gradients by hidden, matrix and bias."""
+    """Return the sums of CE and D, and the weighted sum's gradients for hidden, matrix and bias."""
     count = len(student.hidden) if rows is None else len(rows)
     vocabulary, dtype = len(student.matrix), student.matrix.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -260,7 +260,7 @@ def _evenly(count: int, at_most: int) -> int:
 def blockwise(
     z_s: Tensor, block: Callable[[slice], tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return what `block` returns of runs of rows, put together; the gradient takes the place of the logits."""
+    """Apply `block` to runs of rows and join the results; gradients overwrite the logits."""
     rows = torch.get_num_threads() * max(BLOCK_BYTES // (4 * z_s.shape[1]), 1)
     values = []
     for at in (slice(start, start + rows) for start in range(0, len(z_s), rows)):
@@ -275,7 +275,7 @@ def _block(
     z_s: Tensor, z_t: Tensor, labels: Tensor | None, ce_weight: float, kd_weight: float, temperature: float,
     divergence: str, beta: float, label_smoothing: float, classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `values_and_gradient`; numbers are arguments of their own, so that compiled code serves all of a schedule."""
+    """`values_and_gradient` with numbers as separate arguments, so that a schedule compiles once."""
     z = at_least_float32(z_s)
     if labels is None:
         ce, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
@@ -285,7 +285,7 @@ def _block(
     a_s = _divided(z[:, :classes], temperature)
     a_t = _divided(z_t.to(z.dtype), temperature)
     kd, by_scaled = _divergence(a_s, a_t, divergence, beta)
-    gradient[:, :classes] += by_scaled.mul_(kd_weight * temperature)  # as `alpha` each value would be compiled anew
+    gradient[:, :classes] += by_scaled.mul_(kd_weight * temperature)  # as `alpha` each value would be recompiled
     return ce, temperature**2 * kd, gradient.to(z_s.dtype)
 
 

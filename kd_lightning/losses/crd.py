@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: a student's embedding tells its teacher's from those of other examples."""
+"""Contrastive representation distillation: identify an example's teacher embedding among others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def crd(
         teacher_embedding: t, `(B, D)`, of length 1.
         student_negatives: s_k, `(B, K, D)`: the student's embeddings of other examples.
         teacher_negatives: t_k, `(B, K, D)`.
-        offsets: log Z + log(K / M) where s meets t_k, and where t meets s_k.
+        offsets: log Z + log(K / M) for s against t_k, and for t against s_k.
         temperature: tau > 0.
         mask: `(B,)` bool, True = counts.
         reduction: `mean` over what counts, `sum`, or `none` for one value an example.
@@ -102,7 +102,7 @@ class CRDLoss(Term):
       that are never trained on, such as those of validation, are thus no negatives: their rows stay random. Only while
       an example has fewer than `FEW` negatives, rows not taken in are drawn as well. The same ones serve both sides.
       Each batch takes K numbers from torch's global generator, which every example shifts by its own, by its index.
-    * An example without a stable index (-1, of a view that is made anew) is an anchor like others, and leaves nothing
+    * An example without a stable index (-1, of a view created anew) is an anchor like others, and adds nothing
       in the banks.
     * Where an index comes twice in a batch, the bank takes in the mean of both embeddings.
     * Of several processes each has the same banks, which take in the examples of all, and the first one draws: together
@@ -124,7 +124,7 @@ class CRDLoss(Term):
     """
 
     FEW = 8
-    """With fewer negatives than this an example meets rows of the banks that are still random, too."""
+    """With fewer known negatives than this, rows of the banks that are still random are used too."""
     SHIFT = (5**0.5 - 1) / 2
     """How far apart the draws of examples with neighbouring indices begin; its multiples spread evenly over [0, 1)."""
 
@@ -184,7 +184,7 @@ class CRDLoss(Term):
         self.register_buffer("offsets", torch.stack(means) + math.log(self.negatives))
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return the contrastive loss, averaged over examples; in training, put their embeddings into the banks."""
+        """Return the contrastive loss, averaged over examples; in training, update the banks."""
         if "index" not in batch:
             raise ValueError("CRD keeps embeddings by batch['index'], which this batch does not have")
         mask = batch.get("attention_mask")
@@ -209,7 +209,7 @@ class CRDLoss(Term):
 
     @staticmethod
     def _labels(batch: Batch) -> Tensor:
-        """Return a class for each example `(B,)`; `IGNORE` where there is none, as for labels of tokens or scores."""
+        """Return a class for each example `(B,)`; `IGNORE` without one, as for labels of tokens or scores."""
         labels, index = batch.get("labels"), batch["index"]
         if labels is None or labels.shape != index.shape or labels.is_floating_point():
             return torch.full_like(index, IGNORE)
@@ -226,8 +226,8 @@ class CRDLoss(Term):
         """Return `(B, K)` positions in the banks.
 
         With the examples taken in sorted by class, and the rest behind them, those to draw from are the first so many,
-        or all, and those an anchor must not meet are one run: its class, or itself. A number is drawn below the count
-        of the others and, from the run on, moved behind it.
+        or all, and those excluded for an anchor are one run: its class, or itself. A number is drawn below the count of
+        the others and, from the run on, moved behind it.
         """
         count, known = len(self.seen), self.seen.sum()
         classes, order = torch.where(self.seen, self.classes, torch.iinfo(torch.int64).max).sort(stable=True)
@@ -237,9 +237,9 @@ class CRDLoss(Term):
         alone = (labels == IGNORE) | (end - start == count)  # no label, or no other class
         start = torch.where(alone, place, start)
         end = torch.where(alone, place + (index >= 0), end)
-        pool = torch.where(known - (end - start) < self.FEW, count, known)
-        start, end = start.minimum(pool).unsqueeze(1), end.minimum(pool).unsqueeze(1)
-        others = pool.unsqueeze(1) - (end - start)
+        drawable = torch.where(known - (end - start) < self.FEW, count, known)
+        start, end = start.minimum(drawable).unsqueeze(1), end.minimum(drawable).unsqueeze(1)
+        others = drawable.unsqueeze(1) - (end - start)
         common = torch.rand(self.negatives, dtype=torch.float64, device=index.device)
         if self.training:
             common = _first_ones(common)

@@ -49,7 +49,7 @@ def deep_mutual(
 def _parts(
     student_logits: Tensor, peer_logits: Tensor, labels: Tensor, temperature: float, mask: Tensor | None
 ) -> Tensor:
-    """Return the cross-entropy, a mean over what is labelled, and the divergence, one over all that count, `(2,)`."""
+    """Return the cross-entropy over labelled logits and the divergence over all counted ones, `(2,)`."""
     if peer_logits.ndim != student_logits.ndim + 1 or peer_logits[:, 0].shape != student_logits.shape:
         raise ValueError(
             f"student logits {tuple(student_logits.shape)} and peers' logits {tuple(peer_logits.shape)}: expected the "
@@ -81,7 +81,7 @@ class DeepMutualLoss(Term):
         self.temperature = temperature
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.now(self.temperature)}
 
     def counts(self, batch: Batch) -> Tensor:

@@ -66,7 +66,7 @@ def dist(
 
 
 def _distance(student: Tensor, teacher: Tensor, counts: Tensor, dim: int) -> Tensor:
-    """Return 1 - Pearson's correlation of probabilities along an axis, of those that count; 0 where a side is constant.
+    """Return 1 - Pearson's correlation of counted probabilities along an axis; 0 if a side is constant.
 
     Args:
         student: Log-probabilities `(B, C)`.

@@ -29,11 +29,11 @@ def dkd(
               b = (p_y, 1 - p_y), \quad \hat p_c = \frac{p_c}{1 - p_y} \; (c \ne y), \quad
               p = \mathrm{softmax}(z / T)
 
-    With alpha = 1 and, for each example, beta = 1 - p_{t,y} it is `soft_target`: what DKD takes away is that a teacher
-    that is sure of the label says little of the other classes. With *two classes* the second part is empty and 0, and
-    the loss is alpha times `soft_target`. Examples *without a label* (-100) do not count: there is no target to part
-    from the rest. The teacher's logits get no gradient. The published code raises this term's weight over the first
-    epochs; here that is a schedule of the weight.
+    With alpha = 1 and, for each example, beta = 1 - p_{t,y} it is `soft_target`, in which a teacher that is sure of the
+    label gives the other classes little weight; DKD removes this. With *two classes* the second part is empty and 0,
+    and the loss is alpha times `soft_target`. Examples *without a label* (-100) do not count. The teacher's logits get
+    no gradient. The published code raises this term's weight over the first epochs; here that is a schedule of the
+    weight.
 
     Args:
         student_logits: `(B, C)` or `(B, L, V)`, finite, C >= 2.

@@ -1,4 +1,4 @@
-"""Factor transfer: the teacher's feature in other words, which the student learns to say too."""
+"""Factor transfer: a paraphraser compresses the teacher's feature, and the student matches the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kd_lightning.types import Batch, ModelOutput
 
 @in_float32
 def factor_transfer(student_factor: Tensor, teacher_factor: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""L1 distance of factors scaled to length 1 (Kim, Park & Kwak 2018, arXiv 1802.04977, equation 4 with p = 1).
+    r"""L1 distance of unit-length factors (Kim, Park & Kwak 2018, arXiv 1802.04977, equation 4 with p = 1).
 
     .. math:: \left\| \frac{f_s}{\|f_s\|_2} - \frac{f_t}{\|f_t\|_2} \right\|_1
 

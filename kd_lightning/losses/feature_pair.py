@@ -1,4 +1,4 @@
-"""What terms share that compare one feature of the student, projected, with one of the teacher."""
+"""Base class of terms that compare one projected feature of the student with one of the teacher."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FeaturePairTerm(Term):
             self.averages = "examples"
 
     def features(self, student: ModelOutput, teacher: ModelOutput) -> tuple[Tensor, Tensor]:
-        """Return the two features as the networks gave them."""
+        """Return the two features as the networks output them."""
         return student.features[self.needs_student[0]], teacher.features[self.needs_teacher[0]]
 
     def pair(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

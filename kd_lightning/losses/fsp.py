@@ -1,4 +1,4 @@
-"""Flow of the solution procedure: how the features of two layers of one network go together."""
+"""Flow of the solution procedure: how the features of two layers of one network correlate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fsp(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Mean squared difference of FSP matrices (Yim, Joo, Bae & Kim 2017, CVPR, equations 1 and 2; not on arXiv).
+    r"""Mean squared difference of FSP matrices (Yim, Joo, Bae & Kim 2017, CVPR, equations 1 and 2).
 
     .. math:: \frac{1}{C D} \sum_{c, d} (G^s_{cd} - G^t_{cd})^2,
               \quad G_{cd} = \frac{1}{P} \sum_{u} F^1_c(u) F^2_d(u)

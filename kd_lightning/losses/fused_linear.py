@@ -1,9 +1,9 @@
-r"""Distillation over large vocabularies without their logits: from hidden states and output matrices to the gradients.
+r"""Distillation over large vocabularies from hidden states and output matrices, without their logits.
 
 The logits of N tokens over V words are an N x V matrix for each side, and a loss written with them keeps several more
 for its backward pass. Here a chunk of tokens goes from hidden states to gradients at once, in the forward pass, and its
-logits are dropped; the backward pass multiplies the finished gradients by the upstream one. To take the last linear
-layer and its loss together chunk by chunk is the idea of Hsu et al. 2024 (Liger Kernel, arXiv 2410.10989).
+logits are dropped; the backward pass multiplies the finished gradients by the upstream one. Fusing the last linear
+layer with its loss chunk by chunk is the idea of Hsu et al. 2024 (Liger Kernel, arXiv 2410.10989).
 
 With logits z = W h + b of each side, p = softmax(z / T), and q the label's (smoothed) distribution, a token's loss is
 
@@ -84,7 +84,7 @@ def fused_linear_kd(
         teacher_hidden: The same positions; its width may differ. Gets no gradient.
         student_matrix: `(V, H)`, the weight of the output layer; may be tied with the embedding.
         teacher_matrix: The same of the teacher.
-        labels: `(N,)` or `(B, L)` int64: what each position answers. A position with -100 does not count.
+        labels: `(N,)` or `(B, L)` int64: what each position predicts. A position with -100 does not count.
         mask: `(N,)` or `(B, L)` bool: a position with False does not count.
         student_bias: `(V,)`.
         teacher_bias: `(V,)`.
@@ -99,7 +99,7 @@ def fused_linear_kd(
             under DDP, which averages gradients over ranks, the number on all ranks divided by the number of ranks.
 
     Raises:
-        ValueError: Shapes that do not fit, vocabularies that differ with no `classes` to settle it, no labels for the
+        ValueError: Shapes that do not fit, vocabularies of different sizes without `classes`, no labels for the
             cross-entropy, or a number out of its range.
 
     Example:
@@ -146,7 +146,7 @@ def chunked_soft_target(
 
 
 class FusedLinearKDLoss(Term):
-    """`fused_linear_kd` for language models that give their last hidden states in place of logits.
+    """`fused_linear_kd` for language models that output their last hidden states instead of logits.
 
     Both sides' `features` must hold `last_hidden` `(B, L, H)` and `head` `(V, H)`, the output layer's weight itself
     (not detached), and may hold `head_bias` `(V,)`. Their `logits` are not read: a model made for this term leaves out
@@ -183,7 +183,7 @@ class FusedLinearKDLoss(Term):
         self.averages = "labels" if ce_weight != 0 else "logits"
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.now(self.temperature)}
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ def hint(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Distance between features of the same width (Romero et al. 2014, FitNets, arXiv 1412.6550, equation 3).
+    r"""Distance of features of one width (Romero et al. 2014, FitNets, arXiv 1412.6550, equation 3).
 
     .. math:: \mathrm{mse}: \frac{1}{D} \sum_d (s_d - t_d)^2 \qquad
               \mathrm{smooth\_l1}: \frac{1}{D} \sum_d h(s_d - t_d) \qquad
@@ -119,7 +119,7 @@ class HintLoss(Term):
             self.averages = "examples"
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return the distance, averaged over examples or the tokens that are no padding."""
+        """Return the distance, averaged over examples or real tokens."""
         if isinstance(self.projector, str):
             raise ValueError("HintLoss: the projector is not built; call Objective.connect first")
         of_student, of_teacher = self._features(student, teacher)
@@ -151,5 +151,5 @@ class LayerHintLoss(LayerwiseTerm):
         self.kind, self.distance = kind, distance
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the distance, averaged over examples or the tokens that are no padding."""
+        """Return the distance, averaged over examples or real tokens."""
         return hint(student, teacher, self.distance, mask)

@@ -1,4 +1,4 @@
-"""A label counts as far as the teacher believes in it, and the teacher stands in for the rest: for noisy labels."""
+"""For noisy labels: a label is weighted by the teacher's confidence in it, soft targets fill the rest."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ def label_trust(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cross-entropy with the label and soft targets, mixed example by example by the teacher's belief, in nats.
+    r"""Cross-entropy and soft targets, mixed per example by the teacher's confidence in the label, in nats.
 
     .. math:: p \, \mathrm{CE}(z_s, y) + (1 - p) \, T^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\,
               \mathrm{softmax}(z_s / T)), \quad p = \mathrm{softmax}(z_t)_y
 
     In place of the cross-entropy of the reference method it makes the weight of the teacher each example's own:
     `alpha + (1 - alpha) (1 - p)`, from alpha where the teacher is certain of the label to 1 where it is certain of
-    another class, as of a wrong label. An example *without a label* (-100) has p = 0. The belief p is always at
+    another class, as of a wrong label. An example *without a label* (-100) has p = 0. The confidence p is always at
     temperature 1, and the teacher's logits get no gradient.
 
-    The form is ours. A label weighted by the teacher's belief is the first part of Yang et al. 2023 (arXiv 2303.13005),
-    a target between a doubtful label and a network's opinion the bootstrapping of Reed et al. 2014 (arXiv 1412.6596),
-    with one share for all examples. The belief must not be a memorised one: `teacher.folds`.
+    The form is ours. Weighting the label by the teacher's confidence is the first part of Yang et al. 2023 (arXiv
+    2303.13005); a target between a noisy label and a network's prediction is the bootstrapping of Reed et al. 2014
+    (arXiv 1412.6596), with one share for all examples. The teacher must not have memorised the labels: use
+    `teacher.folds`.
 
     Args:
         student_logits: `(B, C)` or `(B, L, V)`, finite, C >= 2.
@@ -58,9 +59,11 @@ def label_trust(
 
 
 class LabelTrustLoss(LogitTerm):
-    """Labels as far as the teacher believes in them; see `label_trust` for the formula, `LogitTerm` for the arguments.
+    """Labels weighted by the teacher's confidence; see `label_trust` for the formula.
 
-    Reads `labels`.
+    The arguments are those of `LogitTerm`.
+
+    Uses `labels`.
     """
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:

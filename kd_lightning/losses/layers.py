@@ -1,4 +1,4 @@
-"""Which student layer learns from which teacher layer, and the terms that compare layer by layer."""
+"""Layer maps, which pair student and teacher layers, and the base class of layer-wise terms."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kd_lightning.types import Batch, ModelOutput
 
 Kind = Literal["hidden", "attention", "qkv", "feature_maps"]
 LayerMap = Literal["uniform", "last", "first", "emd"] | Sequence[tuple[int, int]]
-"""How m student layers meet n >= m teacher layers.
+"""How m student layers are paired with n >= m teacher layers.
 
-* `uniform`: student layer i (from 1) meets teacher layer round(i n / m): the last meets the last
-* `last`: the student's layers meet the teacher's last m
+* `uniform`: student layer i (from 1) with teacher layer round(i n / m): the last with the last
+* `last`: the student's layers with the teacher's last m
 * `first`: ... its first m
-* `emd`: every layer meets every one, weighted by the optimal transport between them (Li et al. 2020, arXiv 2010.06133)
+* `emd`: every layer with every layer, weighted by the optimal transport between them (Li et al. 2020, arXiv 2010.06133)
 * pairs `[[student, teacher], ...]` of layers counted from 0, negative ones from the end
 """
 
@@ -46,7 +46,7 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
             fits = isinstance(pair, Sequence) and len(pair) == 2
             if not (fits and -student <= pair[0] < student and -teacher <= pair[1] < teacher):
                 raise ValueError(
-                    f"layers: {pair} is no pair of a student's layer (it has {student}) and a teacher's "
+                    f"layers: {pair} is not a pair of a student's layer (it has {student}) and a teacher's "
                     f"({teacher}), counted from 0"
                 )
         return [(s % student, t % teacher) for s, t in layers]
@@ -92,13 +92,13 @@ def transport(costs: Tensor, sharpness: float = 20.0, iterations: int = 100) -> 
 class LayerwiseTerm(Term):
     r"""A term that compares layers of the student with layers of the teacher and averages over the pairs.
 
-    Subclasses say what is compared, in `compare`. With `layers=emd` the pairs' values are costs, and their mean is
-    weighted by the optimal transport between the two networks' layers, found anew for each batch.
+    Subclasses implement `compare`. With `layers=emd` the pairs' values are costs, and their mean is
+    weighted by the optimal transport between the two networks' layers, computed for each batch.
 
     Args:
-        layers: See `LayerMap`; settled by `plan`.
+        layers: See `LayerMap`; resolved by `plan`.
         projector: Takes a student's layer to the teacher's width: one for each student layer; a module of your own is
-            shared by all. None: as it is, and `compare` sees what the networks gave.
+            shared by all. None: `compare` gets the layers as the networks output them.
 
     Attributes:
         kind: The feature that is compared.
@@ -128,14 +128,14 @@ class LayerwiseTerm(Term):
         return layer_pairs(self.layers, student, teacher)
 
     def feature(self, layer: int) -> str:
-        """Return the name of a layer's feature: `hidden[0]` is what the first layer reads, so layer i's is i + 1."""
+        """Return the name of a layer's feature; `hidden[0]` is the first layer's input, so layer i is i + 1."""
         return f"{self.kind}[{layer + 1 if self.kind == 'hidden' else layer}]"
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
         """Build the projectors.
 
         Raises:
-            ValueError: As `projector`, or teacher layers of different widths that one student layer should meet.
+            ValueError: As `projector`, or teacher layers of different widths for one student layer.
         """
         if self.projection is None:
             return
@@ -145,7 +145,8 @@ class LayerwiseTerm(Term):
             width = of_teacher.shape[1 if of_teacher.ndim == 4 else -1]
             if widths.setdefault(s, width) != width:
                 raise ValueError(
-                    f"{self.feature(s)} has one projector, but meets teacher layers of widths {widths[s]} and {width}"
+                    f"{self.feature(s)} has one projector, but is paired with teacher layers of widths {widths[s]} and "
+                    f"{width}"
                 )
             if str(s) not in self.projectors:
                 self.projectors[str(s)] = projector(self.projection, of_student, of_teacher, self.feature(s))

@@ -1,6 +1,6 @@
-"""What the losses on softened distributions share.
+"""Base class and helpers of the losses on softened distributions.
 
-Their functions return what is computed here reduced over what counts, so that each file holds its formula alone.
+Their functions reduce what is computed here, so that each file holds only its formula.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 
 class LogitTerm(Term):
-    """A term that compares both sides' logits, class by class, at a temperature; subclasses say how, in `compare`.
+    """A term that compares logits class by class at a temperature; subclasses implement `compare`.
 
     Args:
         temperature: T > 0, or a schedule over training progress.
@@ -40,7 +40,7 @@ class LogitTerm(Term):
         self.temperature, self.classes = temperature, classes
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.now(self.temperature)}
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
@@ -67,7 +67,7 @@ class LogitTerm(Term):
 def softened(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return log softmax(z / T) of both sides, the teacher's without a graph; of zeros where `mask` is False.
+    """Return both sides' log softmax(z / T), the teacher's without a graph; uniform where `mask` is False.
 
     Raises:
         ValueError: Shapes that differ, a mask of another shape, or a temperature that is not positive and finite.
@@ -108,13 +108,13 @@ def half_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Refuse labels that are not one class for each row of logits.
 
-    On a GPU classes that do not exist are left to torch, whose kernels stop at them: to look would be to wait.
+    On a GPU, labels out of range are left to torch's kernels, which fail on them: a check would synchronise.
 
     Raises:
-        ValueError: Names both shapes, or says that they are no classes.
+        ValueError: Names both shapes, or states that the labels are not classes.
     """
     if labels.is_floating_point():
-        raise ValueError("labels are scores, and this loss reads classes: use kd_lightning.losses.regression")
+        raise ValueError("labels are scores, and this loss needs classes: use kd_lightning.losses.regression")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")
     classes = logits.shape[-1]
@@ -123,12 +123,12 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         if len(wrong):
             raise ValueError(
                 f"label {int(wrong[0])} does not exist: the logits have {classes} classes, labelled 0 to "
-                f"{classes - 1}, and {IGNORE} says that there is no label"
+                f"{classes - 1}, and {IGNORE} means no label"
             )
 
 
 def labelled(labels: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return labels with a class in place of -100, and which examples count: where mask is True and there is a label.
+    """Return labels with a class in place of -100, and the mask of examples with a label.
 
     Raises:
         ValueError: Labels of another shape, or fewer than two classes.
@@ -152,6 +152,6 @@ def is_label(labels: Tensor, classes: int) -> Tensor:
 
 
 def log_probs_of_others(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return log softmax over the classes other than the label's, and 0 at the label, where nothing shall count."""
+    """Return log softmax over the classes other than the label's, and 0 at the label."""
     label = is_label(labels, logits.shape[-1])
     return F.log_softmax(logits.masked_fill(label, -math.inf), dim=-1).masked_fill(label, 0.0)

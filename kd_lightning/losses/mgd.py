@@ -1,4 +1,4 @@
-"""Masked generative distillation: the student's feature, with holes in it, must suffice to generate the teacher's."""
+"""Masked generative distillation: reconstruct the teacher's feature from the student's masked one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mgd(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Mean squared error of the teacher's feature, generated from a masked one (Yang et al. 2022, arXiv 2205.01529).
+    r"""Mean squared error of features generated from masked ones (Yang et al. 2022, arXiv 2205.01529).
 
     .. math:: \frac{1}{D} \sum_d \left( t_d - G(s \cdot M)_d \right)^2
 
@@ -62,7 +62,7 @@ class MGDLoss(FeaturePairTerm):
 
     Of a map whole places are masked, and a generator of two 3 x 3 convolutions fills them in from their surroundings,
     as in the paper. Vectors and tokens have none: there single entries are masked, and two linear layers fill them in
-    from the others. What is masked is drawn anew in every step, from torch's global generator.
+    from the others. The mask is drawn in every step, from torch's global generator.
 
     Args:
         student_feature: Name of the student's feature; see `kd_lightning.models.features`.

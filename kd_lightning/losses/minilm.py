@@ -1,4 +1,4 @@
-"""MiniLM: the student's last layer attends, and relates its values, as the teacher's last layer does."""
+"""MiniLM: attention and value relations of the last layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniLMv2: queries, keys and values of one student layer relate to each other as those of one teacher layer do."""
+"""MiniLMv2: relations among queries, among keys and among values of one layer each."""
 
 from __future__ import annotations
 

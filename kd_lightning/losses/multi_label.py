@@ -66,7 +66,7 @@ def _log_bernoulli(logits: Tensor) -> Tensor:
 
 
 class MultiLabelLoss(LogitTerm):
-    """Distillation of independent labels; see `multi_label` for the formula, `LogitTerm` for the arguments."""
+    """Distillation of independent labels; see `multi_label`, and `LogitTerm` for the arguments."""
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return T^2 times the sum of binary divergences."""

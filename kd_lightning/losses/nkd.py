@@ -1,4 +1,4 @@
-"""Normalized distillation: cross-entropies with the teacher's belief in the label and with its normalized rest."""
+"""Normalized distillation: cross-entropies with the teacher's label probability and normalized rest."""
 
 from __future__ import annotations
 

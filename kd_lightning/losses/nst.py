@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: the student's channels have the distribution of patterns that the teacher's have."""
+"""Neuron selectivity transfer: channels have the same distribution of patterns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nst(
     as in the paper: `linear` x y, `polynomial` (x y)^2, and `gaussian` exp(-|x - y|^2 / (2 sigma^2)), where sigma^2 is
     the mean of |s - t|^2 over the pairs of an example, without a gradient. The same for channels in another order, and
     for channels that are scaled; with the linear kernel it is the squared distance of the mean patterns. A channel
-    that says nothing anywhere has the pattern zero.
+    without any activation has the pattern zero.
 
     Args:
         student_feature: A map `(B, C, H, W)` or tokens `(B, L, C)`.

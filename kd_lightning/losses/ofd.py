@@ -1,4 +1,4 @@
-"""Overhauled feature distillation: features from before the ReLU, of which the ReLU's outcome must be right."""
+"""Overhauled feature distillation: features from before the ReLU, up to what the ReLU removes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd_lightning.types import Batch, ModelOutput
 
 @in_float32
 def ofd(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Partial L2 distance to the teacher's feature after the margin ReLU (Heo et al. 2019, arXiv 1904.01866).
+    r"""Partial L2 distance to the teacher's margin-ReLU feature (Heo et al. 2019, arXiv 1904.01866).
 
     .. math:: \frac{1}{CHW} \sum_i \begin{cases} 0 & s_i \le \hat t_i \le 0 \\ (s_i - \hat t_i)^2 & \text{otherwise}
               \end{cases}, \qquad \hat t_i = \max(t_i, m_c)
@@ -52,7 +52,7 @@ def ofd(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor, reduct
 
 
 def batchnorm_margin(batchnorm: nn.Module) -> Tensor:
-    r"""Return the mean negative response of each channel that a BatchNorm puts out, `(C,)`, from its scale and shift.
+    r"""Return each channel's mean negative response `(C,)`, from a BatchNorm's scale and shift.
 
     .. math:: m = E[x \mid x < 0] = \beta - \sigma \frac{\varphi(\beta / \sigma)}{\Phi(-\beta / \sigma)}, \quad
               x \sim N(\beta, \sigma^2), \ \sigma = |\gamma|
@@ -74,7 +74,7 @@ def batchnorm_margin(batchnorm: nn.Module) -> Tensor:
 
 
 def response_margin(feature: Tensor) -> Tensor:
-    """Return the mean negative response of each channel of a feature `(B, C, ...)`: `(C,)`, 0 where there is none.
+    """Return each channel's mean negative response `(C,)` in a feature `(B, C, ...)`; 0 without one.
 
     >>> response_margin(torch.tensor([[-1.0, 2.0], [-3.0, 4.0], [5.0, 6.0]])).tolist()
     [-2.0, 0.0]
@@ -116,7 +116,7 @@ class OFDLoss(Term):
         self.projectors = nn.ModuleList()
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
-        """Build the projectors and settle the margins.
+        """Build the projectors and compute the margins.
 
         Raises:
             ValueError: A teacher's feature that has no negative entry: it was read after a ReLU.

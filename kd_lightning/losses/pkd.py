@@ -56,8 +56,8 @@ class PKDLoss(LayerwiseTerm):
 
     The first position of each sequence is compared: [CLS] where padding is on the right. The paper's Skip is
     `layers=uniform` and its Last is `layers=last`, both without the networks' last layers, which the outputs' loss
-    teaches already: 6 layers meet 12 as 2, 4, 6, 8, 10, or 7 to 11, counted from 1. The paper sums over layers and
-    has students of the teacher's width; this is the mean over layers, and other widths take a projector.
+    covers: 6 layers are paired with 2, 4, 6, 8, 10 of 12, or with 7 to 11, counted from 1. The paper sums over layers
+    and has students of the teacher's width; this is the mean over layers, and other widths use a projector.
 
     Args:
         layers: See `LayerMap`; the networks' last layers are left out unless the pairs are given.

@@ -1,4 +1,7 @@
-"""Learned maps from the student's width to the teacher's: they train with the student and are not part of it."""
+"""Projectors: learned maps from the student's width to the teacher's.
+
+They train with the student and are not part of it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Projection = Literal["linear", "conv1x1", "mlp", "none"]
-"""How a student's feature reaches the teacher's width.
+"""How a student's feature is mapped to the teacher's width.
 
 * `linear`: a linear map of the channels with a bias; of a map `(B, C, H, W)` that is the same as `conv1x1`
 * `conv1x1`: a 1x1 convolution without a bias, then BatchNorm; maps only
@@ -50,7 +53,7 @@ def projector(kind: Projection | nn.Module, student: Tensor, teacher: Tensor, na
     if kind == "conv1x1":
         if not is_map:
             raise ValueError(
-                f"{name} is {tuple(student.shape)}, no map (B, C, H, W), and projector=conv1x1: use linear"
+                f"{name} is {tuple(student.shape)}, not a map (B, C, H, W), and projector=conv1x1: use linear"
             )
         return nn.Sequential(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide))
     if kind == "linear":
@@ -63,7 +66,7 @@ def _channelwise(narrow: int, wide: int, is_map: bool) -> nn.Module:
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two maps `(B, C, H, W)` at the smaller one's height and width, by average pooling; others unchanged."""
+    """Average pool two maps `(B, C, H, W)` to the smaller height and width; return others unchanged."""
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])

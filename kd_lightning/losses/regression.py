@@ -1,4 +1,4 @@
-"""Regression: the student gives the teacher's scores."""
+"""Regression: the student predicts the teacher's scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def regression(
               \text{smooth\_l1: } \begin{cases} d^2 / 2\delta & |d| < \delta \\ |d| - \delta / 2 & \text{else}
               \end{cases}, \quad d = s - t
 
-    averaged over an example's scores where it has several. To regress what the teacher puts out is Ba & Caruana 2014
+    averaged over an example's scores where it has several. Regressing the teacher's output is due to Ba & Caruana 2014
     (arXiv 1312.6184); the smoothed form, in the scores' unit, is Girshick 2015 (arXiv 1504.08083) and lets a few wild
     scores of the teacher weigh less.
 
@@ -75,8 +75,8 @@ def regression(
 class RegressionLoss(Term):
     """Learning scores from the teacher or from labels; see `regression` for the formula.
 
-    Scores are the logits as they are, `(B,)` or `(B, K)`; `(B, 1)` and `(B,)` are the same. As labels, NaN and -100 say
-    that there is none, and a batch without `labels` gives 0.
+    Scores are the logits, `(B,)` or `(B, K)`; `(B, 1)` and `(B,)` are the same. As labels, NaN and -100 mean none; a
+    batch without `labels` gives 0.
 
     Args:
         kind: `mse` or `smooth_l1`.

@@ -1,4 +1,4 @@
-"""What losses share that compare relations: of examples, layers, channels or positions, not the features themselves."""
+"""Helpers of losses that compare relations of examples, layers, channels or positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kd_lightning.losses.term import Term, check_mask, masked_mean, only_counted
 from kd_lightning.types import Batch, ModelOutput
 
 SHORTEST = 1e-18
-"""A vector that is shorter counts as zero, in every precision: its square and its gradient hardly are float32s."""
+"""Shorter vectors count as zero in every precision: float32 cannot represent their squares and gradients well."""
 
 
 class RelationTerm(Term):
@@ -34,7 +34,7 @@ class RelationTerm(Term):
         """Return the value, a scalar, for one vector an example: `(B, D)` and `(B, D')`."""
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return what `compare` says of the two sides' vectors."""
+        """Return `compare` of the two sides' vectors."""
         mask = batch.get("attention_mask")
         return self.compare(
             _vectors(student.features[self.needs_student[0]], mask),
@@ -79,7 +79,7 @@ def off_diagonal(x: Tensor) -> Tensor:
 
 
 def patterns(feature: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return `(B, C, P)`: what each channel says at each of P positions, zero where a position does not count.
+    """Return each channel at each of P positions, `(B, C, P)`, zero at masked positions.
 
     Args:
         feature: A map `(B, C, H, W)`, P = H W, or tokens `(B, L, C)`, P = L.

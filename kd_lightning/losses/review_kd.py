@@ -1,4 +1,4 @@
-"""Knowledge review: the student's deep stages look back at its shallow ones, and all learn from the teacher's."""
+"""Knowledge review: the student's stages, fused with its deeper ones, match the teacher's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PYRAMID = (4, 2, 1)
 
 @in_float32
 def review_kd(student_map: Tensor, teacher_map: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Hierarchical context loss: squared differences at several resolutions (Chen et al. 2021, arXiv 2104.09044).
+    r"""Squared differences of maps at several resolutions (Chen et al. 2021, arXiv 2104.09044).
 
     .. math:: \frac{\sum_k 2^{-k} \, \mathrm{MSE}(\phi_k(s), \phi_k(t))}{\sum_k 2^{-k}}
 
@@ -52,13 +52,13 @@ def review_kd(student_map: Tensor, teacher_map: Tensor, reduction: Reduction = "
 
 
 class AttentionFusion(nn.Module):
-    """One step of the review: a stage of the student takes in what comes from the deeper stages.
+    """One step of the review: fuses a stage of the student with the deeper ones.
 
     Args:
         channels: Of the student's stage.
-        width: Of what is handed from stage to stage.
+        width: Channels passed from stage to stage.
         target: Channels of the teacher's stage.
-        deepest: The stage has none deeper to take from.
+        deepest: Whether there is no deeper stage.
     """
 
     def __init__(self, channels: int, width: int, target: int, deepest: bool) -> None:
@@ -68,7 +68,7 @@ class AttentionFusion(nn.Module):
         self.attend = None if deepest else nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid())
 
     def forward(self, stage: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what is compared with the teacher's stage, and what is handed to the next shallower stage."""
+        """Return the map for the teacher's stage, and the one for the next shallower stage."""
         fused: Tensor = self.enter(stage)
         if self.attend is not None and deeper is not None:
             deeper = F.interpolate(deeper, size=fused.shape[2:], mode="nearest")
@@ -80,13 +80,13 @@ class AttentionFusion(nn.Module):
 class ReviewKDLoss(Term):
     """Knowledge review over the stages of two CNNs, summed over stages; see `review_kd` for the formula.
 
-    The last stages of both networks meet, the last but one, and so on as far as both have stages: so the student's
+    Stages are paired from the last to the first, as far as both networks have them: so the student's
     shallow stages, together with its deep ones, learn from the teacher's shallow stages. The teacher's maps and the
     student's may differ in channels and size. The paper raises this loss's weight over the first epochs; for that give
     the weight a schedule (`kd_lightning.schedules.Linear`).
 
     Args:
-        width: Channels of what is handed from stage to stage.
+        width: Channels passed from stage to stage.
 
     Raises:
         ValueError: A width below 1.
@@ -114,8 +114,8 @@ class ReviewKDLoss(Term):
         """Return the sum over the stages."""
         if not self.fusions:
             raise ValueError("ReviewKDLoss: nothing is built yet; call Objective.plan and Objective.connect first")
-        total, handed = student.logits.new_zeros(()), None
+        total, passed = student.logits.new_zeros(()), None
         for name, fusion in zip(self.needs_student, self.fusions, strict=True):
-            compared, handed = fusion(student.features[name], handed)
+            compared, passed = fusion(student.features[name], passed)
             total = total + review_kd(compared, teacher.features[name])
         return total

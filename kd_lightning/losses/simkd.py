@@ -1,4 +1,4 @@
-"""SimKD: the student learns the feature that the teacher's classifier reads, and predicts with that classifier."""
+"""SimKD: learn the input of the teacher's classifier, and predict with that classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kd_lightning.types import Batch, ModelOutput
 def simkd(
     student_feature: Tensor, teacher_feature: Tensor, mask: Tensor | None = None, reduction: Reduction = "mean"
 ) -> Tensor:
-    r"""Mean squared difference of what the classifier reads (Chen et al. 2022, arXiv 2203.14001, equation 2).
+    r"""Mean squared difference of classifier inputs (Chen et al. 2022, arXiv 2203.14001, equation 2).
 
     .. math:: \frac{1}{D} \sum_d (P(s)_d - t_d)^2
 
@@ -42,7 +42,7 @@ def simkd(
 
 
 class SimKDLoss(Term):
-    """The student's projected feature regresses what the teacher's classifier reads; see `simkd` for the formula.
+    """Regresses the input of the teacher's classifier; see `simkd` for the formula.
 
     The projection P is part of the student, which needs it to predict: `kd_lightning.models.simkd.SimKDStudent`
     (`model@student=simkd`, or `simkd_cnn`) is any network with a projector and the teacher's classifier on top. Other

@@ -54,7 +54,7 @@ class SoftTargetLoss(Term):
             padding ids at the end, which differ in number between checkpoints of one family.
 
     Raises:
-        ValueError: At the first batch, when the sides' numbers of classes differ and `classes` does not settle it.
+        ValueError: At the first batch, if the numbers of classes differ and `classes` is None.
     """
 
     averages: Averages = "logits"
@@ -64,7 +64,7 @@ class SoftTargetLoss(Term):
         self.temperature, self.classes = temperature, classes
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.now(self.temperature)}
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Divergences from a teacher of which only the K largest log probabilities and the mass of all others are known.
+r"""Divergences from a sparse teacher: its K largest log probabilities and the mass of all others.
 
 A large vocabulary's logits are too many to keep for each token, and most are nearly nothing. Student and teacher are
 compared over K + 1 classes: the teacher's K largest, and all others as one (the tail),
@@ -49,7 +49,7 @@ def sparse_kd(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Divergence of the student's logits from a sparse teacher, in nats, over K + 1 classes; see the top of this file.
+    """Divergence from a sparse teacher, in nats, over K + 1 classes; see the top of this file.
 
     Args:
         student_logits: `(N, V)` or `(B, L, V)`, finite.
@@ -100,7 +100,7 @@ def sparse_linear_kd(
         student_hidden: `(N, H)` or `(B, L, H)`.
         student_matrix: `(V, H)`, the weight of the output layer.
         teacher: The same positions in sparse form.
-        labels: `(N,)` or `(B, L)` int64: what each position answers. A position with -100 does not count.
+        labels: `(N,)` or `(B, L)` int64: what each position predicts. A position with -100 does not count.
         mask: `(N,)` or `(B, L)` bool: a position with False does not count.
         student_bias: `(V,)`.
         ce_weight: Weight of the cross-entropy.
@@ -147,7 +147,7 @@ def compare(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float) -
 
 
 def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the log probabilities of some classes and, if there are others, of all others together, `(..., K + 1)`."""
+    """Return log probabilities of some classes and of the tail of all others, `(..., K + 1)`."""
     values = logits.gather(-1, ids)
     if ids.shape[-1] < logits.shape[-1]:
         others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -156,7 +156,7 @@ def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def teacher_buckets(teacher: SparseLogits, mask: Tensor | None) -> Tensor:
-    """Return a sparse teacher's log probabilities over its K classes and the tail, `(..., K + 1)`, or `(..., V)`."""
+    """Return a sparse teacher's log probabilities with the tail, `(..., K + 1)`, or `(..., V)`."""
     values = teacher.values.detach()
     if values.shape[-1] < teacher.classes:
         values = torch.cat([at_least_float32(values), at_least_float32(teacher.rest.detach())[..., None]], dim=-1)
@@ -186,7 +186,7 @@ def check_rows(shape: torch.Size, teacher: SparseLogits) -> None:
 
 
 class SparseKDLoss(Term):
-    """Distillation from a teacher's K largest log probabilities and the mass of all others; see `sparse_kd`.
+    """Distillation from a teacher's K largest log probabilities and the tail; see `sparse_kd`.
 
     The teacher's output has them in `sparse`. One that has logits is cut to `top_k` of them here, so that a running
     teacher teaches what a stored one does. A student that leaves out its output layer (logits `(B, L, 0)`) is compared

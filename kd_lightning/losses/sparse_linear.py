@@ -1,4 +1,4 @@
-"""How `sparse_linear_kd` goes from a chunk of the student's logits to their gradient; formulas stand in `sparse`."""
+"""Computes `sparse_linear_kd` for a chunk of the student's logits; formulas in `sparse`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SparseTeacher:
     def _block(
         self, z_s: Tensor, log_t: Tensor, ids: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return values and gradient: of the merged classes' logits first, of which each class of the tail has a share.
+        """Return values and gradient, for the merged classes and then for each class of the tail.
 
         With l the log-sum-exp of the tail's logits, the merged logits are `(z_1, ..., z_K, l)`, and dl / dz_j is the
         softmax over the tail alone.

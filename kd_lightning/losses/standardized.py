@@ -1,4 +1,4 @@
-"""Standardized logits: any loss on logits, in front of which both sides' logits become z-scores."""
+"""Standardized logits: any loss on logits, applied to z-scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def standardized(logits: Tensor) -> Tensor:
 
     .. math:: \frac{z_c - \bar z}{\sigma(z)}, \quad \sigma(z)^2 = \frac{1}{C} \sum_c (z_c - \bar z)^2
 
-    so that a loss behind it asks the student for the relations of the teacher's logits, not for their size: the result
+    so that a loss on them compares the relations of the teacher's logits, not their scale: the result
     is the same for a z + b with any a > 0 and b. The variance has 1e-8 added: equal logits give zeros. (Published code
     divides by the deviation with C - 1, a constant factor that the loss's temperature takes up.)
 
@@ -61,7 +61,7 @@ class StandardizedLoss(Term):
         self.needs_student, self.needs_teacher = self.term.needs_student, self.term.needs_teacher
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
-        """Let the wrapped term connect; warn of two classes, of which it can teach nothing."""
+        """Connect the wrapped term; warn if there are two classes, whose z-scores are constant."""
         student, teacher = self._standardized(student), self._standardized(teacher)
         if student.logits.shape[-1] == 2:
             warnings.warn(
@@ -80,7 +80,7 @@ class StandardizedLoss(Term):
         return self.term.share(own, mean)
 
     def settings(self) -> dict[str, float]:
-        """Return what the wrapped term has scheduled."""
+        """Return the wrapped term's settings."""
         self.term.progress = self.progress
         return self.term.settings()
 

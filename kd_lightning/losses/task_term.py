@@ -12,7 +12,7 @@ from kd_lightning.types import Batch, ModelOutput
 class TaskTerm(Term):
     r"""A term on the logits of one task, in batches that mix the examples of several.
 
-    The batch says with `task` `(B,)` which task each example is of, and the task has columns of its own among the
+    The batch's `task` `(B,)` gives each example's task, and each task has its own columns among the
     logits `(B, C_1 + ... + C_K)`. With B_k rows of this task and the term's value :math:`L_k` on them alone, this is
 
     .. math:: \frac{B_k}{B} L_k
@@ -21,7 +21,7 @@ class TaskTerm(Term):
     task counts is decided by how often it is drawn, and by its weight. A batch without the task gives 0 with a graph.
 
     Args:
-        term: Reads logits, labels and nothing else.
+        term: One that uses only logits and labels.
         name: Of the task, for messages.
         number: Of the task in the batch's `task`.
         columns: The task's.
@@ -38,10 +38,10 @@ class TaskTerm(Term):
         self.uses_teacher = term.uses_teacher
 
     def plan(self, student: Depth, teacher: Depth) -> None:
-        """Refuse a term that reads more than logits, which are all that the tasks have apart."""
+        """Refuse a term that uses features: only logits can be separated by task."""
         self.term.plan(student, teacher)
         if read := sorted({*self.term.needs_student, *self.term.needs_teacher}):
-            raise ValueError(f"reads {', '.join(read)}: of several tasks only the logits can be told apart")
+            raise ValueError(f"reads {', '.join(read)}: with several tasks, only logits can be separated")
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
         """Let the term build what it sizes by the task's logits."""
@@ -69,7 +69,7 @@ class TaskTerm(Term):
         return self.parts(student, teacher, batch).sum()
 
     def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return the term's parts for the task's rows, times their share of the batch; none where it has no rows."""
+        """Return the term's parts for the task's rows, times their share of the batch; zero without rows."""
         rows = (batch["task"] == self.number).nonzero().squeeze(1)
         if not len(rows):
             return student.logits[rows].sum().view(1)

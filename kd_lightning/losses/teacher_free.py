@@ -78,7 +78,7 @@ class TeacherFreeLoss(Term):
 
     Args:
         temperature: T > 0, or a schedule over training progress.
-        correct_probability: What the virtual teacher gives the label, in (0, 1).
+        correct_probability: The virtual teacher's probability of the label, in (0, 1).
     """
 
     averages: Averages = "labels"
@@ -89,7 +89,7 @@ class TeacherFreeLoss(Term):
         self.temperature, self.correct_probability = temperature, correct_probability
 
     def settings(self) -> dict[str, float]:
-        """Return the temperature now in force."""
+        """Return the current temperature."""
         return {"temperature": self.now(self.temperature)}
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:

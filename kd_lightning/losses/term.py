@@ -1,4 +1,4 @@
-"""What every loss term is, and the masked mean they share.
+"""`Term`, the base class of loss terms, and the masked mean they share.
 
 Shape suffixes used in this package: B examples, L positions, C classes (or V, the vocabulary).
 """
@@ -26,13 +26,13 @@ P = ParamSpec("P")
 
 
 class Term(nn.Module, ABC):
-    """A loss term: a scalar from what student and teacher said of a batch. It knows nothing of its own weight.
+    """A loss term: a scalar, without its weight, from student and teacher outputs for a batch.
 
-    Before the first step a term is told twice of the networks: `plan` of their depths, so that it can say what it
-    needs, and `connect` of their outputs, so that it can build what depends on their sizes. Most terms need neither.
+    Before the first step `plan` gets the networks' depths, to choose the features a term needs, and `connect` their
+    outputs, to build what depends on sizes. Most terms need neither.
 
     Attributes:
-        uses_teacher: False when the term reads nothing of the teacher, so that its forward pass can be saved.
+        uses_teacher: False if the term uses no teacher output, so that its forward pass can be skipped.
         needs_student: Names of the student's features it reads; see `kd_lightning.models.features`.
         needs_teacher: The same of the teacher.
         progress: Share of the training that is done, in [0, 1]; set by the objective before each step.
@@ -48,14 +48,14 @@ class Term(nn.Module, ABC):
     progress: float = 0.0
 
     def plan(self, student: Depth, teacher: Depth) -> None:
-        """Settle `needs_student` and `needs_teacher` where they depend on how many layers the networks have."""
+        """Set `needs_student` and `needs_teacher` if they depend on the networks' depths."""
 
     def connect(self, student: ModelOutput, teacher: ModelOutput, examples: int) -> None:
         """Build what depends on the networks' sizes (projectors, memories), before the optimizer is made.
 
         Args:
-            student: What the student said of one batch, in eval mode.
-            teacher: What the teacher said of it.
+            student: The student's output for one batch, in eval mode.
+            teacher: The teacher's output for it.
             examples: How many examples the data has: every `index` is below.
         """
 
@@ -81,7 +81,7 @@ class Term(nn.Module, ABC):
         return counted.sum(dtype=torch.float32).view(1)
 
     def share(self, own: Tensor, mean: Tensor) -> Tensor:
-        """Return what the `parts` are multiplied by so that their averages over a step's batches are means over it.
+        """Return the factors of the `parts` that make averages over a step's batches means over the step.
 
         Args:
             own: The batch's `counts`.
@@ -90,7 +90,7 @@ class Term(nn.Module, ABC):
         return own / mean.clamp(min=torch.finfo(torch.float32).tiny)
 
     def parts(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return the means that the value is the sum of, `(P,)`, one for each of `counts`.
+        """Return the means that add up to the value, `(P,)`, one for each of `counts`.
 
         Most terms are one mean. One that is built of means over different things, as over the labelled examples and
         over all, overrides this.
@@ -99,11 +99,11 @@ class Term(nn.Module, ABC):
         return value.view(1)
 
     def now(self, value: Scheduled) -> float:
-        """Return a scheduled value at the present progress."""
+        """Return the current value of a number or schedule."""
         return value(self.progress) if callable(value) else value
 
     def settings(self) -> dict[str, float]:
-        """Return the scheduled values now in force, to be logged."""
+        """Return the current scheduled values, to be logged."""
         return {}
 
     @abstractmethod
@@ -117,7 +117,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Have a loss computed in float32 or, where it is given that, float64: half precision is cast, autocast kept out.
+    """Compute a loss in float32, or float64 for float64 inputs: casts half precision, disables autocast.
 
     Autocast would do the products of matrices in a loss in 16 bits even for float32 arguments.
     """
@@ -177,7 +177,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def only_counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return x with zeros where `mask` is False, so that what stands there reaches neither value nor gradient.
+    """Return x with zeros where `mask` is False, so that masked entries affect neither value nor gradient.
 
     To mask a loss's values is not enough: NaN times an upstream gradient of zero is NaN.
 
@@ -235,7 +235,7 @@ def kept_rows(logits: Tensor, batch: Batch) -> Tensor | None:
 def compared_logits(
     student: ModelOutput, teacher: ModelOutput, batch: Batch, classes: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return both sides' logits where a loss compares them class by class, and the mask of rows that count.
+    """Return both sides' logits, aligned class by class, and the mask of rows that count.
 
     Args:
         student: With logits `(B, C)` or `(B, L, V)`.
@@ -245,7 +245,7 @@ def compared_logits(
             end.
 
     Raises:
-        ValueError: The numbers of classes differ and `classes` does not settle it.
+        ValueError: The numbers of classes differ and `classes` is None.
     """
     sizes = student.logits.shape[-1], teacher.logits.shape[-1]
     if classes is None and sizes[0] != sizes[1]:

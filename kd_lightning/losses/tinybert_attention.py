@@ -1,4 +1,4 @@
-"""TinyBERT's attentions: each student layer regresses the attention of the teacher's layer that it meets."""
+"""TinyBERT's attentions: each student layer regresses the attention of a teacher layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TinyBERT's embeddings: what the student's first layer reads is regressed on what the teacher's first layer reads."""
+"""TinyBERT's embeddings: the student's embeddings regress the teacher's."""
 
 from __future__ import annotations
 

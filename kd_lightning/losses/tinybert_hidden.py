@@ -1,4 +1,4 @@
-"""TinyBERT's hidden states: each student layer regresses the states of the teacher's layer that it meets."""
+"""TinyBERT's hidden states: each student layer regresses the states of a teacher layer."""
 
 from __future__ import annotations
 

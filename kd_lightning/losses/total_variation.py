@@ -47,7 +47,7 @@ def total_variation(
 
 
 class TotalVariationLoss(LogitTerm):
-    """Distillation by total variation; see `total_variation` for the formula, `LogitTerm` for the arguments."""
+    """Distillation by total variation; see `total_variation`, and `LogitTerm` for the arguments."""
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None, batch: Batch) -> Tensor:
         """Return T times the total variation distance."""

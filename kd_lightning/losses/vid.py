@@ -1,4 +1,4 @@
-"""Variational information distillation: the student says what the teacher's feature is, and how sure it is."""
+"""Variational information distillation: predict the teacher's feature with a learned variance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def vid(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Negative log-likelihood of the teacher's feature, in nats an entry (Ahn et al. 2019, arXiv 1904.05835).
+    r"""Negative log-likelihood of a feature, in nats per entry (Ahn et al. 2019, arXiv 1904.05835).
 
     .. math:: \frac{1}{D} \sum_d \frac{1}{2} \left( \log \sigma_d^2 + \frac{(t_d - \mu_d)^2}{\sigma_d^2} \right)
 
@@ -116,6 +116,6 @@ class VIDLoss(FeaturePairTerm):
         return F.softplus(self.raw_variance) + self.floor
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
-        """Return the negative log-likelihood an entry, averaged over examples or the tokens that are no padding."""
+        """Return the negative log-likelihood per entry, averaged over examples or real tokens."""
         of_student, of_teacher, mask = self.pair(student, teacher, batch)
         return vid(of_student, of_teacher, self.variance, mask)

@@ -1,4 +1,4 @@
-"""Weighted soft labels: the less, the better the student already does than its teacher."""
+"""Weighted soft labels: less where the student is already better than the teacher."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataPar
 
 
 def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
-    """Run `network` on the entries of `batch` that its forward names, and return its logits as a `ModelOutput`.
+    """Run `network` on the entries of `batch` that its forward names, and return a `ModelOutput`.
 
     `labels`, `keep`, `index`, `task`, `token_bytes` and `teacher_*` are never passed: a network sees what it will see
     when deployed. A forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin
@@ -62,14 +62,14 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
         return _as_output(network(**arguments), network)
     main = next((name for name in _MAIN_ENTRIES if name in batch and name not in forward.names), None)
     if main is not None and missing and missing == forward.main_parameter:
-        arguments.pop(main, None)  # for forward(x, **kwargs): not once by position and once more by name
+        arguments.pop(main, None)  # for forward(x, **kwargs): not by position and by name
         return _as_output(network(_narrowed(batch[main], network), **arguments), network)
     raise ConfigError(_cannot_call(network, forward, missing, batch))
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode for a while: no dropout, no update of BatchNorm's statistics; then each part back."""
+    """Put a network in eval mode for a block, then restore the mode of each module."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -80,7 +80,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return the module inside `torch.compile`, DDP, DataParallel and FSDP wrappers (the module itself if none)."""
+    """Return the module inside `torch.compile`, DDP, DataParallel and FSDP wrappers, if any."""
     while True:
         if isinstance(network, OptimizedModule):
             network = network._orig_mod
@@ -92,7 +92,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Forward:
-    """What one forward's signature says, so that it is read once and not every step."""
+    """The signature of a forward, inspected once instead of in every step."""
 
     names: tuple[str, ...]  # parameters that can be passed by keyword
     required: list[str]  # those without a default
@@ -117,7 +117,7 @@ def _inspect(function: Callable[..., Any], is_method: bool) -> _Forward:
 
 
 def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
-    """Return images in the 16 bits of a network that has no others (`precision=bf16-true`), anything else as it is."""
+    """Cast images to 16 bits for a network with only 16-bit weights; return anything else unchanged."""
     if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     weight = next(network.parameters(), None)
@@ -159,7 +159,7 @@ def _describe_value(value: Any) -> str:
 def _cannot_call(network: nn.Module, forward: _Forward, missing: list[str], batch: Batch) -> str:
     name = type(unwrap(network)).__name__
     needs = f"needs {', '.join(missing)}" if missing else f"takes only {', '.join(forward.names) or 'nothing'}"
-    has = ", ".join(entry for entry in batch if is_input(entry)) or "nothing it may see"
+    has = ", ".join(entry for entry in batch if is_input(entry)) or "no inputs"
     return (
         f"cannot call {name}: its forward {needs}, but the batch has {has} (labels, index and teacher_* are never "
         "passed); rename the forward's parameters to the batch's names and give the others a default"

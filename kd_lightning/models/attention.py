@@ -1,7 +1,7 @@
-"""Eager attention for `transformers` networks that gives its probabilities from before dropout.
+"""Eager attention for `transformers` networks that returns probabilities from before dropout.
 
-Eager attention of `transformers` returns in training what dropout left of them: entries that are zero, and rows that do
-not sum to 1. Losses on attentions compare distributions.
+In training, eager attention of `transformers` returns probabilities after dropout, whose rows do not sum to 1. Losses
+on attentions compare distributions.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ def give_probabilities(encoder: Any) -> None:
         encoder: The network, a `PreTrainedModel`.
 
     Raises:
-        ConfigError: Its attention gives no probabilities and cannot be switched.
+        ConfigError: Its attention returns no probabilities and cannot be switched.
     """
     register_attention()
     encoder.set_attn_implementation(PROBABILITIES)
     if encoder.config._attn_implementation not in (PROBABILITIES, "eager"):
         raise ConfigError(
-            f"attention[i]: {type(encoder).__name__} uses {encoder.config._attn_implementation} attention, which gives "
+            f"attention[i]: {type(encoder).__name__} uses {encoder.config._attn_implementation} attention, which has "
             "no probabilities, and cannot be switched: build the network with attn_implementation=eager"
         )
 
 
 def register_attention() -> None:
-    """Make this attention known to `transformers`, which is imported here."""
+    """Register this attention with `transformers`, which is imported here."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PROBABILITIES, _attend)
@@ -47,7 +47,7 @@ def register_attention() -> None:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, **more: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attend as the architecture's own eager attention does, but return the probabilities from before dropout."""
+    """Compute eager attention, but return the probabilities from before dropout."""
     files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
     eager = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
     output, probabilities = eager(module, query, key, value, mask, dropout=0.0, **more)

@@ -21,11 +21,11 @@ class BiLSTM(nn.Module):
     """Embedding, n bidirectional LSTM layers, pooling over the words (or none), linear classifier.
 
     Padding never touches a word, on either side: each layer is a forward LSTM on the words and a backward LSTM on the
-    words reversed *within their length*. That is what `pack_padded_sequence` computes, without its copying between
-    layouts, and a trace of it holds for every batch size and length.
+    words reversed *within their length*. This equals `pack_padded_sequence` without copying between layouts, and
+    a trace of it is valid for every batch size and length.
 
-    Initialisation: embeddings N(0, 0.1^2) with a zero padding row (small, so that a word seen a few times is moved
-    visibly by AdamW at 1e-3), input weights Xavier uniform, recurrent weights orthogonal, biases zero but the forget
+    Initialisation: embeddings N(0, 0.1^2) with a zero padding row (small, so that AdamW at 1e-3 moves a rare word
+    noticeably), input weights Xavier uniform, recurrent weights orthogonal, biases zero but the forget
     gate's, which is 1 (Jozefowicz et al. 2015).
 
     Features (see `models.features`): `hidden[0]`, also called `embeddings`, the word embeddings, and `hidden[i]`,
@@ -35,7 +35,7 @@ class BiLSTM(nn.Module):
     Args:
         num_classes: Number of classes C.
         vocab_size: Number of token ids V.
-        pad_token_id: The id that means no word.
+        pad_token_id: The padding id.
         embedding_size: Width of the word embeddings.
         hidden_size: Width H of each direction.
         num_layers: Number of bidirectional layers.
@@ -86,7 +86,7 @@ class BiLSTM(nn.Module):
         inputs = [embedding_size] + [2 * hidden_size] * (num_layers - 1)
         self.forward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
         self.backward_layers = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in inputs)
-        # Without parameters: what layers read and put out passes through these for whoever hooks them.
+        # Without parameters: layer inputs and outputs pass through these, so that hooks can capture them.
         self.states = nn.ModuleList(nn.Identity() for _ in range(num_layers + 1))
         self.feature_names = {f"hidden[{i}]": f"states.{i}" for i in range(num_layers + 1)}
         self.feature_names["embeddings"] = "states.0"
@@ -102,7 +102,7 @@ class BiLSTM(nn.Module):
 
         Args:
             input_ids: `(B, L)` token ids.
-            attention_mask: `(B, L)`, nonzero where there is a word; padding may stand on either side. By default
+            attention_mask: `(B, L)`, nonzero where there is a word; padding may be on either side. By default
                 everything but `pad_token_id`.
 
         Returns:
@@ -112,7 +112,7 @@ class BiLSTM(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         # Words to the front, in order: positions of words keep their number, those of padding get one beyond the end.
         order = torch.where(mask, positions, positions + input_ids.shape[1]).argsort(dim=1)
-        lengths = mask.sum(1, keepdim=True).clamp_min(1)  # a text without a word reads as one padding token
+        lengths = mask.sum(1, keepdim=True).clamp_min(1)  # an empty text becomes one padding token
         hidden = self._encode(input_ids.gather(1, order), lengths, positions, order)
         if self.per_token:
             states = _in_place(hidden, lengths, positions, order)
@@ -137,7 +137,7 @@ class BiLSTM(nn.Module):
         return hidden
 
     def _show(self, layer: int, hidden: Tensor, lengths: Tensor, positions: Tensor, order: Tensor) -> None:
-        """Show the words' states, if anybody looks."""
+        """Let hooks capture the words' states."""
         if self.states[layer]._forward_hooks:
             self.states[layer](_in_place(hidden, lengths, positions, order))
 

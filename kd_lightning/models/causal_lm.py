@@ -201,7 +201,7 @@ def causal_lm_small(
     return CausalLM(LlamaForCausalLM(config), vocab_size, logits_in_training)
 
 
-# -- what a network does, asked by what it predicts -------------------------------------------------------------------
+# -- probes of a network's predictions ---------------------------------------------------------------------------------
 
 
 def _probe(network: PreTrainedModel, ids: list[list[int]], **given: Any) -> Tensor:
@@ -221,7 +221,7 @@ def _is_causal(network: PreTrainedModel) -> bool:
 
 
 def _isolates(network: PreTrainedModel) -> bool:
-    """Return whether a document's predictions are the same behind another one, told apart by positions."""
+    """Return whether a document's predictions do not depend on one before it, by position ids."""
     if "position_ids" not in inspect.signature(network.forward).parameters:
         return False
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=network.device)

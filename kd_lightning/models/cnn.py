@@ -1,4 +1,4 @@
-"""Small convolutional classifiers for small images: a plain one, and the residual networks made for CIFAR."""
+"""Small convolutional classifiers for small images: a plain one, and CIFAR's residual networks."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class _Block(nn.Module):
         super().__init__()
         self.first, self.second = _unit(before, after, stride), _unit(after, after)
         self.stride, self.new_channels = stride, after - before
-        self.sum = nn.Identity()  # for whoever hooks the maps from before the last ReLU
+        self.sum = nn.Identity()  # lets hooks capture the maps from before the last ReLU
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return `(B, after, H / stride, W / stride)`."""

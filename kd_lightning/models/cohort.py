@@ -14,8 +14,8 @@ from kd_lightning.types import Batch
 class Cohort(nn.Module):
     """Peers that read the same batch, for deep mutual learning (`kd_lightning.losses.deep_mutual`).
 
-    Its logits are the first peer's, who is *the* student: selected on validation, saved and reported, without the
-    others. All peers' logits are the feature `peers`, `(B, K, C)` or `(B, K, L, V)`.
+    Its logits are the first peer's, which is *the* student: only it is selected on validation, saved and reported.
+    All peers' logits are the feature `peers`, `(B, K, C)` or `(B, K, L, V)`.
 
     Args:
         networks: The peers, the student first.
@@ -32,12 +32,12 @@ class Cohort(nn.Module):
 
 
 def joined(student: nn.Module, peers: Sequence[nn.Module]) -> nn.Module:
-    """Return the student among its peers, or alone where there are none."""
+    """Return the student of a cohort, or the network itself."""
     return Cohort([student, *peers]) if peers else student
 
 
 class Peers(nn.ModuleList):
-    """The peers as one module, so that all their logits can be tapped by its name."""
+    """The peers as one module, so that a tap can capture all their logits."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the peers' logits, stacked on axis 1."""

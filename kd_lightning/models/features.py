@@ -1,4 +1,4 @@
-"""How a network's intermediate activations are reached, by names that mean the same in every architecture.
+"""Captures a network's intermediate activations, by names that mean the same in every architecture.
 
 | name | shape | what | where |
 |---|---|---|---|
@@ -7,20 +7,20 @@
 | `attention[i]` | `(B, H, L, L)` | attention probabilities of layer i, counted from 0; rows sum to 1 | 1, 2 |
 | `qkv[i]` | `(B, L, 3, D)` | its query, key and value projections, before they are split into heads | 1, 2 |
 | `feature_maps[i]` | `(B, C, H, W)` | output of stage i, counted from 0 | 1, 3 |
-| `pooled` | `(B, D)` | what the classifier, the linear layer registered last, reads, without its dropout (4) | 1, all |
-| `cam` | `(B, classes, H, W)` | what that layer, without its bias, says at each place of the last feature map | 1, 3 |
-| `encoder.layer.3.output` | any | output of the module of that name, with what a later one does to it in place | all |
+| `pooled` | `(B, D)` | input of the classifier (the linear layer registered last), before its dropout (4) | 1, all |
+| `cam` | `(B, classes, H, W)` | output of that layer, without its bias, at each place of the last feature map | 1, 3 |
+| `encoder.layer.3.output` | any | output of the module of that name, after in-place changes by later modules | all |
 
 1. A network that names them: any module with an attribute `feature_names: dict[str, str]`, from names of this table (or
-   of its own) to the names of the modules that put them out; `hidden[i]` for every i from 0 to the number of layers,
+   of its own) to the names of the modules that output them; `hidden[i]` for every i from 0 to the number of layers,
    the other kinds from 0 on. Ours have one (`BiLSTM`, `TextCNN`, `CNN`, `ResNet`); a wrapper around such a module
    needs none.
 2. A Hugging Face network with one stack of layers, or the one inside another module. `qkv[i]` where each layer has a
    query, key and value projection of its own (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, ViT, DeiT, ...).
 3. A timm network, by its `feature_info` (`hidden[i]` for its vision transformers); one with a list of modules called
    `stages` (Hugging Face's ResNet, RegNet, ConvNeXt); one with modules `layer1`, `layer2`, ... (torchvision's ResNet).
-4. What goes into the `nn.Dropout` directly in front of it, in the same module: random zeros would tell nothing. If the
-   dropout is a function (in some of timm's networks) or elsewhere, what the layer itself reads: in training after it.
+4. What goes into the `nn.Dropout` directly in front of it, in the same module. If the
+   dropout is a function (in some of timm's networks) or elsewhere, the layer's own input: in training after dropout.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class _Source:
     """Where a feature comes from.
 
     Attributes:
-        modules: Names of the modules; what several give is stacked.
+        modules: Names of the modules; several outputs are stacked.
         what: Their output or input (`undropped`: without the dropout in front), the second part of an attention's
-            output, or a tuple in the output of a Hugging Face network whose layers cannot be told apart from outside.
+            output, or a tuple in the output of a Hugging Face network whose layers are not separate modules.
         position: In that tuple.
-        head: Name of a linear layer that is applied, without its bias, at each place of what was read; "" for none.
+        head: Name of a linear layer that is applied, without its bias, at each place of the feature; "" for none.
     """
 
     modules: tuple[str, ...]
@@ -69,24 +69,24 @@ class _Source:
 
 
 class FeatureTap:
-    """A network, and the features that are read along whenever it is called through this object.
+    """Runs a network and captures features with hooks.
 
     The names are checked here, before any batch. The hooks stay for the network's life (so that a later
     `torch.compile` sees them) but do nothing outside of `__call__`, and nothing is kept after it; they can be pickled
     and deep-copied with the network. Works with compiled networks (if they have not run before), inside DDP, and with
     activation checkpointing; a feature that re-entrant checkpointing cuts off from the graph is refused.
 
-    In training mode `pooled` and attentions come before dropout, while the network itself goes on with the dropped
-    ones, the same as without this tap. For that, asking for attentions switches a Hugging Face network, in place, to
-    eager attention (`kd_lightning.models.attention`), which computes the attention a second time in training if it has
-    dropout. A network whose attention cannot be switched must be eager already, and gives what it gives.
+    In training mode `pooled` and attentions are from before dropout, while the network itself continues with the
+    dropped ones, as without this tap. To capture attentions, a Hugging Face network is switched in place to eager
+    attention (`kd_lightning.models.attention`), which computes the attention a second time in training if it has
+    dropout. A network whose attention cannot be switched must be eager already; its attentions are used as they are.
 
     Args:
         network: Any network; compiled and DDP-wrapped ones are looked into.
-        names: Features to read; see the top of this file. None cost nothing.
+        names: Features to capture; see the top of this file. Without any, nothing is hooked.
 
     Raises:
-        ConfigError: A name that the network does not have; the message lists the nearest that it has.
+        ConfigError: A name that the network does not have; the message lists similar names.
     """
 
     def __init__(self, network: nn.Module, names: Iterable[str] = ()) -> None:
@@ -100,10 +100,10 @@ class FeatureTap:
         self._connect(root)
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Run the network on a batch: its logits, and the features by the names they were asked for.
+        """Run the network on a batch and return its logits and the requested features by name.
 
         Raises:
-            ConfigError: As `run_network`, or a feature that the network did not give, or gave without a graph.
+            ConfigError: As `run_network`, or a feature that the network did not compute, or computed without a graph.
         """
         if not self.names:
             return run_network(self.network, batch)
@@ -118,7 +118,7 @@ class FeatureTap:
         return ModelOutput(output.logits, {**output.features, **features})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come out of a pickle: a new process does not know our attention yet."""
+        """Unpickle; registers our attention in a new process."""
         self.__dict__.update(state)
         if self._attends():
             register_attention()
@@ -143,7 +143,7 @@ class FeatureTap:
             encoder.register_forward_hook(self._keep_fields)
 
     def _watch_dropouts(self, name: str, parent: nn.Module) -> None:
-        """Keep what goes into a dropout as part 1 of a feature and what comes out as part 2; the last call counts."""
+        """Keep a dropout's input and output as parts 1 and 2 of a feature; the last call counts."""
         for module in (child for child in parent.children() if isinstance(child, nn.Dropout)):
             module.register_forward_pre_hook(partial(self._keep_input, (name, 1)), with_kwargs=True)
             if module.inplace:  # work on a copy; versions then count what others do in place
@@ -155,7 +155,7 @@ class FeatureTap:
         """Return True if attention probabilities of a Hugging Face network are read."""
         return any(source.what in ("attention", "attentions") for source in self._sources.values())
 
-    # The hooks only store: where a layer is checkpointed, what they compute (but a copy) is missing when it runs again.
+    # The hooks only store: in a checkpointed layer, what they compute is missing when it runs again.
 
     def _keep_output(self, key: tuple[str, int], which: int, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._open and (tensor := _first_tensor(output[which] if which else output)) is not None:
@@ -178,13 +178,13 @@ class FeatureTap:
         return (inputs[0] if output is None else output).clone() if self._open else None
 
     def _feature(self, name: str, found: dict[tuple[str, int], tuple[Tensor, bool]]) -> Tensor:
-        """Return what was read for a name, if it is what the name promises."""
+        """Return a captured feature, after checking its shape and graph."""
         source = self._sources[name]
         parts = [found[name, part] for part in range(len(source.modules)) if (name, part) in found]
         if len(parts) < len(source.modules):
             ran_before = "; a compiled network must not have run before its FeatureTap is made"
             why = ran_before if _is_compiled(self.network) else ""
-            raise ConfigError(f"feature {name!r}: its module did not run on this batch, or gave no tensor{why}")
+            raise ConfigError(f"feature {name!r}: its module did not run on this batch, or output no tensor{why}")
         if source.what == "undropped" and (name, 2) in found and _is_unchanged(found[name, 2][0], parts[0][0]):
             parts = [found[name, 1]]
         tensors = [tensor for tensor, _ in parts]
@@ -195,29 +195,29 @@ class FeatureTap:
             )
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if name.startswith("feature_maps[") and tensors[0].ndim != 4:
-            raise ConfigError(f"feature {name!r} is {shapes[0]}, no map (B, C, H, W)")
+            raise ConfigError(f"feature {name!r} is {shapes[0]}, not a map (B, C, H, W)")
         if len(set(shapes)) > 1:
             raise ConfigError(f"feature {name!r}: query, key and value are {shapes}, not of one width")
         if source.head:
             weight = full(unwrap(self.network).get_submodule(source.head).weight)
             if tensors[0].ndim != 4 or shapes[0][1] != weight.shape[1]:
                 raise ConfigError(
-                    f"feature {name!r}: the classifier reads {weight.shape[1]} channels and the last feature map is "
-                    f"{shapes[0]}: the classifier does not read its mean, so there are no class activation maps"
+                    f"feature {name!r}: the classifier has {weight.shape[1]} inputs and the last feature map is "
+                    f"{shapes[0]}: its input is not the map's mean, so there are no class activation maps"
                 )
             return torch.einsum("bdhw,cd->bchw", tensors[0].to(weight.dtype), weight)
         return tensors[0] if len(tensors) == 1 else torch.stack(tensors, dim=2)
 
 
 def depth(network: nn.Module, kind: str) -> int:
-    """Return how many layers a network has of a kind: those of `hidden[1..n]`, or of `kind[0..n-1]` for other kinds.
+    """Return a network's number of layers of a kind: n of `hidden[1..n]`, or of `kind[0..n-1]`.
 
     Args:
         network: Any network; compiled and DDP-wrapped ones are looked into.
         kind: `hidden`, `attention`, `qkv` or `feature_maps`.
 
     Raises:
-        ConfigError: It has none; the message says what it has.
+        ConfigError: It has none; the message lists what it has.
     """
     root = unwrap(network)
     available = _catalogue(root)
@@ -230,7 +230,7 @@ def depth(network: nn.Module, kind: str) -> int:
 
 
 def _catalogue(root: nn.Module) -> dict[str, _Source]:
-    """Return every neutral name a network answers to, and where its feature comes from."""
+    """Return every neutral feature name of a network, and where the feature comes from."""
     linear = [  # quantised ones, too
         path
         for path, m in root.named_modules()
@@ -245,7 +245,7 @@ def _catalogue(root: nn.Module) -> dict[str, _Source]:
 
 
 def _of_own_names(root: nn.Module) -> dict[str, _Source]:
-    """Return what the outermost module with `feature_names` says of itself."""
+    """Return the features named by the outermost module with `feature_names`."""
     prefix, owner = _outermost(root, lambda m: isinstance(getattr(m, "feature_names", None), Mapping))
     if owner is None:
         return {}
@@ -254,7 +254,7 @@ def _of_own_names(root: nn.Module) -> dict[str, _Source]:
     for name, path in names.items():
         if path not in modules:
             hint = did_you_mean(path, modules)
-            raise ConfigError(f"{type(owner).__name__}.feature_names: {name} is {path!r}, no module of it{hint}")
+            raise ConfigError(f"{type(owner).__name__}.feature_names: {name} is {path!r}, not a module of it{hint}")
     sources = {name: _Source((_joined(prefix, path),)) for name, path in names.items()}
     for kind in {match[1] for name in sources if (match := _INDEXED.fullmatch(name))}:
         missing = [i for i in range(_count(sources, kind)) if f"{kind}[{i}]" not in sources]
@@ -296,7 +296,7 @@ def _transformer(root: nn.Module) -> tuple[str, nn.Module | None]:
 
 
 def _recorded(prefix: str, encoder: nn.Module, what: str) -> list[str]:
-    """Return the modules that `transformers` would hook to record hidden states or attentions: one in each layer.
+    """Return the modules whose outputs have hidden states or attentions, one in each layer.
 
     Its own hooks are local functions, which cannot be pickled and break a compiled graph.
     """
@@ -308,7 +308,7 @@ def _recorded(prefix: str, encoder: nn.Module, what: str) -> list[str]:
 
 
 def _of_stages(root: nn.Module) -> dict[str, _Source]:
-    """Return the feature maps of a convolutional network that is built like timm's, Hugging Face's or torchvision's."""
+    """Return the feature maps of a convolutional network of timm, Hugging Face or torchvision."""
     prefix, owner = _outermost(root, lambda m: bool(_stages(m)))
     if owner is None:
         return {}
@@ -320,7 +320,7 @@ def _of_stages(root: nn.Module) -> dict[str, _Source]:
 
 
 def _stages(module: nn.Module) -> list[str]:
-    """Return the names of the modules in this one that put out its feature maps; none if it does not tell."""
+    """Return the names of the modules that output feature maps; none if unknown."""
     info = getattr(module, "feature_info", None)
     if isinstance(info, list):  # timm's; in some of its networks the channels come last
         return [item["module"] for item in info] if getattr(module, "output_fmt", "NCHW") == "NCHW" else []
@@ -365,7 +365,7 @@ def _find(name: str, available: dict[str, _Source], root: nn.Module) -> _Source:
     if match and match[1] in ("hidden", "attention", "qkv", "feature_maps"):
         raise ConfigError(f"feature {name!r}: {_lacks(root, match[1], available)}")
     hint = did_you_mean(name, [*modules, *available])
-    if hint.startswith("; valid"):  # nothing is near: all modules of a large network would fill the screen
+    if hint.startswith("; valid"):  # no similar name: the list of all modules would be too long
         hint = did_you_mean(name, [path for path in [*modules, *available] if "." not in path])
     raise ConfigError(f"feature {name!r}: {type(root).__name__} has none of this name{hint}")
 
@@ -387,12 +387,12 @@ def _is_compiled(network: nn.Module) -> bool:
 
 
 def _is_unchanged(put_out: Tensor, read: Tensor) -> bool:
-    """Return True if what a dropout put out was read, and no module between them (a ReLU) has worked on it in place."""
+    """Return True if a dropout's output was captured, unchanged by in-place modules in between."""
     return put_out is read and (read.is_inference() or read._version == 0)
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor of what a module gave or was given."""
+    """Return the first tensor of a module's input or output."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, ModelOutput):

@@ -1,4 +1,4 @@
-"""Whether a network can read and learn from the batches it will get: refused before any training."""
+"""Checks, before training, that a network can process and learn from its batches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch
 
 _POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
-"""What transformers call a table with an entry for each position."""
+"""Names of position tables in `transformers`."""
 
 
 def check_length(network: nn.Module, max_length: int | None, owner: str) -> None:
     """Refuse inputs that are longer than a network has positions.
 
     Args:
-        network: Any network; those without a table of positions read inputs of any length.
+        network: Any network; those without a table of positions accept any length.
         max_length: The longest input in tokens; None where there are no tokens.
         owner: Whose network it is.
 
@@ -36,7 +36,7 @@ def check_length(network: nn.Module, max_length: int | None, owner: str) -> None
 
 
 def most_positions(network: nn.Module) -> int | None:
-    """Return how many tokens fit into the shortest table of positions of a network; None where there is none."""
+    """Return the number of tokens in a network's shortest position table; None without one."""
     tables = [
         module
         for name, module in network.named_modules()
@@ -46,7 +46,7 @@ def most_positions(network: nn.Module) -> int | None:
 
 
 def _usable(table: nn.Embedding) -> int:
-    """Return how many entries of a table are positions: RoBERTa's begin after the padding's, BART's at an offset."""
+    """Return how many entries of a table are positions (RoBERTa and BART begin at an offset)."""
     offset = getattr(table, "offset", 0)
     if not offset and table.padding_idx is not None:
         offset = table.padding_idx + 1
@@ -54,14 +54,14 @@ def _usable(table: nn.Embedding) -> int:
 
 
 def check_single(network: nn.Module, batch: Batch, smallest: int, batch_size: int, key: str) -> None:
-    """Refuse a batch of one example for a network with a BatchNorm, which learns nothing from it.
+    """Refuse batches of one example for a network with a BatchNorm.
 
     Args:
         network: Any network; it stays as it is.
         batch: Some examples.
         smallest: Examples in the smallest batch it will be trained on.
         batch_size: Examples in the others.
-        key: What sets their number.
+        key: The key that sets `batch_size`.
 
     Raises:
         ConfigError: It cannot be trained on that batch.
@@ -76,6 +76,6 @@ def check_single(network: nn.Module, batch: Batch, smallest: int, batch_size: in
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ConfigError(
-                f"{key}={batch_size}: a batch is a single example, from which the network's BatchNorm cannot learn; "
+                f"{key}={batch_size}: a batch is a single example, from which a BatchNorm learns nothing; "
                 f"set {key} to 3 or more (of 2 training examples or more)"
             ) from error

@@ -1,10 +1,10 @@
 """Students that start from their teacher: some of its layers, or its word embeddings.
 
-Each factory has `initialise`: `teacher` copies the weights, `random` builds the same shapes with fresh ones. That is
-how the pipeline recognises such a student, and how it trains the two honest baselines: the same architecture from
-labels with nothing taken from the teacher, and from labels with the teacher's weights to start from.
+Each factory has `initialise`: `teacher` copies the weights, `random` builds the same shapes with random ones. The
+pipeline recognises such a student by it, and trains two baselines from labels: the same architecture from random
+weights, and from the teacher's.
 
-The teacher is only read: the student shares no memory with it.
+The student shares no memory with the teacher.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def from_teacher(
     initialise: Initialise = "teacher",
     width: int | None = None,
 ) -> nn.Module:
-    """Make a student of some layers of a BERT-like Hugging Face teacher (BERT, RoBERTa, DistilBERT, ELECTRA, ...).
+    """Build a student from some layers of a BERT-like teacher (BERT, RoBERTa, DistilBERT, ELECTRA, ...).
 
     Everything but the encoder layers is copied as it is, unless `width` cuts it: embeddings, pooler, and, when the
     number of classes agrees and `copy_head` is true, the classifier head (Sanh et al. 2019, DistilBERT, arXiv
@@ -51,8 +51,8 @@ def from_teacher(
         layers: Which layers, in this order, counted from 0; negative ones from the end. A number k takes k layers
             evenly spaced up to the last: layer `(i + 1) n // k - 1` for i = 0..k-1, so 3 of 6 are layers 1, 3 and 5.
         embedding_rank: Rank r of factorised word embeddings: the best approximation of the teacher's table by a (V, r)
-            table times an (r, H) projection, from a truncated singular value decomposition; the log says what share
-            of the squared norm it keeps. None: the full table.
+            table times an (r, H) projection, from a truncated singular value decomposition; the log reports the share
+            of the squared norm that is kept. None: the full table.
         copy_head: Copy the teacher's classifier head when the number of classes agrees; otherwise it is fresh.
         initialise: `teacher`: copy as described; `random`: the same architecture with fresh weights.
         width: Make a BERT so much narrower: of its hidden dimensions, heads and feed-forward units the most important
@@ -101,11 +101,11 @@ def embeddings_from_teacher(
     scale: float = 5.0,
     initialise: Initialise = "teacher",
 ) -> nn.Module:
-    """Make a student whose word embeddings are the principal components of the teacher's.
+    """Build a student whose word embeddings are the principal components of the teacher's.
 
     The teacher's table `(V, H)` is centred, reduced to as many principal components as the student's embeddings are
-    wide, and scaled to `scale` times the root mean square of its fresh ones; the padding row stays zero. The two must
-    read the same token ids.
+    wide, and scaled to `scale` times the root mean square of its fresh ones; the padding row stays zero. Both must
+    use the same token ids.
 
     Args:
         teacher: Any network with `get_input_embeddings()` (text models of `transformers`), or a `PooledClassifier`.
@@ -113,9 +113,9 @@ def embeddings_from_teacher(
         vocab_size: The teacher's, but for padding rows at the end of its table.
         network: Makes the student, which needs `get_input_embeddings()`; given `num_classes`, `vocab_size` and
             `pad_token_id`.
-        pad_token_id: The id that means no word.
-        scale: A step of Adam is as long as the learning rate whatever it changes: the larger the embeddings, the longer
-            they stay what the teacher said.
+        pad_token_id: The padding id.
+        scale: Adam's steps have the size of the learning rate, whatever the size of the weights: the larger the
+            embeddings, the less training moves them.
         initialise: `teacher`: as described; `random`: the same network with fresh embeddings.
 
     Raises:
@@ -129,7 +129,7 @@ def embeddings_from_teacher(
     if not 0 <= table.shape[0] - vocab_size <= MOST_PADDING_ROWS:
         raise ConfigError(
             f"the teacher has embeddings of {table.shape[0]} tokens and the student's vocabulary has {vocab_size}: "
-            "let both read with the teacher's tokenizer (data.tokenizer), or use a student that takes nothing from it"
+            "let both use the teacher's tokenizer (data.tokenizer), or choose a student that takes nothing from it"
         )
     sizes = {"num_classes": num_classes, "vocab_size": vocab_size, "pad_token_id": pad_token_id}
     if lacking := sizes.keys() - inspect.signature(network).parameters.keys():
@@ -165,7 +165,7 @@ def _word_embeddings(network: nn.Module) -> Tensor:
     if not isinstance(getattr(embedding, "weight", None), Tensor):
         raise ConfigError(
             f"{type(network).__name__} has no word embeddings to start from: it needs get_input_embeddings(), which "
-            "Hugging Face text models have; use one that takes nothing of the teacher, such as model@student=bilstm"
+            "Hugging Face text models have; use one that takes nothing from the teacher, such as model@student=bilstm"
         )
     weight: Tensor = embedding.weight  # type: ignore[union-attr]
     return weight.detach()
@@ -203,7 +203,7 @@ def _chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:
 def _student_config(config: PreTrainedConfig, chosen: list[int], num_classes: int) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) == config.num_hidden_layers:  # such as local and global attention
+    if isinstance(kinds, list) and len(kinds) == config.num_hidden_layers:  # local and global attention, for example
         config.layer_types = [kinds[layer] for layer in chosen]
     config.num_hidden_layers = len(chosen)
     config.num_labels = num_classes
@@ -220,7 +220,7 @@ def _build(teacher: nn.Module, config: PreTrainedConfig, num_classes: int) -> nn
 
 
 def _factorised(target: PreTrainedModel, source: PreTrainedModel, rank: int | None) -> FactorizedEmbedding | None:
-    """Factorise the student's embeddings if asked to, or if the teacher's already are."""
+    """Factorise the student's embeddings if `rank` is given or the teacher's are factorised."""
     teachers = source.get_input_embeddings()
     if rank is None:
         if not isinstance(teachers, FactorizedEmbedding):
@@ -239,7 +239,7 @@ def _num_classes(network: nn.Module) -> int:
 
 
 def _head_names(network: nn.Module) -> tuple[str, ...]:
-    """Return the prefixes of what stands on top of the encoder: everything outside the base model."""
+    """Return the prefixes of everything outside the base model."""
     base = "encoder" if isinstance(network, PooledClassifier) else str(network.base_model_prefix)
     return tuple(f"{name}." for name, _ in network.named_children() if name != base)
 
@@ -248,7 +248,7 @@ def _head_names(network: nn.Module) -> tuple[str, ...]:
 def _copy_weights(
     student: nn.Module, teacher: nn.Module, renamed: dict[str, str], fresh: tuple[str, ...], cut: Cut | None
 ) -> None:
-    """Copy the teacher's weights, cut, to the student's names; factorised embeddings and `fresh` ones stay."""
+    """Copy the teacher's weights, cut, to the student's; skip factorised embeddings and `fresh` ones."""
     source = teacher.state_dict()
     for name, value in student.state_dict().items():
         prefix = next((new for new in renamed if name.startswith(new)), "")

@@ -98,21 +98,21 @@ def pretrained(
 ) -> nn.Module:
     """Load a pretrained encoder or a finished classifier, in float32 and training mode.
 
-    A finished classifier for `num_classes` classes keeps its head; for any other checkpoint the head is new, and the
-    log says so.
+    A finished classifier for `num_classes` classes keeps its head; any other checkpoint gets a new one, which is
+    logged.
 
     Args:
         name: The asset `minilm` (all-MiniLM-L6-v2), a folder, or a name on the Hugging Face hub. The first two never
             touch the network.
         num_classes: Number of classes.
-        pooling: `checkpoint`: the head that `AutoModelForSequenceClassification` gives this architecture (for BERT:
+        pooling: `checkpoint`: the head of `AutoModelForSequenceClassification` for this architecture (for BERT:
             first token, pooler, linear), or `AutoModelForImageClassification` to one of images. `mean`, `max`,
             `first`: a `PooledClassifier`.
         dropout: Before a `PooledClassifier`'s classifier; everything else keeps the checkpoint's dropout.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None: the fastest that is always there (sdpa).
-        frozen_layers: Keep the embeddings and so many of the lowest layers as they were pretrained: their backward pass
-            and optimizer steps are saved. 0: everything is trained.
-        trust_remote_code: Run the Python files that the checkpoint brings; nobody is asked otherwise.
+        frozen_layers: Freeze the embeddings and this many of the lowest layers, which saves their backward pass and
+            optimizer steps. 0: everything is trained.
+        trust_remote_code: Run the Python files that the checkpoint brings; without it no prompt appears.
         pad_token_id: The id that shorter texts of a batch are filled up with. A decoder such as GPT-2 or Llama, which
             classifies at the last token that is another, takes it in place of its checkpoint's, which often has none.
             None: the checkpoint's.
@@ -159,7 +159,7 @@ def pretrained(
 
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""What `transformers` itself has. Any other name would be fetched from the hub as a kernel, which is code."""
+"""Attentions of `transformers` itself. Any other name would be fetched from the hub as a kernel, which is code."""
 
 
 def check_unpooled(pooling: str, default: str) -> None:
@@ -169,7 +169,7 @@ def check_unpooled(pooling: str, default: str) -> None:
         ConfigError: Another than the default, which a configuration has without anybody's doing.
     """
     if pooling != default:
-        raise ConfigError(f"pooling={pooling}: the data ask for a prediction for each token, and nothing is pooled")
+        raise ConfigError(f"pooling={pooling}: the data need a prediction for each token, and nothing is pooled")
 
 
 def check_attention(given: Any, key: str) -> None:
@@ -200,7 +200,7 @@ def _config(source: str, name: str, options: dict[str, Any]) -> PreTrainedConfig
 
 
 def layer_stack(network: PreTrainedModel) -> str:
-    """Return the name of the encoder's list of layers: the largest list of as many equal modules as the config says."""
+    """Return the name of the encoder's list of layers: the largest with the config's number of modules."""
     sizes: dict[str, int] = {}
     for name, module in network.named_modules():
         is_stack = isinstance(module, nn.ModuleList) and len(module) == network.config.num_hidden_layers
@@ -215,16 +215,16 @@ def layer_stack(network: PreTrainedModel) -> str:
 
 
 def _pad_with(network: nn.Module, pad_token_id: int | None, name: str) -> None:
-    """Tell a network that classifies at a text's last token what is none of the text.
+    """Set the padding id of a network that classifies at a text's last token.
 
-    All others have a mask for that, and their checkpoint's own number may decide where their positions begin.
+    All others use the mask, and their checkpoint's padding id may decide where their positions begin.
     """
     if pad_token_id is None:
         return
     rows = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if pad_token_id >= rows:
         raise ConfigError(
-            f"name={name!r} has embeddings for {rows} tokens, and the data pad with token {pad_token_id}: read with "
+            f"name={name!r} has embeddings for {rows} tokens, and the data pad with token {pad_token_id}: use "
             f"the checkpoint's own tokenizer, data.tokenizer={name}, or give it the token and its embedding first"
         )
     if "pad_token_id" in inspect.unwrap(type(network).forward).__code__.co_names:
@@ -252,7 +252,7 @@ def finished(
     per_token: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Load a classifier that has been trained for this many classes, with its head; `pretrained` has the arguments.
+    """Load a finished classifier for this many classes, with its head; arguments as for `pretrained`.
 
     Args:
         name: As for `pretrained`.
@@ -263,7 +263,7 @@ def finished(
 
     Raises:
         ConfigError: The checkpoint is an encoder, or a classifier for another number of classes: `pretrained` would
-            give it a new head, which knows nothing yet. Or the names of its classes are others.
+            give it a new, untrained head. Or the names of its classes are others.
     """
     source, local = locate(name)
     try:
@@ -292,14 +292,14 @@ def finished(
 
 
 def locate(name: str, key: str = "name") -> tuple[str, bool]:
-    """Return what `from_pretrained` should load and whether it is on this machine.
+    """Return the name for `from_pretrained` and whether it is on this machine.
 
     Args:
         name: As for `pretrained`.
-        key: What gave it.
+        key: The key that names it.
 
     Raises:
-        ConfigError: It is a path, and no folder of a checkpoint.
+        ConfigError: It is a path, but not a folder of a checkpoint.
     """
     if name == "minilm":
         return str(fetch("minilm")), True
@@ -321,7 +321,7 @@ def _has_classifier(config: PreTrainedConfig, per_token: bool) -> bool:
 
 
 def _classifier(config: PreTrainedConfig, per_token: bool) -> Any:
-    """Return what loads a classifier of this architecture: of images where it classifies nothing else."""
+    """Return the auto class for this architecture: of images if it classifies nothing else."""
     if per_token:
         return AutoModelForTokenClassification
     of_images = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
@@ -353,7 +353,7 @@ def cannot_load(name: str, kind: str, local: bool, error: Exception) -> str:
 
 @contextmanager
 def quiet_loading(hide_bar: bool) -> Iterator[None]:
-    """Hide the 'weights were not initialized' report, which `_log_head` says in one line, inside this block only.
+    """Hide the 'weights were not initialized' report in a block; `_log_head` logs one line instead.
 
     The progress bar of reading a local file goes too; that of a download stays.
     """

@@ -1,4 +1,4 @@
-"""What students that can start from trained weights have in common: an argument that says whether they do."""
+"""The argument `initialise` of students that can start from trained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which hidden dimensions, heads and units of a BERT a narrower student takes, and its weights cut to them."""
+"""Selects the hidden dimensions, heads and units of a narrower BERT, and cuts weights to them."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Cut:
 
 
 def narrow_config(config: PreTrainedConfig, width: int) -> None:
-    """Make a BERT's configuration `width` wide: as many heads of the teacher's size, a feed-forward part as much wider.
+    """Return a BERT's configuration at another width, with heads of the same size.
 
     Raises:
-        ConfigError: No BERT, or a width that is no smaller number of whole heads.
+        ConfigError: Not a BERT, or a width that is not a smaller number of whole heads.
     """
     if config.model_type != "bert":
         raise ConfigError(f"width={width}: only a BERT can be made narrower, not {config.model_type}; set width=null")
@@ -82,12 +82,12 @@ def important(
     student: PreTrainedConfig,
     layers: Sequence[int],
 ) -> Cut:
-    r"""Choose by the size of weights, which needs no data (magnitude pruning; Han et al. 2015, arXiv 1506.02626).
+    r"""Select by magnitude of weights, which needs no data (Han et al. 2015, arXiv 1506.02626).
 
-    A hidden dimension is worth its share of the squared norm of each matrix that reads or writes it, summed over the
-    word embeddings (less their mean row) and the chosen layers; positions and the gains of LayerNorms do not count. A
-    head is worth the product of the norms of its values and of its part of the attention's output; a unit of the
-    feed-forward part the product of the norms of what it reads and of what it writes.
+    The score of a hidden dimension is its share of the squared norm of each matrix that reads or writes it, summed over
+    the word embeddings (less their mean row) and the chosen layers; positions and the gains of LayerNorms do not count.
+    A head's score is the product of the norms of its values and of its part of the attention's output; that of a
+    feed-forward unit the product of the norms of its input and output weights.
 
     Args:
         state: The teacher's weights by name.
@@ -124,5 +124,5 @@ def _norms(matrix: Tensor, size: int, axis: int) -> Tensor:
 
 
 def _largest(worth: Tensor, count: int) -> Tensor:
-    """Return the positions of the largest, ascending; of equal ones the first."""
+    """Return the positions of the largest, ascending; among equal ones the first."""
     return worth.cpu().sort(descending=True, stable=True).indices[:count].sort().values

@@ -1,4 +1,4 @@
-"""Describe a network as plain JSON, and build it again from that without its teacher or pretrained weights.
+"""Describe a network as plain JSON, and rebuild it without its teacher or pretrained weights.
 
 A run folder keeps the description beside the weights (safetensors), so that the run can be loaded on a machine that
 has neither the pretrained checkpoint nor a network. It covers what the factories of this package make; a user's own
@@ -73,7 +73,7 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
         "architecture": type(network).__name__,
         "config": config,
         "embedding_rank": embedding.rank if isinstance(embedding, FactorizedEmbedding) else None,
-        "attn_implementation": None if implementation == PROBABILITIES else implementation,  # known to a tap alone
+        "attn_implementation": None if implementation == PROBABILITIES else implementation,  # registered by a tap only
     }
 
 
@@ -95,8 +95,8 @@ def is_description(settings: dict[str, Any]) -> bool:
 def from_description(description: dict[str, Any]) -> nn.Module:
     """Build the network of a description with fresh weights; load its state dict afterwards.
 
-    Only this module's own builders and the model classes of `transformers` can be reached from a description, so one
-    that came with a downloaded run folder runs no other code.
+    Only this module's own builders and the model classes of `transformers` can be reached from a description, so
+    the description in a downloaded run folder runs no other code.
 
     Raises:
         ConfigError: Not a description of `describe`, or a class this version of `transformers` does not have.
@@ -113,7 +113,7 @@ def from_description(description: dict[str, Any]) -> nn.Module:
     try:
         return builder(**arguments)
     except TypeError as error:
-        raise ConfigError(f"the network description does not fit {description['_target_']}: {error}") from error
+        raise ConfigError(f"the network description does not match {description['_target_']}: {error}") from error
 
 
 def hugging_face(
@@ -150,7 +150,7 @@ def hugging_face(
 def fresh_network(
     kind: type[PreTrainedModel], config: PreTrainedConfig, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Build a network of this class with fresh float32 weights, whatever type its checkpoint was stored in."""
+    """Build a network of this class with fresh float32 weights, whatever the checkpoint's dtype."""
     network: PreTrainedModel = kind._from_config(  # type: ignore[no-untyped-call]
         config, attn_implementation=attn_implementation, dtype=torch.float32
     )
@@ -163,7 +163,7 @@ def pooled_classifier(encoder: nn.Module, num_classes: int, pooling: Pooling, dr
 
 
 def factorise_embedding(network: PreTrainedModel, rank: int) -> FactorizedEmbedding:
-    """Put a fresh `FactorizedEmbedding` of this rank in place of a network's word embeddings, and return it."""
+    """Replace a network's word embeddings by a fresh `FactorizedEmbedding` of this rank; return it."""
     full = network.get_input_embeddings()
     rows, width = full.weight.shape  # type: ignore[misc]
     std = getattr(network.config, "initializer_range", 0.02)

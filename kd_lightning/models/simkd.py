@@ -16,18 +16,18 @@ from kd_lightning.types import ModelOutput
 
 
 class SimKDStudent(nn.Module):
-    """A backbone, a projector and a classifier that reads what the teacher's reads.
+    """A backbone, a projector, and a classifier with the teacher's input.
 
-    The backbone's own classifier (its last linear layer) is taken out; what it read goes through the projector, two
-    linear layers with a ReLU between them, to the classifier. What the projector says, as the feature `simkd_projector`
-    (or `pooled`), is what `kd_lightning.losses.simkd` compares with the teacher's `pooled`.
+    The backbone's own classifier (its last linear layer) is removed; its input goes through the projector, two linear
+    layers with a ReLU between them, to the new classifier. `kd_lightning.losses.simkd` compares the projector's output,
+    the feature `simkd_projector` (or `pooled`), with the teacher's `pooled`.
 
     Args:
         backbone: A classifier of `num_classes` or any other number of classes; changed in place.
-        width: Of what the teacher's classifier reads.
+        width: Of the input of the teacher's classifier.
         num_classes: Number of classes C.
         hidden_size: Width inside the projector.
-        frozen: The classifier is the teacher's: it is not trained.
+        frozen: Whether the classifier is the teacher's and not trained.
 
     Raises:
         ConfigError: A backbone without a linear layer.
@@ -42,7 +42,7 @@ class SimKDStudent(nn.Module):
         self.arguments = {"width": width, "num_classes": num_classes, "hidden_size": hidden_size, "frozen": frozen}
         name, head = last_linear(backbone)
         if not name:
-            raise ConfigError("backbone is a single linear layer: nothing would be left below its classifier")
+            raise ConfigError("backbone is a single linear layer: nothing is left below its classifier")
         backbone.set_submodule(name, nn.Identity())
         self.backbone = backbone
         self.simkd_projector = nn.Sequential(
@@ -77,7 +77,7 @@ def simkd(
     hidden_size: int = 256,
     initialise: Initialise = "teacher",
 ) -> SimKDStudent:
-    """Make a student that predicts with a copy of its teacher's classifier.
+    """Build a student that predicts with a copy of its teacher's classifier.
 
     Args:
         teacher: Any classifier whose logits come from its last linear layer.
@@ -85,7 +85,7 @@ def simkd(
         backbone: Makes the student below the projector; given those of `num_classes`, `vocab_size`, `pad_token_id` and
             `channels` that it takes.
         vocab_size: Number of token ids, for texts.
-        pad_token_id: The id that means no word, for texts.
+        pad_token_id: The padding id, for texts.
         channels: Of an image.
         hidden_size: Width inside the projector.
         initialise: `teacher`: with the teacher's classifier, which is not trained; `random`: the same network with a
@@ -98,7 +98,7 @@ def simkd(
     name, head = last_linear(teacher)
     if head.out_features != num_classes:
         raise ConfigError(
-            f"the teacher's last linear layer, {name}, gives {head.out_features} numbers and the data have "
+            f"the teacher's last linear layer, {name}, has {head.out_features} outputs and the data have "
             f"{num_classes} classes: a SimKD student needs a teacher of the same classes"
         )
     sizes: dict[str, Any] = {
@@ -115,7 +115,7 @@ def simkd(
 
 
 def last_linear(network: nn.Module) -> tuple[str, nn.Linear]:
-    """Return the name of a network's last linear layer, which gives its logits, and the layer.
+    """Return a network's last linear layer, which outputs its logits, with its name.
 
     Raises:
         ConfigError: It has none.

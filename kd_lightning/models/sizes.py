@@ -1,4 +1,4 @@
-"""What our own networks refuse alike."""
+"""Argument checks that our own networks share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def check_sizes(dropout: float = 0.0, **sizes: int) -> None:
 
 
 def check_padding(pad_token_id: int, vocab_size: int) -> None:
-    """Raise `ConfigError` for a padding id that is no token of the vocabulary."""
+    """Raise `ConfigError` for a padding id that is not a token of the vocabulary."""
     if not 0 <= pad_token_id < vocab_size:
         raise ConfigError(f"pad_token_id={pad_token_id} is not a token: give a number from 0 to {vocab_size - 1}")

@@ -16,8 +16,8 @@ from kd_lightning.types import ModelOutput
 class TextCNN(nn.Module):
     """Embedding, convolutions of several widths, maximum over the words, linear classifier.
 
-    Kim 2014, arXiv 1408.5882. A convolution of width k looks at k neighbouring words; beyond the text it sees zeros,
-    and padding never touches a word. `kernel_sizes=[1]` is a bag of embeddings: the order of the words is not seen.
+    Kim 2014, arXiv 1408.5882. A convolution of width k covers k neighbouring words, with zeros beyond the text;
+    padding never affects a word. `kernel_sizes=[1]` is a bag of embeddings, without word order.
 
     Initialisation: embeddings N(0, 0.1^2) with a zero padding row, the rest is torch's.
 
@@ -27,11 +27,11 @@ class TextCNN(nn.Module):
     Args:
         num_classes: Number of classes C.
         vocab_size: Number of token ids V.
-        pad_token_id: The id that means no word.
+        pad_token_id: The padding id.
         embedding_size: Width of the word embeddings.
         num_filters: Filters of each width.
         kernel_sizes: Widths in words.
-        dropout: Probability of dropping an entry of the embeddings and of what the classifier reads.
+        dropout: Probability of dropping an entry of the embeddings and of the classifier's input.
 
     Raises:
         ConfigError: A size below 1, no width, a dropout outside [0, 1), a padding id beyond the vocabulary.
@@ -70,7 +70,7 @@ class TextCNN(nn.Module):
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_RMS)
         with torch.no_grad():
             self.embedding.weight[pad_token_id].zero_()
-        self.shown = nn.Identity()  # what the convolutions read passes through it for whoever hooks it
+        self.shown = nn.Identity()  # the convolutions' input passes through it, for hooks
         self.feature_names = {"hidden[0]": "shown", "embeddings": "shown"}
         self.convolutions = nn.ModuleList(
             nn.Conv1d(embedding_size, num_filters, size, padding=size // 2) for size in kernel_sizes
@@ -83,7 +83,7 @@ class TextCNN(nn.Module):
 
         Args:
             input_ids: `(B, L)` token ids.
-            attention_mask: `(B, L)`, nonzero where there is a word; padding may stand on either side. By default
+            attention_mask: `(B, L)`, nonzero where there is a word; padding may be on either side. By default
                 everything but `pad_token_id`.
 
         Returns:
@@ -92,7 +92,7 @@ class TextCNN(nn.Module):
         mask = input_ids.ne(self.pad_token_id) if attention_mask is None else attention_mask.ne(0)
         words = self.shown(self.embedding(input_ids).masked_fill(~mask.unsqueeze(2), 0.0))
         words = self.dropout(words).transpose(1, 2)  # (B, E, L)
-        # At padding nothing is detected, as after a ReLU where nothing fits: also in a text without a word.
+        # At padding the detectors output 0, as a ReLU does without a match; also in an empty text.
         detected = [layer(words)[:, :, : mask.shape[1]].relu() * mask.unsqueeze(1) for layer in self.convolutions]
         found = [one.amax(2) for one in detected]
         return ModelOutput(self.classifier(self.dropout(torch.cat(found, dim=1))))

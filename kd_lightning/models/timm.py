@@ -26,20 +26,22 @@ def timm_model(
     """
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # torchvision raises the latter beside a torch of another build
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter with a torch of another build
         raise ConfigError(
-            f"name={name} needs timm and a torchvision that fits torch: install kd-lightning[vision], torchvision from "
-            f"where torch came from ({error})"
+            f"name={name} needs timm and a matching torchvision: install kd-lightning[vision], and torchvision "
+            f"from the index that torch came from ({error})"
         ) from error
     if not timm.is_model(name.partition(".")[0]):
-        raise ConfigError(f"name={name!r} is no model of timm {timm.__version__}{_nearest(name, timm.list_models())}")
+        raise ConfigError(
+            f"name={name!r} is not a model of timm {timm.__version__}{_nearest(name, timm.list_models())}"
+        )
     try:
         network: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, drop_rate=drop_rate
         )
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(f"name={name!r}, channels={channels}, pretrained={pretrained}: timm says {error}") from error
-    # What a run folder keeps to build it again; the weights come from there.
+        raise ConfigError(f"name={name!r}, channels={channels}, pretrained={pretrained}: {error}") from error
+    # Stored in a run folder to rebuild it; the weights come from there.
     arguments = {"name": name, "num_classes": num_classes, "channels": channels, "drop_rate": drop_rate}
     network.arguments = arguments  # type: ignore[assignment]
     return network.train()
@@ -47,4 +49,4 @@ def timm_model(
 
 def _nearest(name: str, names: list[str]) -> str:
     hint = did_you_mean(name, names)
-    return "" if hint.startswith("; valid") else hint  # it has a thousand
+    return "" if hint.startswith("; valid") else hint  # the list has a thousand names

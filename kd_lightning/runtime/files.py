@@ -1,4 +1,4 @@
-"""Files that are never half written."""
+"""Atomic writes, temporary files and locks."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from kd_lightning.runtime.errors import ConfigError, KDError, environment_fault,
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 _LONG_AGO = 86_400.0
-"""Seconds after which nobody on another machine writes a temporary file still."""
+"""Seconds after which a temporary file of another machine counts as abandoned."""
 _numbers = itertools.count()
 
 
 def temporary_name(name: str) -> str:
-    """Return a name for what becomes `name` when it is whole: this process's own, and known to `remove_temporary`."""
+    """Return this process's temporary name for `name`, which `remove_temporary` recognises."""
     return f".{name}.{next(_numbers)}.{os.getpid()}@{socket.gethostname()}.tmp"
 
 
 def remove_temporary(folder: Path, alone: bool = False) -> None:
-    """Remove what killed processes have half written in a folder, files and folders.
+    """Remove partial files and folders of killed processes from a folder.
 
     Args:
-        folder: Where to look; nothing below its folders.
-        alone: Whether no other process writes there, as for the holder of its lock. Otherwise what a living process
-            of this machine may be writing stays, and what one of another machine has begun within a day.
+        folder: Where to look, without its subfolders.
+        alone: Whether no other process writes there, as for the holder of its lock. Otherwise files of living
+            processes of this machine stay, and those of other machines for a day.
     """
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
@@ -49,7 +49,7 @@ def remove_temporary(folder: Path, alone: bool = False) -> None:
 
 
 def half_saved(folder: Path) -> list[Path]:
-    """Return what safetensors left of files when it was killed; to be asked by whoever holds the lock."""
+    """Return partial files of killed safetensors writers; the caller holds the lock."""
     return [path for path in folder.glob(".tmp??????") if _OF_SAFETENSORS.fullmatch(path.name) and path.is_file()]
 
 
@@ -62,19 +62,19 @@ def _may_be_written(path: Path, process: int, host: str) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # it is alive and another user's
         return True
     return True
 
 
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Make a new folder, to be moved to where it belongs; what is still there at the end is removed.
+    """Create a temporary folder, to be moved to its destination, and remove it at the end.
 
-    What killed processes left of the kind in `parent` is removed first.
+    First removes temporary folders of killed processes in `parent`.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: It cannot be created.
     """
     remove_temporary(parent)
     folder = parent / temporary_name(name)
@@ -87,10 +87,10 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, to be written; afterwards it takes `path`'s place in one step.
+    """Yield a temporary path beside `path`, which replaces `path` in one step at the end.
 
-    Whatever goes wrong (a full disk, Ctrl-C), `path` stays as it was and nothing half-written stays beside it. Its mode
-    is what the umask makes of a new file, whoever writes it.
+    After an error (a full disk, Ctrl-C), `path` is unchanged and no partial file is left. The mode is that of a new
+    file under the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
@@ -107,7 +107,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have a full disk and its like, met while a path is written by whatever writes it, name that path."""
+    """Add the path to errors of a full disk and the like while it is written."""
     try:
         yield
     except Exception as error:
@@ -117,7 +117,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _mode_of_new(path: Path) -> int:
-    """Return the mode of a file that is made now."""
+    """Return the mode of a new file."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     path.unlink()
@@ -125,7 +125,7 @@ def _mode_of_new(path: Path) -> int:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: it is the old one or the new one, and on disk when this returns."""
+    """Write a file in one step, and sync it to disk."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -133,14 +133,14 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def check_place(folder: Path, given: str) -> None:
-    """Refuse, before any work, a folder that is there or is to be made and that no file can be written into.
+    """Refuse, before any work, a folder (existing or not) into which no file can be written.
 
     Args:
-        folder: The folder, in which nothing is left.
-        given: What the user gave, for the line: `--out x`.
+        folder: The folder; nothing is left in it.
+        given: The user's argument, for the message: `--out x`.
 
     Raises:
-        ConfigError: Says why, in the words of `environment_fault`.
+        ConfigError: With the reason from `environment_fault`.
         KDError: The disk is full, or fails.
     """
     try:
@@ -148,7 +148,7 @@ def check_place(folder: Path, given: str) -> None:
         if max(len(os.fsencode(part)) for part in folder.absolute().parts) > os.pathconf(there, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with tempfile.TemporaryFile(dir=there) as file:
-            file.write(bytes(4096))  # which a full disk has no room for
+            file.write(bytes(4096))  # fails on a full disk
     except OSError as error:
         plain = OSError(error.errno, error.strerror)  # without the path, which `given` names
         reason = environment_fault(plain) or error.strerror or type(error).__name__
@@ -157,7 +157,7 @@ def check_place(folder: Path, given: str) -> None:
 
 
 def _is_there(place: Path) -> bool:
-    """Return whether something has this path; unlike `os.path.lexists` raise what a path that cannot be has wrong."""
+    """Return whether a path exists; unlike `os.path.lexists`, raise for an invalid path."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -171,30 +171,30 @@ class Busy(Exception):
 
 @contextmanager
 def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator[None]:
-    """Hold a lock, which the system releases when its holder dies. A process that holds it may take it again.
+    """Hold a lock, which the system releases when its holder dies; reentrant within a process.
 
     Args:
-        lock: Its file, which stays.
-        say: Told, once, whom this process waits for.
+        lock: Its file, which is not removed.
+        say: Receives a line with the process that this one waits for.
         wait: Whether to wait at all.
 
     Raises:
         Busy: Another process has it and `wait` is False.
-        OSError: The lock cannot be made.
+        OSError: The lock cannot be created.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))  # where nothing can be made, filelock waits
+    os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))  # or filelock would wait
     held = filelock.FileLock(lock, thread_local=False, is_singleton=True)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
         holder = ""
-        with suppress(OSError):  # who it is helps, but is not needed
+        with suppress(OSError):  # the holder's name is optional
             holder = lock.read_text(encoding="utf-8").strip()
         if not wait:
             raise Busy(holder or "another process") from None
         say(f"waiting for {holder or 'another process'}")
-        held.acquire()  # without a limit, as a training may last: the system releases what a dead holder held
+        held.acquire()  # without a limit: the holder may train for days, and the system releases a dead one's lock
     try:
         with suppress(OSError):  # a full disk
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

@@ -50,7 +50,7 @@ def network_digest(network: nn.Module) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Say in which keys two nested settings differ, and how; two fingerprints tell a reader nothing but that."""
+    """Return the keys in which two nested settings differ, and how; of two hashes only that they differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in old.keys() | new.keys():

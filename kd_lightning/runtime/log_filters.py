@@ -1,4 +1,4 @@
-"""Messages of our libraries that tell a user nothing, silenced one by one, each with its reason; no others are."""
+"""Silences messages of libraries that carry no information, one by one, each with its reason."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class _Without(logging.Filter):
 
 
 LIGHTNING_INFO = (
-    "GPU available:",  # the report's environment says what was used
+    "GPU available:",  # in the report's environment
     "TPU available:",
     "💡 Tip",  # advertising
     "`Trainer.fit` stopped:",  # the progress line shows that all steps are done
-    "Restoring states from the checkpoint",  # the stage's own line says that it goes on
+    "Restoring states from the checkpoint",  # the stage logs the resumption itself
     "Restored all states from the checkpoint",
     "Using bfloat16 Automatic Mixed Precision",  # chosen by us, and in the report's settings
 )
@@ -35,13 +35,13 @@ WARNINGS = (
     # The folder holds this very run's settings and its resumable checkpoints, which is why it exists.
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Experiment logs directory .* exists.*",
-    # The number of batches is asked for before training to give the baseline the same number of steps.
+    # The number of batches is needed before training, to give the baseline the same number of steps.
     r".*The number of training batches .* is smaller than the logging interval.*",
-    # Asked for on every machine that has srun, also where nothing is to be launched; checks.py counts the processes.
+    # Shown on every machine with srun, also if nothing is launched; checks.py counts the processes.
     r".*The `srun` command is available on your system but is not used.*",
     # Lightning's own use of a PyTorch API that a later PyTorch renamed; nothing a user can change.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    # What an LSTM puts out is a view; our networks write nothing into it, and their weights are those of one process.
+    # An LSTM's output is a view; our networks do not write into it.
     r".*FSDP2-wrapped module \(FSDPLSTM\) returned a view tensor.*",
 )
 

@@ -1,4 +1,4 @@
-"""What the points of a sweep, or the seeds of a run, have in common: made once a process."""
+"""Objects shared by the points of a sweep or the seeds of a run, created once per process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST = 4
 
 
 def shared(kind: str, key: object, make: Callable[[], T]) -> T:
-    """Return what `make` made for this key before, or makes now; the last four of a kind are kept.
+    """Return the cached result of `make` for this key, or call it; keeps the last four of a kind.
 
     >>> shared("example", 1, lambda: [1]) is shared("example", 1, lambda: [2])
     True
@@ -25,7 +25,7 @@ def shared(kind: str, key: object, make: Callable[[], T]) -> T:
     for known, found in kept:
         if known == key:
             return found
-    del kept[: max(len(kept) - _MOST + 1, 0)]  # before the next one is made: both need not fit
+    del kept[: max(len(kept) - _MOST + 1, 0)]  # before `make`, so that memory need not hold both
     found = make()
     kept.append((key, found))
     return found
@@ -34,7 +34,7 @@ def shared(kind: str, key: object, make: Callable[[], T]) -> T:
 def stamps(settings: Any) -> list[tuple[str, int, int]]:
     """Return size and time of every file that settings name, and of those in folders that they name.
 
-    They belong into a key: a long-lived process must not go on with what a file held before.
+    Part of a key: a long-lived process must not reuse results for changed files.
     """
     files = [file for path in _paths(settings) for file in ([path] if path.is_file() else sorted(path.iterdir()))]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

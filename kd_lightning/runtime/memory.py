@@ -1,4 +1,4 @@
-"""How much memory this process has taken; imports nothing large, since it would be measured too."""
+"""Peak memory of this process; imports nothing large, since it would be measured too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def peak_bytes() -> int:
     """Return this process's largest resident size so far.
 
-    Linux counts towards `ru_maxrss` the process that this one was forked from; what it says in `/proc` begins anew.
+    On Linux, `ru_maxrss` includes the parent process before the fork; `/proc` does not.
     """
     status = Path("/proc/self/status")
     if status.is_file():

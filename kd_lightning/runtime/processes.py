@@ -1,7 +1,7 @@
-"""Several processes that a launcher (srun, torchrun, submitit) started for one command, one a device.
+"""Several processes of one command, one per device, started by srun, torchrun or submitit.
 
-Each of them runs the whole command. They train together; what is done once (reading data, asking the teacher, writing
-files) the first one does while the others wait.
+Each of them runs the whole command. They train together; the first one prepares data, runs the teacher and writes files
+while the others wait.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 _PATIENCE = timedelta(days=7)
-"""How long the others wait for the first one, which may ask a teacher about millions of examples."""
+"""How long the others wait for the first one, which may run a teacher on millions of examples."""
 _waiting: list[Any] = []
-"""The process group that waiting goes through, once there is one."""
+"""The process group for waiting, once it exists."""
 _inside = False
 """Whether this process is in a block of `first`."""
 
@@ -39,9 +39,9 @@ def launched() -> int:
 
 
 def environment() -> ClusterEnvironment:
-    """Return how Lightning learns of the other processes.
+    """Return Lightning's cluster environment for the other processes.
 
-    Given to every trainer: left to itself, Lightning takes any SLURM job for one that `srun` started, and installs
+    Given to every trainer: by default, Lightning assumes that `srun` started any SLURM job, and installs
     a requeue handler that saves inside the signal handler (see `callbacks.preemption`).
     """
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -54,10 +54,10 @@ def environment() -> ClusterEnvironment:
 
 
 def join() -> None:
-    """Meet the other processes of this command, once; without any, do nothing.
+    """Join the other processes of this command, once; without any, do nothing.
 
     Raises:
-        KDError: There are others, and they cannot meet.
+        KDError: There are others, but they cannot be joined.
     """
     if launched() == 1 or _waiting:
         return
@@ -68,7 +68,7 @@ def join() -> None:
         raise KDError(f"{launched()} processes were started, and this build of torch has no torch.distributed")
     try:
         here = environment()
-    except RuntimeError as error:  # srun --ntasks, which leaves open how many tasks are on a machine
+    except RuntimeError as error:  # srun --ntasks does not fix the number of tasks per machine
         raise KDError(str(error)) from error
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = here.main_address, str(here.main_port)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -78,7 +78,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the other processes, if they have met: else gloo's threads may end this one with an abort at its exit."""
+    """Leave the process group; otherwise gloo's threads may abort this process at its exit."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -94,10 +94,10 @@ def rank() -> int:
 
 @contextmanager
 def first() -> Iterator[None]:
-    """Have the first process run a block while the others wait; then these run it, and find what it made.
+    """Run a block in the first process while the others wait, then in these, which find its results.
 
-    When it fails in the first one, the others end without a word: the reason is said once. A block within a block is
-    part of it, and nobody waits for it by itself.
+    If it fails in the first process, the others exit silently, so that the reason is printed once. Nested blocks are
+    part of the outer one.
     """
     global _inside
     if not _waiting or _inside:
@@ -124,6 +124,6 @@ def _tell(done: bool) -> None:
 def _hear() -> bool:
     import torch.distributed as dist
 
-    said = [False]
-    dist.broadcast_object_list(said, src=0, group=_waiting[0])
-    return said[0]
+    succeeded = [False]
+    dist.broadcast_object_list(succeeded, src=0, group=_waiting[0])
+    return succeeded[0]

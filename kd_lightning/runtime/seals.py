@@ -1,4 +1,4 @@
-"""Files that notice damage: JSON that holds its own checksum, and the sha256 of files of any kind."""
+"""Checksums: JSON files that contain their own, and the sha256 of files of any kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_sealed(path: Path, remedy: str, required: bool = True) -> dict[str, Any
         required: Whether to refuse a file without a checksum, which another program may have written.
 
     Raises:
-        KDError: It is missing, or is not, to the byte, what was written.
+        KDError: It is missing, or differs from what was written.
     """
     try:
         text = path.read_bytes()
@@ -40,7 +40,7 @@ def read_sealed(path: Path, remedy: str, required: bool = True) -> dict[str, Any
     if isinstance(content, dict) and CHECKSUM not in content and not required:
         return content
     if not isinstance(content, dict) or sealed_text(content).encode() != text:
-        raise KDError(f"{path} is damaged, its checksum does not fit: {remedy}")
+        raise KDError(f"{path} is damaged, its checksum does not match: {remedy}")
     del content[CHECKSUM]
     return content
 
@@ -53,7 +53,7 @@ def sealed_text(content: Mapping[str, Any]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the sha256 of a file: read once a process, as long as the file is not written anew."""
+    """Return the sha256 of a file: computed once per process, unless the file changes."""
     stat = path.stat()
     return _sha256(path.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
@@ -65,16 +65,16 @@ def _sha256(path: Path, *stamp: int) -> str:
 
 
 def seal(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of files by their names in a folder; a folder among them stands for all files in it."""
+    """Return the sha256 of files in a folder by name; a subfolder stands for all files in it."""
     found = {path for name in names for path in _below(folder / name)}
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(found)}
 
 
 def check_seal(folder: Path, seal: Mapping[str, str], names: Iterable[str], remedy: str) -> None:
-    """Refuse files that are not what was sealed, and files that came into sealed folders since.
+    """Refuse files that differ from the seal, and new files in sealed folders.
 
     Args:
-        folder: Where they are.
+        folder: Their folder.
         seal: What `seal` returned.
         names: Which of the sealed files and folders are checked.
         remedy: What the user can do; ends the error's line.
@@ -93,10 +93,10 @@ def check_seal(folder: Path, seal: Mapping[str, str], names: Iterable[str], reme
         except OSError as error:
             raise KDError(f"{folder / name} cannot be read ({error.strerror}): {remedy}") from error
         if found != expected:
-            raise KDError(f"{folder / name} is damaged, it is not what was written: {remedy}")
+            raise KDError(f"{folder / name} is damaged: it differs from what was written: {remedy}")
     for path in (path for name in sorted(chosen) for path in _below(folder / name)):
         if path.relative_to(folder).as_posix() not in seal:
-            raise KDError(f"{path} was not there when {folder} was written: {remedy}")
+            raise KDError(f"{path} did not exist when {folder} was written: {remedy}")
 
 
 def _below(path: Path) -> list[Path]:

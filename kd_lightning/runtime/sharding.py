@@ -1,4 +1,4 @@
-"""Weights in shards, one a process, put together layer by layer while they are used (torch's FSDP2)."""
+"""Weights in shards, one per process, gathered layer by layer while in use (torch's FSDP2)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, together: bool = False) -> None:
-    """Shard a network's weights in place, unless they are: those of each layer together, and then the rest.
+    """Shard a network's weights in place, unless they are sharded: layer by layer, then the rest.
 
     Layers are the members of its outermost `nn.ModuleList`s.
 
     Args:
         network: Gets `DTensor`s as parameters.
         mesh: The processes to share them.
-        together: Whether the rest stays together from the forward pass to the backward pass, where others than the
-            network read weights of it (a loss that reads the classifier's).
+        together: Whether the rest stays gathered from the forward pass to the backward pass, for code outside of the
+            network that uses its weights (a loss on the classifier's).
     """
     if isinstance(network, FSDPModule):
         return
@@ -43,5 +43,5 @@ def _has_weights(layer: nn.Module) -> bool:
 
 
 def full(value: Any) -> Any:
-    """Return a tensor of all shards together, any other as it is."""
+    """Gather a sharded tensor; return any other unchanged."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,15 +1,15 @@
-"""What a signal to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) does to a command: nothing at once while a network trains.
+"""Handles signals to stop (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2): a training saves before it ends.
 
 The handler only notes the signal. A training saves at the end of an optimizer step that all its processes agree on (see
-`callbacks.preemption`) and the command then leaves; outside of trainings, where nothing is half done that a kill could
-lose, it leaves at once. How, depends on who started it:
+`callbacks.preemption`), then the command exits. Outside of trainings, where a kill loses nothing, it exits at once.
+What follows depends on how it was started:
 
-- plain sbatch or srun: after SIGUSR1 or SIGUSR2 the first process puts the job back in the queue. After SIGTERM SLURM
-  itself decides whether the job goes on (a preemption) or not (scancel), so we wait for that;
-- submitit: it handled these signals before us and does what it always does, after the training has saved;
-- no cluster: the command ends in one line, and the same command goes on.
+- plain sbatch or srun: after SIGUSR1 or SIGUSR2 the first process requeues the job. After SIGTERM SLURM itself
+  decides whether the job continues (a preemption) or not (scancel), so we wait for that;
+- submitit: its own handlers run after the training has saved;
+- no cluster: the command exits with one line, and the same command resumes.
 
-Ctrl-C is somebody who wants it to end: nothing is put back in a queue, and a second one ends the command at once.
+Ctrl-C never requeues, and a second one ends the command at once.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from kd_lightning.runtime.slurm_logs import job_id
 from kd_lightning.runtime.slurm_queue import run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""The later one counts, should several come."""
+"""Of several signals, the later in this list counts."""
 
 _before: dict[int, Any] = {}
-"""Who handled a signal before us; empty until we do."""
-_asked: signal.Signals | None = None
+"""The previous handlers; empty until ours are installed."""
+_received: signal.Signals | None = None
 _held = False
 
 
 def watch() -> None:
-    """Handle the signals from now on, and those that were blocked until now (`env --block-signal`)."""
+    """Install the handlers, and unblock signals that were blocked (`env --block-signal`)."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
@@ -54,46 +54,46 @@ def watching() -> bool:
     return bool(_before)
 
 
-def asked() -> signal.Signals | None:
-    """Return the signal to stop, if one came."""
-    return _asked
+def received() -> signal.Signals | None:
+    """Return the signal to stop, if one was received."""
+    return _received
 
 
-def ask(number: signal.Signals) -> None:
-    """Note a signal that came to this process, or to another one of the command."""
-    global _asked
-    if _asked is None or SIGNALS.index(number) > SIGNALS.index(_asked):
-        _asked = number
+def receive(number: signal.Signals) -> None:
+    """Record a signal to this process or to another one of the command."""
+    global _received
+    if _received is None or SIGNALS.index(number) > SIGNALS.index(_received):
+        _received = number
 
 
 def hold() -> None:
-    """Leave the answer to a signal to the training that begins here."""
+    """Leave signals to the training that begins here."""
     global _held
     _held = True
 
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """Let a block, which trains and keeps what it trained, end before a signal counts, or raise `Interrupted`.
+    """Run a block that trains and saves; a signal takes effect after it, or raises `Interrupted` in it.
 
     Raises:
-        SystemExit: A signal came; the job, or the same command, goes on later.
+        SystemExit: A signal was received; the job, or the same command, resumes later.
     """
     global _held
     hold()
     try:
         yield
     except Interrupted as stopped:
-        if _asked:
+        if _received:
             _leave(str(stopped))
         raise
     except Exception as error:
-        if _asked and _from_spawned(error):
+        if _received and _from_spawned(error):
             _leave("the training's processes have stopped")
         raise
     finally:
         _held = False
-    if _asked:
+    if _received:
         if rank() == 0:
             _leave("the stage is finished")
         _wait_for_the_first()
@@ -102,12 +102,12 @@ def holding() -> Iterator[None]:
 def _heard(number: int, frame: FrameType | None) -> None:
     """Handle a signal."""
     if number == signal.SIGTERM and callable(_before[number]):
-        _before[number](number, frame)  # submitit's, which lets it pass: another signal follows
+        _before[number](number, frame)  # submitit's, which ignores it: another signal follows
         return
-    if number == signal.SIGINT == _asked:
+    if number == signal.SIGINT == _received:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    ask(signal.Signals(number))
+    receive(signal.Signals(number))
     if _held:
         if number == signal.SIGINT and rank() == 0:
             os.write(2, b"kd-train: saving at the end of this step; another Ctrl-C ends it at once\n")
@@ -125,31 +125,31 @@ def _heard(number: int, frame: FrameType | None) -> None:
 
 
 def _end(left: SystemExit) -> NoReturn:
-    """End this process here and now.
+    """End this process immediately.
 
-    An exception from a handler is raised in whatever runs at that moment: a destructor swallows it, an import that it
-    breaks off is tried again by others. Nothing is half done here that a kill could lose.
+    An exception from a handler is raised in whatever runs at that moment: a destructor swallows it, a
+    broken import is retried by others. A kill loses nothing here.
     """
     if isinstance(left.code, str):
         print(left.code, file=sys.stderr, flush=True)
-    with suppress(RuntimeError, OSError):  # it is being written to, or nobody reads it any more
+    with suppress(RuntimeError, OSError):  # it is being written to, or closed
         sys.stdout.flush()
     os._exit(left.code if isinstance(left.code, int) else 1)
 
 
 def _wait_for_the_first() -> None:
-    """Go on until the first process puts the job back, which ends this one."""
+    """Wait until the first process requeues the job, which ends this one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(where: str) -> NoReturn:
-    """End this process, and see to it that the job goes on."""
-    assert _asked is not None
+    """End this process, and make sure that the job continues."""
+    assert _received is not None
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if _asked is signal.SIGINT:
+    if _received is signal.SIGINT:
         if rank() == 0:
-            print(f"kd-train: interrupted: {where}; the same command goes on", file=sys.stderr, flush=True)
+            print(f"kd-train: interrupted: {where}; run the same command to resume", file=sys.stderr, flush=True)
         sys.exit(130)
     theirs = _submitit()
     if theirs is not None:
@@ -157,10 +157,10 @@ def _leave(where: str) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     job = job_id()
     if job is None:
-        sys.exit(f"kd-train: {_asked.name}: {where}; the same command goes on" if rank() == 0 else 1)
-    print(f"kd-train: {_asked.name} in process {rank()} of job {job}: {where}", flush=True)
-    if _asked is signal.SIGTERM:
-        while True:  # SLURM takes a job that ends now for a finished one, and would not start it again
+        sys.exit(f"kd-train: {_received.name}: {where}; run the same command to resume" if rank() == 0 else 1)
+    print(f"kd-train: {_received.name} in process {rank()} of job {job}: {where}", flush=True)
+    if _received is signal.SIGTERM:
+        while True:  # if the job ended now, SLURM would count it as finished and not restart it
             signal.pause()
     if rank() == 0:
         _requeue(job)
@@ -168,36 +168,36 @@ def _leave(where: str) -> NoReturn:
 
 
 def _requeue(job: str) -> None:
-    """Put this job back in the queue, from where it starts with the same command.
+    """Requeue this job, which then starts with the same command.
 
     Raises:
         SystemExit: SLURM refuses.
     """
     try:
         done = run("scontrol", "requeue", job)
-        refused, why = done.returncode > 0, done.stderr.strip()  # less than 0: what it asked for ended it, too
+        refused, why = done.returncode > 0, done.stderr.strip()  # less than 0: the requeue ended it too
     except KDError as error:
         refused, why = True, str(error)
     if refused:
-        sys.exit(f"kd-train: job {job} was not put back in the queue ({why}): submit it again to go on")
-    print(f"kd-train: job {job} is back in the queue", flush=True)
+        sys.exit(f"kd-train: job {job} was not requeued ({why}): submit it again to resume")
+    print(f"kd-train: job {job} is requeued", flush=True)
 
 
 def _submitit() -> Callable[[int, FrameType | None], None] | None:
-    """Return submitit's handler that puts the job back; that of SIGTERM does not, it only lets the signal pass."""
+    """Return submitit's handler that requeues the job; that of SIGTERM does not."""
     before = (_before.get(number) for number in (signal.SIGUSR2, signal.SIGUSR1))
     return next((handler for handler in before if callable(handler)), None)
 
 
 def _hand_over(theirs: Callable[[int, FrameType | None], None]) -> NoReturn:
-    """Let submitit put the job back, which its first process does and the others leave to it."""
-    assert _asked is not None
-    theirs(_asked, None)
+    """Let submitit requeue the job, which only its first process does."""
+    assert _received is not None
+    theirs(_received, None)
     sys.exit(0)
 
 
 def _from_spawned(error: Exception) -> bool:
-    """Return whether an error says how a process that torch spawned has ended."""
+    """Return whether an error reports the end of a process that torch spawned."""
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
     if isinstance(error, ProcessExitedException):

@@ -1,4 +1,4 @@
-"""Where a SLURM job's logs are: said in both directions, run folder and log."""
+"""Links between a run's folder and its SLURM logs, in both directions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def job_id() -> str | None:
 
 
 def link_logs(folder: Path) -> None:
-    """Under SLURM, name the run's folder in the log, and link the log into the folder: `FOLDER/slurm/JOB.out`, `.err`.
+    """Under SLURM, log the run's folder and link the logs into it: `FOLDER/slurm/JOB.out`, `.err`.
 
-    The first of several processes does. A step that a terminal shows has no log, and none is linked.
+    Only the first of several processes does this. A step on a terminal has no log to link.
     """
     job = job_id()
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0" or not available("scontrol"):

@@ -1,4 +1,4 @@
-"""What SLURM's own commands do and say."""
+"""Calls SLURM's commands: sbatch, squeue, sacct, scancel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from kd_lightning.runtime.errors import KDError
 
 PATIENCE = 120
-"""Seconds that one of SLURM's commands may take; a busy controller takes some tens."""
+"""Time limit of a SLURM command in seconds; a busy controller takes tens of seconds."""
 
 
 def available(program: str = "sbatch") -> bool:
@@ -19,24 +19,24 @@ def available(program: str = "sbatch") -> bool:
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands, however it ends.
+    """Run one of SLURM's commands and return its result.
 
     Raises:
-        KDError: It does not end, since SLURM's controller does not react.
+        KDError: It does not finish: SLURM's controller does not respond.
     """
     try:
         return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise KDError(
-            f"{program} has not ended after {PATIENCE} s: is SLURM's controller up (scontrol ping)?"
+            f"{program} did not finish within {PATIENCE} s: is SLURM's controller up (scontrol ping)?"
         ) from None
 
 
 def submit(script: Path, options: Sequence[str]) -> str:
-    """Hand a batch script to sbatch; returns the job's id.
+    """Submit a batch script with sbatch and return the job's id.
 
     Raises:
-        KDError: sbatch refuses it; says why.
+        KDError: sbatch refuses it.
     """
     done = run("sbatch", "--parsable", *options, str(script))
     if done.returncode:
@@ -45,7 +45,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Take jobs out of the queue again."""
+    """Cancel jobs."""
     if jobs:
         run("scancel", *jobs).check_returncode()
 
@@ -54,23 +54,23 @@ def queued(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return (state, reason) of those jobs that run or wait, each task of an array under an id of its own.
 
     Raises:
-        KDError: squeue fails; says why.
+        KDError: squeue fails.
     """
-    rows = _ask("squeue", "--noheader", "--array", "--format=%i|%T|%r", jobs=jobs)
+    rows = _rows("squeue", "--noheader", "--array", "--format=%i|%T|%r", jobs=jobs)
     return {job: (state, reason) for job, state, reason in rows}
 
 
 def ended(jobs: Iterable[str]) -> dict[str, str]:
-    """Return how SLURM's accounting says that jobs ended: COMPLETED, FAILED, TIMEOUT, CANCELLED, ..."""
-    rows = _ask("sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", jobs=jobs)
+    """Return jobs' final states from SLURM's accounting: COMPLETED, FAILED, TIMEOUT, CANCELLED, ..."""
+    rows = _rows("sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", jobs=jobs)
     return {job: state.split()[0] for job, state in rows}  # "CANCELLED by 0"
 
 
 _KNOWS_NONE = ("Invalid job id", "accounting storage is disabled")
-"""What the two say where they know none of the jobs, or no job at all."""
+"""Errors of both for unknown jobs."""
 
 
-def _ask(program: str, *options: str, jobs: Iterable[str]) -> list[list[str]]:
+def _rows(program: str, *options: str, jobs: Iterable[str]) -> list[list[str]]:
     numbers = sorted({job.partition("_")[0] for job in jobs})
     if not numbers or not available(program):
         return []
@@ -81,4 +81,4 @@ def _ask(program: str, *options: str, jobs: Iterable[str]) -> list[list[str]]:
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it does not say why"])[-1]
+    return (text.strip().splitlines() or ["no reason given"])[-1]

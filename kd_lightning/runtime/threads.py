@@ -1,4 +1,4 @@
-"""How many threads a process should use, so that several jobs on a machine do not stand in each other's way."""
+"""The number of threads of a process, so that several jobs on a machine do not compete."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use: the machine's, less what affinity, container or SLURM take away."""
+    """Return the cores this process may use, by affinity, container and SLURM."""
     found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    if _QUOTA.is_file():  # torch counts the cores that it sees, not the share of their time that it gets
+    if _QUOTA.is_file():  # torch counts visible cores, not the quota of their time
         quota, period = _QUOTA.read_text().split()
         found += [math.ceil(int(quota) / int(period))] if quota != "max" else []
     if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
@@ -21,7 +21,7 @@ def usable_cores() -> int:
 
 
 def settle_threads() -> None:
-    """Have torch use these cores, no more; `OMP_NUM_THREADS` has the last word."""
+    """Limit torch to these cores, unless `OMP_NUM_THREADS` is set."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:

@@ -1,4 +1,4 @@
-"""Where the teacher's answers come from: a policy object that is called with a batch, never trained.
+"""Teachers: objects that return a teacher's outputs for a batch and are never trained.
 
 >>> from torch import nn
 >>> import kd_lightning as kd

@@ -1,4 +1,4 @@
-"""The teacher that answers the next batch while the student trains on this one."""
+"""A teacher that runs on the next batch while the student trains on the current one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import torch
 from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 
-_ANSWER = "teacher_answer."  # no network is ever given entries that begin with teacher_
+_OUTPUT = "teacher_output."  # networks are never given entries that begin with teacher_
 
 
 class AheadTeacher(Teacher):
-    """Runs a teacher one batch ahead on a GPU: on a stream of its own, or on another GPU than the student's.
+    """Runs a teacher one batch ahead on a GPU: on its own stream, or on a GPU of its own.
 
-    Before `around(loader)` hands out a batch of the loader (on the CPU) it has launched the teacher on the one after;
-    each batch carries its answer, which `__call__` returns. One that did not come that way (validation) is answered
-    when asked for. Where the teacher is on a CPU, `around` returns the loader: there is nothing to overlap with.
+    Before `around(loader)` yields a batch of the loader (on the CPU), it launches the teacher on the next one. Each
+    batch carries its teacher output, which `__call__` returns. For other batches (validation) `__call__` runs the
+    teacher. If the teacher is on a CPU, `around` returns the loader: there is nothing to overlap with.
 
-    Order and number of the batches stay as they are, so a position that the trainer counts leads to the same batch
-    after a resume.
+    The order and number of batches do not change, so a resumed trainer continues with the same batch.
 
     Args:
-        teacher: Answers without drawing random numbers, such as `FrozenTeacher`.
-        device: The teacher's own GPU; by default it goes where the student is.
+        teacher: One that draws no random numbers, such as `FrozenTeacher`.
+        device: The teacher's own GPU; None: the student's.
     """
 
     def __init__(self, teacher: Teacher, device: torch.device | None = None) -> None:
@@ -33,14 +32,14 @@ class AheadTeacher(Teacher):
         self.device = device or torch.device("cpu")
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Return the answer that the batch carries, or ask the teacher now."""
-        if found := {key.removeprefix(_ANSWER): value for key, value in batch.items() if key.startswith(_ANSWER)}:
+        """Return the teacher output that the batch carries, or run the teacher."""
+        if found := {key.removeprefix(_OUTPUT): value for key, value in batch.items() if key.startswith(_OUTPUT)}:
             return ModelOutput(found.pop("logits"), found)
         if self.own_device is None:
             return self.teacher(batch)
         here = batch["index"].device
-        said = self.teacher({key: value.to(self.device) for key, value in batch.items()})
-        return ModelOutput(said.logits.to(here), {name: value.to(here) for name, value in said.features.items()})
+        output = self.teacher({key: value.to(self.device) for key, value in batch.items()})
+        return ModelOutput(output.logits.to(here), {name: value.to(here) for name, value in output.features.items()})
 
     def to(self, device: torch.device) -> Self:
         """Move the teacher to a device, unless it has one of its own."""
@@ -49,31 +48,31 @@ class AheadTeacher(Teacher):
         return self
 
     def flush(self) -> None:
-        """Have the teacher write what it has not written yet."""
+        """Flush the teacher."""
         self.teacher.flush()
 
     def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """Return the loader's batches with their answers; call it after `to`."""
+        """Return the loader's batches with their teacher outputs; call it after `to`."""
         return loader if self.device.type == "cpu" else _Ahead(loader, self.teacher, self.device)
 
 
 class _Ahead:
-    """The batches of a loader, each with the answer of a teacher that is one batch ahead."""
+    """The batches of a loader, each with the output of a teacher that runs one batch ahead."""
 
     def __init__(self, loader: Iterable[Batch], teacher: Teacher, device: torch.device) -> None:
         self.loader, self.teacher, self.device = loader, teacher, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.sampler = getattr(loader, "sampler", None)  # Lightning tells it the epoch
+        self.sampler = getattr(loader, "sampler", None)  # Lightning sets its epoch
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._answered(iter(self.loader))  # made now: the order of an epoch is settled with the iterator
+        return self._with_outputs(iter(self.loader))  # created now: the iterator fixes the order of the epoch
 
-    def _answered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _with_outputs(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the weights are there
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the weights have been copied
         waiting: tuple[Batch, ModelOutput, Any] | None = None
         for batch in batches:
             ready, waiting = waiting, self._launch(batch)
@@ -85,14 +84,14 @@ class _Ahead:
     def _launch(self, batch: Batch) -> tuple[Batch, ModelOutput, Any]:
         with torch.cuda.stream(self.stream):  # None: does nothing
             moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            answer = self.teacher(moved)
-            return batch, answer, None if self.stream is None else self.stream.record_event()
+            output = self.teacher(moved)
+            return batch, output, None if self.stream is None else self.stream.record_event()
 
-    def _collect(self, batch: Batch, answer: ModelOutput, done: Any) -> Batch:
-        entries = {"logits": answer.logits, **answer.features}
+    def _collect(self, batch: Batch, output: ModelOutput, done: Any) -> Batch:
+        entries = {"logits": output.logits, **output.features}
         if done is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(done)
-            for value in entries.values():  # their memory is not reused before the student's step has read it
+            for value in entries.values():  # so that their memory is not reused before the student's step is done
                 value.record_stream(current)
-        return {**batch, **{_ANSWER + name: value for name, value in entries.items()}}
+        return {**batch, **{_OUTPUT + name: value for name, value in entries.items()}}

@@ -1,4 +1,4 @@
-"""The teacher that has answered: it runs for what its cache lacks, and everything else is looked up by `index`."""
+"""A teacher with cached outputs by `index`, which runs only on examples that the cache lacks."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from kd_lightning.types import Batch, ModelOutput
 
 
 class CachedTeacher(Teacher):
-    """Answers from a cache of the teacher's outputs.
+    """Returns teacher outputs from a cache.
 
-    While the cache lacks answers the teacher itself is asked, a whole batch at a time, and its answers are kept: the
-    first epoch of a training fills the cache as it goes, without a pass of its own. What a training reads is what is
-    stored, in the storage's precision, in the first epoch too. No lock is held meanwhile: a second process that fills
-    the same cache reads what this one has written so far, a shard every few seconds.
+    If the cache lacks an example of a batch, the teacher runs on the whole batch and its outputs are stored: the first
+    epoch of a training fills the cache, without a separate pass. Training uses the stored values, in the storage's
+    precision, in the first epoch too. No lock is held meanwhile: a second process that fills the same cache reads what
+    this one has written, a shard every few seconds.
 
-    With float32 storage the logits are, bit by bit, what the teacher said when it was asked. A running teacher, asked
-    in every epoch's own batches, differs from itself by rounding: by 1e-5 of the largest logit in float32, 2% in bf16
-    and 20% in int8-dynamic, whose scales are the batch's (bounds tested in tests/teachers/test_frozen.py).
+    With float32 storage, the logits equal the teacher's output bit by bit. A running teacher, which sees each epoch's
+    own batches, differs from itself by rounding: by 1e-5 of the largest logit in float32, 2% in bf16 and 20% in
+    int8-dynamic, whose scales depend on the batch (bounds tested in tests/teachers/test_frozen.py).
 
     Args:
         cache: Complete, or to be filled.
-        teacher: Asked for what is missing; None where the cache must have everything.
-        lengths: The teacher's tokens of every example, `(N,)`, to estimate from how large the cache becomes; None takes
-            the first batch's for all.
-        say: Told that estimate.
-        features: Which of the stored features to answer with; None: all.
+        teacher: Runs on missing examples; None if the cache must be complete.
+        lengths: The teacher's tokens of every example, `(N,)`, to estimate the size of the cache; None uses the first
+            batch's.
+        say: Receives that estimate.
+        features: The stored features to return; None: all.
 
     >>> import tempfile
     >>> from torch import nn
@@ -57,42 +57,42 @@ class CachedTeacher(Teacher):
         self.cache, self.teacher, self.lengths, self.say, self.features = cache, teacher, lengths, say, features
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Return the stored answers to the batch's examples, after asking for those that are missing.
+        """Return the stored outputs for the batch, after running the teacher if some are missing.
 
         Raises:
-            CacheError: Answers are missing and there is no teacher to ask.
+            CacheError: Outputs are missing and there is no teacher.
         """
         index, mask = batch["index"], attention_mask(batch)
         if not self.cache.complete and not bool(self.cache.known(index).all()):
-            self._ask(batch, index, mask)
+            self._fill(batch, index, mask)
         return self.cache.lookup(index, mask, self.features, batch.get("keep"))
 
-    def _ask(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
+    def _fill(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
         if self.teacher is None:
-            raise CacheError(f"{self.cache.folder} lacks answers to this batch, and there is no teacher to ask")
+            raise CacheError(f"{self.cache.folder} lacks outputs for this batch, and there is no teacher to run")
         started = time.monotonic()
         if self.cache.manifest.specs:
             output = self.teacher(batch)
         else:
             output = check_repeatable(self.teacher, batch)
             size = estimate(self.cache, output, mask, self.lengths, batch.get("keep"))
-            self.say(f"teacher  answers are kept as they are asked for: {size}, in {self.cache.folder}")
+            self.say(f"teacher  outputs are cached as they are computed: {size}, in {self.cache.folder}")
             check_room(self.cache, size)
         self.cache.add(index, output, mask, time.monotonic() - started, batch.get("keep"))
 
     def flush(self) -> None:
-        """Write what was asked for since the last shard: before a checkpoint, and when a training ends."""
+        """Write what was added since the last shard: before a checkpoint, and when training ends."""
         self.cache.flush()
 
     def to(self, device: torch.device) -> Self:
-        """Answer on a device from now on."""
+        """Return outputs on a device from now on."""
         self.cache.to(device)
         if self.teacher is not None:
             self.teacher.to(device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give a spawned process the cache by its path; what this one says stays here."""
+        """Pickle the cache by its path, and leave out `say`."""
         return {
             "cache": self.cache, "teacher": self.teacher, "lengths": self.lengths, "features": self.features,
         }  # fmt: skip

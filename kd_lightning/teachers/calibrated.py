@@ -1,4 +1,4 @@
-"""A teacher whose probabilities are as sure as it is right."""
+"""A teacher with calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 LARGEST = 20.0
-"""The temperature is sought between this and its inverse: a teacher that is never wrong on validation has none."""
+"""The temperature is searched between this and its inverse: for a teacher without errors none is the best."""
 
 
 class CalibratedTeacher(Teacher):
-    """Another teacher's answers with logits divided by a temperature; see `fit_temperature`.
+    """Divides another teacher's logits by a temperature; see `fit_temperature`.
 
-    What is most likely stays so. Features pass as they are.
+    The most likely class and the features do not change.
 
     Args:
         inner: The other teacher.
-        temperature: By what its logits are divided.
+        temperature: The divisor.
     """
 
     def __init__(self, inner: Teacher, temperature: float) -> None:
@@ -33,14 +33,14 @@ class CalibratedTeacher(Teacher):
         self.notes = {**inner.notes, "teacher_temperature": temperature}
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Return the other teacher's answer with its logits divided by the temperature."""
-        said = self.inner(batch)
-        if said.sparse is not None:
+        """Return the other teacher's output with its logits divided by the temperature."""
+        output = self.inner(batch)
+        if output.sparse is not None:
             raise ConfigError(
-                "teacher.calibrate divides all logits by a temperature, and teacher.cache_top_k keeps but the largest: "
+                "teacher.calibrate divides all logits by a temperature, but teacher.cache_top_k keeps only some: "
                 "set the one to false or the other to null"
             )
-        return ModelOutput(said.logits / self.temperature, said.features)
+        return ModelOutput(output.logits / self.temperature, output.features)
 
     def to(self, device: torch.device) -> Self:
         """Move the other teacher to a device."""
@@ -48,7 +48,7 @@ class CalibratedTeacher(Teacher):
         return self
 
     def flush(self) -> None:
-        """Have the other teacher write what it has not written yet."""
+        """Flush the other teacher."""
         self.inner.flush()
 
     def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
@@ -57,19 +57,19 @@ class CalibratedTeacher(Teacher):
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    r"""Return the temperature at which logits explain labels best (Guo et al. 2017, arXiv 1706.04599).
+    r"""Return the temperature that minimises the cross-entropy (Guo et al. 2017, arXiv 1706.04599).
 
     .. math:: \arg\min_T \; - \sum_i \log \mathrm{softmax}(z_i / T)_{y_i}
 
     In the inverse temperature :math:`\beta = 1 / T` the loss is convex: its slope, the sum of
-    :math:`\mathbb{E}_{\mathrm{softmax}(\beta z)}[z] - z_y`, never falls, and where it is 0 is found by bisection.
+    :math:`\mathbb{E}_{\mathrm{softmax}(\beta z)}[z] - z_y`, never falls, and bisection finds its zero.
 
     Args:
         logits: `(N, C)`, of examples that the model was not trained on.
         labels: `(N,)` int64; -100 does not count.
 
     Returns:
-        T, between 1 / `LARGEST` and `LARGEST`: above 1 for a model that is surer than it is right.
+        T, between 1 / `LARGEST` and `LARGEST`: above 1 for an overconfident model.
 
     Raises:
         ConfigError: No example has a label.

@@ -1,4 +1,4 @@
-"""Teachers that each were trained without one fold, and answer for what they have not seen."""
+"""Teachers trained without one fold each, which predict the examples they have not seen."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kd_lightning.types import Batch, ModelOutput
 
 
 class CrossFittedTeacher(EnsembleTeacher):
-    """Answers about a training example with the one member that was trained without it, about others with all.
+    """Predicts a training example with the member trained without it, and other examples with all members.
 
-    A teacher that has memorised its training split says little there beyond the labels. Of K members, member k is
-    trained without fold k, and so has not seen the labels of that fold: its answers there are those that it would give
-    to a new example (as in stacking, Wolpert 1992, and in cross-fitting, Chernozhukov et al. 2018, arXiv 1608.00060).
-    Exact duplicates of an example may lie in another fold; data that drop them beforehand have none.
+    A teacher that has memorised its training split adds little to the labels there. Of K members, member k is trained
+    without fold k and has not seen its labels, so its outputs there are those for a new example (as in stacking,
+    Wolpert 1992, and cross-fitting, Chernozhukov et al. 2018, arXiv 1608.00060). Exact duplicates of an example may lie
+    in another fold, unless the data drop them.
 
-    Each member is asked only about what it has to answer.
+    Each member runs only on the examples it predicts.
 
     Args:
         members: K teachers.
-        folds: By `index`: the number of the member that has not seen the example, -1 where none has; `(N,)` int64.
-        combine: What is averaged where none has seen it; see `EnsembleTeacher`.
+        folds: By `index`: the number of the member that has not seen the example, -1 if none has; `(N,)` int64.
+        combine: What is averaged over members for examples that no member has seen; see `EnsembleTeacher`.
     """
 
     def __init__(self, members: Sequence[Teacher], folds: Tensor, combine: Combine = "probabilities") -> None:
@@ -42,11 +42,11 @@ class CrossFittedTeacher(EnsembleTeacher):
             rows = unseen | (fold == number)
             if not rows.any():
                 continue
-            said = member({name: value[rows] for name, value in batch.items()}).logits.float()
+            output = member({name: value[rows] for name, value in batch.items()}).logits.float()
             if not logits.numel():
-                logits = said.new_zeros(len(index), *said.shape[1:])
-            logits[rows] = combined([said], [1.0], self.combine)  # on the scale of what all say together
-            of_all.append(said[unseen[rows]])
+                logits = output.new_zeros(len(index), *output.shape[1:])
+            logits[rows] = combined([output], [1.0], self.combine)  # on the scale of the members' mean
+            of_all.append(output[unseen[rows]])
         if unseen.any():
             logits[unseen] = combined(of_all, self.weights, self.combine)
         return ModelOutput(logits)

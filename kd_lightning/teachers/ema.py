@@ -1,4 +1,4 @@
-"""The teacher that follows its student: the moving average of the student's weights."""
+"""A teacher that is the moving average of the student's weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from kd_lightning.types import Batch, ModelOutput
 
 
 class EMATeacher(FrozenTeacher):
-    r"""A mean teacher (Tarvainen & Valpola 2017, arXiv 1703.01780): no teacher has to be trained.
+    r"""Mean teacher: the moving average of the student (Tarvainen & Valpola 2017, arXiv 1703.01780).
 
     After the student's t-th optimizer step, t = 1, 2, ...
 
     .. math:: \theta'_t = d_t \, \theta'_{t-1} + (1 - d_t) \, \theta_t, \quad d_t = \min(1 - 1/(t + 1), decay)
 
     from :math:`\theta'_0 = \theta_0`: the plain mean of all weights so far until `decay` is reached, so that the
-    student's random beginning is soon forgotten. Buffers (BatchNorm's statistics) are copied.
+    random initial weights soon lose their influence. Buffers (BatchNorm's statistics) are copied.
 
-    Two deviations from the paper: the teacher answers in eval mode, without a dropout of its own, and it sees the very
-    input that the student sees. It answers in float32: an average in 16 bits would stand still.
+    Two deviations from the paper: the teacher runs in eval mode, without dropout, and on the same input as the
+    student. It runs in float32: an average in 16 bits would not move.
 
     `update` is called by `kd_lightning.callbacks.MeanTeacher`, which also keeps the average in the checkpoint.
 
@@ -47,12 +47,12 @@ class EMATeacher(FrozenTeacher):
         self.decay, self.updates = decay, 0
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return the averaged network's output for what the student reads, whatever other tokens the batch has."""
+        """Return the averaged network's output for the student's input, whatever other tokens the batch has."""
         return super().forward({name: value for name, value in batch.items() if not name.startswith("teacher_")})
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Take the student's present weights into the average."""
+        """Add the student's current weights to the average."""
         self.updates += 1
         kept = min(1.0 - 1.0 / (self.updates + 1), self.decay)
         student = unwrap(student)
@@ -62,7 +62,7 @@ class EMATeacher(FrozenTeacher):
             buffer.copy_(value)
 
     def restart(self, student: nn.Module) -> None:
-        """Begin again, from the student's present weights."""
+        """Restart from the student's current weights."""
         self.network.load_state_dict({name: full(value) for name, value in unwrap(student).state_dict().items()})
         self.updates = 0
 
@@ -71,5 +71,5 @@ class EMATeacher(FrozenTeacher):
         return {"updates": self.updates}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on counting updates from a `state_dict`."""
+        """Restore the number of updates from a `state_dict`."""
         self.updates = int(state["updates"])

@@ -1,4 +1,4 @@
-"""Several teachers that answer as one."""
+"""Several teachers combined into one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Weights = Sequence[float] | Literal["confidence"] | None
 
 
 class EnsembleTeacher(Teacher):
-    r"""The weighted mean of several teachers' answers.
+    r"""The weighted mean of several teachers' outputs.
 
     With the members' logits :math:`z_m` and weights :math:`w_m`, scaled to sum to 1:
 
@@ -27,10 +27,10 @@ class EnsembleTeacher(Teacher):
       the members' probabilities;
     * `logits`: :math:`\sum_m w_m \, z_m`, whose softmax is their normalised geometric mean.
 
-    With `weights="confidence"` they are each example's own, by how far a member is from knowing nothing:
+    With `weights="confidence"` each example has its own weights, by a member's distance from a uniform distribution:
     :math:`w_m \propto 1 - H(\mathrm{softmax}(z_m)) / \log C`, with the entropy H in nats.
 
-    Each member may run or answer from its own cache. Features are not combined: the members' may differ in shape.
+    Each member may run or use its own cache. Features are not combined: the members' may differ in shape.
 
     Args:
         members: At least one teacher.
@@ -47,13 +47,13 @@ class EnsembleTeacher(Teacher):
         self.weights = shares_of(weights, len(members), combine)
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """Ask every member and return the combined logits in float32.
+        """Run every member and return the combined logits in float32.
 
         Raises:
-            ConfigError: Members that answer for different numbers of classes.
+            ConfigError: Members with different numbers of classes.
         """
-        answers = [member(batch).logits for member in self.members]
-        return ModelOutput(combined(answers, self.weights, self.combine))
+        outputs = [member(batch).logits for member in self.members]
+        return ModelOutput(combined(outputs, self.weights, self.combine))
 
     def to(self, device: torch.device) -> Self:
         """Move every member to a device."""
@@ -61,13 +61,13 @@ class EnsembleTeacher(Teacher):
         return self
 
     def flush(self) -> None:
-        """Have every member write what it has not written yet."""
+        """Flush every member."""
         for member in self.members:
             member.flush()
 
 
 class EnsembleNetwork(nn.Module):
-    """Several networks as one, combined as `EnsembleTeacher` does: for where a network is measured or asked as a whole.
+    """Several networks combined like `EnsembleTeacher`, for code that measures or runs one network.
 
     Args:
         members: At least one network, all of which read the same batch.
@@ -86,15 +86,15 @@ class EnsembleNetwork(nn.Module):
         self.weights = shares_of(weights, len(members), combine)
 
     def forward(self, **batch: Tensor) -> ModelOutput:
-        """Run every member on the entries that it names and return the combined logits in float32."""
-        answers = [run_network(member, batch).logits for member in self.members]
-        return ModelOutput(combined(answers, self.weights, self.combine))
+        """Run every member on the batch and return the combined logits in float32."""
+        outputs = [run_network(member, batch).logits for member in self.members]
+        return ModelOutput(combined(outputs, self.weights, self.combine))
 
 
 def fit_weights(logits: Tensor, labels: Tensor, combine: Combine = "probabilities") -> list[float]:
-    """Return the members' weights with which the ensemble gives labels the least cross-entropy.
+    """Return the members' weights that minimise the ensemble's cross-entropy with the labels.
 
-    The problem is convex in either way of combining; it is solved by L-BFGS over the softmax of free numbers, from
+    The problem is convex for both values of `combine`; L-BFGS solves it over the softmax of free numbers, starting from
     equal weights.
 
     Args:
@@ -139,39 +139,41 @@ def shares_of(weights: Weights, count: int, combine: str) -> list[float] | None:
     return [weight / sum(weights) for weight in weights]
 
 
-def combined(answers: list[Tensor], shares: list[float] | None, combine: Combine) -> Tensor:
-    """Return one answer `(..., C)` of several, in float32; `shares` None: by each example's confidence.
+def combined(outputs: list[Tensor], shares: list[float] | None, combine: Combine) -> Tensor:
+    """Combine the members' logits into `(..., C)` float32; `shares` None: weights by confidence.
 
     Raises:
-        ConfigError: Answers for different numbers of classes.
+        ConfigError: Logits for different numbers of classes.
     """
-    first = answers[0]
-    for number, other in enumerate(answers):
+    first = outputs[0]
+    for number, other in enumerate(outputs):
         if other.shape != first.shape:
             raise ConfigError(
-                f"teacher.checkpoint: the members do not fit together: member 0 answers for {first.shape[-1]} classes "
-                f"(logits {tuple(first.shape)}), member {number} for {other.shape[-1]} (logits {tuple(other.shape)})"
+                f"teacher.checkpoint: the members do not fit together: member 0 has {first.shape[-1]} classes "
+                f"(logits {tuple(first.shape)}), member {number} has {other.shape[-1]} (logits {tuple(other.shape)})"
             )
-    logits = torch.stack(answers).float()
+    logits = torch.stack(outputs).float()
     if shares is None:
         return _mix(logits, _confidence(logits), combine)
     return _mix(logits, logits.new_tensor(shares).view(-1, *[1] * (first.ndim - 1)), combine)
 
 
 def check_scores(weights: Weights | Literal["learned"], combine: Combine) -> None:
-    """Refuse settings that need probabilities for an ensemble that gives scores.
+    """Refuse settings that need probabilities for an ensemble of regressions.
 
     Raises:
         ConfigError: Names the key.
     """
     if combine == "probabilities":
-        raise ConfigError("teacher.combine=probabilities: teachers that give scores have none, use logits")
+        raise ConfigError("teacher.combine=probabilities: teachers that predict scores have none, use logits")
     if isinstance(weights, str):
-        raise ConfigError(f"teacher.weights={weights} needs probabilities, and the teachers give scores: give numbers")
+        raise ConfigError(
+            f"teacher.weights={weights} needs probabilities, and the teachers predict scores: give numbers"
+        )
 
 
 def _mix(logits: Tensor, weights: Tensor, combine: Combine) -> Tensor:
-    """Combine `(M, ..., C)` with weights that sum to 1 over M and have the shape `(M, ...)` or one that broadcasts."""
+    """Combine `(M, ..., C)` with weights `(M, ...)`, or broadcastable ones, that sum to 1 over M."""
     weights = weights.unsqueeze(-1)
     if combine == "logits":
         return (weights * logits).sum(0)
@@ -179,7 +181,7 @@ def _mix(logits: Tensor, weights: Tensor, combine: Combine) -> Tensor:
 
 
 def _confidence(logits: Tensor) -> Tensor:
-    """Return each member's share `(M, ...)`; equal ones where no member is the least bit sure."""
+    """Return each member's share `(M, ...)`; equal shares if all members predict uniform distributions."""
     log_probs = logits.log_softmax(-1)
     certainty = 1 + (log_probs.exp() * log_probs).sum(-1) / math.log(logits.shape[-1])
     certainty = certainty.clamp(min=torch.finfo(logits.dtype).eps)

@@ -1,4 +1,4 @@
-"""The teacher that runs: a frozen network, asked batch by batch."""
+"""A teacher that runs: a frozen network."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _HALF = {"bf16": torch.bfloat16, "float16": torch.float16}
 
 
 class Teacher(ABC):
-    """What a distillation asks of a teacher: an answer to a batch, without a gradient, and to sit on a device.
+    """Base class of teachers: returns outputs for a batch, without gradients, on a device.
 
     Attributes:
-        notes: What the record of a training tells of it.
+        notes: Its entries in the record of a training.
     """
 
     notes: Mapping[str, Any] = MappingProxyType({})
@@ -51,38 +51,37 @@ class Teacher(ABC):
         """Store outputs that are not stored yet, before a checkpoint and when a training ends."""
 
     def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """Return the loader of training batches, with outputs that are computed ahead of the step if there are any."""
+        """Return the loader of training batches, with outputs computed ahead of the step, if any."""
         return loader
 
 
 class FrozenTeacher(nn.Module, Teacher):
-    """A network that is only ever asked: eval mode for good, no gradients, forward under `inference_mode`.
+    """Runs a frozen network: always in eval mode, without gradients, under `inference_mode`.
 
-    The module that distils keeps it outside its own module tree, so it is in no optimizer, no DDP wrapper and no
-    checkpoint. Where the batch has entries of its own for the teacher (`teacher_input_ids`, from another tokenizer),
-    it reads those.
+    The distilling module keeps it outside its own module tree, so it is in no optimizer, DDP wrapper or checkpoint. If
+    the batch has entries for the teacher (`teacher_input_ids`, from another tokenizer), the network gets those.
 
-    The precision is the teacher's alone, whatever the student trains in:
+    The precision is independent of the student's:
 
     * `float32`: as the weights are stored.
-    * `bf16`, `float16` (a GPU's): autocast. The weights that autocast would cast at every call, those of linear layers
-      and convolutions, are cast once; the answers are the same bit by bit.
-    * `int8-dynamic` (a CPU's): weights of linear layers in 8 bits with a scale for each output channel, their inputs
-      in 7 bits with a scale for each batch, so that an answer depends on the sentences beside it. Its answers differ
-      visibly from float32: for a CPU without bfloat16.
+    * `bf16`, `float16` (GPU): autocast. The weights that autocast would cast at every call, those of linear layers and
+      convolutions, are cast once; the outputs are the same bit by bit.
+    * `int8-dynamic` (CPU): weights of linear layers in 8 bits with a scale for each output channel, their inputs in 7
+      bits with a scale for each batch, so that outputs depend on the other examples of the batch. They differ visibly
+      from float32: for a CPU without bfloat16.
 
     Args:
-        network: Any network. In float32, without features and not compiled, it is this very object, frozen in place;
-            otherwise a copy, and the given one is left as it is.
-        precision: What the network computes in; logits are returned in float32 always.
-        features: What to return along with the logits; see `kd_lightning.models.features`.
+        network: Any network. In float32, without features and uncompiled, it is frozen in place; otherwise it is copied
+            and left unchanged.
+        precision: What the network computes in; logits are always float32.
+        features: What to return with the logits; see `kd_lightning.models.features`.
         compile: Compile the forward pass, once for all batch sizes and lengths; needs a C++ compiler on a CPU.
-        sharded: Whether the processes of a training are to share the weights (`shard`), each holding a part of every
-            layer; the network is copied.
+        sharded: Whether the processes of a training share the weights (`shard`), each holding a shard of every layer;
+            the network is copied.
 
     Raises:
         ConfigError: An unknown precision, or one that this network or device cannot compute in; an unknown feature;
-            weights to be shared that are quantised or compiled.
+            sharded weights that are quantised or compiled.
     """
 
     def __init__(
@@ -110,13 +109,13 @@ class FrozenTeacher(nn.Module, Teacher):
             _cast_once(network, _HALF[precision])
         self.network, self.precision = network.requires_grad_(False), precision
         self.features, self.sharded = tuple(features), sharded
-        self._ask = FeatureTap(network, features)
+        self._tap = FeatureTap(network, features)
         if compile:
             network.compile(dynamic=True)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever is asked: a teacher's dropout and BatchNorm never wake up."""
+        """Stay in eval mode, whatever `mode` is: dropout stays off and BatchNorm keeps its statistics."""
         return super().train(False)
 
     def to(self, device: torch.device) -> Self:  # type: ignore[override]
@@ -129,14 +128,14 @@ class FrozenTeacher(nn.Module, Teacher):
         return super().to(device)
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Leave to each process its part of the weights; from then on all of them ask for an answer together.
+        """Shard the weights over the processes, which must then all call the teacher together.
 
-        A layer's weights are put together for as long as it computes. The answers stay the same, bit by bit.
+        A layer's weights are gathered while it computes. The outputs stay the same, bit by bit.
         """
         shard(self.network, mesh)
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return the network's output, free of any graph: float32 logits, features as the network computes them."""
+        """Return the network's output without a graph: float32 logits, features as computed."""
         own = {key.removeprefix(_PREFIX): value for key, value in batch.items() if key.startswith(_PREFIX)}
         if own:
             batch = own
@@ -145,7 +144,7 @@ class FrozenTeacher(nn.Module, Teacher):
         half = _HALF.get(self.precision, torch.bfloat16)
         # Disabled, it also keeps the student's autocast out.
         with torch.inference_mode(), torch.autocast(device.type, half, enabled=self.precision in _HALF):
-            output = self._ask(batch)
+            output = self._tap(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
         features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}
         return ModelOutput(output.logits.to(torch.float32, copy=True), features)

@@ -1,4 +1,4 @@
-"""Several teachers, each for a task of its own."""
+"""Several teachers, one for each task."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kd_lightning.types import Batch, ModelOutput
 
 
 class MultiTaskTeacher(Teacher):
-    """Asks each teacher about the examples of its task, and puts its answers into the columns of that task.
+    """Runs each teacher on the examples of its task and writes its logits to the columns of that task.
 
-    Other columns are 0: nobody was asked. Each teacher may run or answer from its own cache. Features are not returned:
-    the teachers' may differ in shape.
+    Other columns are 0. Each teacher may run or use its own cache. Features are not returned: the teachers' may differ
+    in shape.
 
     Args:
-        teachers: One a task, in the order that the batch's `task` counts.
+        teachers: One per task, numbered like the batch's `task`.
         spans: Each task's columns.
-        firsts: Where each task's examples begin in the `index` of all: its teacher knows them from 0 on.
+        firsts: The `index` of each task's first example; its teacher counts them from 0.
     """
 
     def __init__(self, teachers: Sequence[Teacher], spans: Sequence[range], firsts: Sequence[int]) -> None:
@@ -46,13 +46,13 @@ class MultiTaskTeacher(Teacher):
         return self
 
     def flush(self) -> None:
-        """Have every teacher write what it has not written yet."""
+        """Flush every teacher."""
         for teacher in self.teachers:
             teacher.flush()
 
 
 class SideBySide(nn.Module):
-    """Networks that all read the same batch, their logits side by side: for where several are measured as one.
+    """Several networks on the same batch with concatenated logits: for code that measures one network.
 
     Args:
         networks: At least one.
@@ -63,5 +63,5 @@ class SideBySide(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, **batch: Tensor) -> ModelOutput:
-        """Run every network on the entries that it names."""
+        """Run every network on the batch."""
         return ModelOutput(torch.cat([run_network(network, batch).logits.float() for network in self.networks], dim=1))

@@ -1,1 +1,1 @@
-"""One training: modules, objective, optimizers, schedules, the fit itself and the folder that it leaves."""
+"""Training: modules, objective, optimizers, schedules, the fit and its folder."""

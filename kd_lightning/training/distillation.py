@@ -37,7 +37,7 @@ class DistillationModule(NetworkModule):
 
     Args:
         student: Any network; see `kd_lightning.models.adapt.run_network` for what it may take and return.
-        teacher: Answers batches without a gradient: `FrozenTeacher`, `CachedTeacher`, ...; None where the objective
+        teacher: Returns outputs without a gradient: `FrozenTeacher`, `CachedTeacher`, ...; None where the objective
             reads no teacher.
         objective: The loss: named terms and their weights.
         optimizer: Makes the optimizer from parameter groups, e.g. `partial(AdamW, lr=1e-3)`.
@@ -64,7 +64,7 @@ class DistillationModule(NetworkModule):
         if teacher is None and objective.uses_teacher:
             raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
         self.student = student
-        self._ask = FeatureTap(student, objective.needs_student)
+        self._tap = FeatureTap(student, objective.needs_student)
         self._outside = (teacher,)  # a tuple hides it from nn.Module's registration
         self.val_fidelity = self.task.fidelity()
         if not objective.planned and (teacher is None or hasattr(teacher, "network")):
@@ -89,10 +89,10 @@ class DistillationModule(NetworkModule):
         return [self.teacher] if isinstance(self.teacher, L.Callback) else []
 
     def plan(self, teacher: nn.Module) -> None:
-        """Settle which layers of the student meet which of the teacher's network, unless that is done."""
+        """Pair layers of the student with layers of the teacher's network, once."""
         if not self.objective.planned:
             self.objective.plan(self.student, teacher)
-            self._ask = FeatureTap(self.student, self.objective.needs_student)
+            self._tap = FeatureTap(self.student, self.objective.needs_student)
 
     def connect(self, batch: Batch, examples: int) -> None:
         """Build projectors and whatever else the objective sizes by what the networks say of a batch.
@@ -107,7 +107,7 @@ class DistillationModule(NetworkModule):
             self.objective.connect(*self.outputs(batch), examples)
 
     def setup(self, stage: str) -> None:
-        """Bring the teacher to the device the student will be on; connect the objective if that is still to be done."""
+        """Move the teacher to the student's device, and connect the objective if necessary."""
         if stage == "fit" and self.objective.connects:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if data is None:
@@ -135,7 +135,7 @@ class DistillationModule(NetworkModule):
 
     def outputs(self, batch: Batch) -> tuple[ModelOutput, ModelOutput]:
         """Return what student and teacher predict for a batch, as the objective compares them."""
-        student = self._ask(batch)
+        student = self._tap(batch)
         return student, self._expected(batch, student)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -165,14 +165,14 @@ class DistillationModule(NetworkModule):
             self.log_scores(self.val_fidelity, "val")
 
     def _expected(self, batch: Batch, student: ModelOutput) -> ModelOutput:
-        """Return what the teacher says of a batch; where the objective does not read it, the student's own output."""
+        """Return the teacher's output; if the objective does not use it, the student's own output."""
         if self.teacher is None or not self.objective.uses_teacher:
             return student
         return self.teacher(batch)
 
 
 class SupervisedModule(NetworkModule):
-    """The same training from labels alone: fine-tunes the teacher, and trains the baseline a student is held against.
+    """Training from labels alone: for the teacher's fine-tuning and the baseline.
 
     Args:
         network: Any network.

@@ -1,4 +1,4 @@
-"""One training with Lightning, from a stage's folder and back to it: begun, gone on with, or already finished."""
+"""Trains a stage with Lightning: from the start, resumed, or already finished."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def train(training: Training, console: Console) -> dict[str, Any]:
     with ExitStack() as held:
         with first():
             if rank() == 0:
-                told = partial(_say_waiting, console, training)
-                held.enter_context(alone(training.folder / ".lock", told))
+                notify = partial(_say_waiting, console, training)
+                held.enter_context(alone(training.folder / ".lock", notify))
                 put_away(training.folder)
             finished = check_fingerprint(training.folder, training.fingerprint, training.settings)
             if rank() == 0 and finished:  # a kill after the stage was finished left what it no longer needs
@@ -81,7 +81,7 @@ def _say_waiting(console: Console, training: Training, line: str) -> None:
 
 
 def _clean_up(training: Training, console: Console) -> None:
-    """Remove what cannot be gone on from: half-written files, damaged or foreign checkpoints, rows that follow one."""
+    """Remove partial files, damaged or foreign checkpoints, and log rows after a checkpoint."""
     checkpoints = training.folder / "checkpoints"
     for folder in (training.folder, checkpoints):
         remove_temporary(folder, alone=True)
@@ -108,7 +108,7 @@ def _fit(training: Training, console: Console) -> None:
     with naming(training.folder):  # loggers do not say which file did not fit
         trainer.fit(module, datamodule=training.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
-        raise Interrupted(f"{training.name} was interrupted; the same command goes on from {resume}")
+        raise Interrupted(f"{training.name} was interrupted; run the same command to resume from {resume}")
     if not best.best_model_path and trainer.world_size == 1:
         raise KDError(f"{training.name} ended without a look at validation: a callback must have stopped it before one")
     for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Where Lightning and torch do otherwise than a training here needs: each mend in one function, with what it mends.
+"""Workarounds for Lightning and torch, one function each, with the versions they are for.
 
 Each says which version it was found in; `tests/training/test_lightning_patches.py` shows what they do without it, and
 fails once they do not any more: then the function can go.
@@ -30,7 +30,7 @@ def keep_batches_wide(trainer: L.Trainer) -> None:
 
 
 def share_objective(module: L.LightningModule, objective: Objective) -> None:
-    """Have DDP take terms that pause, and leave the objective's buffers alone (Lightning 2.6.6, torch 2.13).
+    """Let DDP handle terms that pause, without the objective's buffers (Lightning 2.6.6, torch 2.13).
 
     Call it in `setup`, before DDP is made: Lightning takes DDP's arguments with the strategy, before the module is
     known, and torch has no public way to name what DDP leaves out.
@@ -45,7 +45,7 @@ def share_objective(module: L.LightningModule, objective: Objective) -> None:
 
 
 def count_begun_epoch(trainer: L.Trainer) -> None:
-    """Count the epoch that a training begins which was resumed from the last step of the one before (Lightning 2.6.6).
+    """Count the new epoch of a training resumed at an epoch's last step (Lightning 2.6.6).
 
     Call it in `on_train_start`. Lightning closes that epoch and does not count the next as begun, so that a checkpoint
     made in it looks as if made between two epochs, and cannot be resumed from.
@@ -60,7 +60,7 @@ def count_begun_epoch(trainer: L.Trainer) -> None:
 def clip(
     module: L.LightningModule, parameters: list[nn.Parameter], max_norm: float | None, algorithm: str | None
 ) -> torch.Tensor | None:
-    """Clip gradients by their norm, also around a fused optimizer (Lightning 2.6.6); return the norm before.
+    """Clip gradients by norm, also with a fused optimizer (Lightning 2.6.6); return the norm before.
 
     Lightning refuses that under every mixed precision, since with a GradScaler (float16) the optimizer would undo the
     scaling after the clipping. In bfloat16 nothing is scaled and clipping is safe. On a CPU gradients that are short

@@ -1,7 +1,7 @@
-r"""Which term drives the student: how the terms' gradients compare, and policies that balance them.
+r"""Compares the gradients of loss terms, and balances them by policies.
 
 "KD does not help" is most often a mistake of scale: one term's gradient is a hundred times the other's. The gradients
-are compared where all terms meet, on the *shared layer*: of the weight matrices that every term's graph reaches, the
+are compared on the *shared layer*: of the weight matrices that every term's graph reaches, the
 one used last in the forward pass (so never a projector, which is one term's own). For terms on logits it is the
 classifier, for a hint on layer 3 a matrix of layer 3. It is the layer W of GradNorm (Chen et al. 2018), and cheap: the
 backward pass ends there.
@@ -54,10 +54,10 @@ class Balance(nn.Module):
         return loss
 
     def observe(self, parts: Parts, weights: Weights) -> None:
-        """Learn from a batch of the training, before its loss is taken."""
+        """Update the policy on a training batch, before its loss is computed."""
 
     def factors(self) -> dict[str, Tensor]:
-        """Return f by name, as the last loss had it; empty where all are 1."""
+        """Return f of the last loss by name; empty if all are 1."""
         return {}
 
 
@@ -65,7 +65,7 @@ class UnitInitial(Balance):
     """The policy `unit_initial`: every term starts at 1 times its weight, f = 1 / L(0) and c = 0.
 
     L(0) is the term's size on the first batch where it is not zero, averaged over DDP's ranks. It is a buffer, so a
-    resumed training goes on with it. At most 10,000-fold: a term that starts at zero (a student that begins as a copy
+    resumed training keeps it. At most 10,000-fold: a term that starts at zero (a student that begins as a copy
     of its teacher) has no scale to go by.
     """
 
@@ -74,10 +74,10 @@ class UnitInitial(Balance):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
         self.register_buffer("initial", torch.zeros(len(self.names)))
-        self._known: set[str] = set()  # so that a GPU is not waited for in every step
+        self._known: set[str] = set()  # avoids synchronising with a GPU in every step
 
     def observe(self, parts: Parts, weights: Weights) -> None:
-        """Remember the first values."""
+        """Store the first values."""
         if parts.keys() - self._known:
             values = mean_over_ranks(self._sizes(parts).nan_to_num(0.0, 0.0, 0.0))
             self.initial.copy_(torch.where(self.initial > 0, self.initial, values))
@@ -94,7 +94,7 @@ class UnitInitial(Balance):
 
 
 class GradNorm(UnitInitial):
-    r"""The policy `gradnorm` (Chen et al. 2018, arXiv 1711.02257): f = v, learned so that all terms train at one rate.
+    r"""The policy `gradnorm` (Chen et al. 2018, arXiv 1711.02257): learned factors f = v.
 
     With :math:`G_i = v_i \|\nabla_W L_i\|` on the shared layer W, and the relative inverse training rate
     :math:`r_i = \tilde L_i / \mathrm{mean}_j \tilde L_j` of :math:`\tilde L_i = L_i / L_i(0)`, v descends
@@ -108,7 +108,7 @@ class GradNorm(UnitInitial):
     :math:`\bar G`, so that its length does not depend on the losses' units. Only every 10th batch measures the norms
     (a backward pass to W for each term). G is that of the term without its configured weight, which would else cancel
     out: where all terms train at one rate, gradients are as the weights are. Terms with weight 0, and those without a
-    gradient on this batch, sit out.
+    gradient on this batch, are skipped.
 
     v, L(0) and the number of batches so far are checkpointed. Under DDP norms and losses are averaged over the ranks.
     """
@@ -119,7 +119,7 @@ class GradNorm(UnitInitial):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
         self.register_buffer("weight", torch.ones(len(self.names)))
-        self._batches = 0  # not a tensor: to read one from a GPU in every step would wait for it
+        self._batches = 0  # not a tensor: reading one from a GPU in every step would synchronise
 
     def observe(self, parts: Parts, weights: Weights) -> None:
         """Update v on the first batch and on every 10th after it."""
@@ -162,7 +162,7 @@ class Uncertainty(Balance):
     r"""The policy `uncertainty` (Kendall, Gal & Cipolla 2018, arXiv 1705.07115): f = exp(-s), c = s / 2.
 
     :math:`s_i = \log \sigma_i^2` is learned with the student, by its optimizer and at its learning rate, without weight
-    decay; it begins at 0 and is no part of the exported student. This is the paper's form for a classification,
+    decay; it starts at 0 and is not part of the exported student. This is the paper's form for a classification,
     for every term; its form for a regression halves f, which moves s by log 2. At the optimum
     :math:`f_i = 1 / (2 L_i)`. A term that is zero or negative (VID's may be) has no optimum: its factor stops at
     `MOST`.
@@ -205,7 +205,7 @@ def make_balance(policy: str, names: Sequence[str]) -> Balance:
         ConfigError: There is no such policy.
     """
     if policy not in POLICIES:
-        raise ConfigError(f"balance={policy!r}: there is no such policy{did_you_mean(policy, POLICIES)}")
+        raise ConfigError(f"balance={policy!r}: unknown policy{did_you_mean(policy, POLICIES)}")
     return POLICIES[policy](names)
 
 
@@ -216,7 +216,7 @@ def gradnorm_step(weight: Tensor, norm: Tensor, progress: Tensor, alpha: float, 
         weight: v, `(n,)`, positive.
         norm: :math:`\|\nabla_W L_i\|`, `(n,)`, positive.
         progress: :math:`L_i / L_i(0)`, `(n,)`.
-        alpha: How strongly terms that train slower are restored; 0 makes all gradients alike.
+        alpha: How strongly slower terms are favoured; 0 makes all gradients equal.
         rate: Length of the step.
 
     Example:
@@ -231,7 +231,7 @@ def gradnorm_step(weight: Tensor, norm: Tensor, progress: Tensor, alpha: float, 
 
 
 def loss_shares(parts: Parts, weights: Weights) -> dict[str, Tensor]:
-    r"""Return shares :math:`|w_i L_i| / \sum_j |w_j L_j|` of the loss: zeros where all are, NaN where one is."""
+    r"""Return shares :math:`|w_i L_i| / \sum_j |w_j L_j|` of the loss; zeros if all are, NaN if one is."""
     weighted = {name: (weights[name] * part.detach()).abs() for name, part in parts.items()}
     total = torch.stack(list(weighted.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
     return {name: value / total for name, value in weighted.items()}
@@ -240,8 +240,8 @@ def loss_shares(parts: Parts, weights: Weights) -> dict[str, Tensor]:
 def gradient_report(parts: Parts, weights: Weights) -> dict[str, float]:
     r"""Compare the gradients :math:`g_i` of the terms on the shared layer.
 
-    Nothing is accumulated: neither a parameter's gradient nor a random number is touched, and DDP hears nothing of it,
-    so each rank sees its own batch. Terms with weight 0, or that do not reach the student, are left out.
+    Parameters' gradients and random numbers are not touched, and DDP is not involved, so each rank uses its own batch.
+    Terms with weight 0, or that do not reach the student, are left out.
 
     Returns:
         `norm/NAME`, of the unweighted :math:`\|g_i\|`; `share/NAME`, :math:`\|w_i g_i\| / \sum_j \|w_j g_j\|`;
@@ -265,15 +265,15 @@ def gradient_report(parts: Parts, weights: Weights) -> dict[str, float]:
 
 
 def active_terms(parts: Parts, weights: Weights) -> dict[str, Tensor]:
-    """Return the terms that pull at the student now."""
+    """Return the terms with a weight that reach the student."""
     return {name: part for name, part in parts.items() if weights[name] > 0 and part.requires_grad}
 
 
 def shared_gradients(parts: Parts) -> dict[str, Tensor]:
-    """Return each term's gradient on the shared layer, flat; the graph stays for the training's own backward pass.
+    """Return each term's flat gradient on the shared layer; keeps the graph for the backward pass.
 
-    A compiled network is one node, whose graph claims to reach all its parameters. So where the last layer gets zeros
-    from a term, all common layers are asked, and the last that every term moves is taken.
+    A compiled network is one node, whose graph claims to reach all its parameters. So if the last layer gets zeros
+    from a term, all common layers are checked, and the last one with gradients from every term is used.
 
     Raises:
         RuntimeError: As for `gradient_report`.
@@ -301,16 +301,16 @@ def _gradients(part: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _common_layers(values: Sequence[Tensor]) -> list[Tensor]:
-    """Return the weight matrices that every value's graph reaches, last used first; where there are none, vectors."""
+    """Return the weight matrices that all graphs reach, last used first; without any, vectors."""
     reached = [_parameters_of(value) for value in values]
     uses = {leaf: min(found.get(leaf, -1) for found in reached) for leaf in reached[0]}
     common = [leaf for leaf, use in uses.items() if use >= 0]
     layers = [leaf for leaf in common if leaf.ndim >= 2] or common
-    return sorted(layers, key=lambda leaf: uses[leaf])[::-1]  # of those that one operation reads, its last comes first
+    return sorted(layers, key=lambda leaf: uses[leaf])[::-1]  # among those of one operation, the last comes first
 
 
 def _parameters_of(value: Tensor) -> dict[Tensor, int]:
-    """Return the parameters that a graph reaches, each with the number of the last operation that reads it."""
+    """Return the parameters that a graph reaches, with the number of the last operation using each."""
     found: dict[Tensor, int] = {}
     first: Any = value.grad_fn
     seen, waiting = {first}, [first]
@@ -327,7 +327,7 @@ def _parameters_of(value: Tensor) -> dict[Tensor, int]:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Return the average over all processes; the values themselves where there is one."""
+    """Return the average over all processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
         values = values / torch.distributed.get_world_size()

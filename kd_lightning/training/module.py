@@ -1,4 +1,4 @@
-"""What training with and without a teacher share: optimizer, progress, validation scores, repeatable randomness."""
+"""Base class of the Lightning modules: optimizer, progress, validation scores, seeding."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class NetworkModule(L.LightningModule):
 
     @property
     def whole(self) -> nn.Module:
-        """That network; where its weights are sharded the first process's copy, which is to be given saved weights."""
+        """The network, or for sharded weights the first process's whole copy for saved weights."""
         return self._whole[0] if self._whole else self.trained
 
     def weights_of_trained(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class NetworkModule(L.LightningModule):
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def setup(self, stage: str) -> None:
-        """See to it that means are taken over whole steps (see `StepCounts`), and that terms may sit out steps."""
+        """Set up means over whole steps (see `StepCounts`), and allow terms to skip steps."""
         trainer: Any = self.trainer
         self.step = StepCounts(trainer, self._counts)
         if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
@@ -108,14 +108,14 @@ class NetworkModule(L.LightningModule):
         lightning_patches.count_begun_epoch(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed torch from (seed, rank, batches so far): a resumed run draws the dropout the uninterrupted one drew."""
+        """Seed torch from (seed, rank, batch number), so that a resumed run draws the same dropout."""
         seed = _mix(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed goes through every backend there is, each step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def log_step(self, batch: Batch, loss: Tensor, parts: Callable[[], dict[str, Any]] = dict) -> None:
-        """Log the loss and its parts in the first step, and in those that `log_every_n_steps` has the loggers write.
+        """Log the loss and its parts in the first step and every `log_every_n_steps`.
 
         For each value that is logged Lightning goes through all it has logged so far: too much for every step.
         """
@@ -153,8 +153,8 @@ class NetworkModule(L.LightningModule):
         """Update and log the scores of a split, of a batch as `Task.compared` returns it."""
         known = is_labelled(batch["labels"])
         labelled = int((known & batch["keep"] if "keep" in batch else known).sum())
-        said = ModelOutput(at_least_float32(logits))
-        self.log(f"{split}/loss", self.from_labels(said, said, batch), batch_size=labelled, sync_dist=True)
+        output = ModelOutput(at_least_float32(logits))
+        self.log(f"{split}/loss", self.from_labels(output, output, batch), batch_size=labelled, sync_dist=True)
         self.val_scores.update(logits, batch["labels"], batch)
 
     def log_scores(self, scores: Scores, split: str) -> None:
@@ -214,7 +214,7 @@ class NetworkModule(L.LightningModule):
 
 
 def _mix(*numbers: int) -> int:
-    """Mix integers into one 63-bit seed; neighbouring inputs give unrelated seeds (the finaliser of SplitMix64)."""
+    """Mix integers into one 63-bit seed with SplitMix64's finaliser."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)

@@ -36,7 +36,7 @@ class Objective(nn.Module):
             `unit_initial`, `gradnorm` or `uncertainty`; see `kd_lightning.training.loss_balancing`.
 
     Attributes:
-        planned: Whether it is settled which layers meet.
+        planned: Whether layers have been paired.
         connected: Whether the terms have built what they size by the networks.
 
     Raises:
@@ -91,7 +91,7 @@ class Objective(nn.Module):
         return tuple(dict.fromkeys(name for term in self._terms() for name in term.needs_teacher))
 
     def plan(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Settle which layers meet, and with that what the terms need of each network.
+        """Pair layers, which determines the features that the terms need.
 
         Raises:
             ConfigError: A network without layers of a kind that is needed, or a layer map that does not fit.
@@ -112,7 +112,7 @@ class Objective(nn.Module):
             self.connected = True
 
     def counts(self, batch: Batch) -> Tensor:
-        """Return how many things the terms' means over a batch are over, one after the other; see `Term.counts`."""
+        """Return the counts of all terms' means over a batch, concatenated; see `Term.counts`."""
         return torch.cat([term.counts(batch) for term in self._terms()])
 
     def forward(
@@ -169,7 +169,7 @@ class Objective(nn.Module):
         return {f"gradient/{name}": value for name, value in report.items()}
 
     def settings(self, progress: float) -> dict[str, Any]:
-        """Return the weights, factors and scheduled values in force at this progress: what to log beside the parts."""
+        """Return the current weights, factors and scheduled values, for logging."""
         values: dict[str, Any] = {f"weight/{name}": weight for name, weight in self._weights(progress).items()}
         values |= {f"balance/{name}": factor.detach() for name, factor in self.balance.factors().items()}
         for name, term in zip(self.terms, self._terms(), strict=True):
@@ -197,7 +197,7 @@ class Objective(nn.Module):
         return {name: weight * factors[name].detach() if factors else weight for name, weight in weights.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move with the networks, but stay as wide as before where a trainer (`bf16-true`) makes them narrower."""
+        """Move with the networks, but keep the dtype if a trainer (`bf16-true`) reduces theirs."""
 
         def moved(x: Tensor) -> Tensor:
             y = fn(x)

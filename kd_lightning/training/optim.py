@@ -1,4 +1,4 @@
-"""Optimizer parameter groups, and learning-rate schedules with a warm-up given as a share of the training."""
+"""Optimizer parameter groups, and learning-rate schedules with a relative warm-up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _steps_of(warmup: float, total_steps: int) -> int:
 
 
 def warmup_linear(optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> LRScheduler:
-    """Rise linearly to the configured learning rate over the first `warmup` share, then fall linearly to zero."""
+    """Rise linearly over the first `warmup` share of the training, then fall linearly to zero."""
     from transformers.optimization import get_linear_schedule_with_warmup
 
     schedule: LRScheduler = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ def warmup_linear(optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.1) -> LRScheduler:
-    """Rise linearly to the configured learning rate over the first `warmup` share, then fall along half a cosine."""
+    """Rise linearly over the first `warmup` share of the training, then fall along half a cosine."""
     from transformers.optimization import get_cosine_schedule_with_warmup
 
     schedule: LRScheduler = get_cosine_schedule_with_warmup(optimizer, _steps_of(warmup, total_steps), total_steps)

@@ -1,9 +1,9 @@
-"""The files of a run: what a stage leaves behind, and how a trained network is read back on any machine.
+"""The files of a run's stages, and loading a trained network on any machine.
 
 A stage folder (`RUN/teacher`, `RUN/seed_0/distill`) is finished once it holds `stage.json`, which is written last.
 Beside it: `model.json` (how to rebuild the network), `model.safetensors` (its weights), `task.json` and `tokenizer/`
 (what goes in and which classes come out), and while it trains `checkpoints/`. `stage.json` holds the sha256 of these
-files and of itself; whatever is read back is held against them.
+files and of itself, which are verified when they are loaded.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from kd_lightning.tasks import Task
 
 NETWORK = ("model.json", "model.safetensors", "task.json", "tokenizer")
-"""What a finished stage's network is read from."""
+"""The files of a finished stage's network."""
 
 LOGS = ("csv",)
-"""What its learning curves are read from."""
+"""The files of its learning curves."""
 
 BASELINES = ("baseline_initialised", "baseline")
 TAUGHT = ("finetune", "distill")
-"""The stages of a student, the last ones first."""
+"""The stages of a student, in order."""
 
 
 @dataclass
 class TrainedModel:
-    """A network read back from a run folder, with what it takes to use it.
+    """A network loaded from a run folder, with its tokenizer and task.
 
     Attributes:
         network: In eval mode, on the CPU.
         tokenizer: Turns text into its inputs; None for a network without one.
         class_names: Names of the C classes, in the order of the logits.
-        max_length: Longest input in tokens, the rest is cut; None for a network that reads no text.
-        texts: How many texts an example has: 1, or 2 for pairs; None for a network that reads no text.
-        folder: Where it was read from.
-        task: What it predicts: a class, a score, or those of several tasks.
-        images: What an image is made into before the network reads it; None for a network that reads no images.
+        max_length: Longest input in tokens, longer ones are cut; None for a network without text.
+        texts: How many texts an example has: 1, or 2 for pairs; None for a network without text.
+        folder: The folder it was loaded from.
+        task: The task.
+        images: The preprocessing of images; None for a network without images.
     """
 
     network: nn.Module
@@ -65,13 +65,13 @@ class TrainedModel:
 def save_network(
     folder: Path, network: nn.Module, settings: dict[str, Any], task: dict[str, Any], tokenizer: Any | None
 ) -> None:
-    """Write what `load_model` needs.
+    """Write the files that `load_run` needs.
 
     Args:
         folder: The stage's folder.
         network: The trained network.
-        settings: The `_target_` settings it was built from, used where the network cannot describe itself.
-        task: `class_names`, the data's `input_format`, and `role`, whose inputs the network reads.
+        settings: The `_target_` settings it was built from, used if the network has no description.
+        task: `class_names`, the data's `input_format`, and `role`, whose inputs the network uses.
         tokenizer: A Hugging Face tokenizer, or None.
     """
     from safetensors.torch import save_file
@@ -90,7 +90,7 @@ def save_network(
 
 
 def finish_stage(folder: Path, record: dict[str, Any]) -> None:
-    """Write `stage.json`, with which a stage is finished: its record, and the sha256 of its files."""
+    """Write `stage.json`, which marks a stage as finished, with its record and the sha256 of its files."""
     write_sealed(folder / "stage.json", {**record, "files": seal(folder, (*NETWORK, *LOGS))})
 
 
@@ -104,7 +104,7 @@ def read_stage(folder: Path) -> dict[str, Any]:
 
 
 def check_stage(folder: Path, names: Iterable[str] = (*NETWORK, *LOGS)) -> dict[str, Any]:
-    """Read the record of a finished stage, whose files must be those it was finished with.
+    """Read the record of a finished stage, after verifying its files.
 
     Raises:
         KDError: Names the file that is missing, damaged or from elsewhere.
@@ -115,18 +115,18 @@ def check_stage(folder: Path, names: Iterable[str] = (*NETWORK, *LOGS)) -> dict[
 
 
 def read_task(folder: Path) -> dict[str, Any]:
-    """Read what goes into a stage's network and what comes out, and on which examples it was trained (`data`)."""
+    """Read a stage's inputs and outputs (`task.json`), and its training examples (`data`)."""
     task: dict[str, Any] = read_json(folder / "task.json")
     return task
 
 
 def train_again(folder: Path) -> str:
-    """Return what can be done about a finished stage that is damaged."""
-    return f"restore it, or remove {folder} and run the same kd-train again, which trains that stage anew"
+    """Return what to do about a damaged finished stage, for messages."""
+    return f"restore it, or remove {folder} and run the same kd-train again, which trains that stage again"
 
 
 def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -> TrainedModel:
-    """Read a trained student (or any stage's network) back.
+    """Load a trained student, or any stage's network.
 
     Networks of this package and of `transformers` are rebuilt from a description that reaches no other code. A network
     of your own is a class named in `model.json`, which is imported and called only if you trust the folder.
@@ -137,7 +137,7 @@ def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -
         trust: Whether the folder may run code that it names, as that of a network of your own: see docs/security.md.
 
     Raises:
-        KDError: The folder holds no finished network, a damaged one, or one that only a trusted folder may bring.
+        KDError: The folder holds no finished network, a damaged one, or one that needs `trust`.
     """
     from safetensors.torch import load_file
 
@@ -174,10 +174,10 @@ def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -
 
 
 def find_stage(folder: Path, seed: int | None = None) -> Path:
-    """Return the stage folder that a user means by `folder`: itself, or the run's student that is best on validation.
+    """Return the stage folder of a stage or run: of a run, its best student on validation.
 
-    Distilled and fine-tuned students come before baselines, whatever their scores. Of a run that is to have them and
-    lacks one, no other student is taken in its place.
+    Distilled and fine-tuned students come before baselines, whatever their scores. If a run should have
+    one but does not, no other student replaces it.
 
     Raises:
         ConfigError: There is no student.
@@ -196,7 +196,7 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     if unfinished := _unfinished(folder, seeds, seed):
         place = unfinished[-1]
         how = f"{place.relative_to(folder)} {'has begun' if place.is_dir() else 'is missing'}"
-        instead = f"; or name on purpose one that is finished: {', '.join(map(str, found))}" if found else ""
+        instead = f"; or name a finished one explicitly: {', '.join(map(str, found))}" if found else ""
         raise KDError(f"{folder} is unfinished ({how}): {GO_ON}{instead}")
     if not found:
         which = "" if seed is None else f" of seed {seed}"
@@ -204,7 +204,7 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     return max(found, key=_goodness)
 
 
-GO_ON = "run the same kd-train again, and it goes on where it stopped"
+GO_ON = "run the same kd-train again to resume it"
 
 
 def is_finished(folder: Path) -> bool:
@@ -213,17 +213,17 @@ def is_finished(folder: Path) -> bool:
 
 
 def _unfinished(folder: Path, seeds: Sequence[Path], seed: int | None) -> list[Path]:
-    """Return which distillations and fine-tunings a run is to have, or has begun, and does not have."""
+    """Return the distillations and fine-tunings that a run should have but that are not finished."""
     if (folder / "config.yaml").is_file():
         cfg = read_config(folder)
-        asked = set(cfg.get("stages", ()))
+        requested = set(cfg.get("stages", ()))
         if seeds and seed is None and "seed" in cfg and "seeds" in cfg:
             known = {folder / f"seed_{cfg['seed'] + number}" for number in range(cfg["seeds"])}
             seeds = sorted({*seeds, *known})
     else:  # it is written at the end of a run
-        asked = {"distill"}
-    wanted = [(root / stage, stage in asked) for root in seeds for stage in reversed(TAUGHT)]
-    return [place for place, is_asked in wanted if not is_finished(place) and (is_asked or place.is_dir())]
+        requested = {"distill"}
+    wanted = [(root / stage, stage in requested) for root in seeds for stage in reversed(TAUGHT)]
+    return [place for place, is_requested in wanted if not is_finished(place) and (is_requested or place.is_dir())]
 
 
 def write_config(folder: Path, text: str) -> None:
@@ -232,7 +232,7 @@ def write_config(folder: Path, text: str) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the configuration of a finished run as plain values; nothing in it is resolved, imported or called.
+    """Read the configuration of a finished run as plain values, without resolving or importing.
 
     Raises:
         KDError: It is missing or damaged.
@@ -248,14 +248,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         if first.startswith(CONFIG_SEAL) and first != CONFIG_SEAL + hashlib.sha256(rest.encode()).hexdigest():
             raise KDError(
                 f"{path} was damaged or changed since the run: restore it, or remove it and run the same kd-train "
-                "again, which writes it anew; if the change is meant, remove its first line"
+                "again, which writes it again; if the change is intended, remove its first line"
             )
         cfg = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise KDError(f"{path} cannot be read ({reason}): remove it and run the same kd-train again") from error
     if not isinstance(cfg, dict) or not cfg:
-        raise KDError(f"{path} is no configuration of a run: remove it and run the same kd-train again")
+        raise KDError(f"{path} is not a run's configuration: remove it and run the same kd-train again")
     return {str(key): value for key, value in cfg.items()}
 
 
@@ -263,13 +263,13 @@ CONFIG_SEAL = "# sha256 of what follows: "
 
 
 def run_root(stage: Path) -> Path | None:
-    """Return the folder with the configuration of the run that a stage is of, if it is finished."""
+    """Return the folder of a stage's run, if it has a configuration."""
     above = [stage, *stage.absolute().parents[:2]]  # RUN/teacher, RUN/seed_0/distill
     return next((folder for folder in above if (folder / "config.yaml").is_file()), None)
 
 
 def teacher_stage(folder: Path) -> Path | None:
-    """Return the finished teacher that `teacher.checkpoint` means by a folder: the run's, or the stage itself.
+    """Return the finished teacher stage of a folder for `teacher.checkpoint`: the run's, or itself.
 
     Raises:
         KDError: It has begun and is not finished.
@@ -283,7 +283,7 @@ def teacher_stage(folder: Path) -> Path | None:
 
 
 def validation_score(record: dict[str, Any]) -> float:
-    """Return the score of a stage's record by which its weights were selected.
+    """Return the score that selected a stage's weights.
 
     Raises:
         KDError: The record is of an older version.
@@ -300,10 +300,10 @@ def _goodness(stage: Path) -> float:
 
 
 def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) -> bool:
-    """Return True when this stage is finished, False when it is new or half done with these very settings.
+    """Return whether a stage is finished; refuse one with other settings.
 
     Raises:
-        ConfigError: The folder belongs to other settings; says which differ.
+        ConfigError: The folder has other settings; names the differences.
         KDError: A file of the finished stage is damaged or missing.
     """
     finished = is_finished(folder)
@@ -323,5 +323,5 @@ def check_fingerprint(folder: Path, fingerprint: str, settings: dict[str, Any]) 
 
 
 def remove_it(folder: Path) -> str:
-    """Return what can be done about a stage that has begun and is damaged."""
-    return f"remove {folder} and run the same kd-train again, which begins that stage anew"
+    """Return what to do about a damaged unfinished stage, for messages."""
+    return f"remove {folder} and run the same kd-train again, which restarts that stage"

@@ -89,7 +89,7 @@ class OneMinus:
 
 
 class Times:
-    """`factor * value(progress)`: the weight of a term, where a schedule has it, in a task that has a weight, too.
+    """`factor * value(progress)`: a term's scheduled weight times its task's weight.
 
     >>> Times(0.5, Linear(start=0.0, end=1.0))(0.5)
     0.25

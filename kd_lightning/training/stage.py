@@ -88,7 +88,7 @@ class Training(TrainingRecord):
 
 
 def planned_steps(trainer: dict[str, Any], batches: int) -> int:
-    """Return the optimizer steps that a trainer's settings ask for, over epochs of so many batches of one process."""
+    """Return the optimizer steps of a trainer's settings, for epochs of this many batches of one process."""
     if trainer.get("max_steps") not in (-1, None):
         return int(trainer["max_steps"])
     batches = math.ceil(batches / processes(trainer))
@@ -131,7 +131,7 @@ def keep(
 
 
 def averages(callbacks: dict[str, Any]) -> bool:
-    """Return whether callbacks average weights, which Lightning validates and puts into whole checkpoints only."""
+    """Return whether callbacks average weights, which Lightning keeps only in whole checkpoints."""
     kinds = [lookup(node["_target_"]) for node in callbacks.values()]
     return any(isinstance(kind, type) and issubclass(kind, WeightAveraging) for kind in kinds)
 

@@ -1,4 +1,4 @@
-"""A training step's means, over all its batches: those of all processes, and those that gradients accumulate over."""
+"""Means over all batches of a training step: of all processes and accumulated gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd_lightning.types import Batch
 
 
 class StepCounts:
-    """How many things (examples, tokens, ...) the means of a training step are over, averaged over its batches.
+    """The counts (examples, tokens, ...) of a training step's means, averaged over its batches.
 
     DDP averages gradients over the processes, and Lightning over the batches of an accumulation. The average of a loss
     that is weighted by `count(batch) / mean(batch)` is its mean over the whole step. One small tensor is averaged over
@@ -32,7 +32,7 @@ class StepCounts:
         self._mean = torch.empty(0)
 
     def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """Return the loader's batches, fetched a step at a time, so that a step's first batch knows of the others."""
+        """Return the loader's batches, fetched by step, so that the counts of a step are known first."""
         self._coming = deque()
         return _Steps(loader, self.trainer, self.count, self._coming)
 

@@ -22,7 +22,7 @@ from benchmarks.task import (
     train_by_hand,
     train_ours,
 )
-from kd_lightning.config.resolvers import fast_answers
+from kd_lightning.config.resolvers import fast_inference
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.distillation import DistillationModule
@@ -50,7 +50,7 @@ def _one(name: str) -> list[Measure]:
         module = DistillationModule(student(name), teacher, objective(), optimizer(), scheduler, task=Classification(2))
         return train_ours(module, WARM, STEPS, logging=True)
 
-    fast = fast_answers()
+    fast = fast_inference()
     work = {"ours": lambda: ours("float32"), "by hand": lambda: train_by_hand(student(name), ask, WARM, STEPS)}
     if fast != "float32":
         work[fast] = lambda: ours(fast)

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.peers_task import FewReviews, few_reviews, plain_trainer, scored
 from benchmarks.task import objective, optimizer, scheduler
 from benchmarks.task import student as build_student
-from kd_lightning.config.resolvers import fast_answers
+from kd_lightning.config.resolvers import fast_inference
 from kd_lightning.models.hf import finished
 from kd_lightning.runtime.fingerprints import digest, network_digest
 from kd_lightning.tasks import Classification
@@ -33,7 +33,7 @@ def ours(
     trainer = plain_trainer(epochs)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        asked: Teacher = FrozenTeacher(network, "float32" if float32 else fast_answers())
+        asked: Teacher = FrozenTeacher(network, "float32" if float32 else fast_inference())
         if cached:
             asked = our_cached_teacher(asked, data, Path(folder))
         module = DistillationModule(small, asked, objective(), optimizer(), scheduler, task=Classification(2))

@@ -76,7 +76,7 @@ def test_verify_exits_with_1_when_something_is_damaged(root: Path, capsys: pytes
     damage(root / "b")
     out, code = run(capsys, "verify", root / "a", root / "b")
     assert code == 1
-    assert f"{root / 'a'}: every file is what was written" in out
+    assert f"{root / 'a'}: every file is intact" in out
     assert "shard-00000.safetensors is damaged" in out
     out, code = run(capsys, "verify", root / "nowhere")
     assert code == 1
@@ -119,7 +119,7 @@ def test_prune_removes_what_matches(root: Path, capsys: pytest.CaptureFixture[st
     run(capsys, "prune", "--damaged")
     assert left() == {"whole", "part"}
     out, _ = run(capsys, "prune", "--incomplete")
-    assert "holds 10 of 40 answers" in out
+    assert "holds 10 of 40 examples" in out
     assert left() == {"whole"}
     run(capsys, "prune", "--all")
     assert left() == set()

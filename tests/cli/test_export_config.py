@@ -67,7 +67,7 @@ class Capture(L.Callback):
         }  # fmt: skip
         if isinstance(module, DistillationModule):
             objective = module.objective
-            answer = None if module.teacher is None else module._expected(batch, module._ask(batch))
+            answer = None if module.teacher is None else module._expected(batch, module._tap(batch))
             found |= {
                 "terms": str(objective),
                 "balance": type(objective.balance).__name__,

@@ -150,7 +150,7 @@ def test_a_job_that_has_nothing_to_do_is_left_out(
         (["--sweep", "distillation=soft_target,dkdd", "--dry-run"], "dkdd"),
         (["hydra.launcher.partitoin=a", "--dry-run"], "partitoin"),
         (["sweep=optuna", "--dry-run"], "run kd-train -m hydra/launcher=slurm instead"),
-        (["temperature=1,2"], "there is no sbatch on PATH: run this where jobs are submitted, or add --dry-run"),
+        (["temperature=1,2"], "there is no sbatch on PATH: run this on a submit host, or add --dry-run"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], says: str, program: Program) -> None:
@@ -174,7 +174,7 @@ def test_without_the_extra_one_line_names_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == (
-        "kd-train: hydra/launcher/submitit_slurm comes with a package that is missing: "
+        "kd-train: hydra/launcher/submitit_slurm needs a package that is not installed: "
         "pip install 'kd-lightning[slurm]'\n"
     )
 
@@ -195,7 +195,7 @@ def test_submission_chains_the_ids_and_a_second_one_is_refused(tmp_path: Path, p
     assert len(record["points"]) == 4
 
     program("squeue", 'echo "43_2|PENDING|Resources"')
-    with pytest.raises(SystemExit, match="its jobs are in the queue still; to begin anew, scancel 43_2"):
+    with pytest.raises(SystemExit, match="its jobs are still in the queue; to start again, scancel 43_2"):
         main(["pipeline", f"hydra.sweep.dir={folder}", "--sweep", GRID])
 
 
@@ -206,11 +206,11 @@ def test_what_cannot_be_written_is_not_submitted_and_what_cannot_be_noted_does_n
     for name in ("file", "noted"):
         (tmp_path / name).mkdir()
     (tmp_path / "file" / "slurm").touch()
-    with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*file/slurm[^\n]*in the way[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*file/slurm[^\n]*something of that name exists[^\n]*$"):
         main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'file'}", "--sweep", GRID])
     assert not asked.exists()
     (tmp_path / "noted" / JOBS).mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*that is a folder where a file is due[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*that is a folder, not a file[^\n]*$"):
         main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'noted'}", "--sweep", GRID])
     assert asked.read_text().count("\n") == 4
     assert cancelled.read_text().split() == ["7"] * 4
@@ -398,5 +398,5 @@ def test_a_controller_that_does_not_react_is_said_in_one_line(
 ) -> None:
     program("sbatch", "exec /bin/sleep 60")
     monkeypatch.setattr("kd_lightning.runtime.slurm_queue.PATIENCE", 0.2)
-    with pytest.raises(KDError, match=r"^sbatch has not ended after 0\.2 s: is SLURM's controller up"):
+    with pytest.raises(KDError, match=r"^sbatch did not finish within 0\.2 s: is SLURM's controller up"):
         submit(tmp_path / "job.sh", [])

@@ -110,7 +110,7 @@ def gradient(value: Tensor, student: nn.Module) -> float:
 
 def shares(module: DistillationModule, batch: Batch) -> dict[str, float]:
     """The length of each term's gradient on the student, times its largest weight, over that of cross-entropy."""
-    student = module.train()._ask(batch)
+    student = module.train()._tap(batch)
     teacher = module._expected(batch, student)
     labels = gradient(cross_entropy(student.logits, batch["labels"]), module.student)
     found = {}

@@ -90,7 +90,7 @@ def test_minus_100_is_for_the_teacher_to_label(tmp_path: Path, kind: str, unlabe
     train, test = write(tmp_path / f"a.{kind}", labels), write(tmp_path / f"b.{kind}", labels[:2])
     found = corpus(train, test)
     assert (found.class_names, found.train.labels, found.transfer) == (["0", "1"], [0, 1], [("sentence a 2",)])
-    with pytest.raises(DataError, match=r"label '-100': only a training sentence may go without a label"):
+    with pytest.raises(DataError, match=r"label '-100': only training sentences may be unlabelled"):
         corpus(test, train)
 
 
@@ -169,5 +169,5 @@ def test_contrary_labels_are_counted_and_shown(caplog: pytest.LogCaptureFixture,
             class_names=None, validation_fraction=0.1, test_fraction=0.2, split_seed=0,
         )  # fmt: skip
     fate = "the first of each stays" if held_out else "all are trained on"
-    assert f"a.csv: 2 sentences come with contrary labels, and {fate}: " in caplog.text
+    assert f"a.csv: 2 sentences have contradictory labels, and {fate}: " in caplog.text
     assert "'text 3' is 'pos' (a.csv: line 5) and 'neg' (a.csv: line 22); 'text 4' is" in caplog.text

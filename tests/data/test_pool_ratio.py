@@ -114,5 +114,5 @@ def test_a_share_of_nothing_is_nothing() -> None:
 def test_what_is_refused(make: Callable[..., TextFiles], ratio: float) -> None:
     with pytest.raises(ConfigError, match=r"data\.pool_ratio=\S+: expected a positive number"):
         make(pool_ratio=ratio)
-    with pytest.raises(ConfigError, match=r"data\.pool_ratio=1: there is nothing to take"):
+    with pytest.raises(ConfigError, match=r"data\.pool_ratio=1: no views or transfer data"):
         make(pool_ratio=1, transfer=[]).prepare()

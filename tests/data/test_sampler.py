@@ -120,5 +120,5 @@ def test_two_processes_train_on_the_batches_of_one_with_the_same_global_batch(co
 def test_errors() -> None:
     with pytest.raises(ConfigError, match=r"data\.batch_size=0"):
         BucketBatchSampler(LENGTHS, 0, shuffle=True)
-    with pytest.raises(ConfigError, match="3 examples cannot be shared by 4 processes"):
+    with pytest.raises(ConfigError, match="3 examples cannot be divided among 4 processes"):
         BucketBatchSampler(LENGTHS[:3], 8, shuffle=False, rank=0, world_size=4)

@@ -135,7 +135,7 @@ def test_a_stage_with_a_damaged_file_is_neither_loaded_nor_reused(place: Path, r
 
 def test_a_file_that_comes_to_a_tokenizer_is_not_read(run: Path) -> None:
     (run / "seed_0/distill/tokenizer/chat_template.jinja").write_text("{{ 1 }}")
-    with pytest.raises(KDError, match=r"chat_template\.jinja was not there when"):
+    with pytest.raises(KDError, match=r"chat_template\.jinja did not exist when"):
         load_run(run / "seed_0/distill")
 
 
@@ -178,7 +178,7 @@ def test_no_other_student_takes_the_place_of_one_that_is_not_finished(run: Path,
         shutil.rmtree(run / "seed_0" / stage)
     else:
         (run / "seed_0" / stage / "stage.json").unlink()
-    says = rf"is unfinished \(seed_0/{stage} {'is missing' if whole else 'has begun'}\): run the same .* on purpose"
+    says = rf"is unfinished \(seed_0/{stage} {'is missing' if whole else 'has begun'}\): run the same .* explicitly"
     for command in (lambda: load_run(run), lambda: load_run(run, 0), lambda: find_stage(run)):
         with pytest.raises(KDError, match=says):
             command()
@@ -413,7 +413,7 @@ def test_whole_checkpoints_are_gone_on_from_and_foreign_ones_are_not(
     checkpoints = tmp_path / "foreign/seed_0/baseline/checkpoints"
     other = (*BASELINE, "optimizer.lr=0.02")
     (checkpoints.parent / "settings.json").unlink()
-    assert "resume.ckpt is another training's" in train(tmp_path / "foreign", *other)
+    assert "resume.ckpt belongs to another training" in train(tmp_path / "foreign", *other)
 
 
 def test_what_killed_writers_left_is_removed_by_the_next_start(killed: Path) -> None:

@@ -91,8 +91,8 @@ def test_paths_that_cannot_be_written_are_named_with_what_to_do(tmp_path: Path) 
     for path, advice in [
         (tmp_path / "file" / "x", "a part of that path is a file"),
         (tmp_path / ("a" * 300), "choose a shorter name"),
-        (Path("/proc/x"), "cannot be made"),
-        (tmp_path / "file", "something of that name is in the way"),
+        (Path("/proc/x"), "cannot be created"),
+        (tmp_path / "file", "something of that name exists"),
     ]:
         line = ends(path.mkdir)
         assert advice in line

@@ -289,8 +289,8 @@ def test_mistakes_are_refused_with_the_key(composed: Composed, chosen: list[str]
         (["data.tasks.rating.view_sets=null", "data.tasks.rating.views=1"], "data.tasks.rating.view_sets=null"),
         (["data.sampling_temperature=0"], "data.sampling_temperature=0: expected a positive number"),
         (["data.tasks.rating.labels=ratings"], "labels='ratings' is not one of sentiment, domain, rating"),
-        (["~tasks.rating.distillation"], "task rating: labels are scores, and this loss reads classes"),
-        (["distillation=pkt"], "distillation.terms.sentiment/pkt: reads pooled: of several tasks only the logits"),
+        (["~tasks.rating.distillation"], "task rating: labels are scores, and this loss needs classes"),
+        (["distillation=pkt"], "distillation.terms.sentiment/pkt: reads pooled: with several tasks, only logits"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_training(
@@ -354,6 +354,6 @@ def test_a_regression_is_trained_selected_and_reported_by_correlation(
 def test_a_loss_on_classes_is_refused_for_a_regression(
     composed: Composed, regression: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="distillation: labels are scores, and this loss reads classes"):
+    with pytest.raises(ConfigError, match="distillation: labels are scores, and this loss needs classes"):
         run(composed(*regression, "distillation=soft_target"))
     assert not (tmp_path / "run").exists()

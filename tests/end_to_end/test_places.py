@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[[str], None]] = {
     [
         ("file/x", "a part of that path is a file"),
         ("file/x/y", "a part of that path is a file"),
-        ("/proc/x", "cannot be made"),
+        ("/proc/x", "cannot be created"),
         ("a" * 300, "choose a shorter name|File name too long"),
         ("new/" + "a" * 300, "choose a shorter name|File name too long"),
     ],

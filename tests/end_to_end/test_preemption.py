@@ -41,7 +41,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(signals, "_before", {})
-    monkeypatch.setattr(signals, "_asked", None)
+    monkeypatch.setattr(signals, "_received", None)
     monkeypatch.setattr(signals, "_held", False)
     monkeypatch.setattr(signals, "_end", raised)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
@@ -93,7 +93,7 @@ def test_while_a_network_trains_a_signal_is_noted_and_the_later_kind_counts() ->
     noted = []
     for number in (TERM, USR1, TERM, USR2, USR1):
         tell(number)
-        noted.append(signals.asked())
+        noted.append(signals.received())
     assert noted == [TERM, USR1, USR1, USR2, USR2]
 
 
@@ -108,7 +108,7 @@ def test_a_signal_ends_a_command_wherever_it_comes(number: signal.Signals) -> No
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (130 if number == INT else 1, "")
     (line,) = done.stderr.splitlines()
-    assert line.endswith("nothing was being trained; the same command goes on")
+    assert line.endswith("nothing was being trained; run the same command to resume")
 
 
 @pytest.mark.usefixtures("watched")
@@ -116,7 +116,7 @@ def test_a_signal_ends_a_command_wherever_it_comes(number: signal.Signals) -> No
 def test_without_a_cluster_a_command_ends_in_one_line(number: signal.Signals) -> None:
     with pytest.raises(SystemExit) as ended:
         tell(number)
-    assert ended.value.code == f"kd-train: {number.name}: nothing was being trained; the same command goes on"
+    assert ended.value.code == f"kd-train: {number.name}: nothing was being trained; run the same command to resume"
 
 
 @pytest.mark.usefixtures("watched")
@@ -128,8 +128,8 @@ def test_ctrl_c_ends_a_command_in_one_line_after_the_step(
         train(INT, Interrupted("distill is saved at step 5"))
     assert ended.value.code == 130
     line = capsys.readouterr().err.splitlines()[-1]  # the first one, to the terminal itself, says that it waits
-    assert line == "kd-train: interrupted: distill is saved at step 5; the same command goes on"
-    signals._asked = None
+    assert line == "kd-train: interrupted: distill is saved at step 5; run the same command to resume"
+    signals._received = None
     with pytest.raises(SystemExit) as ended:
         tell(INT)
     assert ended.value.code == 130
@@ -157,7 +157,7 @@ def test_lightning_handles_no_signal_of_a_command(
     load = TextFiles.train_dataloader
 
     def told(self: TextFiles) -> Any:  # Lightning asks for it then
-        if signals.asked() is None:
+        if signals.received() is None:
             os.kill(os.getpid(), number)
         return load(self)
 
@@ -165,7 +165,7 @@ def test_lightning_handles_no_signal_of_a_command(
     signals.hold()
     monkeypatch.setattr(TextFiles, "train_dataloader", told)
     learner = fit(write_toy_csv(tmp_path / "toy.csv", rows=60), tmp_path / "run", 1)
-    assert signals.asked() is number
+    assert signals.received() is number
     assert len(learner.seen) == 1
     assert not learner.trainer.received_sigterm
     assert (signal.getsignal(TERM), signal.getsignal(INT)) == handlers
@@ -176,7 +176,7 @@ def test_what_ends_before_the_next_step_ends_as_it_would_have() -> None:
     with pytest.raises(ValueError, match="a mistake"):
         train(None, ValueError("a mistake"))
     train(None)
-    with pytest.raises(SystemExit, match="the stage is finished; the same command goes on"):
+    with pytest.raises(SystemExit, match="the stage is finished; run the same command to resume"):
         train(USR1)
     with pytest.raises(ValueError, match="a mistake"):
         train(USR1, ValueError("a mistake"))
@@ -185,7 +185,7 @@ def test_what_ends_before_the_next_step_ends_as_it_would_have() -> None:
 def test_a_signal_from_before_it_was_handled_is_heard(watched: None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [USR1])  # as `env --block-signal` does for the first seconds
     signal.pthread_kill(threading.get_ident(), USR1)  # to this thread: others, which torch started, do not block it
-    assert signals.asked() is None
+    assert signals.received() is None
     with pytest.raises(SystemExit, match="SIGUSR1: nothing was being trained"):
         signals.watch()
 
@@ -211,7 +211,7 @@ def test_in_a_job_the_first_process_puts_it_back_once(
     assert told.read_text() == f"requeue {job}\n"
     assert capsys.readouterr().out.splitlines() == [
         f"kd-train: SIGUSR1 in process 0 of job {job}: distill is saved at step 5",
-        f"kd-train: job {job} is back in the queue",
+        f"kd-train: job {job} is requeued",
     ]
 
 
@@ -221,8 +221,8 @@ def test_a_job_that_is_not_put_back_says_why(scontrol: Callable[[str], Path]) ->
     with pytest.raises(SystemExit) as ended:
         train(USR1, Interrupted("saved"))
     assert ended.value.code == (
-        "kd-train: job 41 was not put back in the queue (slurm_requeue error: Requested operation is presently "
-        "disabled): submit it again to go on"
+        "kd-train: job 41 was not requeued (slurm_requeue error: Requested operation is presently "
+        "disabled): submit it again to resume"
     )
 
 
@@ -233,7 +233,7 @@ def test_a_job_whose_controller_does_not_react_says_so(
     scontrol("exec sleep 60")
     monkeypatch.setattr("kd_lightning.runtime.slurm_queue.PATIENCE", 0.2)
     with pytest.raises(
-        SystemExit, match=r"job 41 was not put back .*scontrol has not ended after 0\.2 s.*submit it again"
+        SystemExit, match=r"job 41 was not requeued .*scontrol did not finish within 0\.2 s.*submit it again"
     ):
         train(USR1, Interrupted("saved"))
 
@@ -317,7 +317,7 @@ def test_under_submitit_submitit_puts_the_job_back_and_we_do_not(
     signals.watch()
 
     tell(TERM)  # SLURM sends it along with the other one
-    assert signals.asked() is None
+    assert signals.received() is None
     ended: SystemExit | None = None
     try:
         if training:
@@ -331,7 +331,7 @@ def test_under_submitit_submitit_puts_the_job_back_and_we_do_not(
     assert told.read_text() == ("" if rank else "requeue 41\n")
     assert paths.submitted_pickle.is_file() == (rank == 0), "submitit's own record of what is to go on"
     assert (ended is None) == (rank == 1 and not training)
-    assert "back in the queue" not in capsys.readouterr().out
+    assert "requeued" not in capsys.readouterr().out
 
 
 def test_a_signal_during_the_exchange_waits_for_the_next(
@@ -362,7 +362,7 @@ def test_what_another_process_heard_counts_here(watched: None, tmp_path: Path, m
     callback = Preemption(tmp_path / "resume.ckpt", 1000, "distill")
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, _: tensor.fill_(1 + signals.SIGNALS.index(USR1)))
     assert callback.is_due(trainer)
-    assert signals.asked() is USR1
+    assert signals.received() is USR1
 
 
 class Learner(L.LightningModule):
@@ -395,7 +395,7 @@ class Tell(L.Callback):
         self.step, self.looking = step, looking
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if not self.looking and trainer.global_step == self.step and signals.asked() is None:
+        if not self.looking and trainer.global_step == self.step and signals.received() is None:
             os.kill(os.getpid(), USR1)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -436,14 +436,14 @@ def test_one_process_goes_on_with_the_next_step(
     assert len(whole.looks) >= 3
     signals.hold()
     first = fit(file, tmp_path / "two", accumulate, Tell(step, looking))
-    assert signals.asked() is USR1
+    assert signals.received() is USR1
     file_to_resume = tmp_path / "two" / "resume.ckpt"
     if stops is None:
         assert first.seen == whole.seen
         assert not file_to_resume.exists()
         return
     assert first.seen == whole.seen[: stops * accumulate], "one step more, and no batch after it"
-    signals._asked = None
+    signals._received = None
     second = fit(file, tmp_path / "two", accumulate, resume=file_to_resume)
     assert first.seen + second.seen == whole.seen
     assert first.looks + second.looks == whole.looks, "no look is left out or made twice"
@@ -503,11 +503,11 @@ def goes_on_to_the_same_weights(folder: Path, signals: str, *more: str) -> str:
 def test_a_command_ends_in_one_line_and_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     said = goes_on_to_the_same_weights(tmp_path, "SIGTERM:13:own")  # in the epoch that fills the teacher's cache
     place = tmp_path / "stopped" / "seed_0" / "distill" / "checkpoints" / "resume.ckpt"
-    assert said == f"kd-train: SIGTERM: distill, seed 0 is saved at step 14 in {place}; the same command goes on"
+    assert said == f"kd-train: SIGTERM: distill, seed 0 is saved at step 14 in {place}; run the same command to resume"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
 def test_spawned_processes_hear_what_the_command_hears(number: str, tmp_path: Path) -> None:
     said = goes_on_to_the_same_weights(tmp_path, f"{number}:13:parent", "trainer=ddp")
-    assert said == f"kd-train: {number}: the training's processes have stopped; the same command goes on"
+    assert said == f"kd-train: {number}: the training's processes have stopped; run the same command to resume"

@@ -134,7 +134,7 @@ def test_a_search_goes_on_after_points_that_failed(kd_train: Run, tmp_path: Path
     )  # fmt: skip
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1] == "kd-train: every point of this search failed: the report says why"
+    assert result.stderr.splitlines()[-1] == "kd-train: every point of this search failed: see the report"
     failed = points(sweep, "failure.json")
     assert len(failed) == 3
     assert all(str(record(point, "failure.json")["error"]).startswith("alpha=1.") for point in failed)

@@ -94,7 +94,7 @@ def test_a_teacher_of_another_run_is_measured_too_and_once(
     far = without_teacher(bilstm, tmp_path / "far", "some/name")
     capsys.readouterr()
     rows = measured([far, bilstm], tmp_path / "three")
-    assert "far: its teacher is in no run folder here and is left out" in capsys.readouterr().out
+    assert "far: its teacher is in no run folder here and is not measured" in capsys.readouterr().out
     assert next(row for row in rows if row["kind"] == "teacher")["times_faster"] == 1.0, "all are compared with it"
 
 
@@ -111,5 +111,5 @@ def test_runs_that_read_other_tokens_are_not_compared(bilstm: Path, tmp_path: Pa
         str(other / "seed_0/distill/tokenizer")
     )
     finish_stage(other / "seed_0/distill", read_stage(other / "seed_0/distill"))
-    with pytest.raises(ConfigError, match=r"other.*reads other tokens than .*: measure it with the run that it is of"):
+    with pytest.raises(ConfigError, match=r"other.*uses other tokens than .*: measure it with its own run"):
         benchmark([bilstm, other], out=tmp_path / "out")

@@ -72,9 +72,9 @@ def test_the_card(exported: Path) -> None:
     for said in (
         "0.812 (0.681 to 0.898)", "all-MiniLM-L6-v2, Apache-2.0", "kd-train experiment=x", "kd-export",
         "food / science", "168 train, 24 validation, 48 test", "temperature", "licence not recorded",
-        "What comes after 32 tokens", "the same label for",
+        "Text beyond 32 tokens", "the same label for",
         "parameters, distilled with kd_lightning", "| teacher | 0.875 (", "| student from labels | 0.750 (",
-        "| this student (float32) | 0.812 (", "its weights began at random",
+        "| this student (float32) | 0.812 (", "initialised with random weights",
     ):  # fmt: skip
         assert said in card.text, said
 
@@ -117,7 +117,7 @@ def test_a_baseline_is_not_called_distilled(card_of: Written) -> None:
 
 def test_a_fine_tuned_student_names_both_trainings(card_of: Written) -> None:
     text = card_of("finetune").text
-    assert "distilled, then trained on from labels, with kd_lightning" in text
+    assert "distilled, then fine-tuned from labels, with kd_lightning" in text
     assert "stage `distill`: 7 optimizer steps" in text
     assert "stage `finetune`: 7 optimizer steps" in text
 
@@ -140,22 +140,22 @@ def test_a_teacher_is_found_from_another_folder_than_the_run_was_started_in(
 def test_a_baseline_that_began_with_its_teachers_weights(card_of: Written) -> None:
     started = {"_target_": "kd_lightning.models.from_teacher.from_teacher", "layers": 2, "initialise": "teacher"}
     card = card_of("baseline_initialised", network=started)
-    assert "trained from labels alone, on from weights of a teacher, with kd_lightning" in card.text
+    assert "trained from labels alone, from weights of a teacher, with kd_lightning" in card.text
     assert card.data.to_dict()["license"] == "apache-2.0"
 
 
 def test_weights_of_the_teacher_are_said_to_be_derived(card_of: Written, bert: Path) -> None:
     started = {"_target_": "kd_lightning.models.from_teacher.from_teacher", "layers": 2, "initialise": "teacher"}
     card = card_of(network=started, teacher={"checkpoint": str(bert)})
-    assert "its weights began as weights of its teacher" in card.text
-    assert "it is derived from them" in card.text
+    assert "initialised from weights of its teacher" in card.text
+    assert "it is derived from these weights" in card.text
     data = card.data.to_dict()
     assert (data["license"], data["base_model"]) == ("apache-2.0", ["sentence-transformers/all-MiniLM-L6-v2"])
 
 
 def test_a_student_that_goes_on_from_another_runs_says_so(card_of: Written, bert: Path) -> None:
     text = card_of(network={"_target_": "x.from_run", "checkpoint": str(bert), "initialise": "teacher"}).text
-    assert f"its weights began as the student of {bert / 'seed_0' / 'distill'}" in text
+    assert f"initialised from the student of {bert / 'seed_0' / 'distill'}" in text
     assert "itself distilled from all-MiniLM-L6-v2, Apache-2.0" in text
 
 
@@ -218,7 +218,7 @@ def test_a_student_that_reads_images(home: Path, tmp_path: Path) -> None:
     kd_export([str(cnn_run(tmp_path / "run")), "--format", "onnx", "--out", str(tmp_path / "out")])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.to_dict()["pipeline_tag"] == "image-classification"
-    assert "RGB images of 16 x 16 pixels, made as `images` in `export.json` says" in card.text
+    assert "RGB images of 16 x 16 pixels, preprocessed as `images` in `export.json`" in card.text
     assert "token" not in card.text
     assert "language" not in card.text
 
@@ -249,7 +249,7 @@ def test_the_hub_gets_the_whole_folder(exported: Path, tmp_path: Path) -> None:
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        KDError, match=r"is written, but the hub did not take it as their/student: their/student is not yours"
+        KDError, match=r"is written, but not uploaded to the hub as their/student: their/student is not yours"
     ) as e:
         push_to_hub(exported, "their/student", api=LocalHub(tmp_path / "hub"))
     assert "\n" not in str(e.value)
@@ -257,7 +257,7 @@ def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(exported: Path, t
 
 
 def test_a_hub_that_is_not_there_is_one_line_too(exported: Path) -> None:
-    with pytest.raises(KDError, match=r"is written, but the hub did not take it as me/student: .*refused") as e:
+    with pytest.raises(KDError, match=r"is written, but not uploaded to the hub as me/student: .*refused") as e:
         push_to_hub(exported, "me/student", api=HfApi(endpoint="http://127.0.0.1:9", token="none"))
     assert "\n" not in str(e.value)
 
@@ -268,7 +268,7 @@ def test_names_in_a_card_are_text(exported: Path, bert: Path, monkeypatch: pytes
         run = History(source)
         run.config |= {"name": name, "temperature": name, "distillation": {"terms": {name: 1}}}
         run.report = {"command": name, "seeds": [0], "models": {}}
-        run.taught, run.teacher, run.start = True, Origin(name), Origin(name)
+        run.distilled, run.teacher, run.start = True, Origin(name), Origin(name)
         monkeypatch.setattr(type(run.data), "title", name)
         for predicts in (made.predicts, "regression", {name: "regression", "b": 2}):
             parity = {**made.parity, "student": made.parity["student"] if predicts == made.predicts else {}}

@@ -206,7 +206,7 @@ def test_a_graph_that_does_not_run_is_one_line_and_leaves_nothing(
 
     monkeypatch.setattr(pt2.Pt2Network, "forward", broken)
     run = own_run(tmp_path / "run", Bag)
-    with pytest.raises(SystemExit, match=r"cannot run what Bag does.*need no graph: safetensors, huggingface"):
+    with pytest.raises(SystemExit, match=r"cannot run Bag.*need no graph: safetensors, huggingface"):
         kd_export([str(run), "--format", "pt2", "--out", str(tmp_path / "out"), "--trust"])
     assert not (tmp_path / "out").exists()
 

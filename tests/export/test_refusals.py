@@ -46,7 +46,7 @@ def refusal(folder: Path, run: Path, *options: str, out: str = "out/deep") -> st
             "onnx has no bf16; it can be: none, int8-dynamic, int8-static, fp16",
         ),
         (["--format", "pt2", "--quantize", "int8-dynamic"], "pt2 has no int8-dynamic; it can be: none, fp16, bf16"),
-        (["--format", "huggingface"], "BiLSTM is no classifier of transformers"),
+        (["--format", "huggingface"], "BiLSTM is not a classifier of transformers"),
         (["--format", "onnx", "--seed", "7"], "no finished student of seed 7"),
         (["--format", "onnx", "--push-to-hub", "student"], "--push-to-hub student: expected USER/NAME"),
         (["--format", "onnx", "--push-to-hub", "me/my student"], "--push-to-hub me/my student: Repo id must use"),
@@ -117,7 +117,7 @@ def test_names_of_folders_are_judged_before_any_work(
     onnx = ("--format", "onnx")
     assert "cannot be written (File name too long)" in refusal(tmp_path, bilstm, *onnx, out="a" * 300)
     monkeypatch.chdir(tmp_path)
-    assert "is the folder that you are in" in refusal(tmp_path, bilstm, *onnx, out=".")
+    assert "is the current folder" in refusal(tmp_path, bilstm, *onnx, out=".")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     assert "is a file" in refusal(tmp_path, bilstm, *onnx, out="dangling")
 
@@ -166,16 +166,16 @@ def test_a_damaged_model_is_one_line(bilstm: Path, tmp_path: Path, format: str, 
 
 def test_an_export_has_no_seeds(bilstm: Path, tmp_path: Path) -> None:
     kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=r"--seed 3: .* is an export, which holds one student: leave --seed out"):
+    with pytest.raises(SystemExit, match=r"--seed 3: .* is an export, which holds one student: omit --seed"):
         kd_predict([str(tmp_path / "out"), "soup", "--seed", "3"])
 
 
 def test_operations_that_a_format_does_not_have(home: Path, tmp_path: Path) -> None:
     run = own_run(tmp_path / "run", Undecided)
-    assert "torch.export cannot follow Undecided" in refusal(tmp_path, run, "--format", "pt2", "--trust")
+    assert "torch.export cannot trace Undecided" in refusal(tmp_path, run, "--format", "pt2", "--trust")
     run = own_run(tmp_path / "exotic", Exotic)
     says = refusal(tmp_path, run, "--format", "onnx", "--trust")
-    assert "ONNX has no operation for something in Exotic" in says
+    assert "ONNX lacks an operation of Exotic" in says
     assert "bessel_j0" in says
 
 
@@ -187,7 +187,7 @@ def test_beyond_the_tolerance_there_is_no_export(
     tighter = dataclasses.replace(parity.TOLERANCES["fp16"], **{limit: value})
     monkeypatch.setitem(parity.TOLERANCES, "fp16", tighter)
     says = refusal(tmp_path, bilstm, "--format", "safetensors", "--quantize", "fp16")
-    assert "does not answer as the student did" in says
+    assert "differs from the student" in says
     assert {"largest": "largest difference", "mean": "mean difference", "agreement": "agreement"}[limit] in says
 
 

@@ -54,7 +54,7 @@ def test_onnx_holds_both(request: pytest.FixtureRequest, tmp_path: Path, student
 def test_several_tasks_are_refused_before_anything_is_written(several: Path, tmp_path: Path) -> None:
     says = refusal(tmp_path, several, "--format", "huggingface")
     assert "has 2 tasks (domain, rating)" in says
-    assert "it can be: safetensors, pt2, onnx" in says
+    assert "use safetensors, pt2, onnx" in says
 
 
 @pytest.mark.parametrize(("format", "word"), [("onnx", "onnxruntime"), ("pt2", "torch")])

@@ -60,7 +60,7 @@ def test_none_and_a_module_of_ones_own() -> None:
     [
         ("lineer", VECTORS, "projector='lineer': expected one of linear, conv1x1, mlp, none, or a module"),
         ("none", TOKENS, r"hidden\[1\]: the student's width is 3 and the teacher's 5, and projector=none: use linear"),
-        ("conv1x1", TOKENS, r"hidden\[1\] is \(2, 4, 3\), no map \(B, C, H, W\), and projector=conv1x1: use linear"),
+        ("conv1x1", TOKENS, r"hidden\[1\] is \(2, 4, 3\), not a map \(B, C, H, W\), and projector=conv1x1: use linear"),
         ("linear", (VECTORS[0], MAPS[1]), r"the student's is \(2, 3\) and the teacher's \(2, 5, 4, 4\)"),
         ("linear", (torch.zeros(2), torch.zeros(2)), r"the student's is \(2,\) and the teacher's \(2,\)"),
     ],

@@ -99,7 +99,7 @@ def test_schedules_and_sizes_reach_the_term() -> None:
 
 
 def test_what_cannot_be_told_apart_and_what_the_term_refuses_is_said_with_the_task() -> None:
-    with pytest.raises(ValueError, match="reads pooled: of several tasks only the logits"):
+    with pytest.raises(ValueError, match="reads pooled: with several tasks, only logits"):
         TaskTerm(PKTLoss(), "b", 1, SECOND).plan(depth, depth)
-    with pytest.raises(ValueError, match=r"task c: labels are scores, and this loss reads classes"):
+    with pytest.raises(ValueError, match=r"task c: labels are scores, and this loss needs classes"):
         value(TaskTerm(CrossEntropyLoss(), "c", 2, THIRD, scores=True))

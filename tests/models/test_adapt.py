@@ -135,7 +135,7 @@ def test_forward_that_cannot_be_called() -> None:
         run_network(Nothing(), batch())
     with pytest.raises(ConfigError, match="Labels: its forward needs labels"):
         run_network(Labels(), batch())
-    with pytest.raises(ConfigError, match="the batch has nothing it may see"):
+    with pytest.raises(ConfigError, match="the batch has no inputs"):
         run_network(nn.Linear(2, 2), {"labels": torch.zeros(2)})
 
 

@@ -194,7 +194,7 @@ def test_what_is_no_map_is_refused() -> None:
         depth(network, "feature_maps")
     network = Timm()
     network.feature_info[1]["module"] = "classifier"
-    with pytest.raises(ConfigError, match=r"'feature_maps\[1\]' is \(2, 3\), no map \(B, C, H, W\)"):
+    with pytest.raises(ConfigError, match=r"'feature_maps\[1\]' is \(2, 3\), not a map \(B, C, H, W\)"):
         FeatureTap(network, ["feature_maps[1]"])(images())
 
 
@@ -239,7 +239,10 @@ def test_ones_own_name_goes_before_ours() -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({"hidden[0]": "tabel"}, r"Own.feature_names: hidden\[0\] is 'tabel', no module of it; did you mean 'table'"),
+        (
+            {"hidden[0]": "tabel"},
+            r"Own.feature_names: hidden\[0\] is 'tabel', not a module of it; did you mean 'table'",
+        ),
         ({"hidden[0]": "table", "hidden[2]": "first"}, r"Own.feature_names: hidden\[1\] is missing"),
         ({"hidden[1]": "table"}, r"Own.feature_names: hidden\[0\] is missing"),
     ],

@@ -72,10 +72,10 @@ def test_a_tagger_is_described_and_built_again(kind: str) -> None:
 
 
 def test_a_pooling_of_single_tokens_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pooling=mean: the data ask for a prediction for each token"):
+    with pytest.raises(ConfigError, match="pooling=mean: the data need a prediction for each token"):
         transformer(3, 20, hidden_size=8, num_heads=2, pooling="mean", per_token=True)
     tagger().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="pooling=first: the data ask for a prediction for each token"):
+    with pytest.raises(ConfigError, match="pooling=first: the data need a prediction for each token"):
         pretrained(str(tmp_path), 3, pooling="first", per_token=True)
 
 

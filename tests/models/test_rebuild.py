@@ -83,7 +83,7 @@ def test_no_path_of_this_machine(tmp_path: Path) -> None:
         ({"architecture": "BertForEverything"}, "'BertForEverything' is not a model class of transformers"),
         ({"architecture": "BertConfig"}, "'BertConfig' is not a model class"),
         ({"architecture": "logging"}, "'logging' is not a model class"),
-        ({"surprise": 1}, "does not fit .*surprise"),
+        ({"surprise": 1}, "does not match .*surprise"),
     ],
 )
 def test_wrong_descriptions_are_refused(change: dict[str, object], says: str) -> None:

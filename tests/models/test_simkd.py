@@ -144,7 +144,7 @@ def test_features_of_the_backbone_keep_their_names() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ConfigError, match="gives 3 numbers and the data have 4 classes"):
+    with pytest.raises(ConfigError, match="has 3 outputs and the data have 4 classes"):
         simkd(tiny("bert", 3), 4, BILSTM, vocab_size=VOCABULARY)
     with pytest.raises(ConfigError, match="ReLU has no linear layer"):
         simkd(nn.ReLU(), 3, BILSTM, vocab_size=VOCABULARY)

@@ -64,11 +64,11 @@ def test_a_tagged_name(stand_in: list[dict[str, Any]]) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_what_timm_cannot_build() -> None:
-    with pytest.raises(ConfigError, match=r"name='resnet81' is no model of timm 1.0; did you mean 'resnet18'"):
+    with pytest.raises(ConfigError, match=r"name='resnet81' is not .* timm 1.0; did you mean 'resnet18'"):
         timm_model("resnet81", 5)
-    with pytest.raises(ConfigError, match=r"name='zzz' is no model of timm 1.0$"):
+    with pytest.raises(ConfigError, match=r"name='zzz' is not .* timm 1.0$"):
         timm_model("zzz", 5)
-    with pytest.raises(ConfigError, match=r"name='resnet18', channels=3, pretrained=True: timm says no connection"):
+    with pytest.raises(ConfigError, match=r"name='resnet18', channels=3, pretrained=True: no connection"):
         timm_model("resnet18", 5, pretrained=True)
 
 

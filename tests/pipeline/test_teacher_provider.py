@@ -111,7 +111,7 @@ def test_auto_keeps_the_answers_while_the_first_epoch_trains_and_they_are_those_
 ) -> None:
     pipeline = distil()
     train_all(pipeline)
-    assert "answers are kept as they are asked for" in said(pipeline)
+    assert "outputs are cached as they are computed" in said(pipeline)
     assert set(asked) == set(range(pipeline.data.num_examples))
     again = 4 + 16 + 128  # those of the rehearsal; first batches, of the training and of what the epoch left over
     assert len(asked) <= pipeline.data.num_examples + again, "every other example was asked about once"
@@ -439,7 +439,7 @@ def test_an_ensemble_is_scored_and_reported_as_it_answers(
 
 
 def test_scores_have_no_probabilities_to_average() -> None:
-    with pytest.raises(ConfigError, match=r"teacher\.combine=probabilities: teachers that give scores"):
+    with pytest.raises(ConfigError, match=r"teacher\.combine=probabilities: teachers that predict scores"):
         check_scores(None, "probabilities")
     with pytest.raises(ConfigError, match=r"teacher\.weights=learned needs probabilities"):
         check_scores("learned", "logits")

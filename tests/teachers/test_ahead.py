@@ -109,7 +109,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_batches_and_answers() -> None:
     assert len(rest) == len(whole) - 4
     for one, other in zip(whole[4:], rest, strict=True):
         assert torch.equal(one["index"], other["index"])
-        assert torch.equal(one["teacher_answer.logits"], other["teacher_answer.logits"])
+        assert torch.equal(one["teacher_output.logits"], other["teacher_output.logits"])
 
 
 def test_on_a_cpu_the_loader_is_left_as_it_is() -> None:
@@ -148,7 +148,7 @@ def test_no_network_is_given_the_answer() -> None:
             return pixel_values
 
     (batch,) = ahead._Ahead(Loader(1), Logs([]), CPU)
-    assert "teacher_answer.logits" in batch
+    assert "teacher_output.logits" in batch
     run_network(Greedy(), batch)
 
 

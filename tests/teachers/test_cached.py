@@ -64,7 +64,7 @@ def test_each_example_is_asked_about_once_and_answered_as_the_running_teacher_an
 
 def test_without_a_teacher_missing_answers_are_an_error(cache: TeacherCache) -> None:
     CachedTeacher(cache, Counting())(batch(0, 1))
-    with pytest.raises(CacheError, match="no teacher to ask"):
+    with pytest.raises(CacheError, match="no teacher to run"):
         CachedTeacher(cache)(batch(1, 2))
 
 
@@ -101,7 +101,7 @@ def test_a_teacher_that_draws_at_random_is_refused(cache: TeacherCache) -> None:
         def forward(self, batch: Batch) -> ModelOutput:
             return ModelOutput(nn.functional.dropout(super().forward(batch).logits, 0.5, training=True))
 
-    with pytest.raises(CacheError, match="its logits differ"):
+    with pytest.raises(CacheError, match="differ in their logits"):
         CachedTeacher(cache, Dropping())(batch(*range(10)))
     assert cache.missing().tolist() == list(range(10))
 

@@ -126,7 +126,7 @@ def test_views_of_images_go_with_them(tmp_path: Path, own_home: Path) -> None:
 def test_what_data_refuse(make: Callable[..., TextFiles]) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.folds=1000, but there are \d+ training examples"):
         make().folds(1000)
-    with pytest.raises(ConfigError, match=r"teacher\.folds=2: data\.view_sets=null makes views without an index"):
+    with pytest.raises(ConfigError, match=r"teacher\.folds=2: data\.view_sets=null creates views without an index"):
         make(views=1, view_sets=None).folds(2)
 
 

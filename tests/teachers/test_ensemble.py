@@ -167,7 +167,7 @@ def test_flush_reaches_every_member() -> None:
 
 def test_members_of_other_classes_are_refused() -> None:
     teacher = EnsembleTeacher([*members(1, classes=4), *members(1, classes=5)])
-    with pytest.raises(ConfigError, match=r"member 0 answers for 4 classes .*member 1 for 5"):
+    with pytest.raises(ConfigError, match=r"member 0 has 4 classes .*member 1 has 5"):
         teacher(BATCH)
 
 

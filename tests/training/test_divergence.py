@@ -100,7 +100,7 @@ def test_where_losses_are_looked_at_now_and_then_it_ends_within_ten_steps(
     """As on a GPU."""
     monkeypatch.setattr(Divergence, "_at_once", lambda self, trainer: False)
     module, data = made("soft_target", "text", composed)
-    with pytest.raises(Diverged, match="diverged at step 10: the loss of 3 steps was no number"):
+    with pytest.raises(Diverged, match="diverged at step 10: the loss of 3 steps was not finite"):
         fit(module, data, tmp_path, Poison(7, once=False), limit_val_batches=0)
     assert not (tmp_path / "diverged" / "weights.safetensors").exists(), "they are no numbers either"
 
@@ -163,7 +163,7 @@ def test_a_term_that_is_no_number_is_blamed_and_not_the_rate(
 ) -> None:
     module, data = made("soft_target", "text", composed)
     module.objective.terms["kd"] = Breaks(2.0)
-    with pytest.raises(Diverged, match="distillation's kd alone is no number, for outputs that are"):
+    with pytest.raises(Diverged, match="distillation's kd alone is not finite, for finite outputs"):
         fit(module, data, tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_images_that_are_no_numbers_are_blamed(tmp_path: Path, composed: Callabl
     module, _ = made("soft_target", "vision", composed)
     examples = examples_of("vision")
     examples["pixel_values"][3, 0, 0, 0] = float("inf")
-    with pytest.raises(Diverged, match="the batch's pixel_values hold numbers that are not finite: look at the data"):
+    with pytest.raises(Diverged, match="the batch's pixel_values have non-finite numbers: check the data"):
         fit(module, Data(examples), tmp_path)
 
 

@@ -212,7 +212,7 @@ def test_fixed_is_the_weighted_sum() -> None:
 
 
 def test_an_unknown_policy() -> None:
-    with pytest.raises(ConfigError, match="balance='gradnrm': there is no such policy; did you mean 'gradnorm'"):
+    with pytest.raises(ConfigError, match="balance='gradnrm': unknown policy; did you mean 'gradnorm'"):
         Objective({"ce": CrossEntropyLoss()}, {"ce": 1.0}, balance="gradnrm")
 
 
@@ -457,7 +457,7 @@ def test_the_logged_gradients_are_those_of_the_first_step(tmp_path: Path) -> Non
         torch.manual_seed(0)
         fresh.zero_grad()
         fresh.student.dropout.p = 0.0
-        _, parts = fresh.objective(fresh._ask(batch), fresh.teacher(batch), batch, 0.0)
+        _, parts = fresh.objective(fresh._tap(batch), fresh.teacher(batch), batch, 0.0)
         parts[name].backward()
         gradients[name] = fresh.student.head.weight.grad.flatten()
     without_dropout = make(three_terms(), student=Deep())

@@ -1,1 +1,1 @@
-"""Runs on a SLURM cluster: chained jobs, what became of a sweep's points, and where their logs are."""
+"""Runs on a SLURM cluster: chained jobs, the state of a sweep's points, and their logs."""

@@ -1,4 +1,4 @@
-"""A sweep as jobs that wait for each other: teacher, its answers, the points (an array), the report."""
+"""A sweep as a chain of jobs: teacher, its cache, the points (an array), the report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from kd_lightning.cli.slurm.sweep import Sweep, varied
 from kd_lightning.config.instantiate import processes, to_dict
 
-_SAID_OTHERWISE = (
+_OTHER_NAMES = (
     "_target_", "submitit_folder", "timeout_min", "mem_gb", "tasks_per_node", "name", "signal_delay_s", "setup",
     "max_num_timeout", "array_parallelism", "stderr_to_stdout", "additional_parameters",
 )  # fmt: skip
-"""Keys of the launcher that are not called as sbatch's options are."""
+"""Keys of the launcher whose names differ from sbatch's options."""
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Job:
 
     Attributes:
         name: teacher, cache, sweep or report.
-        script: What sbatch reads.
-        after: Names of the jobs it waits for; none before a previous job of the chain has ended.
+        script: The batch script.
+        after: Names of the jobs it waits for; empty for the first.
         whatever: Whether it runs even if those fail.
     """
 
@@ -52,7 +52,7 @@ def chain(sweep: Sweep, unfinished: Sequence[int]) -> list[Job]:
         unfinished: Numbers of the points to run, in order.
     """
     launcher, cfg, folder = to_dict(sweep.config.hydra.launcher), sweep.config, sweep.folder
-    alone = {**launcher, "nodes": 1, "tasks_per_node": 1, "signal_delay_s": None}  # which only a training listens to
+    alone = {**launcher, "nodes": 1, "tasks_per_node": 1, "signal_delay_s": None}  # only trainings handle the signal
     if launcher["gpus_per_node"]:
         alone["gpus_per_node"] = 1
     shared = [f"shared_dir={folder}/shared", f"run_dir={folder}/shared/run"]
@@ -62,7 +62,7 @@ def chain(sweep: Sweep, unfinished: Sequence[int]) -> list[Job]:
     if unfinished and tuned:
         command = _python("kd_lightning.cli.train", *first, *shared, "stages=[teacher]", "hydra.mode=RUN")
         commands.append(("teacher", command, launcher))
-    if unfinished and _asks_before(cfg):
+    if unfinished and _fills_before(cfg):
         commands.append(("cache", _python("kd_lightning.cli.cache", "build", *first, *shared), alone))
     if unfinished:
         commands.append(("sweep", _array_command(sweep), launcher))
@@ -76,8 +76,8 @@ def chain(sweep: Sweep, unfinished: Sequence[int]) -> list[Job]:
     return jobs
 
 
-def _asks_before(cfg: Any) -> bool:
-    """Return whether one job can ask the teacher for all points: alone, so not where processes must be launched."""
+def _fills_before(cfg: Any) -> bool:
+    """Return whether one job can fill the cache for all points, which must not need several processes."""
     cache, strategy = str(cfg.teacher.cache), str(cfg.trainer.get("strategy", "auto"))
     kept = "distill" in cfg.stages and cfg.teacher.ema is None and (cache == "auto" or "/" in cache)
     return kept and (processes(to_dict(cfg.trainer)) == 1 or strategy.startswith("ddp"))
@@ -89,7 +89,7 @@ def _array_command(sweep: Sweep) -> str:
 
 
 def _cases(sweep: Sweep, unfinished: Sequence[int]) -> str:
-    """Write the shell's choice of the point that belongs to an array's task."""
+    """Return shell code that selects the point of an array's task."""
     settings = varied(sweep.points)
     lines = [f"  {number}) point=({shlex.join(settings[number])}) ;;" for number in unfinished]
     return "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *lines, "esac\n"])
@@ -102,14 +102,14 @@ def _python(module: str, *arguments: str) -> str:
 def script(
     name: str, command: str, launcher: Mapping[str, Any], logs: Path, array: str | None = None, prepared: str = ""
 ) -> str:
-    """Write a batch script.
+    """Return a batch script.
 
     Args:
-        name: What the job does, for its name.
-        command: What each of its processes runs.
+        name: The job's name.
+        command: The command of each process.
         launcher: The settings of conf/hydra/launcher/slurm.yaml.
         logs: The folder for `JOB.out` and `JOB.err`.
-        array: The numbers of an array's tasks, where it is one.
+        array: The numbers of an array's tasks, for an array.
         prepared: Lines before the command.
     """
     log = logs / ("%A_%a" if array else "%j")
@@ -123,7 +123,7 @@ def script(
         "ntasks-per-node": launcher["tasks_per_node"],
         "mem": f"{launcher['mem_gb']}G" if launcher["mem_gb"] else None,
         "array": f"{array}%{launcher['array_parallelism']}" if array else None,
-        **{key.replace("_", "-"): value for key, value in launcher.items() if key not in _SAID_OTHERWISE},
+        **{key.replace("_", "-"): value for key, value in launcher.items() if key not in _OTHER_NAMES},
         **launcher["additional_parameters"],
     }
     header = "\n".join(
@@ -134,7 +134,7 @@ def script(
     setup = "".join(f"{line}\n" for line in launcher["setup"] or ())
     srun = "srun --kill-on-bad-exit=1"
     if launcher["cpus_per_task"]:
-        srun += f" --cpus-per-task={launcher['cpus_per_task']}"  # since SLURM 22.05 it does not take sbatch's
+        srun += f" --cpus-per-task={launcher['cpus_per_task']}"  # since SLURM 22.05 it ignores sbatch's
     if launcher["signal_delay_s"]:
-        srun += " env --block-signal=USR2"  # a signal during the first seconds waits until kd-train can hear it
+        srun += " env --block-signal=USR2"  # delays early signals until kd-train handles them
     return f"#!/bin/bash\n{header}\n{setup}{prepared}{srun} {command}\n"

@@ -1,4 +1,4 @@
-"""`kd-slurm`: submit a whole sweep as chained jobs, and see what became of its points."""
+"""`kd-slurm`: submit a sweep as chained jobs, and show the state of its points."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "kd-slurm", description="Submit a sweep as chained SLURM jobs, and see what became of its points.",
+        "kd-slurm", description="Submit a sweep as chained SLURM jobs, and show the state of its points.",
         epilog=f"examples:{_EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    about = "submit teacher, its answers, the sweep's points (an array) and the report, each waiting for the one before"
+    about = "submit teacher, its cache, the sweep's points (an array) and the report as a chain of jobs"
     pipeline = commands.add_parser("pipeline", help=about, description=about[0].upper() + about[1:] + ".")
     pipeline.set_defaults(command=_pipeline)
     pipeline.add_argument("overrides", nargs="*", help="as for kd-train: experiment=reviews_bilstm name=grid ...")
@@ -64,11 +64,11 @@ def _pipeline(given: argparse.Namespace) -> None:
     from kd_lightning.runtime import slurm_queue
 
     if not given.dry_run and not slurm_queue.available():
-        raise ConfigError("there is no sbatch on PATH: run this where jobs are submitted, or add --dry-run")
+        raise ConfigError("there is no sbatch on PATH: run this on a submit host, or add --dry-run")
     sweep = expand([*given.overrides, *shlex.split(given.sweep)], "hydra/launcher=slurm")
     folder, places = sweep.folder, begun(sweep.folder)
     if still := slurm_queue.queued(submitted(folder)["jobs"].values()):
-        raise KDError(f"{folder}: its jobs are in the queue still; to begin anew, scancel {' '.join(sorted(still))}")
+        raise KDError(f"{folder}: its jobs are still in the queue; to start again, scancel {' '.join(sorted(still))}")
     unfinished = [
         number
         for number, point in enumerate(sweep.points)
@@ -80,7 +80,7 @@ def _pipeline(given: argparse.Namespace) -> None:
 
 
 def _show(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) -> None:
-    """Print what would be submitted; an id that only sbatch can give is the job's name in capitals."""
+    """Print what would be submitted; unknown job ids are names in capitals."""
     names = {job.name: job.name.upper() for job in jobs}
     for job in jobs:
         options = " ".join(job.dependency(names))
@@ -89,7 +89,7 @@ def _show(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) ->
 
 
 def _submit(folder: Path, jobs: Sequence[Job], points: Sequence[Sequence[str]]) -> None:
-    """Submit the chain; where sbatch refuses a job, or it cannot be noted, none of them stays in the queue."""
+    """Submit the chain; if a job is refused or cannot be recorded, cancel all of them."""
     from kd_lightning.cli.slurm.status import remember
     from kd_lightning.runtime import slurm_queue
     from kd_lightning.runtime.files import write_file

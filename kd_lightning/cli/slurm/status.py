@@ -1,4 +1,4 @@
-"""What became of a sweep: of each point its state, what it is at, its job and its log."""
+"""The state of a sweep's points, with progress, job and log."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kd_lightning.runtime.fingerprints import read_json, write_json
 from kd_lightning.runtime.seals import read_sealed
 
 JOBS = "slurm/jobs.json"
-"""In a sweep's folder, what `kd-slurm pipeline` submitted: `jobs` (ids by name) and `points` (their overrides)."""
+"""The file with the last submission: `jobs` (ids by name) and `points` (their overrides)."""
 MULTIRUN = "multirun.yaml"
-"""What Hydra leaves in a sweep's folder."""
+"""Hydra's file in a sweep's folder."""
 _SUBMITTED = "_submitted.pkl"
 
 
@@ -27,9 +27,9 @@ class Row:
 
     Attributes:
         name: A point's overrides, or a job of the chain.
-        state: finished, failed, running, requeued, pending, unfinished (begun, and no job of it is known to live) or
-            not started.
-        says: The score; the reason of a failure; the stage it is at; why it waits.
+        state: finished, failed, running, requeued, pending, unfinished (started, without a live job) or not
+            started.
+        says: The score; the reason of a failure; the current stage; why it waits.
         job: Its last job, if known.
         log: That job's log.
     """
@@ -42,7 +42,7 @@ class Row:
 
 
 def begun(folder: Path) -> dict[frozenset[str], Path]:
-    """Return the folders of a sweep's points that have begun, by their overrides."""
+    """Return the folders of a sweep's started points by their overrides."""
     return {frozenset(read_json(file)["overrides"]): file.parent for file in sorted(folder.glob(f"*/{OVERRIDES}"))}
 
 
@@ -52,12 +52,12 @@ def finished(point: Path) -> bool:
 
 
 def submitted(folder: Path) -> dict[str, Any]:
-    """Return what `kd-slurm pipeline` submitted last for this sweep: `jobs` and `points`, empty when nothing."""
+    """Return the last submission of this sweep, `jobs` and `points`; empty without one."""
     return read_json(folder / JOBS) if (folder / JOBS).is_file() else {"jobs": {}, "points": []}
 
 
 def remember(folder: Path, jobs: Mapping[str, str], points: Sequence[Sequence[str]]) -> None:
-    """Write what was submitted."""
+    """Write the submission."""
     write_json(folder / JOBS, {"jobs": dict(jobs), "points": list(points)})
 
 
@@ -84,10 +84,10 @@ def status(folder: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _points(folder: Path, chain: dict[str, Any], there: Mapping[frozenset[str], Path]) -> list[list[str]]:
-    """Return the points that were asked for: by `kd-slurm pipeline`, by the last `kd-train -m`, and whatever began."""
-    asked = [*chain["points"], *(recorded(folder / MULTIRUN) if (folder / MULTIRUN).is_file() else [])]
-    asked += [read_json(place / OVERRIDES)["overrides"] for place in there.values()]
-    return list({frozenset(point): point for point in asked}.values())
+    """Return all points: of `kd-slurm pipeline`, of the last `kd-train -m`, and started ones."""
+    points = [*chain["points"], *(recorded(folder / MULTIRUN) if (folder / MULTIRUN).is_file() else [])]
+    points += [read_json(place / OVERRIDES)["overrides"] for place in there.values()]
+    return list({frozenset(point): point for point in points}.values())
 
 
 def _last_job(place: Path | None) -> str | None:
@@ -97,7 +97,7 @@ def _last_job(place: Path | None) -> str | None:
 
 
 def _planned_job(folder: Path, number: int, chain: dict[str, Any]) -> str | None:
-    """Return the job that was submitted for a point: in a chain, or by submitit, which leaves a file for each."""
+    """Return the job of a point: from the chain, or from submitit's files."""
     if "sweep" in chain["jobs"]:
         return f"{chain['jobs']['sweep']}_{number}" if number < len(chain["points"]) else None
     files = sorted(folder.glob(f"slurm/*{_SUBMITTED}"), key=lambda file: file.stat().st_mtime)
@@ -141,7 +141,7 @@ def _chain_row(
 
 
 def _stage(place: Path | None) -> str:
-    """Return the stages that a point has begun and not finished, of those in its own folder or linked from there."""
+    """Return a point's unfinished stages, in its own folder or linked from there."""
     if place is None:
         return ""
     begun = sorted({*place.glob("*/settings.json"), *place.glob("seed_*/*/settings.json")})

@@ -15,7 +15,7 @@ from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.runtime.errors import ConfigError
 
 Parser = Callable[[list[str]], list[Any]]
-"""Turns overrides into Hydra's objects of them."""
+"""Parses overrides to Hydra's objects."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where its points have their folders."""
+        """The folder of its points' folders."""
         return Path(self.config.hydra.sweep.dir).absolute()
 
 
@@ -43,10 +43,10 @@ def expand(overrides: Sequence[str], *defaults: str) -> Sweep:
 
     Args:
         overrides: As on kd-train's command line: `experiment=quickstart temperature=1,2,4`.
-        defaults: Further overrides, of which those given count more: `hydra/launcher=slurm`.
+        defaults: Further overrides with lower priority: `hydra/launcher=slurm`.
 
     Raises:
-        ConfigError: Hydra refuses them, or they ask for a sweeper whose points are not known beforehand.
+        ConfigError: Hydra refuses them, or they select a sweeper whose points are not known beforehand.
     """
     from hydra import compose
 
@@ -57,7 +57,7 @@ def expand(overrides: Sequence[str], *defaults: str) -> Sweep:
         whole = compose("config", [*own, *_product(parse, task)[0]], return_hydra_config=True)
         if not _is_grid(whole.hydra.sweeper):
             raise ConfigError(
-                f"{whole.hydra.sweeper._target_.rpartition('.')[2]} chooses its points as it goes, and a chain of jobs "
+                f"{whole.hydra.sweeper._target_.rpartition('.')[2]} chooses its points on the fly, and a chain of jobs "
                 "needs to know them: run kd-train -m hydra/launcher=slurm instead"
             )
         points = _product(parse, task, whole.hydra.sweeper.params)
@@ -68,7 +68,7 @@ def expand(overrides: Sequence[str], *defaults: str) -> Sweep:
 
 
 def recorded(multirun: Path) -> list[list[str]]:
-    """Expand what Hydra recorded of a multirun; nothing where its points were chosen as it went."""
+    """Expand Hydra's record of a multirun; nothing if a sweeper chose its points."""
     from omegaconf import OmegaConf
 
     hydra = OmegaConf.load(multirun).hydra
@@ -84,7 +84,7 @@ def _is_grid(sweeper: Any) -> bool:
 
 @contextmanager
 def _hydra(overrides: Sequence[str]) -> Iterator[Parser]:
-    """Set Hydra up on conf/, give its parser of overrides, and say its refusals in one line."""
+    """Initialise Hydra on conf/, yield its parser of overrides, and report its errors in one line."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -95,7 +95,7 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Parser]:
 
 
 def _product(parse: Parser, task: Sequence[str], params: Mapping[str, Any] | None = None) -> list[list[str]]:
-    """Return every combination of what overrides, and a sweeper's params, give several values for."""
+    """Return every combination of the values in overrides and a sweeper's params."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     given = parse([*(f"{key}={value}" for key, value in (params or {}).items()), *task])
@@ -104,7 +104,7 @@ def _product(parse: Parser, task: Sequence[str], params: Mapping[str, Any] | Non
 
 
 def varied(points: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return of each point what not all of them have.
+    """Return the overrides of each point that not all points have.
 
     >>> varied([["seed=1", "alpha=0.5"], ["seed=1", "alpha=0.9"]])
     [['alpha=0.5'], ['alpha=0.9']]

@@ -186,7 +186,7 @@ def split_documents(hashes: NDArray[np.uint64], sizes: Mapping[str, int], seed: 
 
 
 def mixed(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Return hashes mixed with a seed (Steele, Lea & Flood 2014, SplitMix64's finaliser): an order for each seed."""
+    """Return hashes mixed with a seed (SplitMix64's finaliser, Steele, Lea & Flood 2014)."""
     with np.errstate(over="ignore"):
         x = hashes + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -205,7 +205,7 @@ class CorpusData(IndexedData):
         return self
 
     def folds(self, count: int) -> NDArray[np.int64]:
-        """Return that no example is in a fold of its own; more folds than one are refused: blocks share documents."""
+        """Return fold -1 for all examples; several folds are refused, since blocks share documents."""
         if count > 1:
             raise ConfigError(f"teacher.folds={count}: blocks share documents, so there are no folds of them; set 1")
         return super().folds(count)

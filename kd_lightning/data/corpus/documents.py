@@ -22,7 +22,7 @@ class DocumentReader:
 
     Attributes:
         text_column: The key (JSON) or column (Parquet, CSV, TSV) with the text; plain text files have none.
-        format: The files' format; by default told from each file's suffix.
+        format: The files' format; by default from each file's suffix.
         encoding: Of the text formats.
     """
 
@@ -31,7 +31,7 @@ class DocumentReader:
     encoding: str = "utf-8"
 
     def source(self, paths: Sequence[str], option: str) -> Source:
-        """Return the documents of files and folders; of a folder all files of a known format, also in folders in it.
+        """Return the documents of files and folders, with all files of a known format below a folder.
 
         Args:
             paths: Files and folders.

@@ -192,7 +192,7 @@ def encode_documents(
 
 
 def _widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many bytes lie between where one token ends and the next one does; what is left is the last one's."""
+    """Return the bytes between the ends of successive tokens; the rest belongs to the last one."""
     reached = np.maximum.accumulate(ends)
     total = len(text) if text.isascii() else len(text.encode())
     if not text.isascii():

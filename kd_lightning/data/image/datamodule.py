@@ -1,4 +1,4 @@
-"""Images as a `LightningDataModule`: read, split, altered by shifts and flips, served as normalised batches."""
+"""Images as a `LightningDataModule`: shifted and flipped views, normalised batches."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ VERSION = 1
 """Raised when an image has other views: what was made of them before is then not used any more."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What networks pretrained on ImageNet expect."""
+"""The normalisation of networks pretrained on ImageNet."""
 
 
 @dataclass(frozen=True)
 class ImageCorpus:
-    """Everything a task has to train, select and test on.
+    """All images of a data set, by split.
 
     Attributes:
         class_names: In the order of the labels.
         images: All of them.
         labels: Their classes, `(N,)` int64.
-        rows: Which of them are the parts `train` and, where the source has them, `validation`, `test` and `transfer`,
-            whose labels mean nothing.
-        held_out: Which share of `train` to hold out for a part that the source does not have.
+        rows: The rows of the splits `train` and, if the source has them, `validation`, `test` and `transfer`, whose
+            labels are ignored.
+        held_out: The share of `train` to hold out for a missing split.
     """
 
     class_names: list[str]
@@ -55,15 +55,15 @@ class ImageCorpus:
 def make_image_view(
     image: NDArray[np.uint8], index: int, view: int, seed: int, *, crop_padding: int, flip_probability: float
 ) -> NDArray[np.uint8]:
-    """Return one altered copy of an image: padded with black and cut out again somewhere, and perhaps mirrored.
+    """Return one augmented view of an image: padded, cropped at random, and perhaps mirrored.
 
     Args:
         image: `(C, H, W)`.
         index: The image's position in the data set.
         view: Which view of it, from 0.
         seed: Of the whole data set.
-        crop_padding: The image moves by at most so many pixels in each direction.
-        flip_probability: How often left and right are exchanged.
+        crop_padding: Largest shift in pixels, in each direction.
+        flip_probability: How often the image is mirrored.
 
     Returns:
         The view: a function of the arguments alone, the same in any order and in any process.
@@ -111,7 +111,7 @@ def mixup(image: NDArray[np.uint8], other: NDArray[np.uint8], share: float) -> N
 
 
 def cutmix(image: NDArray[np.uint8], other: NDArray[np.uint8], share: float, rng: random.Random) -> NDArray[np.uint8]:
-    """Return an image `(C, H, W)` with a rectangle of another: `1 - share` of its area, less where it leaves the image.
+    """Paste a rectangle of another image `(C, H, W)`, `1 - share` of the area before clipping.
 
     The rectangle has the image's proportions and its centre anywhere.
     """
@@ -126,10 +126,10 @@ def cutmix(image: NDArray[np.uint8], other: NDArray[np.uint8], share: float, rng
 
 @dataclass(frozen=True)
 class ImageViews:
-    """The views of all training images, numbered: set by set, in a set image by image; there is no last set.
+    """The views of all training images, numbered set by set, then image by image, without end.
 
     Attributes:
-        images: How many images there are.
+        images: Number of images.
         count: Views of each in one set.
         seed: Of all of them.
         crop_padding: As in `make_image_view`.
@@ -146,11 +146,11 @@ class ImageViews:
 
     @property
     def per_set(self) -> int:
-        """How many views one set has."""
+        """Number of views in a set."""
         return self.images * self.count
 
     def index(self, number: Any) -> Any:
-        """Return which image a view is of; numbers or arrays of numbers."""
+        """Return the image of a view; for numbers or arrays."""
         return number % self.per_set // self.count
 
     def make(self, number: int, image_of: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -179,16 +179,16 @@ class ImageViews:
 
 
 class ImageDataset(BatchDataset):
-    """A run of images. A view is made when a batch needs it, whether it has an `index` or not.
+    """A run of images; views are created on the fly, with or without an `index`.
 
     Args:
         images: All of them.
-        rows: Which of them each example shows, `(num_examples,)`.
+        rows: The image of each example, `(num_examples,)`.
         labels: Of all examples, `(num_examples,)` int64.
-        span: Which examples these are. Positions beyond are fresh views, epoch after epoch, of index -1.
-        views: What numbers the views.
-        stored: The examples that are views, which the epochs take turns at; none where each epoch has fresh ones.
-        format: What the images are made into.
+        span: The examples of this run. Positions beyond are fresh views with index -1.
+        views: The numbering of views.
+        stored: The examples that are views, one set per epoch in turn; none with fresh views.
+        format: The preprocessing of images.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class ImageDataset(BatchDataset):
         return image
 
     def _turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch takes: the images, one set of their views, what only a teacher labels."""
+        """Return the positions of an epoch: images, one set of views, transfer examples."""
         size = self.views.per_set
         if self.stored:
             start, others = self.stored.start + size * (epoch % (len(self.stored) // size)), self.stored.stop
@@ -252,22 +252,23 @@ class ImageDataset(BatchDataset):
 
 
 class ImageData(ClassificationData):
-    """Images with one class each. A subclass says where they come from, in `read`, and sets `image_format`.
+    """Images with one class each; subclasses implement `read` and set `image_format`.
 
-    A shift or a mirror image keeps the class, so that views have labels and every training, also the teacher's and the
-    baseline's, goes through them beside the images themselves. Where views are mixed of two images, no view has a
-    label: they are for the teacher to label, as for texts. Student and teacher read the same images: which tokens
-    `select` chooses is one thing here.
+    Shifting and mirroring keep the class, so views have labels and every training, also the teacher's and the
+    baseline's, uses them. If views mix two images, no view has a label: the teacher labels them, as for texts. Student
+    and teacher get the same images, whatever tokens `select` chooses.
 
-    Batches have `pixel_values` `(B, C, H, W)` float32, `labels` and `index`. Images are kept on disk as bytes, read,
-    scaled and cut once.
+    Batches have `pixel_values` `(B, C, H, W)` float32, `labels` and `index`. Images are loaded, scaled
+    and cropped once, and stored on disk as bytes.
 
     Args:
-        train_examples: Train on so many images only, evenly over the classes, whatever else stays the same; a smaller
-            choice is part of a larger one. None: all.
-        transfer_examples: Have the teacher label so many images more, which only the distillation trains on: first
-            those that `train_examples` leaves out, then those that come without labels. None: all of them.
-        crop_padding: A view is moved by at most so many pixels.
+        train_examples: Train on this many images, evenly over the classes; a smaller choice is a subset of a larger
+            one.
+            None: all.
+        transfer_examples: Size of the transfer set: first images that `train_examples` leaves out, then unlabelled
+            ones.
+            None: all of them.
+        crop_padding: Largest shift of a view in pixels.
         flip_probability: How often a view is mirrored.
         mixup_probability: How often a view is the mean of two images; see `Mixing`.
         cutmix_probability: How often a view has a rectangle of another image.
@@ -321,7 +322,7 @@ class ImageData(ClassificationData):
     # -- getting ready ------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Read and split everything; a second call does nothing."""
+        """Load and split everything; a second call does nothing."""
         if self.fingerprint:
             return
         corpus = self.read()
@@ -344,7 +345,7 @@ class ImageData(ClassificationData):
         self._name_content()
 
     def _split(self, corpus: ImageCorpus) -> dict[str, NDArray[np.int64]]:
-        """Return the rows of each part, ascending; what is held out does not depend on `train_examples`."""
+        """Return the rows of each split, ascending; held-out rows do not depend on `train_examples`."""
         rows = {part: np.arange(run.start, run.stop) for part, run in corpus.rows.items()}
         train = rows["train"][stratified_order(corpus.labels[rows["train"]], self.split_seed)]
         shares = list(corpus.held_out.values())
@@ -363,14 +364,14 @@ class ImageData(ClassificationData):
         unlabelled = np.concatenate([rest, rows.get("transfer", rest[:0])])
         if self.transfer_examples is not None and self.transfer_examples > len(unlabelled):
             raise ConfigError(
-                f"data.transfer_examples={self.transfer_examples}, but there are {len(unlabelled)} images for the "
-                "teacher to label: take fewer, or fewer to train on (data.train_examples)"
+                f"data.transfer_examples={self.transfer_examples}, but there are only {len(unlabelled)} "
+                "unlabelled images: use fewer, or fewer to train on (data.train_examples)"
             )
         rows["transfer"] = unlabelled[: self.transfer_examples]
         return {part: np.sort(found) for part, found in rows.items()}
 
     def _name_content(self) -> None:
-        """Name everything: as far as a teacher's answers depend on it, whole, and without the pool."""
+        """Set the fingerprints: for teacher outputs, of all data, and without the pool."""
         self.teacher_key = self._key(self.parts)
         self.fingerprint = self._name(self.parts)
         if not self.mixing.is_on:  # views have labels
@@ -378,7 +379,7 @@ class ImageData(ClassificationData):
         self._fingerprints = {True: self.fingerprint, False: self._name(self._without_pool)}
 
     def _key(self, parts: Sequence[str]) -> dict[str, Any]:
-        """Return what decides a teacher's answers about some parts."""
+        """Return what determines teacher outputs for some splits."""
         views = {"version": VERSION, "sets": self.view_sets, **asdict(self._views)}
         if not self.mixing.is_on:
             del views["mixing"]
@@ -393,7 +394,7 @@ class ImageData(ClassificationData):
         }
 
     def _name(self, parts: Sequence[str]) -> str:
-        """Return the fingerprint of some parts."""
+        """Return the fingerprint of some splits."""
         content: list[Any] = [self._key(parts), self._of(self._labels, parts).tolist(), self.class_names]
         content.append(self._spans_of(parts))
         if self.pool_ratio is not None and "views" in parts:
@@ -404,12 +405,12 @@ class ImageData(ClassificationData):
         """Return which of `count` folds each example is in; see `ClassificationData`.
 
         Raises:
-            ConfigError: As there, or views that show two images: no teacher may be without both.
+            ConfigError: As there, or mixed views, which show two images of different folds.
         """
         if self.mixing.is_on and self.views:
             raise ConfigError(
-                f"teacher.folds={count}: a mixed view shows images of two folds, and who has not seen the one has seen "
-                "the other: set data.mixup_probability=0 and data.cutmix_probability=0, or teacher.folds=1"
+                f"teacher.folds={count}: a mixed view shows images of two folds, so every teacher has seen "
+                "one of them: set data.mixup_probability=0 and data.cutmix_probability=0, or teacher.folds=1"
             )
         return super().folds(count)
 
@@ -421,13 +422,13 @@ class ImageData(ClassificationData):
         return np.ones(self.num_examples, np.int64)
 
     def model_arguments(self, role: Role) -> dict[str, int]:
-        """Return what the data decide about a network: `num_classes` and `channels`."""
+        """Return a network's arguments from the data: `num_classes` and `channels`."""
         self.prepare()
         return {"num_classes": self.num_classes, "channels": self.image_format.channels}
 
     @property
     def input_format(self) -> dict[str, Any]:
-        """What an image is made into."""
+        """The preprocessing of images."""
         return {"images": asdict(self.image_format)}
 
     # -- batches ------------------------------------------------------------------------------------------------------

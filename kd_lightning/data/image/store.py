@@ -1,4 +1,4 @@
-"""Images as one array of bytes: read once, kept on disk, read by memory map."""
+"""Images as one array of bytes, stored on disk and memory-mapped."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What an image is made into before a network reads it.
+    """The preprocessing of images.
 
     Attributes:
         size: Height and width in pixels.
         channels: 1 (grey) or 3 (red, green, blue).
-        mean: Of each channel, taken off the values in [0, 1].
+        mean: Of each channel, subtracted from values in [0, 1].
         std: Of each channel, divided by.
 
     Raises:
@@ -62,10 +62,10 @@ class ImageFormat:
 
 
 def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
-    """Read an image file, scaled and cut at the centre to a square; `(channels, size, size)`.
+    """Load an image file, scaled and centre-cropped to a square; `(channels, size, size)`.
 
     Raises:
-        DataError: There is no such file, or it is no image.
+        DataError: There is no such file, or it is not an image.
         ConfigError: Pillow is missing.
     """
     try:
@@ -75,7 +75,7 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow raises half a dozen kinds; each means the same to the user
+    except Exception as error:  # Pillow raises several types, all with one meaning for the user
         raise DataError(f"{path} cannot be read as an image: {error}") from error
     square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1)
@@ -104,24 +104,24 @@ def open_images(folder: Path, checked: bool = True) -> ImageStore:
 
     Args:
         folder: Where they are stored.
-        checked: Whether to hold the pixels against their checksum.
+        checked: Whether to verify the pixels' checksum.
 
     Raises:
         KDError: A file is missing or damaged.
     """
-    meta = read_sealed(folder / "meta.json", "it is written anew")
+    meta = read_sealed(folder / "meta.json", "it is written again")
     if checked:
-        check_seal(folder, {"pixels.uint8": meta["digest"]}, ["pixels.uint8"], "it is written anew")
+        check_seal(folder, {"pixels.uint8": meta["digest"]}, ["pixels.uint8"], "it is written again")
     pixels = np.memmap(folder / "pixels.uint8", np.uint8, "r", shape=tuple(meta["shape"]))
-    return ImageStore(folder, np.asarray(pixels), meta["digest"])  # as a plain array it is indexed faster
+    return ImageStore(folder, np.asarray(pixels), meta["digest"])  # plain arrays are indexed faster
 
 
 def store_images(cache: Path, key: Any, shape: tuple[int, ...], images: Iterable[NDArray[np.uint8]]) -> ImageStore:
-    """Return images as one array: from the cache, or read now and put there.
+    """Return images as one array from the cache, or load and store them.
 
     Args:
         cache: The folder of all stored images.
-        key: Everything that decides the images, as JSON-able values; the cache's folder is named after it.
+        key: Everything that determines the images, as JSON-able values; the cache's folder is named after it.
         shape: `(N, C, H, W)`.
         images: The N images, `(C, H, W)` each; not touched when they are stored already.
     """

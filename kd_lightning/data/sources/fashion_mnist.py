@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 grey pictures of clothes in ten classes, 28 x 28."""
+"""Fashion-MNIST: 70,000 grey images of clothes in ten classes, 28 x 28."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ CLASS_NAMES = [
 
 
 class FashionMNIST(ImageData):
-    """Pictures of clothes, 60,000 to train on and 10,000 to test on; Xiao, Rasul & Vollgraf 2017 (arXiv 1708.07747).
+    """Images of clothes, 60,000 for training and 10,000 for testing (arXiv 1708.07747).
 
-    A part of the training pictures is held out to select on. MIT licence.
+    Xiao, Rasul & Vollgraf 2017. A share of the training images is held out for validation. MIT licence.
 
     Args:
         folder: Where the four files are (`train-images-idx3-ubyte.gz` and so on); by default fetched with apt, as the
             Debian package `dataset-fashion-mnist`.
-        validation_fraction: How much of the training pictures to hold out.
-        mean: Taken off the values in [0, 1].
+        validation_fraction: Share of the training images to hold out.
+        mean: Subtracted from values in [0, 1].
         std: Divided by.
         options: Those of `ImageData`.
     """
@@ -79,7 +79,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """Read a gzipped array of bytes in the IDX format of MNIST.
 
     Raises:
-        DataError: The file is something else, or damaged.
+        DataError: Another kind of file, or a damaged one.
     """
     try:
         with gzip.open(path) as file:
@@ -90,5 +90,5 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     start = 4 + 4 * axes
     shape = [int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4)]
     if not axes or len(content) != start + math.prod(shape):
-        raise DataError(f"{path} is no IDX file of bytes, or is cut off")
+        raise DataError(f"{path} is not an IDX file of bytes, or is cut off")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

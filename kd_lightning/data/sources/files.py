@@ -1,4 +1,4 @@
-"""Sentences and labels of CSV, TSV, JSON, Parquet and plain text, with errors that name file, line and column."""
+"""Sentences and labels from CSV, TSV, JSON, Parquet and text files; errors name file, line, column."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kd_lightning.runtime.errors import ConfigError, DataError
 
 
 def data_key(option: str) -> str:
-    """Return how an option of the data is called in a run's configuration."""
+    """Return a data option's key in a run's configuration."""
     return f"data.{option}"
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """How the user's files are written: one reader serves all files of a data set.
+    """The format of the user's files, the same for all files of a data set.
 
     Attributes:
         text_column: The column with the sentence.
         text_pair_column: The column with the second sentence of a pair.
         label_column: The column with the class.
-        format: The files' format; by default told from each file's suffix.
+        format: The files' format; by default from each file's suffix.
         encoding: Of the text formats; a byte order mark is skipped.
         quotes: Whether `"` opens a quoted field in CSV and TSV.
         key: Turns these names into what the user can set.
@@ -42,10 +42,10 @@ class FileReader:
     key: Callable[[str], str] = data_key
 
     def sentences(self, path: str | Path) -> list[Sentence]:
-        """Read the sentences of a file and ignore its labels, if it has any; blank lines of plain text are left out.
+        """Read the sentences of a file, without labels and without blank lines of plain text.
 
         Raises:
-            DataError: Whatever is wrong with the file.
+            DataError: The file cannot be used.
         """
         plain = self.kind(Path(path)) == "txt"
         place, records = self._records(path)
@@ -56,10 +56,10 @@ class FileReader:
         ]
 
     def sentences_and_gaps(self, path: str | Path) -> list[Sentence | None]:
-        """Read one sentence a record; None where the record has no text, so that they line up with the file.
+        """Read one sentence per record, None for records without text.
 
         Raises:
-            DataError: Whatever is wrong with the file.
+            DataError: The file cannot be used.
         """
         place, records = self._records(path)
         return [
@@ -73,7 +73,7 @@ class FileReader:
         """Read the sentences and labels of a file.
 
         Raises:
-            DataError: Whatever is wrong with the file.
+            DataError: The file cannot be used.
         """
         if self.kind(Path(path)) == "txt":
             raise DataError(
@@ -96,10 +96,10 @@ class FileReader:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Those of the sentences and of the labels.
+        """The columns of sentences and labels.
 
         Raises:
-            ConfigError: Two of them are one, so that the label would be read as a text.
+            ConfigError: Two of them are the same column.
         """
         columns = self.text_columns | {"label_column": self.label_column}
         if len(set(columns.values())) < len(columns):
@@ -116,7 +116,7 @@ class FileReader:
         """Return a file's format.
 
         Raises:
-            DataError: It cannot be told.
+            DataError: The format is unknown.
         """
         if path.is_dir():
             raise DataError(f"{str(path)!r} is a folder: expected a file")
@@ -132,7 +132,7 @@ class FileReader:
         return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self.text_columns.values()])
 
     def _records(self, path: str | Path, labelled: bool = False) -> tuple[str, Iterator[Record]]:
-        """Return where a record stands, but for its number, and the records."""
+        """Return the place of records without their numbers, and the records."""
         kind, columns = self.kind(Path(path)), self.columns if labelled else self.text_columns
         if kind == "txt" and len(columns) > 1:
             raise DataError(f"{path}: plain text holds one sentence a line, and this task has pairs; give CSV or JSONL")

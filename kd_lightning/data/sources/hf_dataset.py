@@ -26,31 +26,31 @@ GLUE: dict[str, tuple[str, str | None]] = {
 """The text columns of GLUE's classification tasks."""
 
 VALIDATION = ("validation", "validation_matched", "valid", "val", "dev")
-"""What a split to select on may be called."""
+"""Names of validation splits."""
 
 PREFIX = "hf:"
-"""Of an entry of `data.transfer` that is a data set and no file."""
+"""Prefix of data sets in `data.transfer`."""
 
 
 class HFDataset(TextData):
     """Any text classification data set that `datasets` can load.
 
-    Columns of the GLUE tasks are known by `config_name`. A test split without labels (GLUE's are all -1) cannot be
-    reported on: then the validation split becomes the test, and a seeded, stratified part of the training split becomes
-    the validation, so that nothing is selected on what is reported.
+    Columns of the GLUE tasks are known by `config_name`. If the test split has no labels (GLUE's are all
+    -1), the validation split becomes the test split, and a seeded, stratified share of the training split becomes the
+    validation split, so that selection and report use different examples.
 
     Args:
         name: The data set's name on the hub, or a folder written by `save_to_disk`.
         config_name: Which of its configurations, such as a GLUE task.
-        train_split: The split to train on.
-        validation_split: The split to select on; by default as described.
-        test_split: The split to report on; by default as described.
+        train_split: The training split.
+        validation_split: The validation split; by default as described.
+        test_split: The test split; by default as described.
         text_column: The column with the sentence; by default GLUE's, else `text`.
         text_pair_column: The column with the second sentence of a pair; by default GLUE's.
         label_column: The column with the class.
         class_names: The classes in the order of their numbers; by default those stored with the data.
-        validation_fraction: How much to hold out where there is no validation split to use.
-        test_fraction: How much to hold out where there is no labelled split to test on.
+        validation_fraction: Share to hold out without a validation split.
+        test_fraction: Share to hold out without a labelled test split.
         options: Those of `TextData`; `transfer` takes files and data sets with the same columns.
     """
 
@@ -85,13 +85,13 @@ class HFDataset(TextData):
         self.test_fraction = test_fraction
 
     def read(self) -> Corpus:
-        """Load the data set and settle which split serves as what."""
+        """Load the data set and assign its splits."""
         splits = load_splits(self.dataset_name, self.config_name)
         for key in ("train_split", "validation_split", "test_split"):
             chosen = getattr(self, key)
             if chosen is not None and chosen not in splits:
                 raise ConfigError(
-                    f"data.{key}={chosen!r} is no split of {self.dataset_name}{did_you_mean(chosen, splits)}"
+                    f"data.{key}={chosen!r} is not a split of {self.dataset_name}{did_you_mean(chosen, splits)}"
                 )
         validation, test = self._roles(splits)
         names = self.given_class_names or _stored_names(splits[self.train_split], self.reader.label_column)
@@ -107,7 +107,7 @@ class HFDataset(TextData):
         )
 
     def _roles(self, splits: Mapping[str, Any]) -> tuple[str | None, str | None]:
-        """Return the splits to select and to report on; None for one to hold out of training."""
+        """Return the validation and test splits; None for one to hold out of training."""
         matched = (name for name in VALIDATION if name in splits)
         validation = self.validation_split or next(matched, None)
         test = self.test_split
@@ -118,10 +118,10 @@ class HFDataset(TextData):
         return (None if validation == test else validation), test
 
     def _names_of(self, table: Any) -> list[str] | None:
-        """Return what the numbers of a split stand for, if they stand for names: those stored, unless others are given.
+        """Return the names of a split's numeric labels: the given ones, or those stored with it.
 
         Raises:
-            ConfigError: As many names are given as there are not stored.
+            ConfigError: The number of given names differs from the stored ones.
         """
         stored = _stored_names(table, self.reader.label_column)
         if stored is None or self.given_class_names is None:
@@ -150,7 +150,7 @@ class HFDataset(TextData):
 
 
 def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
-    """Return the sentences of a file; with `hf:NAME` or `hf:NAME:CONFIG` those of all splits of a data set.
+    """Return the sentences of a file, or of all splits of a data set `hf:NAME[:CONFIG]`.
 
     Raises:
         DataError: The file or the data set cannot be read, or has no such columns.
@@ -188,7 +188,7 @@ def load_splits(name: str, config_name: str | None) -> Mapping[str, Any]:
         raise ConfigError(message) from error
     try:
         loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, config_name)
-    except Exception as error:  # the hub's clients raise many kinds; each means that the data set cannot be had
+    except Exception as error:  # the hub's clients raise many types, all with one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         wanted = name if config_name is None else f"{name} ({config_name})"
         raise DataError(f"cannot load the data set {wanted}: {reason[:300]}") from error

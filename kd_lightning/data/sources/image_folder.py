@@ -22,18 +22,18 @@ _FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("
 class ImageFolder(ImageData):
     """Images in folders named after their classes: `train/CLASS/*.jpg`, and `val/`, `test/` likewise.
 
-    Where `val/` or `test/` is not there, an even part of the training images is held out. Those in `unlabelled/`, or in
-    folders in it, are for the teacher to label (`transfer_examples`). Images are scaled and cut at the centre to
-    squares. Needs Pillow.
+    Without `val/` or `test/`, a stratified share of the training images is held out. Images in `unlabelled/` and its
+    subfolders are the transfer set (`transfer_examples`). Images are scaled and centre-cropped to squares. Needs
+    Pillow.
 
     Args:
         folder: The one that holds `train`.
         image_size: Height and width in pixels.
         channels: 3 for colour, 1 for grey.
-        mean: Of each channel, taken off the values in [0, 1]; by default ImageNet's.
+        mean: Of each channel, subtracted from values in [0, 1]; by default ImageNet's.
         std: Of each channel, divided by; by default ImageNet's.
-        validation_fraction: How much to hold out where there is no `val`.
-        test_fraction: How much to hold out where there is no `test`.
+        validation_fraction: Share to hold out without `val`.
+        test_fraction: Share to hold out without `test`.
         options: Those of `ImageData`.
     """
 
@@ -88,7 +88,7 @@ class ImageFolder(ImageData):
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of the classes by the names that they spell."""
+    """Return the folders of the classes by class name."""
     found: dict[str, Path] = {}
     keys: dict[object, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -106,7 +106,7 @@ def _folders(folder: Path) -> dict[str, Path]:
 
 
 def _files(folder: Path, class_names: Sequence[str], must_have_all: bool) -> list[list[Path]]:
-    """Return the image files of each class, sorted; a class may be without any in all parts but `train`."""
+    """Return the sorted image files of each class; only `train` needs all classes."""
     folders = {key_of(name): path for name, path in _folders(folder).items()}
     keys = [key_of(name) for name in class_names]
     if unknown := [path for key, path in folders.items() if key not in keys]:
@@ -121,5 +121,5 @@ def _files(folder: Path, class_names: Sequence[str], must_have_all: bool) -> lis
 
 
 def _images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and in those in it, sorted; none where it is not there."""
+    """Return the sorted image files below a folder; none if it does not exist."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)

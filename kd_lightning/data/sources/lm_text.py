@@ -21,7 +21,7 @@ class LMTextData(CorpusData):
         validation_file: Those to select on; None holds out some of the others.
         test_file: Those to report on; None holds out some of the others.
         text_column: The key or column with the text.
-        format: The files' format; by default told from the suffix.
+        format: The files' format; by default from the suffix.
         encoding: Of the text formats.
         options: Those of `CorpusData`.
     """

@@ -1,4 +1,4 @@
-"""Where data lie: written down absolute, and looked for beside a run that was moved together with them."""
+"""Paths of data: stored as absolute paths, and found again after run and data were moved together."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _HUB = "hf:"
 
 
 def absolute(settings: Any) -> Any:
-    """Return the settings of data with every file and folder that they name given by its absolute path.
+    """Return data settings with absolute paths.
 
-    What is no path in this working directory, such as a name on the hub, stays as it is.
+    Values that are not paths in this working directory, such as names on the hub, stay unchanged.
     """
     return _each(settings, lambda path: os.path.abspath(os.path.expanduser(path)))
 
 
 def found(settings: Any, was: Path, now: Path) -> Any:
-    """Return the settings of a run's data with what is no longer there taken from where it lay, seen from the run.
+    """Return data settings with missing paths resolved relative to the moved run.
 
     Args:
         settings: As `absolute` made them.
@@ -57,7 +57,7 @@ def _each(settings: Any, change: Callable[[str], str], key: str = "") -> Any:
 
 
 def _is_path(name: str, key: str) -> bool:
-    """Return whether a setting names a file or folder, if only one that was there, and nothing on the hub."""
+    """Return whether a setting names a file or folder, present or former, not a hub name."""
     if os.path.isabs(name) or key == "cache_dir":
         return True
     return name != "minilm" and len(name) < 4096 and "\0" not in name and os.path.exists(os.path.expanduser(name))

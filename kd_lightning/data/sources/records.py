@@ -1,4 +1,4 @@
-"""Records of CSV, TSV, JSON, Parquet and plain text files, compressed by gzip or not; errors name file and line."""
+"""Records of CSV, TSV, JSON, Parquet and text files, also gzipped; errors name file and line."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SUFFIXES: dict[str, Format] = {
 }
 ZIPPED = ".gz"
 DELIMITERS = ",;\t|"
-"""What may stand between the cells of a CSV file; the first with which its header has the columns."""
+"""Delimiters of CSV files; the first that yields the required columns is used."""
 
-csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that Python allows by itself
+csv.field_size_limit(2**31 - 1)  # Python's default limit is 131,072 characters
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a file is written, and how whoever reads it is told to say so.
+    """The format of a file, and the names of its options in messages.
 
     Attributes:
         encoding: Of the text formats.
         quotes: Whether `"` opens a quoted field in CSV and TSV.
-        key: Turns an option such as `encoding` into what the user can set: `data.encoding` or `--encoding`.
+        key: Turns an option such as `encoding` into the user's key: `data.encoding` or `--encoding`.
     """
 
     encoding: str
@@ -52,17 +52,17 @@ class Manner:
 
 
 def format_of(path: Path) -> Format | None:
-    """Return the format that a file's name tells, `.gz` left aside."""
+    """Return the format by a file's name, ignoring `.gz`."""
     name = path.with_suffix("") if path.suffix.lower() == ZIPPED else path
     return SUFFIXES.get(name.suffix.lower())
 
 
 def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Manner) -> tuple[str, Iterator[Record]]:
-    """Return what a file counts its records by (its lines, rows or entries), and the records, which have the columns.
+    """Return the unit of a file's records (line, row or entry), and the records.
 
     Raises:
-        DataError: The file cannot be read so.
-        ConfigError: An encoding that there is not.
+        DataError: The file cannot be read in this format.
+        ConfigError: An unknown encoding.
     """
     check_file(path)
     if kind == "parquet":
@@ -82,7 +82,7 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
 
 
 def check_file(path: Path) -> None:
-    """Refuse a path that leads to no file; the message has the nearest name beside it.
+    """Refuse a path without a file; the message suggests the nearest name.
 
     Raises:
         DataError: There is none.
@@ -94,7 +94,7 @@ def check_file(path: Path) -> None:
 
 
 def lines_of(path: Path, manner: Manner, newline: str | None = None) -> Iterator[str]:
-    """Yield a file's lines as they are read, so that only the sentences are ever in memory.
+    """Yield a file's lines one by one, to save memory.
 
     Raises:
         DataError: It cannot be read, or is not in this encoding.
@@ -114,12 +114,12 @@ def lines_of(path: Path, manner: Manner, newline: str | None = None) -> Iterator
 
 
 def unknown_encoding(manner: Manner) -> str:
-    """Return what there is to say of an encoding that Python does not know."""
+    """Return the message for an unknown encoding."""
     return f"{manner.key('encoding')}={manner.encoding!r} is not an encoding Python knows; e.g. utf-8, gb18030"
 
 
 def decoded(content: bytes, manner: Manner, source: str) -> str:
-    """Return a text with plain line ends.
+    """Decode a text and normalise its line ends.
 
     Raises:
         DataError: It is not in this encoding.
@@ -153,7 +153,7 @@ def bad_byte(content: bytes, encoding: str) -> str:
         if isinstance(error, UnicodeDecodeError):
             line = content.count(b"\n", 0, error.start) + 1
             return f"line {line}: byte 0x{content[error.start]:02x} at offset {error.start} is not {encoding}"
-    return f"there is no byte order mark, which {encoding} needs"  # what decodes as a whole was refused as a stream
+    return f"there is no byte order mark, which {encoding} needs"  # decodes as a whole, but not as a stream
 
 
 def check_columns(header: Sequence[str], columns: Mapping[str, str], place: str, key: Callable[[str], str]) -> None:
@@ -161,9 +161,9 @@ def check_columns(header: Sequence[str], columns: Mapping[str, str], place: str,
 
     Args:
         header: The columns there are.
-        columns: Those that are needed, by the option that names them.
-        place: Where the header stands, with a colon.
-        key: Turns the option into what the user can set.
+        columns: The required columns by option.
+        place: The place of the header, with a colon.
+        key: Turns the option into the user's key.
 
     Raises:
         DataError: Names all columns there are.
@@ -214,7 +214,7 @@ def _first_lines(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _delimiter(header: Sequence[str], columns: Mapping[str, str]) -> str:
-    """Return what separates the cells of a header: what makes the columns of it, else what makes most cells."""
+    """Return the delimiter of a header: one that yields the columns, else the one with most cells."""
     cells = {mark: [cell.strip() for cell in next(csv.reader(header, delimiter=mark), [])] for mark in DELIMITERS}
     fits = (mark for mark in DELIMITERS if set(columns.values()) <= set(cells[mark]))
     return next(fits, max(DELIMITERS, key=lambda mark: len(cells[mark])))
@@ -234,7 +234,7 @@ def _parsed(path: Path, content: str, line: int) -> Any:
         raise DataError(
             f"{place}: not JSON: {error.msg}; expected an object a line, or one array of objects"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting of thousands of levels
         raise DataError(f"{path}: line {line}: not JSON that can be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Movie-review sentences rated by people, and three other kinds of sentences: to transfer with, or to learn from."""
+"""Rated movie-review sentences, and three other domains, for transfer or as tasks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ TRANSFER = {"amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets", "tw
 
 
 class Reviews(TextData):
-    """Rotten Tomatoes sentences, negative or positive: the sign of the mean rating of about 20 people.
+    """Rotten Tomatoes sentences, labelled with the sign of the mean rating of about 20 people.
 
-    10,568 sentences (37 of 10,605 are rated zero and left out), less exact duplicates. Split into 70% training, 10%
+    10,568 sentences (37 of 10,605 are rated zero and left out), without exact duplicates. Split into 70% training, 10%
     validation and 20% test, stratified. `transfer` knows `amazon` (product reviews), `nyt` (editorials), `tweets`, and
     the user's own files and data sets. Hutto & Gilbert 2014; Pang & Lee 2005. MIT licence.
 
-    All four kinds of sentences are rated, which gives two more tasks. They share one split, in which a movie sentence
-    stands where it stands for its sentiment: students that learn several of the tasks meet no test sentence early.
+    Sentences of all four domains are rated, which gives two more tasks. They share one split with the sentiment task,
+    so that students of several tasks do not train on test sentences.
 
     Args:
-        labels: What is told of a sentence: its `sentiment`, of movie sentences only; its `domain` (movie, amazon, nyt
-            or tweets); or its `rating`, -4 to 4, a regression.
+        labels: The task: `sentiment`, of movie sentences only; `domain` (movie, amazon, nyt
+            or tweets); or `rating`, -4 to 4, a regression.
         options: Those of `TextData`.
 
     Raises:
@@ -44,7 +44,7 @@ class Reviews(TextData):
         self.labels = labels
 
     def read(self) -> Corpus:
-        """Fetch the sentences and split them."""
+        """Download the sentences and split them."""
         folder = fetch("reviews")
         path = folder / "movieReviewSnippets_GroundTruth.txt"
         movie = list(_rated(path))
@@ -72,10 +72,10 @@ class Reviews(TextData):
         )
 
     def _all_kinds(self, folder: Path, movie: list[tuple[Sentence, float]], sentiment: Corpus) -> Corpus:
-        """Return the sentences of all files, with domains or ratings for labels, on top of the split by sentiment."""
+        """Return the sentences of all domains, with domains or ratings as labels, in the same split."""
         known = {
             normalise(text): ("movie", rating) for text, rating in reversed(movie)
-        }  # of duplicates the first stays
+        }  # keeps the first of duplicates
         others: list[tuple[Sentence, str]] = []
         for name, file in TRANSFER.items():
             for text, rating in _rated(folder / f"{file}_GroundTruth.txt"):

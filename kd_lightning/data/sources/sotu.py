@@ -17,7 +17,7 @@ HELD_OUT = {4: "validation", 9: "test"}
 
 
 class Sotu(CorpusData):
-    """The 233 State of the Union addresses of 1790 to 2021, 1.8 million words; split by year. Public domain.
+    """The 233 State of the Union addresses of 1790 to 2021 (1.8 million words), split by year.
 
     The years that end in 4 are the validation split, those that end in 9 the test split.
 

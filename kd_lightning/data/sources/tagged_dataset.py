@@ -40,6 +40,6 @@ def tagged_split(splits: Mapping[str, Any], split: str, name: str, reader: Tagge
 
 
 def stored_names(table: Any, reader: TaggedReader) -> list[str]:
-    """Return what numbers in the column of tags stand for, as it is stored with them; nothing where it is not."""
+    """Return the stored names of numeric tags; nothing without stored names."""
     feature = table.features.get(reader.tags_column)
     return list(getattr(getattr(feature, "feature", None), "names", None) or ())

@@ -34,7 +34,7 @@ class TaggedReader:
         spans_column: That with its entities: objects with `start`, `end` (in characters) and `label`.
         scheme: In which spans become tags.
         names: What tags that are numbers stand for.
-        format: The files' format; by default told from each file's suffix.
+        format: The files' format; by default from each file's suffix.
         encoding: Of the text formats.
     """
 
@@ -63,7 +63,7 @@ class TaggedReader:
         return found
 
     def untagged(self, path: str) -> list[TaggedText]:
-        """Read texts that only a teacher tags: of a .txt file one a line, of any other the texts without their tags.
+        """Read untagged texts: one per line of a .txt file, or a file's texts without their tags.
 
         Raises:
             DataError: Whatever is wrong with the file.

@@ -13,28 +13,28 @@ from kd_lightning.data.text.datamodule import TextData
 
 
 class TextFiles(TextData):
-    """Sentences or pairs in CSV, TSV, JSON or Parquet files; for `transfer` also one sentence a line (.txt).
+    """Sentences or pairs in CSV, TSV, JSON or Parquet files; for `transfer` also text files.
 
     Files may be compressed (.csv.gz); a CSV file's cells may be separated by commas, semicolons, tabs or bars; JSON is
     an object a line or one array of objects. Labels may be names or whole numbers, which are the same class however a
-    file spells them (1, 1.0, 01). A training sentence labelled -100 has none, and only the teacher says what it is; an
-    empty label or NaN is refused, and so is -1 unless `class_names` has it. Where a validation or test file is not
-    given, a stratified part of the training file is held out, after exact duplicates are dropped from it.
+    file writes them (1, 1.0, 01). -100 marks an unlabelled training sentence; an empty label or NaN is refused, and so
+    is -1 unless `class_names` has it. Without a validation or test file, a stratified share of the training file is
+    held out, after dropping exact duplicates.
 
     Args:
-        train_file: The labelled sentences to train on.
-        validation_file: Those to select on.
-        test_file: Those to report on.
+        train_file: The labelled training sentences.
+        validation_file: Those for selection.
+        test_file: Those for the report.
         text_column: The column with the sentence.
         text_pair_column: The column with the second sentence of a pair.
         label_column: The column with the class.
         class_names: The classes in the order of their numbers, by which files may then name them; by default the labels
             found, sorted.
-        format: The files' format; by default told from the suffix.
+        format: The files' format; by default from the suffix.
         encoding: Of the text formats.
         quotes: Whether `"` opens a quoted field in CSV and TSV (the TSV files of GLUE have none).
-        validation_fraction: How much to hold out for a missing validation file.
-        test_fraction: How much to hold out for a missing test file.
+        validation_fraction: Share to hold out for a missing validation file.
+        test_fraction: Share to hold out for a missing test file.
         options: Those of `TextData`.
     """
 

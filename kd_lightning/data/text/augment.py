@@ -1,4 +1,4 @@
-r"""Views of a sentence, as pure functions: masked, cut to an n-gram, and on request changed in further ways.
+r"""Augmented views of a sentence, as pure functions: masked, cropped to an n-gram, or changed further.
 
 Tang, Lu, Liu, Mou, Vechtomova, Lin: Distilling Task-Specific Knowledge from BERT into Simple Neural Networks, 2019
 (arXiv 1903.12136), section 3.3: masking and n-gram sampling. Their part-of-speech replacement needs a tagger; words are
@@ -18,7 +18,7 @@ VERSION = 1
 """Raised when a sentence has other views: what was made of them before is then not used any more."""
 
 MASK = "\ufdd0"
-"""Stands for a masked word until the tokenizer's own mask is known; a code point that Unicode bars from texts."""
+"""Placeholder for a masked word until the tokenizer is known; a Unicode noncharacter."""
 
 MAX_NGRAM = 5
 """The longest n-gram sampled, as in the paper."""
@@ -29,7 +29,7 @@ _WORD = re.compile(rf"(\s*)([{_CHARACTER}]|[^\s{_CHARACTER}]+)")
 
 
 def words(text: str) -> list[tuple[bool, str]]:
-    """Split a text into words, each with whether white space stands before it.
+    """Split a text into words, each with whether white space precedes it.
 
     >>> words("a fine 好片")
     [(False, 'a'), (True, 'fine'), (True, '好'), (False, '片')]
@@ -42,23 +42,23 @@ Words = list[tuple[bool, str]]
 
 
 class Substitutes(Protocol):
-    """What may stand in a word's place."""
+    """Source of replacements for words."""
 
     def of(self, word: str, index: int, rng: random.Random) -> str:
-        """Return a word for another one of the sentence `index`; that one itself where there is none."""
+        """Return a replacement for a word of sentence `index`, or the word itself."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What happens to a view's words before they are masked, in this order, and how often; as it stands, nothing.
+    """Changes to a view's words before masking, in this order, with their probabilities; default none.
 
     Attributes:
         replace_probability: A word is replaced by one of its `substitutes`.
-        drop_probability: A word is left out; one always stays.
-        swap_probability: A word, unless it has just moved, changes places with the next one.
-        crop_probability: The view is cut, after masking, to a random run of its words.
+        drop_probability: A word is dropped; at least one stays.
+        swap_probability: A word, unless just moved, is swapped with the next one.
+        crop_probability: After masking, the view is cropped to a random run of its words.
         crop_share: How long that run is, as a share of the words; at least one, and not all of several.
-        substitutes: Those of a word; needed to replace any.
+        substitutes: Source of replacements; needed for `replace_probability`.
     """
 
     replace_probability: float = 0.0
@@ -69,7 +69,7 @@ class Changes:
     substitutes: Substitutes | None = None
 
     def apply(self, sentence: Words, index: int, rng: random.Random) -> Words:
-        """Return the words with some replaced, dropped and swapped. What does not happen draws no random number."""
+        """Return the words with some replaced, dropped and swapped. Disabled changes draw no random numbers."""
         changed = list(sentence)
         if self.replace_probability:
             for place in range(len(changed)):
@@ -88,7 +88,7 @@ class Changes:
         return changed
 
     def apply_one(self, sentence: Words, index: int, rng: random.Random) -> Words:
-        """Return several words with one of these changes made once: the first that can be, of those that may be."""
+        """Return the words with one change, the first enabled one that is possible."""
         changed = list(sentence)
         if self.drop_probability:
             del changed[rng.randrange(len(changed))]
@@ -104,7 +104,7 @@ class Changes:
         return changed
 
     def crop(self, length: int, rng: random.Random) -> slice:
-        """Return which of so many words are kept; all of them most times."""
+        """Return which words are kept, usually all."""
         if length < 2 or not self.crop_probability or rng.random() >= self.crop_probability:
             return slice(None)
         kept = min(max(round(self.crop_share * length), 1), length - 1)
@@ -130,12 +130,12 @@ def make_view(
     text: str, index: int, view: int, seed: int, *, mask_probability: float = 0.1, ngram_probability: float = 0.25,
     changes: Changes = UNCHANGED,
 ) -> str:  # fmt: skip
-    """Return one altered copy of a text: words masked, sometimes cut to a short n-gram, and changed on request.
+    """Return one augmented view of a text: words masked, cropped to an n-gram, or changed further.
 
     After `changes`, each word becomes `MASK` with probability `mask_probability`; then, with probability
     `ngram_probability`, only a random n-gram of the words is kept, n drawn evenly from 1 to 5. At least one word is
-    never masked. A text of several words never comes back unchanged while words may be masked, dropped, swapped or
-    replaced, unless none can be: equal words swapped, words without a substitute replaced.
+    never masked. A text of several words never comes back unchanged if any change is enabled and possible
+    (it is not for swaps of equal words, or words without a substitute).
 
     Args:
         text: The sentence.
@@ -144,7 +144,7 @@ def make_view(
         seed: Of the whole data set.
         mask_probability: In [0, 1].
         ngram_probability: In [0, 1].
-        changes: What else happens to the words.
+        changes: Further changes of the words.
 
     Returns:
         The view: a function of the arguments alone, the same in any order and in any process.
@@ -173,10 +173,10 @@ def make_view(
 
 @dataclass(frozen=True)
 class Views:
-    """The views of all sentences, numbered: set by set, in a set sentence by sentence; there is no last set.
+    """The views of all sentences, numbered set by set, then sentence by sentence, without end.
 
     Attributes:
-        sentences: What is altered; both texts of a pair are.
+        sentences: The sentences; both texts of a pair are altered.
         count: Views of each sentence in one set.
         seed: Of all of them.
         mask_probability: As in `make_view`.
@@ -193,7 +193,7 @@ class Views:
 
     @property
     def per_set(self) -> int:
-        """How many views one set has."""
+        """Number of views in a set."""
         return len(self.sentences) * self.count
 
     def make(self, number: int) -> tuple[str, ...]:

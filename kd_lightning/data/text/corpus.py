@@ -1,4 +1,4 @@
-"""What a source of sentences delivers, and the checks and splits that all sources share."""
+"""A corpus of labelled sentences, with the checks and splits that all sources share."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class RawExamples:
     Attributes:
         texts: The sentences.
         labels: One label a sentence, as text.
-        source: What to call the whole in a message, such as the file's path.
-        where: Says where the label of example `i` stands: file, line and column.
+        source: The name in messages, such as the file's path.
+        where: Returns the place of example `i`'s label: file, line and column.
     """
 
     texts: list[Sentence]
@@ -64,14 +64,14 @@ class RawExamples:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything a task has to train, select and test on.
+    """All sentences of a data set, by split.
 
     Attributes:
         class_names: In the order of the labels.
         train: Labelled sentences to train on.
-        validation: Labelled sentences to select on.
-        test: Labelled sentences to report on, once.
-        transfer: Sentences that only the teacher labels.
+        validation: Labelled sentences for selection.
+        test: Labelled sentences for the report.
+        transfer: Unlabelled sentences.
         regression: The labels are scores, and `class_names` holds the name of the score.
     """
 
@@ -84,7 +84,7 @@ class Corpus:
 
 
 def text_of(value: object, where: str) -> str:
-    """Return a text cell without outer white space, or raise a DataError when it is not a text or is empty."""
+    """Return a stripped text cell; raise `DataError` if it is not a text or empty."""
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: expected a text, got the {type(value).__name__} {value!r}")
     text = (value or "").strip()
@@ -95,7 +95,7 @@ def text_of(value: object, where: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Return whether there is nothing to see in a text, as in a zero-width space."""
+    """Return whether a text has only invisible characters, such as a zero-width space."""
     return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 
@@ -114,8 +114,8 @@ def assemble(
 
     Training examples labelled -100 become transfer sentences, before the others.
 
-    Where something has to be held out, exact duplicates (same normalised text) are dropped from the training examples
-    first, the first one staying, so that no text stands on both sides. Transfer sentences that are also validation or
+    Where something has to be held out, exact duplicates (same normalised text) are first dropped from the training
+    examples (the first one stays), so that no text is in two splits. Transfer sentences that are also validation or
     test sentences are dropped.
 
     Raises:
@@ -143,16 +143,16 @@ def assemble(
         carved = stratified_split(labels, list(missing.values()), split_seed, names, train.source)
         parts |= {part: examples.take(positions) for part, positions in zip(missing, carved[1:], strict=True)}
         examples = examples.take(carved[0])
-    _warn_of_overlap(examples, given, train.source)  # what was held out here shares nothing with the rest
+    _warn_of_overlap(examples, given, train.source)  # held-out sentences do not overlap with the rest
     seen = {normalise(text) for part in parts.values() for text in part.texts} if transfer else set()
     kept = [text for text in transfer if normalise(text) not in seen]
     if len(kept) < len(transfer):
-        log.info("left out %d transfer sentences that are validation or test sentences", len(transfer) - len(kept))
+        log.info("dropped %d transfer sentences that are validation or test sentences", len(transfer) - len(kept))
     return Corpus(names, examples, parts["validation"], parts["test"], kept)
 
 
 def _set_apart(train: RawExamples) -> tuple[RawExamples, list[Sentence]]:
-    """Return the examples that have a label, and the sentences of those that have none."""
+    """Return the labelled examples, and the unlabelled sentences."""
     labelled = [i for i, label in enumerate(train.labels) if label != NO_LABEL]
     kept = RawExamples(
         [train.texts[i] for i in labelled], [train.labels[i] for i in labelled], train.source,
@@ -162,18 +162,18 @@ def _set_apart(train: RawExamples) -> tuple[RawExamples, list[Sentence]]:
 
 
 def normalise(text: Sentence) -> str:
-    """Return the form in which two texts count as the same: Unicode, case and white space made alike."""
+    """Return the normal form for duplicates: normalised Unicode, case and white space."""
     return "\x1f".join(map(folded, text))
 
 
 def stratified_split(
     labels: Sequence[int], fractions: Sequence[float], seed: int, class_names: Sequence[str], source: str
 ) -> list[list[int]]:
-    """Return positions for the rest and for each fraction; every class is in every part, in the same proportion.
+    """Return stratified positions for the rest and for each fraction; every class is in every split.
 
     Raises:
         ConfigError: A fraction outside (0, 1), or fractions that leave nothing.
-        DataError: A class with fewer examples than parts.
+        DataError: A class with fewer examples than splits.
     """
     if any(not 0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
         given = ", ".join(f"{fraction:g}" for fraction in fractions)
@@ -188,7 +188,7 @@ def stratified_split(
         if sum(sizes) >= len(positions):
             raise DataError(
                 f"{source}: class {class_names[label]!r} has {len(positions)} different examples, too few to split "
-                f"into {len(parts)} parts; add examples, or give data.validation_file and data.test_file"
+                f"into {len(parts)} splits; add examples, or give data.validation_file and data.test_file"
             )
         for part, piece in zip(
             parts, np.split(positions, np.cumsum([len(positions) - sum(sizes), *sizes])[:-1]), strict=True
@@ -205,7 +205,7 @@ def encode_labels(raw: RawExamples, names: Sequence[str], numbered: bool = True)
 
 
 def _warn_of_contrary(raw: RawExamples, examples: Examples, kept: bool) -> None:
-    """Say which sentences come with several labels, of which only one can be right."""
+    """Warn about sentences with several labels."""
     first: dict[str, int] = {}
     contrary: dict[str, tuple[int, int]] = {}
     for i, text in enumerate(examples.texts):
@@ -220,7 +220,7 @@ def _warn_of_contrary(raw: RawExamples, examples: Examples, kept: bool) -> None:
         for one, other in list(contrary.values())[:MOST_SHOWN]
     ]
     log.warning(
-        "%s: %d sentences come with contrary labels, and %s: %s%s", raw.source, len(contrary),
+        "%s: %d sentences have contradictory labels, and %s: %s%s", raw.source, len(contrary),
         "all are trained on" if kept else "the first of each stays", "; ".join(which),
         "; ..." if len(contrary) > len(which) else "",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sentences as a `LightningDataModule`: read, split, tokenised once, served in batches of like length."""
+"""Sentences as a `LightningDataModule`: tokenised once, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ ROLES: tuple[Role, Role] = ("student", "teacher")
 
 
 class TextData(ClassificationData):
-    """Sentences or pairs of sentences with one class each, and sentences without that only a teacher labels.
+    """Labelled sentences or pairs with one class each, and unlabelled sentences for distillation.
 
-    A subclass says where they come from, in `read`. Views are for the teacher to label, since a masked word may have
-    been the one that decided the class.
+    Subclasses implement `read`. The teacher labels the views, since a masked word may change the class.
 
-    Encoding is done once and kept on disk, so that a batch is a few array look-ups: worker processes seldom pay off.
+    Sentences are tokenised once and stored on disk, so that a batch is a few array look-ups; worker processes rarely
+    help.
 
     Args:
         tokenizer: `"minilm"`, a folder, a Hugging Face name, or `"wordpiece:8000"` to learn one from the data.
-        teacher_tokenizer: The teacher's, where it differs.
+        teacher_tokenizer: The teacher's, if it differs.
         max_length: Longer sentences are cut to this many tokens.
         mask_probability: How often a view's word is masked.
         ngram_probability: How often a view is cut to at most five words.
         replace_probability: How often a view's word is replaced.
         replace_by: Words by which: `neighbours` in the word embeddings of the checkpoint that the teacher's tokenizer
             belongs to, or words of other training sentences of the same `class`.
-        drop_probability: How often a view's word is left out.
-        swap_probability: How often a view's word changes places with the next one.
-        crop_probability: How often a view is cut to a random run of its words.
+        drop_probability: How often a view's word is dropped.
+        swap_probability: How often a view's word is swapped with the next one.
+        crop_probability: How often a view is cropped to a random run of its words.
         crop_share: How long that run is, as a share of the words.
-        transfer: More sentences for the teacher to label: files, or names that the source knows.
+        transfer: Unlabelled sentences: files, or names that the source knows.
         cache_dir: Where encoded sentences are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `ClassificationData`.
 
@@ -100,7 +100,7 @@ class TextData(ClassificationData):
         self.ngram_probability = ngram_probability
         self.replace_by = replace_by
         self._chances = chances
-        # A copy for a teacher with another tokenizer (`reading`) has the same views.
+        # A copy for a teacher with another tokenizer has the same views.
         self._neighbours_in = self.tokenizer_names["teacher"]
         self.transfer = [transfer] if isinstance(transfer, str) else list(transfer)
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "tokens"
@@ -144,7 +144,7 @@ class TextData(ClassificationData):
         self._encode([text for name in self.parts for text in parts[name]])
 
     def _changes_for(self, corpus: Corpus) -> Changes:
-        """Return how views are changed beside masking, with what may stand in a word's place."""
+        """Return the changes of views other than masking, with their substitutes."""
         if not self.views or not self._chances["replace_probability"]:
             return Changes(**self._chances)
         if self.replace_by == "class":
@@ -170,7 +170,7 @@ class TextData(ClassificationData):
                 raise ConfigError(f"{message}; set data.mask_probability=0 or data.views=0")
 
     def _encode(self, texts: list[Sentence]) -> None:
-        """Encode everything, and name it: whole, without the pool, and as far as a teacher's answers depend on it."""
+        """Encode everything, and set the fingerprints: of all data, without the pool, and for teacher outputs."""
         digest = sentences_digest(texts)
         sentences = digest.hexdigest()
         prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
@@ -201,7 +201,7 @@ class TextData(ClassificationData):
         return found
 
     def _name(self, digest: Any, parts: Sequence[str], prints: list[str]) -> str:
-        """Return the fingerprint of some parts, whose sentences `digest` took in; `prints` are the tokenizers'."""
+        """Return the fingerprint of some splits, from their digest and the tokenizers' fingerprints."""
         content = {
             "labels": self._of(self._labels, parts).tolist(),
             "class_names": self.class_names,
@@ -217,7 +217,7 @@ class TextData(ClassificationData):
         return found
 
     def _pool_content(self) -> dict[str, Any]:
-        """Return whose turns, or whose making, the texts of the pool do not show."""
+        """Return the settings of views that the texts of the pool do not determine."""
         content: dict[str, Any] = {} if self.pool_ratio is None else {"pool_ratio": self.pool_ratio}
         if self.views and self.view_sets != 1:
             content |= {
@@ -234,16 +234,16 @@ class TextData(ClassificationData):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """How many tokens each example has for the teacher, `(num_examples,)`."""
+        """Number of the teacher's tokens of each example, `(num_examples,)`."""
         return self._stores["teacher"].lengths
 
     @property
     def has_two_tokenizers(self) -> bool:
-        """Whether the teacher reads other tokens than the student."""
+        """Whether the teacher's tokens differ from the student's."""
         return self.tokenizer_names["student"] != self.tokenizer_names["teacher"]
 
     def model_arguments(self, role: Role) -> dict[str, int]:
-        """Return what the data decide about a network: `num_classes`, `vocab_size` and `pad_token_id`."""
+        """Return a network's arguments from the data: `num_classes`, `vocab_size` and `pad_token_id`."""
         self.prepare()
         tokenizer = self.tokenizer_of(role)
         return {
@@ -268,13 +268,13 @@ class TextData(ClassificationData):
         return self.student_tokenizer if role == "student" else self.teacher_tokenizer
 
     def read_with(self, tokenizers: Mapping[Role, str]) -> None:
-        """Read with these tokenizers' folders; where teacher and student read alike, either's is both's."""
+        """Use tokenizers from these folders; without a separate teacher tokenizer, one serves both."""
         either = next(iter(tokenizers.values())) if tokenizers and not self.has_two_tokenizers else None
         names = self.tokenizer_names
         self.tokenizer_names = {role: either or tokenizers.get(role, names[role]) for role in ROLES}
 
     def reading(self, tokenizer: str) -> Self:
-        """Return the same data for a teacher with another tokenizer; this very object if its teacher reads so already.
+        """Return the same data for a teacher with another tokenizer; itself if it already has it.
 
         Args:
             tokenizer: A folder or a Hugging Face name.
@@ -292,7 +292,7 @@ class TextData(ClassificationData):
         return self._readings[fingerprint].select(self._tokens, self._pool)
 
     def with_one_reader(self) -> Self:
-        """Return the same data for a teacher that reads the student's tokens."""
+        """Return the same data for a teacher with the student's tokens."""
         chosen = self._copy()
         tokenizer = chosen.teacher_tokenizer = self.student_tokenizer
         chosen.tokenizer_names = dict.fromkeys(ROLES, self.tokenizer_names["student"])
@@ -320,7 +320,7 @@ class TextData(ClassificationData):
         return TokenDataset(stores, self._labels, range(self._spans[first].start, self._spans[last].stop))
 
     def _readers(self) -> dict[str, Role]:
-        """Return whose tokens stand in a batch, by the prefix of their names."""
+        """Return the token stores of a batch by the prefix of their names."""
         if self._tokens == "both" and self.has_two_tokenizers:
             return {"": "student", "teacher_": "teacher"}
         return {"": "teacher" if self._tokens == "teacher" else "student"}

@@ -1,4 +1,4 @@
-"""Examples by position, a whole batch at a time, and which of them an epoch takes."""
+"""Token data sets that return whole batches, and the examples of each epoch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FreshViews:
-    """Views that are made and encoded when a batch needs them, since no two epochs have the same.
+    """Views created and tokenised on the fly, different in every epoch.
 
     Attributes:
-        views: What numbers them; the views of epoch e are its set e.
+        views: Their numbering; epoch e has set e.
         tokenizers: By the prefix of their names in the batch.
         max_length: Longer ones are cut to this many tokens.
     """
@@ -50,8 +50,8 @@ class TokenDataset(BatchDataset):
     Args:
         stores: Encoded sentences by the prefix of their names in the batch: `""`, and `"teacher_"` for a second one.
         labels: Of all examples there are, `(N,)` int64; float32 for a regression.
-        span: Which of them these are.
-        turns: Equal runs of examples of which an epoch takes one, in turn: epoch e takes the run `e % len(turns)`.
+        span: The examples of this run.
+        turns: Runs of examples of equal length, one per epoch: epoch e has the run `e % len(turns)`.
         fresh: Views that are not stored. They have the positions from `len(self)` on, epoch after epoch, the label
             `IGNORE` and the index -1. Their sentences are the first examples of `span`.
     """
@@ -77,7 +77,7 @@ class TokenDataset(BatchDataset):
         return np.asarray(total)[self.span.start : self.span.stop]
 
     def _turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch takes; a fresh view counts as long as its sentence."""
+        """Return the positions of an epoch; a fresh view counts with the length of its sentence."""
         positions, lengths = np.arange(len(self)), self.lengths
         if self.turns:
             taken = np.ones(len(self), bool)
@@ -112,7 +112,7 @@ class TokenDataset(BatchDataset):
         return batch | {"labels": torch.from_numpy(labels), "index": torch.from_numpy(index)}
 
     def _joined(self, first: NDArray[np.bool_], one: Batch, other: Batch) -> Batch:
-        """Return `(B, L)` entries whose rows come from `one` where `first` is true, else from `other`."""
+        """Return `(B, L)` entries with rows from `one` if `first` is true, otherwise from `other`."""
         padding = {f"{prefix}input_ids": store.pad_token_id for prefix, store in self.stores.items()}
         rows = torch.from_numpy(first)
         joined = {}

@@ -1,4 +1,4 @@
-"""Words that may stand in a word's place in a view: of the same class, or near it in the teacher's embeddings."""
+"""Substitutes for words in views: of the same class, or near in the teacher's embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NEAREST = 10
-"""How many neighbours a word has. TinyBERT (Jiao et al. 2019, arXiv 1909.10351) draws from 15."""
+"""Number of neighbours of a word. TinyBERT (Jiao et al. 2019, arXiv 1909.10351) draws from 15."""
 
 _TRIES = 10
 _CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
@@ -33,7 +33,7 @@ _CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class ClassWords:
-    """A word's substitutes are the words of other sentences of the same class, drawn as often as they occur there.
+    """Substitutes from other sentences of the same class, drawn by their frequency.
 
     Attributes:
         sentences: The training sentences.
@@ -51,7 +51,7 @@ class ClassWords:
         return found
 
     def of(self, word: str, index: int, rng: random.Random) -> str:
-        """Return a word of another sentence; the same one where the class has no other within a few draws."""
+        """Return a word of another sentence, or the same one after a few failed draws."""
         for _ in range(_TRIES):
             other = rng.choice(self._of_class[self.labels[index]])
             found = rng.choice(words(" ".join(self.sentences[other])))[1]
@@ -62,7 +62,7 @@ class ClassWords:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A word's substitutes are its nearest neighbours among the teacher's whole words; see `nearest_words`.
+    """Substitutes that are a word's nearest neighbours in the teacher's embeddings; see `nearest_words`.
 
     Punctuation around a word stays, and so does a capital letter before neighbours that have none.
 
@@ -78,7 +78,7 @@ class Neighbours:
         return hashlib.sha256(json.dumps(self.table, sort_keys=True).encode()).hexdigest()
 
     def of(self, word: str, index: int, rng: random.Random) -> str:
-        """Return a neighbour, each as likely as the next; the word itself where none is known."""
+        """Return a random neighbour, or the word itself if it has none."""
         match = _CORE.fullmatch(word)
         if match is None or not match[2]:
             return word
@@ -93,11 +93,11 @@ class Neighbours:
 def nearest_words(texts: Iterable[str], checkpoint: str, tokenizer: PreTrainedTokenizerFast) -> Neighbours:
     """Return the neighbours of the words of texts in a checkpoint's word embeddings.
 
-    Whole words are those that the tokenizer makes one token of. The nearest have the largest cosine, after the table's
-    mean row, a large offset that all share, is taken off.
+    Whole words are those with a single token. The nearest have the largest cosine after subtracting the table's mean
+    row, a large common offset.
 
     Args:
-        texts: Whose words are looked up.
+        texts: The texts with the words.
         checkpoint: `"minilm"`, a folder or a Hugging Face name: what `tokenizer` was loaded from.
         tokenizer: The checkpoint's.
 
@@ -105,8 +105,8 @@ def nearest_words(texts: Iterable[str], checkpoint: str, tokenizer: PreTrainedTo
         ConfigError: The checkpoint has no weights to read, or no table that fits the tokenizer.
     """
     tokens = _whole_words(tokenizer)
-    asked = {core for text in texts for _, word in words(text) if (core := _core(word))}
-    known = sorted(word for word in {*asked, *(word.lower() for word in asked)} if word in tokens)
+    wanted = {core for text in texts for _, word in words(text) if (core := _core(word))}
+    known = sorted(word for word in {*wanted, *(word.lower() for word in wanted)} if word in tokens)
     candidates = sorted(tokens)
     rows = embeddings(checkpoint, len(tokenizer))
     rows = rows - rows.mean(0)
@@ -146,7 +146,7 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
     key = f"data.replace_by=neighbours: {checkpoint!r}, the teacher's tokenizer,"
     place = str(fetch("minilm")) if checkpoint == "minilm" else checkpoint
     if Path(place).name == "tokenizer" and Path(place).parent.joinpath("model.safetensors").is_file():
-        place = str(Path(place).parent)  # a network of ours: its tokenizer has a folder of its own
+        place = str(Path(place).parent)  # a network of ours, whose tokenizer has its own folder
     try:
         path = cached_file(place, "model.safetensors")
     except (OSError, ValueError) as error:

@@ -79,7 +79,7 @@ class TaggedCorpus:
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Return where the words of a text begin and end: runs of letters and digits, ideographs, marks of punctuation.
+    """Return the bounds of a text's words: runs of letters and digits, ideographs, punctuation marks.
 
     >>> [text[start:stop] for text in ["Dr. Li: 北京!"] for start, stop in split_words(text)]
     ['Dr', '.', 'Li', ':', '北', '京', '!']
@@ -163,7 +163,7 @@ def assemble_tagged(
         validation: Texts to select on.
         test: Texts to report on.
         class_names: The tags in the order of the classes; None: those of the types found in `train`, sorted.
-        scheme: In which the tags are written; None: told from `class_names` or from the tags.
+        scheme: The scheme of the tags; None: inferred from `class_names` or the tags.
         fractions: How much to hold out for a missing validation, and for a missing test.
         split_seed: Of what is held out.
         transfer: Texts without tags.

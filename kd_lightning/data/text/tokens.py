@@ -1,4 +1,4 @@
-"""Tokenizers, and sentences as arrays of tokens: encoded once, kept on disk, read by memory map."""
+"""Tokenizers, and tokenised sentences: encoded once, stored on disk, memory-mapped."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 10_000
-"""Sentences encoded in one call: bounds the memory, long before it costs any time."""
+"""Sentences encoded in one call, to limit memory."""
 
 VERSION = 3
 """Raised when a text becomes other tokens, or these other files: what was made before is then not used any more."""
 
 
 def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """Return a fast tokenizer that can pad: one without a token for it (GPT-2's) pads with its end-of-text token.
+    """Load a fast tokenizer; without a padding token (GPT-2) it pads with its end-of-text token.
 
     Args:
         name: `"minilm"`; a folder or a Hugging Face name; or one learned from `training_texts`: `"wordpiece:8000"` for
             a WordPiece vocabulary of at most that size (larger when the texts have more distinct characters), or
             `"bpe:8000"` for byte pairs, which write any text and are what language models read.
-        training_texts: What a vocabulary is learned from.
+        training_texts: The texts for learning a vocabulary.
 
     Raises:
-        ConfigError: The name leads nowhere, or the tokenizer is not a fast one or has nothing to pad with.
+        ConfigError: Unknown name, not a fast tokenizer, or no padding token.
     """
     kind, _, size = name.partition(":")
     if kind == "wordpiece":
@@ -62,12 +62,12 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
         except (OSError, ValueError):
             if Path(place).exists():
                 raise
-            HfApi().model_info(place, timeout=10)  # fails at once without a network; what follows tries for a minute
+            HfApi().model_info(place, timeout=10)  # fails at once without a network; the next call retries for a minute
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # transformers and the hub raise a dozen kinds here; each means the same to the user
+    except Exception as error:  # transformers and the hub raise many types here, all with one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kinds = "'minilm', 'wordpiece:SIZE', 'bpe:SIZE', a folder, or a Hugging Face name that can be reached"
-        unset = "; where it is not set it is the tokenizer of teacher.checkpoint"
+        unset = "; by default it is the tokenizer of teacher.checkpoint"
         raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]}){unset}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"data.tokenizer={name!r} has no fast version (tokenizer.json); convert it or choose another")
@@ -116,10 +116,10 @@ def _train_bpe(name: str, size: str, texts: Iterable[str]) -> PreTrainedTokenize
 
 
 def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
-    """Return WordPiece pieces: every character, then the most used of the pieces that byte-pair merges make.
+    """Return WordPiece pieces: every character, then the most frequent byte-pair merges.
 
-    `WordPieceTrainer` breaks ties by hash order and so learns another vocabulary each time; the byte-pair trainer does
-    not. What it learns is written in WordPiece's way, `##` before a piece that goes on with a word.
+    `WordPieceTrainer` breaks ties by hash order and so learns a different vocabulary each time; the byte-pair trainer
+    does not. Its pieces are written in WordPiece's format, with `##` before a continuation.
     """
     from tokenizers.trainers import BpeTrainer
 
@@ -139,20 +139,20 @@ def _learn_pieces(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return a sha256 over everything that decides a tokenizer's output."""
+    """Return a sha256 over everything that determines a tokenizer's output."""
     backend = _unused(tokenizer)
     more = [tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token, tokenizer.model_input_names]
     return hashlib.sha256((backend.to_str() + json.dumps(more)).encode()).hexdigest()
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, the same ones whether or not it was used before."""
+    """Write a tokenizer's files, independent of its earlier use."""
     _unused(tokenizer)
     tokenizer.save_pretrained(str(folder))
 
 
 def _unused(tokenizer: Any) -> Any:
-    """Return a tokenizer's backend without the padding and truncation of its last call, which each call sets anew."""
+    """Return a tokenizer's backend without the padding and truncation of its last call."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -161,14 +161,14 @@ def _unused(tokenizer: Any) -> Any:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Encoded sentences, one after the other in one flat array.
+    """Tokenised sentences in one flat array.
 
     Attributes:
         folder: Where they are stored.
         tokens: Token ids of all sentences, `(T,)` int32.
         offsets: Where each sentence begins and the last one ends, `(N + 1,)` int64.
         types: Which text of a pair each token belongs to, `(T,)` int8; None for single texts.
-        pad_token_id: What batches are padded with.
+        pad_token_id: The padding id of batches.
     """
 
     folder: Path
@@ -209,7 +209,7 @@ class TokenStore:
 
 
 def padded(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return where the tokens of rows stand in a flat array, and which of the places hold any, `(B, L)` both.
+    """Return rows' positions in a flat token array, and the mask of real tokens, `(B, L)` both.
 
     Args:
         offsets: Where each row begins and the last one ends, `(N + 1,)`.
@@ -226,17 +226,17 @@ def open_store(folder: Path, pad_token_id: int, checked: bool = True) -> TokenSt
 
     Args:
         folder: Where they are stored.
-        pad_token_id: What batches are padded with.
-        checked: Whether to hold the files against their checksums.
+        pad_token_id: The padding id of batches.
+        checked: Whether to verify the files' checksums.
 
     Raises:
         KDError: A file is missing or damaged.
         ValueError: The files are of other tokens.
     """
-    meta = read_sealed(folder / "meta.json", "it is written anew")
+    meta = read_sealed(folder / "meta.json", "it is written again")
     if checked:
-        check_seal(folder, meta["files"], meta["files"], "it is written anew")
-    tokens = np.asarray(np.memmap(folder / "tokens.int32", np.int32, "r"))  # as a plain array it is indexed faster
+        check_seal(folder, meta["files"], meta["files"], "it is written again")
+    tokens = np.asarray(np.memmap(folder / "tokens.int32", np.int32, "r"))  # plain arrays are indexed faster
     offsets = np.load(folder / "offsets.npy")
     types = np.asarray(np.memmap(folder / "types.int8", np.int8, "r")) if meta["types"] else None
     whole = len(offsets) == meta["sentences"] + 1 and len(tokens) == offsets[-1] == meta["tokens"]
@@ -258,15 +258,15 @@ def sentences_digest(sentences: Sequence[Sentence]) -> Any:
 def encode_store(
     tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence], content: str, max_length: int, cache: Path
 ) -> TokenStore:
-    """Return the sentences encoded: from the cache, or encoded now and put there.
+    """Return tokenised sentences from the cache, or tokenise and store them.
 
-    The cache folder is named after everything that decides its content, so that another text, tokenizer or length never
-    finds it. A damaged folder is written anew.
+    The cache folder is named after everything that determines its content, so that another text, tokenizer or length
+    never matches. A damaged folder is written again.
 
     Args:
-        tokenizer: What encodes them.
+        tokenizer: The tokenizer.
         sentences: Texts or pairs; `MASK` in them stands for the tokenizer's own mask.
-        content: Names them: the hexadecimal `sentences_digest`.
+        content: The hexadecimal `sentences_digest`.
         max_length: Longer ones are cut to this many tokens.
         cache: The folder of all stored tokens.
     """
@@ -315,13 +315,13 @@ def _write_store(
 
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what a tokenizer masks words with: its mask, else its token for what it does not know."""
+    """Return a tokenizer's mask token, or its unknown token."""
     token: str | None = tokenizer.mask_token or tokenizer.unk_token
     return token
 
 
 def _columns(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[Sentence]) -> list[list[str]]:
-    """Return the first texts, and the second ones of pairs, as the tokenizer takes them."""
+    """Return the first texts, and the second ones of pairs, as arguments of the tokenizer."""
     mask = mask_token(tokenizer) or ""
     return [[text.replace(MASK, mask) for text in texts] for texts in zip(*sentences, strict=True)]
 
@@ -329,7 +329,7 @@ def _columns(tokenizer: PreTrainedTokenizerBase, sentences: Iterable[Sentence]) 
 def _readable(
     tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], found: Iterable[Any]
 ) -> list[Sentence]:
-    """Return sentences with a token that means so in place of those in which a tokenizer found none.
+    """Replace sentences without any token by the unknown token.
 
     Args:
         tokenizer: It adds none of its own; U+200B has none in many.
@@ -341,7 +341,7 @@ def _readable(
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_length: int | None) -> Batch:
-    """Return sentences encoded now, with the same entries that `TokenStore.batch` gives."""
+    """Tokenise sentences to the entries of `TokenStore.batch`."""
     options: dict[str, Any] = {"padding": True, "padding_side": "right", "return_attention_mask": True}
     options |= {"truncation": max_length is not None, "max_length": max_length, "return_tensors": "pt"}
     encoded = tokenizer(*_columns(tokenizer, sentences), **options)

@@ -106,7 +106,7 @@ Window = tuple[list[int], list[int | None], int]
 def _encoded(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[TaggedText], max_length: int, stride: int
 ) -> list[list[Window]]:
-    """Return the windows of each text; a word in which the tokenizer finds no token stands as its unknown one."""
+    """Return the windows of each text; a word without any token becomes the unknown token."""
     words = [_spaced(text) for text in texts]
     found = _windows(tokenizer, words, max_length, stride)
     nothing = str(tokenizer.unk_token or tokenizer.eos_token or tokenizer.pad_token)
@@ -136,7 +136,7 @@ def _windows(
 
 
 def _spaced(text: TaggedText) -> list[str]:
-    """Return the words with a space before those that have one in the text, which some tokenizers tell apart."""
+    """Return words with their leading spaces, which some tokenizers distinguish."""
     return [
         (" " if start and text.text[start - 1].isspace() else "") + text.text[start:stop] for start, stop in text.words
     ]

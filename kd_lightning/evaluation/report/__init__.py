@@ -1,6 +1,6 @@
-"""The comparison of teacher, baseline and distilled student: `report.json`, `report.md`, two pictures and a table.
+"""The comparison of teacher, baseline and distilled student: JSON, Markdown, pictures, table.
 
-`build_report` turns results into the JSON document (docs/report_schema.md); everything else reads that document alone,
+`build_report` turns results into the JSON document (docs/report_schema.md); everything else uses only that document,
 so a report can be printed or drawn again without the run. Nothing here imports torch at import time.
 """
 

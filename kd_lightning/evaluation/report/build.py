@@ -1,4 +1,4 @@
-"""From results to the report document, and what is suspicious about it."""
+"""Builds the report document, with warnings about suspicious results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kd_lightning.evaluation.report.results import (
 )
 
 SCHEMA_VERSION = 2
-"""Raised when a key of the report changes its meaning or goes away; new keys do not raise it."""
+"""Raised when a key of the report is removed or changes its meaning, not for new keys."""
 
 SELECTION = (
     "Checkpoints were selected by {score} on the validation split. "
@@ -45,19 +45,19 @@ def build_report(
     """Assemble the report, schema version 2 (docs/report_schema.md).
 
     Args:
-        models: The results; models that were not trained are left out.
+        models: The results; without models that were not trained.
         run: The run's folder or name.
-        task: What is predicted, in a few words, for the heading.
+        task: A short description of the prediction, for the heading.
         seeds: The seeds, in the order of each model's lists.
         command: The command line that reproduces the run.
         environment: What `measure.environment` returns.
-        settings: Temperature, alpha, steps, learning rate and whatever else defines the run.
+        settings: Temperature, alpha, steps, learning rate and other settings that define the run.
         data: The data.
         stages_seconds: Wall time by stage.
-        selection: How checkpoints were selected, where it was not by the main score on validation.
+        selection: How checkpoints were selected, if not by `data.score` on validation.
 
     Returns:
-        Plain data that JSON can hold: no nan, no infinity (both become None).
+        Plain JSON data; NaN and infinities become None.
 
     Raises:
         ValueError: If a model occurs twice, is unknown, or has neither one result nor one per seed.
@@ -99,7 +99,7 @@ def build_report(
 
 
 def check(report: Mapping[str, Any]) -> list[str]:
-    """Say what a reader must know before believing the report.
+    """Return warnings about a report.
 
     Args:
         report: The document `build_report` returns.
@@ -125,27 +125,27 @@ def check(report: Mapping[str, Any]) -> list[str]:
     if teacher is not None and baseline is not None and better * teacher <= better * baseline:
         warnings.append(
             f"The teacher ({teacher:.3f}) is no better than the student from labels ({baseline:.3f}): "
-            "there is no gap to close and the distillation ratio means nothing."
+            "there is no gap to close and the distillation ratio is meaningless."
         )
     elif undefined := ratios.count(None):
         warnings.append(
             f"The distillation ratio is undefined for {undefined} of {len(ratios)} seeds, "
-            "where the teacher was no better than the student from labels; its mean leaves them out."
+            "where the teacher was no better than the student from labels; its mean excludes them."
         )
     if baseline is not None and distilled is not None and better * distilled < better * baseline:
         warnings.append(
-            f"Distillation made it worse: the distilled student has {main} {distilled:.3f}, "
+            f"Distillation did harm: the distilled student has {main} {distilled:.3f}, "
             f"the student from labels {baseline:.3f}."
         )
     warnings.extend(_noise_warning(report["difference"]))
     warnings.extend(_share_warnings(report))
     if len(report["seeds"]) == 1:
-        warnings.append("One seed only: nothing here tells how much the result varies with the seed. Run with seeds=5.")
+        warnings.append("One seed only: how much the result varies with the seed is unknown. Run with seeds=5.")
     return warnings
 
 
 def to_plain(value: Any) -> Any:
-    """Return the value as what strict JSON can hold: nan and infinities become None, tuples lists, paths strings.
+    """Convert a value to strict JSON: NaN and infinities to None, tuples to lists, paths to strings.
 
     >>> to_plain({"a": float("nan"), "b": (1, 2.5), 3: None})
     {'a': None, 'b': [1, 2.5], '3': None}
@@ -164,9 +164,9 @@ def to_plain(value: Any) -> Any:
 
 
 def describe(values: Iterable[float]) -> dict[str, Any]:
-    """Return mean, sample standard deviation (ddof = 1) and the values themselves; nan where undefined.
+    """Return mean, sample standard deviation (ddof = 1) and the values; NaN if undefined.
 
-    Values that are not finite stay in the list and are left out of mean and deviation; the deviation needs two values.
+    Values that are not finite stay in the list but do not count in mean and deviation; the deviation needs two values.
 
     >>> describe([1.0, 2.0, 3.0])
     {'mean': 2.0, 'std': 1.0, 'values': [1.0, 2.0, 3.0]}
@@ -244,11 +244,10 @@ def _ratios(scores: Mapping[str, list[float]], name: str, direction: int) -> dic
 def _difference(
     models: Mapping[str, ModelResult], scores: Mapping[str, list[float]], n_test: int, share: bool
 ) -> dict[str, Any] | None:
-    """Return the main score of distilled minus baseline, with the standard error of that difference if it is accuracy.
+    """Return distilled minus baseline, with the standard error of the difference for accuracies.
 
-    Its variance is that of drawing the test examples plus that of drawing the seeds. The first is taken example by
-    example where both models' answers are known (paired), otherwise as for two independent test sets, which overstates
-    it.
+    Its variance is that of sampling test examples plus that of sampling seeds. The first is computed example by example
+    if both models' predictions are known (paired), otherwise as for two independent test sets, which overstates it.
     """
     if not {"baseline", "distilled"} <= set(models):
         return None
@@ -260,7 +259,7 @@ def _difference(
         return {**described, "standard_error": math.nan, "paired": False}
     if paired:
         shares = [
-            [statistics.fmean(answers) for answers in zip(*model.correct, strict=True)]
+            [statistics.fmean(correct) for correct in zip(*model.correct, strict=True)]
             for model in (baseline, distilled)
         ]
         gains = [b - a for a, b in zip(*shares, strict=True)]
@@ -293,7 +292,7 @@ def _noise_warning(difference: Mapping[str, Any] | None) -> list[str]:
 
 
 def _share_warnings(report: Mapping[str, Any]) -> list[str]:
-    """Warn of each term under 1% of the distillation's gradient; where one has over 99%, that is all the others."""
+    """Warn about each term with under 1% of the distillation's gradient."""
     curves = report["models"].get("distilled", {"curves": []})["curves"]
     values: dict[str, list[float]] = {}
     for curve in curves:
@@ -307,10 +306,10 @@ def _share_warnings(report: Mapping[str, Any]) -> list[str]:
         if share < 0.01:
             task, _, own = term.rpartition("/")
             weight = f"tasks.{task}.weight" if task else f"distillation.weights.{term}"
-            mend = f"raise {weight}" + (", which alpha sets in most strategies," if own in ("ce", "kd") else "")
+            remedy = f"raise {weight}" + (", which alpha sets in most strategies," if own in ("ce", "kd") else "")
             most = max(shares, key=lambda name: shares[name])
             warnings.append(
                 f"{term} is {100 * share:.2g}% of the gradient ({most} is {100 * shares[most]:.3g}%): the student "
-                f"learns next to nothing from it. If that is not meant, {mend}{other}."
+                f"learns next to nothing from it. If this is not intended, {remedy}{other}."
             )
     return warnings

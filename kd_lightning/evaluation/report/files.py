@@ -1,4 +1,4 @@
-"""Reading and writing the report's files, each whole or not at all."""
+"""Reads and writes the report's files atomically."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kd_lightning.runtime.seals import read_sealed, sealed_text
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write `report.json`, `report.md`, `curves.png`, `tradeoff.png` and, where terms were weighed, `shares.png`.
+    """Write `report.json`, `report.md`, `curves.png`, `tradeoff.png` and, with shares, `shares.png`.
 
     Everything is rendered before the first file is touched, and each file replaces its predecessor in one step: a
     failure leaves the old report as it was.
 
     Args:
         report: The document `build_report` returns.
-        folder: Where to; made if missing.
+        folder: Created if missing.
 
     Returns:
         The path of `report.md`.
@@ -59,7 +59,7 @@ def load_report(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such report; a finished kd-train run writes one")
     try:
-        report = read_sealed(path, "remove it and run the same kd-train again, which writes it anew", required=False)
+        report = read_sealed(path, "remove it and run the same kd-train again, which writes it again", required=False)
     except KDError as error:
         raise DataError(str(error)) from error
     version = report.get("schema_version")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind people can tell apart
+# Okabe and Ito's palette, for colour-blind readers
 COLOURS = {
     "teacher": "#000000",
     "assistant": "#56B4E9",
@@ -44,7 +44,7 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     validation score. The fine-tuned student starts where the distilled one ended.
 
     Returns:
-        The figure; None where no student has a learning curve.
+        The figure; None if no student has a learning curve.
     """
     students = {name: model for name, model in report["models"].items() if name != "teacher" and model["curves"]}
     points = {name: mean_curve(model["curves"]) for name, model in students.items()}
@@ -81,12 +81,12 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
 
 
 def tradeoff_figure(report: Mapping[str, Any]) -> Figure | None:
-    """Draw the test score against parameters and against batch-1 latency, each model labelled where it stands.
+    """Draw the test score against parameters and against batch-1 latency, with a label at each model.
 
     Error bars are one standard deviation over the seeds.
 
     Returns:
-        The figure; None where neither size nor latency was measured.
+        The figure; None if neither size nor latency was measured.
     """
     panels = [
         ("size", "parameters", "parameters (log scale)", count),
@@ -120,7 +120,7 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
     A line is the mean over the seeds.
 
     Returns:
-        The figure; None where the distilled student's terms were not logged.
+        The figure; None if the distilled student's terms were not logged.
     """
     curves = report["models"].get("distilled", {}).get("curves", [])
     panels = {
@@ -178,14 +178,14 @@ def mean_series(series: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[fl
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart until neighbours are at least `gap` from each other.
+    """Move positions apart until neighbours are at least `gap` apart.
 
-    Their order stays, and so does the middle of every group that had to be moved.
+    The order and the mean of every moved group are kept.
 
     >>> spread_out([0.0, 0.1, 5.0], gap=1.0)
     [-0.45, 0.55, 5.0]
     """
-    groups: list[list[int]] = []  # runs of touching labels, each laid out evenly around the mean of what they wanted
+    groups: list[list[int]] = []  # runs of touching labels, spaced evenly around their mean
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
 
     def middle(group: list[int]) -> float:
@@ -207,7 +207,7 @@ def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: str) -> None:
-    """Put every measured model on a panel, with its title beside it."""
+    """Plot every measured model on a panel, with its title."""
     main = monitor(report)
     points = [
         (name, model, model[section][key], model["test"][main])
@@ -243,24 +243,24 @@ def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: st
 
 
 def _terms(curves: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """Return the terms whose shares are in the curves; older reports have none."""
+    """Return the terms whose shares are in the curves."""
     return list(dict.fromkeys(term for curve in curves for term in curve.get(key, ())))
 
 
 def _tick_writer(write: Callable[[float], str]) -> Callable[[float, float], str]:
-    """Adapt a number writer to what matplotlib calls for each tick; 10.0M is written 10M there."""
+    """Adapt a number format to matplotlib's ticks, where 10.0M becomes 10M."""
     return lambda value, _position: re.sub(r"\.0+(?=\D|$)", "", write(value))
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, that lays itself out."""
-    from matplotlib.figure import Figure  # takes most of a second, and only pictures need it
+    """Return an empty figure with constrained layout; sizes in inches."""
+    from matplotlib.figure import Figure  # takes most of a second, and is only needed here
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def tidy(axes: Axes) -> None:
-    """Take away the ink that carries nothing."""
+    """Remove the axes' superfluous lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""What a run hands over to be reported: plain data, one `ModelResult` per model."""
+"""The input of a report: plain data, one `ModelResult` per model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_lightning.runtime.errors import DataError
 
-if TYPE_CHECKING:  # they live beside code that needs torch
+if TYPE_CHECKING:  # their modules import torch
     from kd_lightning.evaluation.profiling import Latency, Size, Throughput
     from kd_lightning.tasks import ScoreSpec
 
@@ -19,7 +19,7 @@ MODEL_NAMES = ("teacher", "assistant", "baseline", "baseline_initialised", "dist
 """Every model a report knows, in the order of tables and pictures; assistants are numbered: assistant_1, ..."""
 
 LOSS_SHARE, GRADIENT_SHARE = "train/share/", "train/gradient/share/"
-"""What the names of those columns begin with; a term's name follows."""
+"""Prefixes of those columns, before a term's name."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def sign(document: Mapping[str, Any], name: str) -> int:
 
 @dataclass(frozen=True)
 class Curve:
-    """How one training run went.
+    """The learning curves of one training.
 
     Attributes:
         seed: The run's seed.
@@ -81,7 +81,7 @@ class ModelResult:
 
     Attributes:
         name: Which model: one of `MODEL_NAMES`.
-        title: How people read it, such as "student from labels".
+        title: Its title, such as "student from labels".
         test: Scores on the test split, as `tasks.evaluation.evaluate` returns them.
         validation: The same on the validation split.
         size: Parameters and bytes.
@@ -89,9 +89,8 @@ class ModelResult:
         throughput: Whole batches.
         training_seconds: Wall time of training; empty for a model that was loaded.
         curves: Learning curves; empty for a model that was loaded.
-        correct: For each seed, whether each test example was predicted rightly, in the same order for all models. With
-            it the difference between two models is judged on the same examples (paired), which sees smaller
-            differences.
+        correct: For each seed, whether each test example was predicted correctly, in the same order for all models. It
+            allows a paired comparison of two models, which detects smaller differences.
     """
 
     name: str
@@ -108,12 +107,12 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the models were trained and tested on.
+    """The data of a run.
 
     Attributes:
         name: The data set.
         splits: Number of examples by split; at least `test`, usually `train`, `validation`, and `views` and `transfer`
-            where used.
+            if used.
         chance_score: The score, by which models are compared, of the best constant prediction on the test split; None
             where there is none.
         class_names: Names of the classes.
@@ -142,10 +141,10 @@ def read_curve(path: str | Path, seed: int, *, score_key: str, loss_key: str = "
         path: The CSV file.
         seed: Seed of that run.
         score_key: Column of the score on validation.
-        loss_key: Column of the training loss; `<loss_key>_step` is taken when Lightning wrote that instead.
+        loss_key: Column of the training loss; `<loss_key>_step` is used if Lightning wrote that instead.
 
     Returns:
-        The curve; empty where a column is missing.
+        The curve; empty if a column is missing.
 
     Raises:
         DataError: If there is no such file or it has no `step` column.

@@ -1,4 +1,4 @@
-"""The comparison as a table: the same rows for the terminal, for report.md and for the README."""
+"""The comparison as a table, for the terminal, report.md and the README."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Return the table as text: a heading row of model titles, then one row per measure, its name first.
 
-    With several seeds a cell reads `mean ± sample standard deviation`. What was not measured is an en dash.
+    With several seeds a cell reads `mean ± sample standard deviation`. An en dash stands for no measurement.
     """
     models = report["models"]
     batch_size = next((m["throughput"]["batch_size"] for m in models.values() if m["throughput"]), None)
@@ -54,7 +54,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
 
 
 def as_markdown(rows: list[list[str]], rule: str = "--:") -> str:
-    r"""Lay out rows, the first of them the heading, as a Markdown table: first column left, the others by `rule`.
+    r"""Format rows, the first of them the heading, as a Markdown table; `rule` aligns the other columns.
 
     >>> print(as_markdown([["", "a|b"], ["x", "1"]]))
     |   | a\|b |
@@ -82,7 +82,7 @@ def ratio_line(report: Mapping[str, Any]) -> str:
 def print_table(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the comparison, the distillation ratio and the warnings.
 
-    Numbers are never broken over lines. Where nothing is a terminal (a file, a pipe, CI) the table takes the width it
+    Numbers are never broken over lines. Without a terminal (a file, a pipe, CI) the table has the width it
     needs.
 
     Args:
@@ -95,7 +95,7 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
     table = Table(title=shown(title), title_justify="left", box=None)
     table.add_column(shown(heading[0]), no_wrap=True)
     for number, title in enumerate(heading[1:], start=1):
-        # titles may take several lines, numbers may not: the longest number is the least width
+        # titles may wrap, numbers may not: the longest number is the minimum width
         width = max(len(row[number]) for row in body)
         table.add_column(Text(visible(title), justify="right"), justify="right", vertical="bottom", min_width=width)
     for row in body:
@@ -110,7 +110,7 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
 
 
 def spread(described: Mapping[str, Any] | None, number: Callable[[float], str] | None = None) -> str:
-    """Return `mean`, or `mean ± std` where there is a deviation.
+    """Return `mean`, or `mean ± std` with a deviation.
 
     >>> spread({"mean": 0.82437, "std": 0.00312, "values": []})
     '0.824 ± 0.003'
@@ -125,7 +125,7 @@ def spread(described: Mapping[str, Any] | None, number: Callable[[float], str] |
 
 
 def count(value: float) -> str:
-    """Write a number of parameters.
+    """Format a number of parameters.
 
     >>> [count(n) for n in (512, 34_560, 1_234_567, 999_999, 22_713_216, 7_000_000_000)]
     ['512', '34.6k', '1.23M', '1.00M', '22.7M', '7.00G']
@@ -134,7 +134,7 @@ def count(value: float) -> str:
 
 
 def file_size(value: float) -> str:
-    """Write a number of bytes in decimal units.
+    """Format a number of bytes in decimal units.
 
     >>> [file_size(n) for n in (512, 34_560, 90_852_864)]
     ['512 B', '34.6 kB', '90.9 MB']
@@ -143,7 +143,7 @@ def file_size(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Write a number with three digits, or all the digits before the point.
+    """Format a number with three digits, or all digits before the point.
 
     >>> [short(x) for x in (0.01234, 1.234, 56.78, 123.4, 12345.6)]
     ['0.0123', '1.23', '56.8', '123', '12346']
@@ -154,13 +154,13 @@ def short(value: float) -> str:
 
 
 def _scaled(value: float, units: tuple[tuple[str, int], ...]) -> str:
-    """Write the value in the largest unit that it reaches, once rounded."""
+    """Format the value in the largest unit that it reaches after rounding."""
     unit, scale = next(((u, s) for u, s in reversed(units) if value >= 0.9995 * s), units[0])
     return (f"{value:.0f}" if scale == 1 else short(value / scale)) + unit
 
 
 def _part(measured: Mapping[str, Any] | None, key: str, number: Callable[[float], str]) -> str:
-    """Write one number of a measurement that may not have been made."""
+    """Format one number of an optional measurement."""
     return MISSING if measured is None or measured[key] is None else number(measured[key])
 
 

@@ -11,7 +11,7 @@ from kd_lightning.runtime.borders import fence, markdown, visible
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """Say in one paragraph what came out: how near the student is to its teacher, at what price, thanks to what."""
+    """Summarise a run in a paragraph: accuracy kept, size, speed, and the gain over labels alone."""
     models = report["models"]
     student, teacher = models.get("distilled"), models.get("teacher")
     main, title = monitor(report), score_title(report)
@@ -36,7 +36,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
 
     Args:
         report: The document `build_report` returns.
-        pictures: Names of the pictures that lie beside the report.
+        pictures: Names of the pictures beside the report.
 
     Returns:
         The text of report.md.
@@ -114,7 +114,7 @@ def _speed_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str
 
 
 def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
-    """Say what distillation added to the same student trained from labels."""
+    """Compare with the same student trained from labels."""
     ratio = report["distillation_ratio"]["mean"]
     compared = f"the same student trained from labels alone scores {baseline:.3f}"
     if ratio is None:
@@ -135,7 +135,7 @@ def _difference_text(difference: Mapping[str, Any] | None, title: str) -> str:
 
 
 def _speed_text(report: Mapping[str, Any]) -> str:
-    """Say how latency and throughput were measured."""
+    """Return how latency and throughput were measured."""
     latency = next((model["latency_ms"] for model in report["models"].values() if model["latency_ms"]), None)
     if latency is None:
         return ""

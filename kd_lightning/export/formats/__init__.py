@@ -2,11 +2,11 @@
 
 A format is a module with
 
-* `FILE`, the file with the weights, `QUANTIZE`, what its numbers may become, `NEEDS` and `READS`, packages
-  that writing and reading it take;
+* `FILE`, the file with the weights, `QUANTIZE`, its precisions, `NEEDS` and `READS`, packages
+  for writing and loading it;
 * `check(model)`, which refuses a student that the format cannot hold, before anything is written;
-* `write(source, quantize, folder)`, which writes the model and returns what is particular to it;
-* `load(folder, exported, threads)`, which gives it back as a network from a batch's entries to logits.
+* `write(source, quantize, folder)`, which writes the model and returns the details of the format;
+* `load(folder, exported, threads)`, which loads it as a network from a batch's entries to logits.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Written:
-    """What is particular to what a format wrote.
+    """Details of a written model.
 
     Attributes:
-        inputs: Names of what the model reads, in order.
+        inputs: Names of the model's inputs, in order.
         opset: ONNX's.
     """
 
@@ -44,7 +44,7 @@ class Written:
 
 
 class Format(Protocol):
-    """What a format's module offers."""
+    """The interface of a format's module."""
 
     FILE: str
     QUANTIZE: tuple[str, ...]
@@ -52,7 +52,7 @@ class Format(Protocol):
     READS: tuple[str, ...]
 
     def check(self, model: TrainedModel) -> None:
-        """Raise `ConfigError` where the format cannot hold this student."""
+        """Raise `ConfigError` if the format cannot hold this student."""
 
     def write(self, source: Source, quantize: str, folder: Path) -> Written:
         """Write the model."""
@@ -73,10 +73,10 @@ def format_named(name: str) -> Format:
 
 
 def check_choice(format: str, quantize: str) -> Format:
-    """Return a format that can be quantised so, with its packages installed.
+    """Return a format, after checking its quantisation and packages.
 
     Raises:
-        ConfigError: It cannot, or a package is missing; says what can, or what to install.
+        ConfigError: The format lacks that quantisation, or a package is missing.
     """
     chosen = format_named(format)
     if quantize not in QUANTIZE:
@@ -88,6 +88,6 @@ def check_choice(format: str, quantize: str) -> Format:
 
 
 def require_packages(format: str, names: tuple[str, ...]) -> None:
-    """Raise `ConfigError` where a package is not installed."""
+    """Raise `ConfigError` if a package is missing."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")

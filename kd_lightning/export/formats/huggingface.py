@@ -1,4 +1,4 @@
-"""A folder for `from_pretrained` and `pipeline` of `transformers`, which then need nothing of ours."""
+"""A folder for `from_pretrained` and `pipeline` of `transformers`, without our code."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ READS: tuple[str, ...] = ()
 
 
 def check(model: TrainedModel) -> None:
-    """Refuse what is no classifier of `transformers`, and several tasks, which none of its pipelines can read."""
+    """Refuse what is not a `transformers` classifier, and several tasks, which its pipelines lack."""
     network = model.network
     if model.task.problem_type is None:
         raise ConfigError(
             f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
-            "and from_pretrained knows classifiers of one; it can be: safetensors, pt2, onnx"
+            "and from_pretrained supports only one; use safetensors, pt2, onnx"
         )
     if isinstance(network, PooledClassifier):
         raise ConfigError(
@@ -42,8 +42,8 @@ def check(model: TrainedModel) -> None:
         )
     if not isinstance(network, PreTrainedModel) or not _is_classifier(network):
         raise ConfigError(
-            f"--format huggingface: {type(network).__name__} is no classifier of transformers, so from_pretrained "
-            "could not load it; it can be: safetensors, pt2, onnx"
+            f"--format huggingface: {type(network).__name__} is not a classifier of transformers, so "
+            "from_pretrained could not load it; use safetensors, pt2, onnx"
         )
 
 
@@ -52,7 +52,7 @@ def _is_classifier(network: nn.Module) -> bool:
 
 
 def write(source: Source, quantize: str, folder: Path) -> Written:
-    """Write what `save_pretrained` does, with the names of the classes in its config."""
+    """Write with `save_pretrained`, with the class names in the config."""
     network: Any = copy.deepcopy(source.model.network).to(DTYPES[quantize])
     embedding = network.get_input_embeddings()
     if isinstance(embedding, FactorizedEmbedding):
@@ -60,14 +60,14 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     names = source.model.class_names
     network.config.id2label = dict(enumerate(names))
     network.config.label2id = {name: number for number, name in enumerate(names)}
-    network.config.problem_type = source.model.task.problem_type  # a score would else go through a sigmoid
+    network.config.problem_type = source.model.task.problem_type  # otherwise pipelines apply a sigmoid to scores
     network.config.dtype = DTYPES[quantize]
     network.save_pretrained(folder)
     return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])
 
 
 def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
-    """Return a factorised table as the full one that it stands for: no class of `transformers` has the former."""
+    """Return the full table of a factorised one, which no class of `transformers` has."""
     with torch.no_grad():
         full = embedding.table.weight @ embedding.projection.weight.T
     rows, width = full.shape
@@ -75,7 +75,7 @@ def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
 
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
-    """Load it as anybody does."""
+    """Load it with `from_pretrained`."""
     images = exported.images is not None
     kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
     network: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

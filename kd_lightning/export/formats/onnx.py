@@ -1,4 +1,4 @@
-"""ONNX, for onnxruntime and whatever else reads it: servers, phones, browsers."""
+"""ONNX, for onnxruntime and others: servers, phones, browsers."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.onnx"
-QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime computes no bf16 on a CPU
+QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime has no bf16 on a CPU
 NEEDS = ("onnx", "onnxruntime", "onnxscript")
 READS: tuple[str, ...] = ("onnxruntime",)
 OPSET = 20
-"""Read by onnxruntime from 1.17 (January 2024) on."""
+"""Supported by onnxruntime from 1.17 (January 2024) on."""
 
 MOST_BYTES = 2 * 1024**3
-"""A single ONNX file is a protobuf, and those end here."""
+"""The size limit of a protobuf, and so of a single ONNX file."""
 
 
 def check(model: TrainedModel) -> None:
     """Refuse a network that is too large for one file."""
     if (size := sum(tensor.nbytes for tensor in model.network.state_dict().values())) >= MOST_BYTES:
         raise ConfigError(
-            f"--format onnx: {size / 1e9:.1f} GB of weights do not fit a single ONNX file (2 GB); it can be: "
+            f"--format onnx: {size / 1e9:.1f} GB of weights do not fit a single ONNX file (2 GB); use "
             "safetensors, huggingface, pt2"
         )
 
 
 def write(source: Source, quantize: str, folder: Path) -> Written:
-    """Trace the student, translate the graph, quantise it, and have ONNX's own checker read what is left."""
+    """Trace the student, convert the graph, quantise it, and run ONNX's checker."""
     import onnx
 
     model = source.model
@@ -54,7 +54,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
         plain = Path(work) / "plain.onnx"
         with _quiet(), whole_lstms():
             following(
-                f"ONNX has no operation for something in {type(model.network).__name__}",
+                f"ONNX lacks an operation of {type(model.network).__name__}",
                 lambda: torch.onnx.export(
                     program, dynamo=True, opset_version=OPSET, dynamic_shapes=axes, input_names=list(axes),
                     output_names=["logits"], verbose=False,
@@ -68,7 +68,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
 
 
 def _without_notes(model: Path, to: Path) -> None:
-    """Write a model without what the exporter noted at each node: of no use to who runs it, and larger than it."""
+    """Write a model without the exporter's metadata of each node, which is larger than the model."""
     import onnx
 
     graph = onnx.load(str(model))
@@ -81,9 +81,9 @@ def _without_notes(model: Path, to: Path) -> None:
 def _quantised(plain: Path, quantize: str, source: Source, inputs: list[str]) -> Path:
     """Return the model with its weights in 8 bits.
 
-    Dynamic: activations are measured as they come. Static: the ranges of those that convolutions and matrix products
-    read are learned from training examples beforehand. Tables (`Gather`) and LSTMs are quantised alike in both: a
-    table's rows are only looked up, and onnxruntime has an 8-bit LSTM of the dynamic kind alone.
+    Dynamic: activation ranges are measured at run time. Static: the input ranges of convolutions and matrix products
+    are measured on training examples beforehand. Tables (`Gather`) and LSTMs are the same in both: a table's rows are
+    only looked up, and onnxruntime's 8-bit LSTM is dynamic only.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -104,7 +104,7 @@ def _quantised(plain: Path, quantize: str, source: Source, inputs: list[str]) ->
 
 
 def _reader(batches: Iterable[Batch], inputs: list[str]) -> Any:
-    """Return what the static quantiser draws its examples from."""
+    """Return the static quantiser's source of examples."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -127,7 +127,7 @@ class OnnxNetwork(nn.Module):
 
     Args:
         file: The model.
-        inputs: Names of what it reads.
+        inputs: Names of its inputs.
         threads: CPU threads; None: as many as torch uses.
     """
 
@@ -148,7 +148,7 @@ class OnnxNetwork(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what the exporters say of their own insides: that torchvision is missing, deprecations, advice."""
+    """Hide the exporters' warnings about their own internals, such as deprecations."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A graph in PyTorch's own archive (`torch.export`), which loads with torch alone. There is no TorchScript in it."""
+"""PyTorch's own archive (`torch.export`), which loads with torch alone, without TorchScript."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ READS: tuple[str, ...] = ()
 
 
 def check(model: TrainedModel) -> None:
-    """Refuse nothing yet: what a network does is seen when it is traced."""
+    """Refuse nothing: tracing finds what is not supported."""
 
 
 def write(source: Source, quantize: str, folder: Path) -> Written:
     """Trace the student and save the graph."""
     model = source.model
     program, axes = trace(model.network, source.held_out[0], model.max_length, DTYPES[quantize])
-    program.example_inputs = None  # they would be stored as a pickle
-    archive = io.BytesIO()  # torch writing to a full disk would end the process without a word
+    program.example_inputs = None  # otherwise stored as a pickle
+    archive = io.BytesIO()  # torch aborts the process if the disk is full
     torch.export.save(program, archive)
     write_file(folder / FILE, archive.getvalue())
     return Written(list(axes))
@@ -50,15 +50,15 @@ def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Mod
 
 
 def load_graph(file: Path) -> Any:
-    """Read an archive whose maker is trusted: `torch.export.load` evaluates expressions that it holds.
+    """Load a trusted archive: `torch.export.load` evaluates expressions in it.
 
     Raises:
-        KDError: Nobody said that it is trusted, or it holds what `write` does not write.
+        KDError: It is not trusted, or it holds what `write` does not write.
     """
     if not trusts_all():
         raise ConfigError(
-            f"{file} may run code when it is loaded (torch.export evaluates expressions of it): if you trust whoever "
-            "made it, add --trust (in Python: load_export(..., trust=True)), or use the format onnx or safetensors"
+            f"{file} may run code when it is loaded (torch.export evaluates expressions in it): if you trust its "
+            "author, add --trust (in Python: load_export(..., trust=True)), or use the format onnx or safetensors"
         )
     check_archive(file)
     return torch.export.load(file).module()
@@ -75,7 +75,7 @@ _EXPRESSION = re.compile(
 
 
 def check_archive(file: Path) -> None:
-    """Refuse an archive with a pickle in it, a library, or expressions that are no arithmetic of sizes.
+    """Refuse an archive with a pickle in it, a library, or expressions other than arithmetic of sizes.
 
     Raises:
         KDError: Names the member.
@@ -96,7 +96,7 @@ def _check_values(content: Any, place: str) -> None:
     elif isinstance(content, dict):
         expression = content.get("expr_str")
         if expression is not None and not _EXPRESSION.fullmatch(str(expression)):
-            raise KDError(f"{place} holds the expression {str(expression)[:80]!r}, which is no arithmetic of sizes")
+            raise KDError(f"{place} holds the expression {str(expression)[:80]!r}, which is not arithmetic of sizes")
         if content.get("use_pickle"):
             raise KDError(f"{place} names a pickle, which kd-export does not write: export it again")
         for value in content.values():
@@ -108,13 +108,13 @@ class Pt2Network(nn.Module):
 
     Args:
         graph: What `ExportedProgram.module()` returns.
-        inputs: Names of what it reads.
+        inputs: Names of its inputs.
     """
 
     def __init__(self, graph: Any, inputs: list[str]) -> None:
         super().__init__()
         self.inputs = inputs
-        self.held = (graph,)  # not as a part of this one: it refuses eval(), which it is in
+        self.held = (graph,)  # not as a submodule: it refuses eval()
 
     def forward(self, **entries: Tensor) -> Tensor:
         """Return the logits of a batch."""

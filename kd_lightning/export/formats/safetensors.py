@@ -1,4 +1,4 @@
-"""Weights alone, for whoever builds the network themselves: with this package, or with code of their own."""
+"""Weights only, for code that builds the network: this package or your own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check(model: TrainedModel) -> None:
 
 
 def write(source: Source, quantize: str, folder: Path) -> Written:
-    """Write the weights, each tensor once, and `model.json`, which says what network they are of."""
+    """Write the weights, each tensor once, and `model.json`, the description of the network."""
     from safetensors.torch import save_file
 
     state = {}
@@ -41,7 +41,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
 
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
-    """Build the network in float32 and fill it: 16 bits are how the weights are kept, not how they are used."""
+    """Build the network in float32 and load the weights: 16 bits are only for storage."""
     from safetensors.torch import load_file
 
     from kd_lightning.config.trust import build_saved

@@ -1,4 +1,4 @@
-"""Having a teacher answer what a cache does not hold yet."""
+"""Running a teacher on the examples that a cache lacks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.cache.upkeep import Say, log
 from kd_lightning.types import Batch, ModelOutput
 
-Ask = Callable[[Batch], ModelOutput]
+Run = Callable[[Batch], ModelOutput]
 
 _SAME = 1e-4
-"""How far, as a share of the largest number, two answers to the same question may lie apart: rounding, not dropout."""
+"""Allowed difference between two runs on one batch, as a share of the largest number: rounding, not dropout."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Estimate:
     Attributes:
         bytes_per_example: On average.
         examples: N.
-        missing: How many of them are still to be answered.
+        missing: How many of them are not stored yet.
     """
 
     bytes_per_example: float
@@ -50,14 +50,14 @@ def estimate(
     lengths: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Estimate:
-    """Say from a first answer how large the cache becomes.
+    """Estimate the size of a cache from a first output.
 
     Args:
-        cache: Where it is going to be added.
-        output: The teacher's answer to a batch.
+        cache: The cache to be filled.
+        output: The teacher's output for a batch.
         mask: The batch's attention mask, `(B, L)`; None for a network without one.
-        lengths: The real tokens of every example, or of a fair sample, `(M,)`; None takes this batch for one.
-        keep: Which rows of logits per token are kept, `(B, L)`; taken for a fair sample of all.
+        lengths: The real tokens of every example, or of a random sample, `(M,)`; None uses this batch's.
+        keep: The kept rows of logits per token, `(B, L)`, as a random sample of all.
     """
     specs = specs_of(output, mask, cache.manifest.storage, keep)
     per_token = any(spec.kind != "example" for spec in specs)
@@ -71,10 +71,10 @@ def estimate(
 
 
 def check_room(cache: TeacherCache, size: Estimate) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse a cache for which the disk has no room.
 
     Raises:
-        CacheError: Says what is needed, what is free and what can be done.
+        CacheError: With the space needed, the space free and what to do.
     """
     needed, free = size.bytes_per_example * size.missing, shutil.disk_usage(cache.folder).free
     if needed > free:
@@ -85,50 +85,50 @@ def check_room(cache: TeacherCache, size: Estimate) -> None:
 
 
 def attention_mask(batch: Batch) -> Tensor | None:
-    """Return the mask of the tokens that the teacher reads: its own where the batch has entries of its own for it."""
+    """Return the mask of the teacher's tokens: `teacher_attention_mask` if the batch has teacher entries."""
     own = any(name.startswith("teacher_") for name in batch)
     return batch.get("teacher_attention_mask" if own else "attention_mask")
 
 
-def check_repeatable(ask: Ask, batch: Batch) -> ModelOutput:
-    """Return the teacher's answer to a batch, after asking it twice.
+def check_repeatable(teacher: Run, batch: Batch) -> ModelOutput:
+    """Return the teacher's output for a batch, after running it twice.
 
     Raises:
-        CacheError: It answered differently: its answers are not a function of the example, so none of them is cached.
+        CacheError: The outputs differ, so they are no function of the example and cannot be cached.
     """
-    first, second = ask(batch), ask(batch)
+    first, second = teacher(batch), teacher(batch)
     for name, value in named(first).items():
         other = named(second).get(name)
         if other is None or other.shape != value.shape or not _same(value, other):
             raise CacheError(
-                f"the teacher answered the same batch twice and its {name} differ: something in it is drawn anew each "
-                "time (dropout in train mode, sampling, random masks). Put it in eval mode and make what is drawn a "
-                "function of the example's index, or set teacher.cache=off"
+                f"two runs of the teacher on the same batch differ in their {name}: something is random in each run "
+                "(dropout in train mode, sampling, random masks). Put the teacher in eval mode and make random choices "
+                "a function of the example's index, or set teacher.cache=off"
             )
     return first
 
 
 def fill(
-    cache: TeacherCache, ask: Ask, batches: Iterable[Batch], *, lengths: Tensor | None = None, say: Say = log.info
+    cache: TeacherCache, teacher: Run, batches: Iterable[Batch], *, lengths: Tensor | None = None, say: Say = log.info
 ) -> int:
-    """Have the teacher answer every example that the cache has no answer to; write the answers.
+    """Run the teacher on every example that the cache lacks, and store the outputs.
 
-    The cache is locked meanwhile: a second process waits, and then finds that nothing is missing. Only the missing rows
-    of a batch are asked about. The first batch is asked about twice (`check_repeatable`).
+    The cache is locked meanwhile: a second process waits, and then finds that nothing is missing. The teacher runs only
+    on the missing rows of a batch, and twice on the first batch (`check_repeatable`).
 
     Args:
-        cache: What is filled.
-        ask: The teacher, in eval mode: from a batch as it comes to its answer, on any device.
-        batches: Which together show every example, in any order.
-        lengths: The real tokens of every example, for the estimate of the size; None takes the first batch's.
-        say: Told how large the cache becomes, before anything is written, and whom this process waits for.
+        cache: The cache to fill.
+        teacher: In eval mode: maps a batch to its output, on any device.
+        batches: Batches that together contain every example, in any order.
+        lengths: The real tokens of every example, to estimate the size; None uses the first batch's.
+        say: Receives the size before anything is written, and the process that this one waits for.
 
     Returns:
-        How many examples were asked about.
+        The number of examples that the teacher ran on.
 
     Raises:
-        CacheError: Not every example was shown; the teacher answers differently each time; answers that are not finite;
-            a disk that is too small, or full.
+        CacheError: An example is in no batch; the teacher is not repeatable; outputs are not finite; the disk is too
+            small, or full.
     """
     with cache.writing(say):
         wanted = len(cache.missing())
@@ -141,7 +141,7 @@ def fill(
                 continue
             part = batch if fresh.all() else {name: value[fresh.to(value.device)] for name, value in batch.items()}
             started = time.monotonic()
-            output = ask(part) if begun else check_repeatable(ask, part)
+            output = teacher(part) if begun else check_repeatable(teacher, part)
             seconds = time.monotonic() - started
             mask = attention_mask(part)
             if not begun:
@@ -153,8 +153,8 @@ def fill(
     if not cache.complete:
         number = cache.manifest.num_examples
         raise CacheError(
-            f"the teacher was shown {number - len(cache.missing())} of {number} examples: the data must show each of "
-            "them, and number them from 0 in `index`"
+            f"the batches had {number - len(cache.missing())} of {number} examples: the data must contain each of "
+            "them, numbered from 0 in `index`"
         )
     return wanted
 

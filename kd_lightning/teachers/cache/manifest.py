@@ -1,4 +1,4 @@
-"""The manifest of a cache: what it answers, with what, and which files hold it."""
+"""The manifest of a cache: what it holds, from which teacher, in which files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from kd_lightning.runtime.fingerprints import differences, digest
 from kd_lightning.teachers.cache.outputs import Spec, Storage
 
 FORMAT = 2
-"""Goes up when the files change, so that older ones are refused by name."""
+"""Raised when the file format changes, so that older files are refused."""
 
 MANIFEST = "manifest.json"
 REFRESH = "refresh.json"
-"""The manifest of a cache that is being built anew; it takes the other's name when it is complete."""
+"""The manifest of a cache that is being rebuilt; it replaces `MANIFEST` when complete."""
 
 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,12})\.safetensors")
-"""Files of a cache have names of this form and lie in its folder: what a manifest names is read and deleted."""
+"""Names of a cache's files. The manifest may name no others, since those files are read and deleted."""
 
 _OURS = re.compile(rf"(manifest|refresh)\.json|{SHARD_NAME.pattern}|\.(manifest|refresh|shard-[0-9]+)\.\w+\.[\w-]+")
 
@@ -36,7 +36,7 @@ class ShardRecord:
 
     Attributes:
         file: Its name in the cache's folder.
-        examples: How many examples it answers.
+        examples: How many examples it holds.
         bytes: Of the file.
         sha256: Of the file.
 
@@ -51,23 +51,23 @@ class ShardRecord:
 
     def __post_init__(self) -> None:
         if not SHARD_NAME.fullmatch(self.file):
-            raise ValueError(f"{self.file!r} is no name of a shard")
+            raise ValueError(f"{self.file!r} is not the name of a shard")
 
 
 @dataclass
 class Manifest:
-    """All that is known of a cache beside the answers themselves.
+    """Describes a cache: everything but the outputs themselves.
 
     Attributes:
-        key: Everything that decides the answers, as nested plain values.
-        num_examples: N, how many examples the data has.
-        storage: How answers are kept.
-        specs: The stored outputs; empty before the first answer.
-        shards: The files, in order of arrival.
+        key: Everything that determines the outputs, as nested plain values.
+        num_examples: N, the number of examples in the data.
+        storage: The encoding of the outputs.
+        specs: The stored outputs; empty until the first are added.
+        shards: The files, in order of writing.
         teacher: Its name, for people.
         data: Its name, for people.
-        created: When the cache was begun, ISO 8601, UTC.
-        seconds: How long the teacher took for the answers so far.
+        created: When the cache was created, ISO 8601, UTC.
+        seconds: How long the teacher has run so far.
     """
 
     key: dict[str, Any]
@@ -81,7 +81,7 @@ class Manifest:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.key = json.loads(json.dumps(self.key, default=str))  # as it will be read back
+        self.key = json.loads(json.dumps(self.key, default=str))  # as `read` returns it
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +90,7 @@ class Manifest:
 
     @property
     def known(self) -> int:
-        """How many examples are answered."""
+        """How many examples are stored."""
         return sum(record.examples for record in self.shards)
 
     def write(self, path: Path) -> None:
@@ -106,10 +106,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read a manifest back.
+        """Read a manifest.
 
         Raises:
-            CacheError: There is none, or it is not, to the byte, what was written.
+            CacheError: There is none, or it differs from what was written.
         """
         folder = path.parent
         try:
@@ -133,35 +133,35 @@ class Manifest:
         except (ValueError, KeyError, TypeError, ConfigError) as error:
             raise CacheError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy(folder)}") from error
         if found._text() != text:
-            raise CacheError(f"{path} is damaged: its checksum does not fit; {remedy(folder)}")
+            raise CacheError(f"{path} is damaged: its checksum does not match; {remedy(folder)}")
         return found
 
     def check(self, folder: Path, key: dict[str, Any] | None, num_examples: int | None) -> None:
-        """Refuse a cache that answers for something else.
+        """Refuse a cache with another key or number of examples.
 
         Raises:
-            CacheError: Says what was another when the cache was written.
+            CacheError: Names the differences.
         """
         if key is not None and (changed := sorted(differences(self.key, json.loads(json.dumps(key, default=str))))):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise CacheError(
-                f"{folder} holds answers to something else: {'; '.join(changed[:3])}{more}; "
-                "give another path, or set teacher.cache=refresh to have the teacher answer anew"
+                f"{folder} holds the outputs of another teacher or data set: {'; '.join(changed[:3])}{more}; "
+                "give another path, or set teacher.cache=refresh to run the teacher again"
             )
         if num_examples is not None and num_examples != self.num_examples:
             raise CacheError(
                 f"{folder} is for {self.num_examples} examples, the data has {num_examples}; give another path, "
-                "or set teacher.cache=refresh to have the teacher answer anew"
+                "or set teacher.cache=refresh to run the teacher again"
             )
 
     def check_same(self, folder: Path, fingerprint: str) -> None:
-        """Refuse a manifest that is another cache's than the one in use.
+        """Refuse a manifest of another cache than the one in use.
 
         Raises:
-            CacheError: It is.
+            CacheError: The fingerprints differ.
         """
         if self.fingerprint != fingerprint:
-            raise CacheError(f"{folder} was replaced by a cache of something else while it was in use; begin again")
+            raise CacheError(f"{folder} was replaced by another cache while it was in use; run again")
 
     def _text(self) -> str:
         content = asdict(self) | {"specs": [spec.to_json() for spec in self.specs]}
@@ -171,7 +171,7 @@ class Manifest:
 
 
 def is_cache(folder: Path) -> bool:
-    """Return whether a folder is a cache, whole or not: other programs' files are called manifest.json, too."""
+    """Return whether a folder is a cache, complete or not; other programs also write a manifest.json."""
     manifests = [folder / name for name in (MANIFEST, REFRESH) if (folder / name).is_file()]
     if not manifests:
         return False
@@ -179,29 +179,29 @@ def is_cache(folder: Path) -> bool:
 
 
 def own_files(folder: Path) -> list[Path]:
-    """Return what in a cache's folder is the cache's, the manifest first."""
+    """Return the cache's own files in its folder, the manifest first."""
     return sorted(path for path in folder.iterdir() if _OURS.fullmatch(path.name) and not path.is_dir())
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """Return what in a cache's folder is somebody else's."""
+    """Return the files in a cache's folder that are not the cache's."""
     return sorted(set(folder.iterdir()) - set(own_files(folder)))
 
 
 def remedy(folder: Path) -> str:
-    """Say what can be done about a damaged cache."""
-    return f"`kd-cache verify {folder}` checks it all, teacher.cache=refresh has the teacher answer anew"
+    """Return what to do about a damaged cache, for error messages."""
+    return f"`kd-cache verify {folder}` checks all of it, teacher.cache=refresh runs the teacher again"
 
 
 def cannot_write(path: Path, error: Exception) -> CacheError:
-    """Return the error for a full disk, or one that does not take what is written for another reason."""
+    """Return the error for a disk that is full or cannot be written."""
     return CacheError(
-        f"{path} could not be written ({error}); what was stored before stays and is gone on from. If there is not "
+        f"{path} could not be written ({error}); what was stored before is kept. If there is not "
         f"room enough: {LESS_ROOM}"
     )
 
 
 LESS_ROOM = (
-    "teacher.cache_dtype=float16 halves the answers, teacher.cache_top_k=K keeps K logits of each, "
+    "teacher.cache_dtype=float16 halves the outputs, teacher.cache_top_k=K keeps K logits of each, "
     "KD_LIGHTNING_HOME=FOLDER puts them on another disk, teacher.cache=off stores nothing"
 )

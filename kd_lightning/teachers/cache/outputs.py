@@ -1,4 +1,4 @@
-"""What of a teacher's answer is stored, in which precision, and how it is turned into tensors of a file and back."""
+"""Which teacher outputs are stored, in which precision, and how they are encoded as tensors of a file."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Storage:
-    """How answers are kept.
+    """The encoding of stored outputs.
 
     Attributes:
-        dtype: Of logits and features. float32 gives back the bits that were added, float16 is within 2^-11 of each
+        dtype: Of logits and features. float32 is exact, float16 is within 2^-11 of each
             number (between 6e-5 and 65504; larger ones are refused), bfloat16 within 2^-8.
         top_k: Keep of every distribution only the K largest logits and the mass of the others, `log(sum(exp(z)))`, in
             float32. Logits per token of more than `MOST_DENSE` classes are read back so (`SparseLogits`), as log
@@ -60,15 +60,15 @@ class Storage:
 class Spec:
     """One stored output.
 
-    An example's answer is a run of units, one after the other: a single one for a fixed-width output; n for an output
-    per token, where n is the example's number of real tokens; `heads * n * n` numbers for one per pair of tokens; of
-    logits per token only the rows that the batch keeps.
+    An example's output is a run of units: a single one for a fixed-width output; n for an output per token, where n is
+    the example's number of real tokens; `heads * n * n` numbers for an output per pair of tokens; only the kept rows
+    for logits per token.
 
     Attributes:
         name: `logits`, or the name of a feature.
         kind: Fixed width `(B, ...)`, per token `(B, L, ...)`, per pair of tokens `(B, H, L, L)`, or per kept row of
             logits `(B, L, C)`.
-        shape: Of the answer without batch and tokens: `(C,)`, `(D,)`, `(H,)`.
+        shape: Of the output without batch and tokens: `(C,)`, `(D,)`, `(H,)`.
         dtype: Of the stored numbers.
         top_k: How many logits are kept, None for all.
     """
@@ -119,7 +119,7 @@ class Spec:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts.values())
 
     def units(self, length: Number, square: Number, rows: Number) -> Number | int:
-        """Return how many units an example takes, from its tokens, their square and kept rows (or means, or arrays)."""
+        """Return an example's number of units, from its tokens, their square and its kept rows."""
         if self.kind == "example":
             return 1
         if self.kind == "row":
@@ -128,11 +128,11 @@ class Spec:
 
 
 def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage, keep: Tensor | None = None) -> list[Spec]:
-    """Decide from a first answer what is stored.
+    """Derive the specs from a first output.
 
-    With a mask `(B, L)`, an answer `(B, H, L, L)` is one per pair of tokens and `(B, L, ...)` of three dimensions or
-    more is one per token, of logits one per row that `keep` `(B, L)` has; all others are of fixed width. A fixed-width
-    feature whose second dimension happens to be L must therefore be flattened by whoever makes it.
+    With a mask `(B, L)`, an output `(B, H, L, L)` is per pair of tokens, and `(B, L, ...)` of three dimensions or more
+    is per token (logits: per row of `keep` `(B, L)`); all others have a fixed width. So a fixed-width feature whose
+    second dimension happens to be L must be flattened by the network.
 
     Raises:
         ConfigError: `teacher.cache_top_k` is not smaller than the number of classes.
@@ -161,7 +161,7 @@ def named(output: ModelOutput) -> dict[str, Tensor]:
 
 
 def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Tensor | None) -> None:
-    """Hold an answer to what the first one was like.
+    """Check that an output has the names and shapes of the first one.
 
     Raises:
         CacheError: Another set of outputs, or one of another shape.
@@ -169,7 +169,7 @@ def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Te
     values = named(output)
     if values.keys() != {spec.name for spec in specs}:
         expected = ", ".join(spec.name for spec in specs)
-        raise CacheError(f"the teacher answered {', '.join(values)}; this cache holds {expected}")
+        raise CacheError(f"the teacher returned {', '.join(values)}; this cache holds {expected}")
     for spec in specs:
         shape: tuple[int, ...] = spec.shape
         if spec.kind != "example":
@@ -179,18 +179,18 @@ def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Te
             shape = (*shape, tokens, tokens) if spec.kind == "pair" else (tokens, *shape)
         if tuple(values[spec.name].shape) != (len(index), *shape):
             raise CacheError(
-                f"the teacher's {spec.name} is {tuple(values[spec.name].shape)}; from its first answers on "
-                f"{(len(index), *shape)} was expected for these {len(index)} examples"
+                f"the teacher's {spec.name} is {tuple(values[spec.name].shape)}; expected {(len(index), *shape)} for "
+                f"these {len(index)} examples, from its first batch"
             )
 
 
 def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dict[str, Tensor]:
-    """Return what is stored of one output of a batch: the units of its examples, one after the other, on the CPU.
+    """Encode one output of a batch: the units of its examples, concatenated, on the CPU.
 
     Args:
         spec: Which output.
-        value: The batch's answer, as `spec.kind` says.
-        mask: `(B, L)` bool, True where there is a unit; None for a network without tokens.
+        value: The batch's output, of `spec.kind`.
+        mask: `(B, L)` bool, True at units; None for a network without tokens.
         index: `(B,)`, named in errors.
 
     Raises:
@@ -218,7 +218,7 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
 
 
 def _largest(spec: Spec, value: Tensor, owner: Tensor) -> dict[str, Tensor]:
-    """Return the parts of the K largest logits of each row, taken some rows at a time: rows may be long and many."""
+    """Return the parts of each row's K largest logits, some rows at a time to save memory."""
     assert spec.top_k is not None
     name, *more = spec.parts
     (_, number), (_, class_id) = spec.parts[name], spec.parts[more[0]]
@@ -235,11 +235,11 @@ def _largest(spec: Spec, value: Tensor, owner: Tensor) -> dict[str, Tensor]:
 
 
 def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor | SparseLogits:
-    """Return the float32 answer from the stored parts of a batch, zeros where the mask of a per-token output is False.
+    """Decode one output of a batch to float32, zero where the mask of a per-token output is False.
 
     Args:
         spec: Which output.
-        parts: Of every unit what `spec.parts` says, already in the places of the batch, zeros where there is none.
+        parts: The tensors of `spec.parts`, already at their places in the batch, zero elsewhere.
         mask: `(B, L)` bool, for an output per token.
     """
     if spec.top_k is None:
@@ -263,7 +263,7 @@ def _check_finite(spec: Spec, stored: Tensor, owner: Tensor) -> None:
     first = int((~torch.isfinite(stored)).nonzero()[0, 0])
     where = f"the teacher's {spec.name} for the example with index {int(owner[first])}"
     if stored.dtype == torch.float32:
-        raise CacheError(f"{where} has a NaN or an infinite number: such answers are not stored; mend the teacher")
+        raise CacheError(f"{where} has a NaN or an infinite number, which is not stored: fix the teacher")
     largest = torch.finfo(stored.dtype).max
     raise CacheError(
         f"{where} has a number beyond {largest:g}, the largest of {spec.dtype}: set teacher.cache_dtype=float32"

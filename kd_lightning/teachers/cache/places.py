@@ -1,4 +1,4 @@
-"""Where each example's answer lies, and how answers are copied from there into a batch."""
+"""Where each example's outputs are stored, and copying them into a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Mask = NDArray[np.bool_]
 
 
 class Places:
-    """For every example the segment with its answer and where in it the answer begins.
+    """For every example, the segment with its outputs and their offset in it.
 
     Args:
         num_examples: N.
@@ -37,7 +37,7 @@ class Places:
         self.kept = np.zeros(num_examples if variable else 0, np.int64)  # kept rows before it in its segment
 
     def register(self, number: int, segment: Segment) -> None:
-        """Take note of a segment: from now on its examples are read there."""
+        """Register a segment, from which its examples are read from now on."""
         self.segment[segment.index] = number
         self.row[segment.index] = np.arange(len(segment.index))
         if segment.lengths is not None:
@@ -51,13 +51,13 @@ class Places:
             self.kept[segment.index] = rows.cumsum() - rows
 
     def known(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of the examples are answered."""
+        """Return which of the examples are stored."""
         self.check_range(index)
         known: NDArray[np.bool_] = self.segment[index] != NOWHERE
         return known
 
     def fresh(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the positions of the examples that are not answered, each example once."""
+        """Return the positions of the examples that are not stored, each example once."""
         first = np.sort(np.unique(index, return_index=True)[1])
         return first[~self.known(index[first])]
 
@@ -75,7 +75,7 @@ class Places:
             )
 
     def check(self, index: NDArray[np.int64]) -> None:
-        """Refuse examples without an answer.
+        """Refuse examples that are not stored.
 
         Raises:
             CacheError: Names the first of them.
@@ -83,12 +83,12 @@ class Places:
         unknown = ~self.known(index)
         if unknown.any():
             raise CacheError(
-                f"the cache has no answer to {unknown.sum()} of these {len(index)} examples, the first of them with "
-                f"index {index[unknown][0]}: let the build go on (kd-cache build, or teacher.cache=auto)"
+                f"the cache lacks {unknown.sum()} of these {len(index)} examples, the first of them with index "
+                f"{index[unknown][0]}: complete it (kd-cache build, or teacher.cache=auto)"
             )
 
     def check_lengths(self, index: NDArray[np.int64], mask: Mask, rows: bool = False) -> None:
-        """Refuse a batch whose examples are of other lengths than when the teacher answered.
+        """Refuse a batch whose examples have other lengths than when they were stored.
 
         Args:
             index: Which examples, `(B,)`.
@@ -102,8 +102,8 @@ class Places:
         if (tokens != stored).any():
             i = int((tokens != stored).argmax())
             raise CacheError(
-                f"the example with index {index[i]} has {tokens[i]} {'kept ' * rows}tokens in this batch and had "
-                f"{stored[i]} when the teacher answered: another tokenizer, data.max_length or attention mask"
+                f"the example with index {index[i]} has {tokens[i]} {'kept ' * rows}tokens in this batch and "
+                f"{stored[i]} in the cache: another tokenizer, data.max_length or attention mask"
             )
 
 
@@ -114,14 +114,14 @@ def read(
 
     Args:
         spec: Which output.
-        places: Where the answers lie.
-        segments: They lie in these.
-        index: Which examples, `(B,)`, all of them answered.
+        places: Where the outputs are.
+        segments: The segments by number.
+        index: The examples, `(B,)`, all of them stored.
         mask: `(B, L)`, nonzero at real tokens; for an output per token, or per pair of tokens. For one per kept row
             nonzero at those.
 
     Raises:
-        CacheError: There is no mask, or it does not fit the stored lengths.
+        CacheError: There is no mask, or it does not match the stored lengths.
     """
     if spec.kind == "example":
         return decode(spec, _read_fixed(spec, places, segments, index))
@@ -151,10 +151,10 @@ def _read_fixed(
 def _read_runs(
     spec: Spec, places: Places, segments: Mapping[int, Segment], index: NDArray[np.int64], mask: Mask
 ) -> dict[str, Tensor]:
-    """Return the stored parts of an output per token, or per pair of tokens, in the places that the mask says.
+    """Return the stored parts of an output per token, or per pair of tokens, at the places of the mask.
 
-    An example's units lie in the file one after the other and mostly do in the batch too, so each is a single copy
-    from the mapped file; gathering token by token takes longer.
+    An example's units are contiguous in the file and mostly in the batch too, so each is a single copy from the mapped
+    file; gathering token by token is slower.
     """
     batch, tokens = mask.shape
     heads = math.prod(spec.shape)

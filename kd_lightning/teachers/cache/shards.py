@@ -1,4 +1,4 @@
-"""One shard: a safetensors file that is written once, checked by its sha256 and read where the system maps it."""
+"""One shard: a safetensors file that is written once, checked by its sha256 and memory-mapped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kd_lightning.teachers.cache.outputs import Spec
 _TEMPORARY = (".shard-*.safetensors.*", ".manifest.json.*", ".refresh.json.*")
 
 Raw = NDArray[Any]
-"""Numbers as they lie in the file; bfloat16, which numpy does not know, as int16."""
+"""Numbers as in the file; bfloat16, which numpy does not support, as int16."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Limits:
     """When a shard is written, and what is held in memory.
 
     Attributes:
-        shard_bytes: A shard is written when this much has been added.
-        shard_seconds: It is also written when the last one was this long ago, so that little is lost to a kill.
-        resident_bytes: A fixed-width output whose N rows take at most this much is held in memory as one table.
+        shard_bytes: A shard is written when this many bytes are pending.
+        shard_seconds: It is also written this long after the last one, so that a kill loses little.
+        resident_bytes: A fixed-width output whose N rows take at most this many bytes is held in memory as one table.
     """
 
     shard_bytes: int = 64 * 2**20
@@ -44,11 +44,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Segment:
-    """Answers to some examples: a mapped shard, or what has arrived since the last one was written.
+    """Outputs for some examples: a mapped shard, or what was added since the last one was written.
 
     Attributes:
-        index: Which examples, `(n,)` int64.
-        lengths: The real tokens of each, `(n,)` int32; None where no output is per token.
+        index: The examples, `(n,)` int64.
+        lengths: The real tokens of each, `(n,)` int32; None if no output is per token.
         rows: The kept rows of each, `(n,)` int32; None where no output is of those.
         parts: The units of all of them by the name of the tensor.
     """
@@ -68,7 +68,7 @@ class Segment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the answers."""
+        """Bytes of the outputs."""
         return sum(part.nbytes for part in self.parts.values())
 
     def units(self, spec: Spec) -> NDArray[np.int64]:
@@ -90,7 +90,7 @@ def cooked(array: Raw, dtype: torch.dtype) -> Tensor:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return memory for a table: numpy asks the system for huge pages, in which rows at random are found sooner."""
+    """Allocate a table with numpy, which uses huge pages: random rows are read faster."""
     return cooked(np.empty(shape, numpy_dtype(dtype)), dtype)
 
 
@@ -103,7 +103,7 @@ def write_shard(folder: Path, tensors: dict[str, Tensor], fingerprint: str) -> S
     """Write a shard under the next free number, in one step.
 
     Raises:
-        CacheError: The disk is full or cannot be written; nothing half-written stays.
+        CacheError: The disk is full or cannot be written; no partial file is left.
     """
     taken = [int(match[1]) for path in folder.glob("shard-*") if (match := SHARD_NAME.fullmatch(path.name))]
     path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
@@ -120,7 +120,7 @@ def write_shard(folder: Path, tensors: dict[str, Tensor], fingerprint: str) -> S
 
 
 def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the ascending `index` by one bit for each example up to the last, `members`, where that is shorter."""
+    """Replace the ascending `index` by a bit mask up to the last example, `members`, if that is shorter."""
     index = tensors["index"].numpy()
     if index[-1] // 8 + 1 >= index.nbytes:
         return tensors
@@ -131,7 +131,7 @@ def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def join(specs: Sequence[Spec], segments: Sequence[tuple[Segment, NDArray[np.bool_]]]) -> dict[str, Tensor]:
-    """Return the tensors of one shard: of each segment the examples that are wanted of it, in ascending order."""
+    """Return the tensors of one shard: the selected examples of each segment, in ascending order."""
     index = np.concatenate([segment.index for segment, _ in segments])
     rows = np.flatnonzero(np.concatenate([keep for _, keep in segments]))
     rows = rows[index[rows].argsort()]
@@ -152,10 +152,10 @@ def join(specs: Sequence[Spec], segments: Sequence[tuple[Segment, NDArray[np.boo
 
 
 def open_shard(folder: Path, record: ShardRecord) -> Segment:
-    """Map a shard; nothing but its header is read now.
+    """Map a shard, reading only its header.
 
     Raises:
-        CacheError: The file is missing or not as long as it was.
+        CacheError: The file is missing or has another size.
     """
     path = folder / record.file
     if (wrong := _size_problem(path, record)) is not None:
@@ -163,12 +163,12 @@ def open_shard(folder: Path, record: ShardRecord) -> Segment:
     try:
         with safe_open(path, framework="pt") as file:
             return Segment.of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:  # removed this very moment, or never a shard
+    except (OSError, SafetensorError) as error:  # just removed, or never a shard
         raise CacheError(f"{path} cannot be read ({error}); {remedy(folder)}") from error
 
 
 def shard_problem(folder: Path, record: ShardRecord) -> str | None:
-    """Say what is wrong with a shard's file, None when it is to the bit what was written."""
+    """Return what is wrong with a shard's file, None if it is bit by bit what was written."""
     path = folder / record.file
     if (wrong := _size_problem(path, record)) is not None:
         return wrong
@@ -189,9 +189,9 @@ def _size_problem(path: Path, record: ShardRecord) -> str | None:
 
 
 def leftovers(folder: Path, used: set[str], fingerprint: str) -> list[Path]:
-    """Return what killed processes left: half-written files, and shards of this cache that no manifest names.
+    """Return files of killed processes: partial ones, and shards of this cache that no manifest names.
 
-    A file that only has a shard's name, or is one of another cache, is not ours and is left alone.
+    A file that merely has a shard's name, or belongs to another cache, is left alone.
     """
     found = [*half_saved(folder), *(path for pattern in _TEMPORARY for path in folder.glob(pattern))]
     for path in folder.glob("shard-*"):

@@ -1,4 +1,4 @@
-"""The cache: answers of a teacher by example, read and added to in one process, shared with others through files."""
+"""`TeacherCache`: teacher outputs by example, shared between processes through files."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ DEFAULT_LIMITS = Limits()
 
 
 class TeacherCache:
-    """A teacher's answers by example `index`. Made by `create`, `open` or `refreshing`, not by its constructor.
+    """Teacher outputs by example `index`. Use `create`, `open` or `refreshing` instead of the constructor.
 
-    Reading needs no lock, and any number of processes may. Adding needs none either: each shard is written under the
-    lock, after the shards that others have written meanwhile were taken in. Whoever is going to ask the teacher about
-    everything that is missing holds the lock throughout (`writing`), so that two do not ask about the same.
+    Any number of processes may read without a lock. Adding needs no lock either: each shard is written under the lock,
+    after the shards that others wrote meanwhile have been read. A process that runs the teacher on everything missing
+    holds the lock throughout (`writing`), so that no two compute the same.
 
     Args:
         folder: With the manifest and the shards.
         manifest: As read from the folder.
         limits: When shards are written and what is held in memory.
-        manifest_name: `refresh.json` while an older cache in the same folder is still in force.
+        manifest_name: `refresh.json` while an older cache in the same folder is still valid.
         in_use: Held since before the manifest was read, so that nobody removes the files.
     """
 
@@ -59,33 +59,33 @@ class TeacherCache:
         self._device = torch.device("cpu")
         self._segments: dict[int, Segment] = {}
         self._mapped: set[str] = set()  # names of the shards among them
-        self._waiting: list[int] = []  # those that are in no file yet
+        self._waiting: list[int] = []  # those not yet in a file
         self._waiting_bytes = 0
         self._next = 0
         self._written = time.monotonic()
         self._seconds = 0.0
         self._known = 0
-        self._in_memory = False  # all answers to all examples
+        self._in_memory = False  # all outputs for all examples
         self._places = Places(manifest.num_examples, variable=False)
         self._tables: dict[str, dict[str, Tensor]] = {}  # by output and part
         self._list_outputs()
         self._prepare()
 
-    # -- coming to be -------------------------------------------------------------------------------------------------
+    # -- creating and opening -----------------------------------------------------------------------------------------
 
     @classmethod
     def create(
         cls, folder: Path, key: dict[str, Any], num_examples: int, storage: Storage = DEFAULT_STORAGE, *,
         teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS,
     ) -> Self:  # fmt: skip
-        """Begin a cache, or open the one that is there already, of this key and storage.
+        """Create a cache, or open an existing one with this key and storage.
 
         Args:
-            folder: Where it is put; `FOLDER.lock` beside it is its lock.
-            key: Everything that decides the answers, as nested plain values: weights and code of the teacher,
+            folder: Its folder; `FOLDER.lock` beside it is its lock.
+            key: Everything that determines the outputs, as nested plain values: weights and code of the teacher,
                 tokenizer, preprocessing, data, precision, requested outputs.
-            num_examples: N, how many examples the data has; their `index` goes from 0 to N - 1.
-            storage: How answers are kept.
+            num_examples: N, the number of examples; their `index` goes from 0 to N - 1.
+            storage: The encoding of the outputs.
             teacher: A name for people, shown by `kd-cache info`.
             data: Likewise.
             limits: When shards are written and what is held in memory.
@@ -103,7 +103,7 @@ class TeacherCache:
         found = cls.open(folder, key, num_examples, limits=limits, in_use=in_use)
         if found.manifest.storage != storage:
             raise CacheError(
-                f"{folder} was stored as {found.manifest.storage}, now {storage} is asked for: give another path, "
+                f"{folder} was stored as {found.manifest.storage}, not as {storage}: give another path, "
                 "or set teacher.cache=refresh"
             )
         return found
@@ -113,19 +113,19 @@ class TeacherCache:
         cls, folder: Path, key: dict[str, Any] | None = None, num_examples: int | None = None, *,
         repair: bool = False, say: Say = log.warning, limits: Limits = DEFAULT_LIMITS, in_use: InUse | None = None,
     ) -> Self:  # fmt: skip
-        """Open a cache after checking all of it: the manifest, each shard's size and sha256, what it answers for.
+        """Open a cache after checking its manifest, the size and sha256 of each shard, and its key.
 
         Args:
-            folder: Where it is.
-            key: What it must answer for; None takes whatever is there.
-            num_examples: How many examples it must be for.
-            repair: Drop damaged shards, so that their examples are asked about again, instead of refusing the cache.
-            say: Told which shards were dropped and how many answers went with each.
+            folder: Its folder.
+            key: The key it must have; None accepts any.
+            num_examples: The number of examples it must be for.
+            repair: Drop damaged shards, whose examples are computed again, instead of refusing the cache.
+            say: Receives a line for each dropped shard.
             limits: When shards are written and what is held in memory.
-            in_use: Of a caller who holds one already.
+            in_use: From a caller that already holds one.
 
         Raises:
-            CacheError: There is none, it is damaged (names the file), or it answers for something else (names what).
+            CacheError: There is none, it is damaged (names the file), or it has another key (names the difference).
         """
         folder = Path(folder)
         in_use = in_use or InUse(folder)
@@ -136,7 +136,7 @@ class TeacherCache:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise CacheError(
                 f"{next(iter(wrong.values()))}{more}; `kd-cache verify {folder}` checks all of it, teacher.cache=auto "
-                "has the teacher answer these examples again and teacher.cache=refresh all of them"
+                "runs the teacher on these examples again and teacher.cache=refresh on all of them"
             )
         if wrong:
             with locked(folder, say):
@@ -145,7 +145,7 @@ class TeacherCache:
                 manifest.shards = [record for record in manifest.shards if record not in wrong]
                 manifest.write(folder / MANIFEST)
                 for record, problem in wrong.items():
-                    say(f"{problem}: dropped, its {record.examples} examples will be asked about again")
+                    say(f"{problem}: dropped, its {record.examples} examples will be computed again")
                     (folder / record.file).unlink(missing_ok=True)
         return cls(folder, manifest, limits, in_use=in_use)
 
@@ -155,13 +155,13 @@ class TeacherCache:
         cls, folder: Path, key: dict[str, Any], num_examples: int, storage: Storage = DEFAULT_STORAGE, *,
         teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS, say: Say = log.info,
     ) -> Iterator[Self]:  # fmt: skip
-        """Build a cache anew while the old one in the folder, if any, stays in force until the new one is complete.
+        """Rebuild a cache while the old one in the folder, if any, stays valid until the new one is complete.
 
-        Yields an empty cache, to be filled before the block ends; it is the folder's from then on, in one step. When
-        the block fails, or the process is killed, the old one is what it was. Arguments as in `create`.
+        Yields an empty cache, to be filled before the block ends; it then replaces the old one in one step. If the
+        block fails, or the process is killed, the old one is unchanged. Arguments as in `create`.
 
         Raises:
-            CacheError: Answers are missing at the end, or the folder cannot be written.
+            CacheError: Outputs are missing at the end, or the folder cannot be written.
         """
         folder = Path(folder)
         manifest = Manifest(key, num_examples, storage, teacher=teacher, data=data)
@@ -174,7 +174,7 @@ class TeacherCache:
                 yield cache
                 cache.flush()
                 if not cache.complete:
-                    raise CacheError(f"{folder} was not refreshed: {len(cache.missing())} answers are missing")
+                    raise CacheError(f"{folder} was not refreshed: {len(cache.missing())} examples are missing")
                 replaced = shard_files(folder)
                 os.replace(folder / REFRESH, folder / MANIFEST)
                 cache._manifest_name = MANIFEST
@@ -184,7 +184,7 @@ class TeacherCache:
                 sweep(folder)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what another process needs to open the same files; what is in no file yet is written first."""
+        """Return what another process needs to open the same files, after writing what is pending."""
         self.flush()
         return {
             "folder": self.folder, "limits": self.limits, "name": self._manifest_name,
@@ -192,7 +192,7 @@ class TeacherCache:
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the files. Their sizes are checked; the checksums were by whoever sent this."""
+        """Open the files. Their sizes are checked; the sender has checked the checksums."""
         in_use = InUse(state["folder"])
         manifest = Manifest.read(state["folder"] / state["name"])
         manifest.check_same(state["folder"], state["fingerprint"])
@@ -204,19 +204,19 @@ class TeacherCache:
 
     @property
     def complete(self) -> bool:
-        """Whether all N examples are answered."""
+        """Whether the outputs of all N examples are stored."""
         return self._known == self.manifest.num_examples
 
     def known(self, index: Tensor) -> Tensor:
-        """Return whether each of the examples is answered, `(B,)` bool on the CPU."""
+        """Return whether each example is stored, `(B,)` bool on the CPU."""
         return torch.from_numpy(self._places.known(index.cpu().numpy()))
 
     def missing(self) -> Tensor:
-        """Return the examples that are not answered yet, ascending, `(M,)` int64."""
+        """Return the examples that are not stored yet, ascending, `(M,)` int64."""
         return torch.from_numpy(np.flatnonzero(self._places.segment == NOWHERE))
 
     def to(self, device: torch.device | str) -> Self:
-        """Answer on this device from now on; tables held in memory move there."""
+        """Return outputs on this device from now on; tables held in memory move there."""
         self._device = torch.device(device)
         with torch.inference_mode(False):
             for table in self._tables.values():
@@ -231,19 +231,19 @@ class TeacherCache:
         features: Sequence[str] | None = None,
         keep: Tensor | None = None,
     ) -> ModelOutput:
-        """Return the answers to a batch, in its order, as float32 on the device of `to`.
+        """Return the stored outputs for a batch, in its order, as float32 on the device of `to`.
 
         Args:
-            index: Which examples, `(B,)` int64; any order, any number of times.
-            mask: `(B, L)`, nonzero at real tokens; where an output is per token. Padding may be on either side, and of
-                another length than when the teacher answered; answers are zero there.
-            features: Which of the stored features to return; None: all.
-            keep: `(B, L)`, which rows of logits per token are kept; where there are such. The others are zero.
+            index: The examples, `(B,)` int64, in any order, with repetitions.
+            mask: `(B, L)`, nonzero at real tokens, if an output is per token. Padding may be on either side and of
+                another length than in the teacher's batch; outputs are zero there.
+            features: The stored features to return; None: all.
+            keep: `(B, L)`, the kept rows, if logits are per token; other rows are zero.
 
         Raises:
-            CacheError: An example that is not answered, or that has another number of tokens than it had then.
+            CacheError: An example is missing, or has another number of tokens than when it was stored.
         """
-        if torch.is_inference_mode_enabled():  # autograd takes no tensor that was made in there
+        if torch.is_inference_mode_enabled():  # autograd does not accept tensors created in inference mode
             with torch.inference_mode(False):
                 return self.lookup(index, mask, features, keep)
         here = None
@@ -258,8 +258,8 @@ class TeacherCache:
                 if features is not None and spec.name != "logits" and spec.name not in features:
                     continue
                 places = keep if spec.kind == "row" else mask
-                answer = self._answer(spec, index, here, places) if exact is None else exact.index_select(0, index)
-                values[spec.name] = answer
+                output = self._read(spec, index, here, places) if exact is None else exact.index_select(0, index)
+                values[spec.name] = output
         except (IndexError, RuntimeError):
             self._places.check(index.cpu().numpy())
             raise
@@ -268,10 +268,10 @@ class TeacherCache:
             return ModelOutput(logits.values[..., :0], values, logits)
         return ModelOutput(logits, values)
 
-    def _answer(
+    def _read(
         self, spec: Spec, rows: Tensor, here: NDArray[np.int64] | None, mask: Tensor | None
     ) -> Tensor | SparseLogits:
-        """Return one output of a batch: from its table, or from the mapped files, `here` being `rows` as an array."""
+        """Return one output of a batch from its table or the mapped files; `here` is `rows` as an array."""
         if (table := self._tables.get(spec.name)) is not None:
             return decode(spec, {name: part.index_select(0, rows) for name, part in table.items()})
         assert here is not None
@@ -282,13 +282,13 @@ class TeacherCache:
 
     @contextlib.contextmanager
     def writing(self, say: Say = log.info) -> Iterator[None]:
-        """Hold the lock, so that this process alone has the teacher answer what is missing.
+        """Hold the lock, so that only this process runs the teacher on what is missing.
 
-        What other processes wrote before is taken in first, and what killed ones left is removed. At the end, also at
-        an untimely one, what was added is written.
+        First, shards of other processes are read and files of killed ones removed. At the end, also after an error,
+        what was added is written.
 
         Args:
-            say: Told, once, whom this process waits for.
+            say: Receives a line with the process that this one waits for.
         """
         with locked(self.folder, say):
             sweep(self.folder, refreshing=self._manifest_name == REFRESH)
@@ -306,20 +306,21 @@ class TeacherCache:
         seconds: float = 0.0,
         keep: Tensor | None = None,
     ) -> None:
-        """Keep the answers to those of a batch's examples that are not answered yet.
+        """Store the outputs for those examples of a batch that are missing.
 
-        They can be looked up at once, as they will be read from the files: in the storage's dtype, with its top-k. A
-        shard is written when enough has come together (`Limits`).
+        They can be looked up at once, with the values that the files will have (the storage's dtype and top-k). A shard
+        is written when enough is pending (`Limits`).
 
         Args:
-            index: Which examples, `(B,)` int64.
-            output: The teacher's answers, on any device.
+            index: The examples, `(B,)` int64.
+            output: The teacher's output, on any device.
             mask: `(B, L)`, nonzero at real tokens; None for a network without one.
-            seconds: How long the teacher took.
-            keep: `(B, L)`, which rows of logits per token are kept; None: those of all real tokens.
+            seconds: How long the teacher ran.
+            keep: `(B, L)`, the kept rows of logits per token; None: those of all real tokens.
 
         Raises:
-            CacheError: Answers that are not finite, or unlike the first ones; an index outside 0..N-1; a full disk.
+            CacheError: Outputs that are not finite, or of another shape than the first; an index outside 0..N-1; a full
+                disk.
             ConfigError: `teacher.cache_top_k` does not fit the number of classes.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -354,7 +355,7 @@ class TeacherCache:
         """Write what was added since the last shard.
 
         Raises:
-            CacheError: The disk is full. What is in files already stays valid, and is gone on from.
+            CacheError: The disk is full. What is already in files stays valid.
         """
         if not self._waiting:
             return
@@ -382,10 +383,10 @@ class TeacherCache:
         self.manifest = manifest
         self._open_shards()
 
-    # -- what is known of the files -----------------------------------------------------------------------------------
+    # -- bookkeeping --------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Make the tables, once it is known what is stored, and open the shards."""
+        """Allocate the tables, once the specs are known, and open the shards."""
         specs, number = self.manifest.specs, self.manifest.num_examples
         if not specs:
             return
@@ -401,7 +402,7 @@ class TeacherCache:
         self._open_shards()
 
     def _list_outputs(self) -> None:
-        """List the outputs, each with its table where that holds the very answers: then reading is one gather."""
+        """List the outputs, each with its table if that holds final values, so that reading is one gather."""
         self._outputs: list[tuple[Spec, Tensor | None]] = []
         for spec in self.manifest.specs:
             exact = spec.name in self._tables and spec.top_k is None and spec.dtype == "float32"
@@ -414,7 +415,7 @@ class TeacherCache:
                 self._mapped.add(record.file)
 
     def _take_in(self, segment: Segment) -> int:
-        """Have a segment's examples read from it from now on; return its number."""
+        """Register a segment, from which its examples are read from now on; return its number."""
         number, self._next = self._next, self._next + 1
         self._segments[number] = segment
         self._known += int((self._places.segment[segment.index] == NOWHERE).sum())
@@ -428,7 +429,7 @@ class TeacherCache:
         return number
 
     def _catch_up(self) -> None:
-        """Take in what other processes have written since; by whoever holds the lock."""
+        """Read what other processes have written since; the caller holds the lock."""
         manifest = Manifest.read(self.folder / self._manifest_name)
         manifest.check_same(self.folder, self.manifest.fingerprint)
         for record in manifest.shards:
@@ -437,7 +438,7 @@ class TeacherCache:
         ours, self.manifest = self.manifest.specs, manifest
         if ours and manifest.specs and ours != manifest.specs:
             raise CacheError(
-                f"{self.folder} holds {manifest.specs}, this teacher answers {ours}; {remedy(self.folder)}"
+                f"{self.folder} holds {manifest.specs}, this teacher outputs {ours}; {remedy(self.folder)}"
             )
         if ours:
             manifest.specs = ours

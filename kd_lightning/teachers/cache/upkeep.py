@@ -1,4 +1,4 @@
-"""What keeps a cache's folder in order: its lock, what is wrong with it, what killed processes left in it."""
+"""Upkeep of a cache's folder: locks, checks, and cleaning up after killed processes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(folder: Path, say: Say = log.info, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a cache: `FOLDER.lock` beside it, which the system releases when its holder dies.
+    """Hold the lock of a cache, `FOLDER.lock` beside it, which the system releases when its holder dies.
 
-    A process that holds it may take it again.
+    The lock is reentrant within a process.
 
     Args:
         folder: The cache's.
-        say: Told, once, whom this process waits for.
+        say: Receives a line with the process that this one waits for.
         wait: Whether to wait at all.
 
     Raises:
-        CacheError: The lock cannot be made, or another process has it and `wait` is False.
+        CacheError: The lock cannot be created, or another process holds it and `wait` is False.
     """
     path = folder.absolute().with_name(f"{folder.name}.lock")
     with contextlib.ExitStack() as held:
@@ -47,24 +47,24 @@ def locked(folder: Path, say: Say = log.info, wait: bool = True) -> Iterator[Non
 
 
 class InUse:
-    """Says to `kd-cache prune` that a process reads a cache, for as long as this object lives.
+    """Protects a cache from `kd-cache prune` while this object exists.
 
-    It is a shared lock on the folder itself, which the system releases when the process dies. Where the file system has
-    no such locks (some network ones) nothing is said.
+    It is a shared lock on the folder itself, which the system releases when the process dies. On file systems without
+    such locks (some network ones) it has no effect.
 
     Args:
         folder: The cache's.
-        make: Make it if it is not there.
+        make: Create the folder if it does not exist.
 
     Raises:
-        CacheError: There is none, it cannot be made, or it is being removed.
+        CacheError: There is none, it cannot be created, or it is being removed.
     """
 
     def __init__(self, folder: Path, make: bool = False) -> None:
         begun = time.monotonic()
         while not self._hold(folder, make):
             if time.monotonic() - begun > 10:
-                raise CacheError(f"{folder} is being removed by another process: begin again")
+                raise CacheError(f"{folder} is being removed by another process: run again")
             time.sleep(0.05)
 
     def _hold(self, folder: Path, make: bool) -> bool:
@@ -87,10 +87,10 @@ class InUse:
 
 @contextlib.contextmanager
 def unread(folder: Path) -> Iterator[None]:
-    """Keep other processes from beginning to read a cache.
+    """Keep other processes from opening a cache.
 
     Raises:
-        CacheError: One reads it now.
+        CacheError: A process is reading it.
     """
     held = _lock_folder(folder, fcntl.LOCK_EX)
     if held is None:
@@ -102,7 +102,7 @@ def unread(folder: Path) -> Iterator[None]:
 
 
 def _lock_folder(folder: Path, kind: int) -> int | None:
-    """Return a descriptor that holds this lock, None where another process holds one that excludes it."""
+    """Return a descriptor that holds this lock, None if another process holds a conflicting one."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -115,9 +115,9 @@ def _lock_folder(folder: Path, kind: int) -> int | None:
 
 
 def remove_cache(folder: Path) -> None:
-    """Remove what in a folder is a cache's, and the folder if nothing else is in it; by whoever holds its lock.
+    """Remove a cache's files, and the folder if nothing else is in it; the caller holds the lock.
 
-    The manifest goes first, so that whoever comes meanwhile finds no cache rather than a damaged one.
+    The manifest goes first, so that other processes find no cache rather than a damaged one.
     """
     for path in own_files(folder):
         path.unlink(missing_ok=True)
@@ -126,19 +126,19 @@ def remove_cache(folder: Path) -> None:
 
 
 def problems(folder: Path, manifest: Manifest) -> dict[ShardRecord, str]:
-    """Say what is wrong with each damaged shard, after reading all of them."""
+    """Return what is wrong with each damaged shard, after reading all of them."""
     found = {record: shard_problem(folder, record) for record in manifest.shards}
     return {record: wrong for record, wrong in found.items() if wrong is not None}
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Return the files of a cache's shards; none where there is no manifest or it is damaged."""
+    """Return the files of a cache's shards; none if the manifest is missing or damaged."""
     manifest = _read(folder / MANIFEST)
     return [folder / record.file for record in manifest.shards] if manifest else []
 
 
 def verify(folder: Path) -> list[str]:
-    """Say all that is wrong with a cache; an empty list for one that is whole (complete or not)."""
+    """Return everything that is wrong with a cache; an empty list for an intact one, complete or not."""
     try:
         manifest = Manifest.read(folder / MANIFEST)
     except CacheError as error:
@@ -147,16 +147,16 @@ def verify(folder: Path) -> list[str]:
 
 
 def remains(folder: Path, refreshing: bool = False) -> list[Path]:
-    """Return the files that killed processes left in a cache's folder; to be asked by whoever holds its lock.
+    """Return the files that killed processes left in a cache's folder; the caller holds the lock.
 
     Args:
         folder: The cache's.
-        refreshing: Whether this process is building the cache anew; otherwise a begun refresh is such a remainder too.
+        refreshing: Whether this process is rebuilding the cache; otherwise an unfinished refresh is a remainder too.
     """
     found: list[Path] = []
     main, refresh = _read(folder / MANIFEST), _read(folder / REFRESH)
     if main is None and (folder / MANIFEST).exists():
-        return []  # nobody knows which shards a damaged manifest names
+        return []  # a damaged manifest does not say which shards are in use
     used = {record.file for record in main.shards} if main else set()
     if refreshing and refresh is not None:
         used |= {record.file for record in refresh.shards}
@@ -169,7 +169,7 @@ def remains(folder: Path, refreshing: bool = False) -> list[Path]:
 
 
 def sweep(folder: Path, refreshing: bool = False) -> None:
-    """Remove what killed processes left; by whoever holds the lock."""
+    """Remove the files that killed processes left; the caller holds the lock."""
     for path in remains(folder, refreshing):
         path.unlink(missing_ok=True)
 
@@ -182,4 +182,4 @@ def _read(path: Path) -> Manifest | None:
     try:
         return Manifest.read(path)
     except CacheError:
-        return None  # callers look whether the file is there
+        return None  # callers check whether the file exists

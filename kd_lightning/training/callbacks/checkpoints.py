@@ -1,7 +1,7 @@
-"""The checkpoints of a stage that trains: written whole, held against their sha256 before they are gone on from.
+"""Checkpoints of a training stage, written atomically and verified by sha256 before resuming.
 
-What was logged up to a checkpoint is kept with it, as Lightning's `CSVLogger` wrote it: the learning curves are read
-from those files, and who goes on from the checkpoint logs none of it again.
+The log of Lightning's `CSVLogger` up to a checkpoint is saved with it: the learning curves are read from those files,
+and a resumed training does not log these rows again.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from kd_lightning.runtime.files import replacing, write_file
 from kd_lightning.runtime.seals import read_sealed, sha256, write_sealed
 
 RESUME, BEST, SEALS = "resume.ckpt", "best.ckpt", "seals.json"
-"""What to go on from, the best weights so far, and what is known of both."""
+"""The files for resuming, the best weights so far, and the checksums of both."""
 _LOG = re.compile(r"csv/version_\d+/metrics\.csv")
 
 
 class SealedCheckpoints(TorchCheckpointIO):
     """Writes each checkpoint in one step, and its sha256 to `seals.json` beside it.
 
-    While a file is replaced both the old and the new one are known there, so that a kill at any moment leaves a folder
-    that `problem` finds whole.
+    While a file is replaced, the seals of both the old and the new one are stored, so that a kill at any moment leaves
+    a valid folder.
 
     Args:
-        fingerprint: Of the stage, to which its checkpoints alone belong.
+        fingerprint: The stage's.
     """
 
     def __init__(self, fingerprint: str) -> None:
@@ -53,7 +53,7 @@ class SealedCheckpoints(TorchCheckpointIO):
         write_sealed(path.parent / SEALS, {**seals, "files": {**known, path.name: [written]}})
 
     def keep_logs(self, folder: Path) -> None:
-        """Keep what is logged by now with the last checkpoint: to be called when its own step's row is written."""
+        """Save the current log with the last checkpoint; call it after that step's row is written."""
         logs = {name: _text(log) for name, log in _logs(folder.parent).items()}
         write_sealed(folder / SEALS, {**self._seals(folder), "logs": logs, "pending": None})
 
@@ -67,22 +67,22 @@ class SealedCheckpoints(TorchCheckpointIO):
 
 
 def problem(folder: Path, fingerprint: str) -> str | None:
-    """Say why a stage's checkpoints cannot be gone on from; None where they can, and where there are none.
+    """Return why a stage's checkpoints cannot be used, None if they can or there are none.
 
     Args:
-        folder: Where they are.
+        folder: Their folder.
         fingerprint: The stage's.
     """
     if not (folder / RESUME).is_file():
         return None
     try:
-        seals = read_sealed(folder / SEALS, "what it tells of is not used")
+        seals = read_sealed(folder / SEALS, "its checkpoints are not used")
     except KDError as error:
         return str(error)
     if seals["fingerprint"] != fingerprint:
-        return f"{folder / RESUME} is another training's"
+        return f"{folder / RESUME} belongs to another training"
     if RESUME not in seals["files"]:
-        return f"{folder / RESUME} is not known in {SEALS}"
+        return f"{folder / RESUME} is not in {SEALS}"
     for name, known in seals["files"].items():
         path = folder / name
         if (sha256(path) if path.is_file() else None) not in known:
@@ -91,21 +91,21 @@ def problem(folder: Path, fingerprint: str) -> str | None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a stage's checkpoints, and nothing else that lies beside them."""
+    """Remove a stage's checkpoints and no other files."""
     for name in (RESUME, BEST, SEALS):
         (folder / name).unlink(missing_ok=True)
 
 
 def restore_logs(stage: Path) -> list[Path]:
-    """Make a stage's logs what they were at the checkpoint that it goes on from; without one there are none.
+    """Restore a stage's logs to the state of its checkpoint; without one, remove them.
 
-    Rows that a killed attempt logged after the checkpoint go: they are logged again.
+    Rows after the checkpoint are removed: they are logged again.
 
     Args:
         stage: Its folder, whose checkpoints have no `problem`.
 
     Returns:
-        The logs that had other rows than at the checkpoint, which are put back.
+        The logs whose earlier rows differed and were restored.
     """
     folder = stage / "checkpoints"
     seals = read_sealed(folder / SEALS, "") if (folder / RESUME).is_file() else {"logs": {}, "pending": None}
@@ -126,7 +126,7 @@ def restore_logs(stage: Path) -> list[Path]:
 
 
 def _up_to_checkpoint(kept: str, found: str, pending: int | None) -> str | None:
-    """Return a log without the rows that came after a checkpoint, or None if those before it are not as they were.
+    """Return a log without the rows after a checkpoint, or None if earlier rows differ.
 
     Lightning rewrites a log where it has new columns: its rows are compared, not its bytes.
 

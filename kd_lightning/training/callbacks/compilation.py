@@ -1,4 +1,4 @@
-"""What compiles networks where no one but the trainer sees them before the training."""
+"""A callback that compiles networks, for trainers without our pipeline."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kd_lightning.training.module import NetworkModule
 
 
 class Compilation(L.Callback):
-    """Has `torch.compile` compile the network that is trained, and its peers, for batches of any shape."""
+    """Compiles the trained network, and its peers, with `torch.compile` for batches of any shape."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compile in place, so that the names of the weights stay, before a batch runs through the network."""
         if stage != "fit":
             return
         assert isinstance(pl_module, NetworkModule)
-        torch._functorch.config.donated_buffer = False  # else no backward pass a term, to compare their gradients
+        torch._functorch.config.donated_buffer = False  # required for a backward pass per term
         student = pl_module.student if isinstance(pl_module, DistillationModule) else None
         for network in student.peers if isinstance(student, Cohort) else [pl_module.trained]:
             network.compile(dynamic=True)

@@ -1,4 +1,4 @@
-"""Ending a training whose loss, gradient or validation score is no number any more."""
+"""Ends a training whose loss, gradient or validation score is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from kd_lightning.types import Batch
 
 WHY = "why.json"
 EVERY = 10
-"""Optimizer steps from one look at a GPU's losses to the next: each look waits for it."""
+"""Optimizer steps between checks of a GPU's losses, since each check synchronises."""
 
 
 class Divergence(L.Callback):
     """Ends a training within `EVERY` steps of a loss that is NaN or infinite.
 
-    On a CPU the loss is looked at before each backward pass, and the gradients' norm before each optimizer step, so
-    that the weights are the last good ones. On a GPU, and where several processes train, a flag is kept on the device
-    and looked at every `EVERY` steps, and before a checkpoint is written. Under a GradScaler (`16-mixed`) a step that
-    overflows is left out; there only `EVERY` such losses in a row end the training.
+    On a CPU the loss is checked before each backward pass, and the gradients' norm before each optimizer step, so that
+    the weights are the last good ones. On a GPU, and with several processes, a flag on the device is checked every
+    `EVERY` steps, and before a checkpoint is written. Under a GradScaler (`16-mixed`) an overflowing step is skipped;
+    there only `EVERY` such losses in a row end the training.
 
-    The batch, and the weights if they are finite, are kept in `FOLDER/diverged`. The next training in the folder puts
-    all else there too (`put_away`), and begins anew, perhaps with other settings.
+    The batch, and the weights if they are finite, are saved to `FOLDER/diverged`. The next training in the folder moves
+    everything else there too (`put_away`) and starts again, perhaps with other settings.
 
     Args:
         folder: The stage's.
-        stage: What is being trained, for the line that says where it ended.
+        stage: The stage's name, for messages.
         key: The learning rate's key.
     """
 
     def __init__(self, folder: Path, stage: str, key: str = "optimizer.lr") -> None:
         self.folder, self.stage, self.key = folder, stage, key
         self._batch: Batch = {}
-        self._row: Tensor | None = None  # losses in a row that are no numbers, and the most there were
+        self._row: Tensor | None = None  # non-finite losses in a row, and their maximum
         self._most: Tensor | None = None
 
     def on_train_batch_start(
@@ -59,7 +59,7 @@ class Divergence(L.Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Look at the loss, or have the device note what it is."""
+        """Check the loss, or update the flag on the device."""
         loss = loss.detach()
         if self._at_once(trainer):
             if not math.isfinite(value := float(loss)):
@@ -71,16 +71,16 @@ class Divergence(L.Callback):
         self._most = torch.maximum(self._most, self._row)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Look at the gradients: one that is no number ruins every weight, behind a loss that is one.
+        """Check the gradients: a non-finite one ruins every weight, even with a finite loss.
 
-        Where the module clips them it computes their norm itself, and `on_train_start` has it show it.
+        If the module clips gradients it computes their norm itself, which `on_train_start` hooks.
         """
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         if self._at_once(trainer) and not trainer.gradient_clip_val and gradients:
             self._look_at_norm(trainer, pl_module, torch.nn.utils.get_total_norm(gradients))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Have the module show the norm that it clips by."""
+        """Hook the norm that the module clips by."""
         assert isinstance(pl_module, NetworkModule)
         if self._at_once(trainer):
             pl_module.norm_watched = partial(self._look_at_norm, trainer, pl_module)
@@ -92,26 +92,26 @@ class Divergence(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Look at what the device noted, now and then."""
+        """Check the flag on the device every few steps."""
         if trainer.global_step % EVERY == 0:
             self._look(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let no weights that are no numbers replace good ones."""
+        """Keep non-finite weights out of checkpoints."""
         self._look(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the validation loss; a score may be none, as the correlation of a constant is."""
+        """Check the validation loss; scores may be undefined, such as the correlation of a constant."""
         loss = float(trainer.callback_metrics.get("val/loss", 0.0))
         if not trainer.sanity_checking and math.isnan(loss):
             self._end(trainer, pl_module, "the validation loss is nan")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the last steps."""
+        """Check the last steps."""
         self._look(trainer, pl_module)
 
     def _at_once(self, trainer: L.Trainer) -> bool:
-        """Return whether a look costs nothing and is this process's own affair."""
+        """Return whether a check is free and local to this process."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return trainer.strategy.root_device.type == "cpu" and trainer.world_size == 1 and scaler is None
 
@@ -120,13 +120,13 @@ class Divergence(L.Callback):
             return
         worst = self._most.clone()
         if trainer.world_size > 1:
-            dist.all_reduce(worst, dist.ReduceOp.MAX)  # lest one ends and the others wait for it
+            dist.all_reduce(worst, dist.ReduceOp.MAX)  # so that all end together
         allowed = 0 if getattr(trainer.precision_plugin, "scaler", None) is None else EVERY - 1
         if int(worst) > allowed:
-            self._end(trainer, pl_module, f"the loss of {int(worst)} steps was no number")
+            self._end(trainer, pl_module, f"the loss of {int(worst)} steps was not finite")
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, what: str) -> None:
-        """Keep the batch and the weights, and raise."""
+        """Save the batch and the weights, and raise."""
         assert isinstance(pl_module, NetworkModule)
         why = _cause(pl_module, self._batch, self.key, str(trainer.precision))
         place = next(place for place in _places(self.folder) if not place.exists())
@@ -140,12 +140,12 @@ class Divergence(L.Callback):
             write_json(place / WHY, {"stage": self.stage, "step": trainer.global_step, "what": what, "why": why})
         raise Diverged(
             f"{self.stage} diverged at step {trainer.global_step}: {what}; {why}. Its batch, and its weights if they "
-            f"are numbers, are in {place}; the next run begins the stage again"
+            f"are finite, are in {place}; the next run restarts the stage"
         )
 
 
 def put_away(folder: Path) -> None:
-    """Move what a diverged training left in a stage's folder to where its batch is, if one did."""
+    """Move the files of a diverged training to the folder of its batch, if there is one."""
     for place in _places(folder):
         if not place.exists():
             return
@@ -162,12 +162,12 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _cause(module: NetworkModule, batch: Batch, key: str, precision: str) -> str:
-    """Name what is the likeliest to have made a loss no number, and the key to change."""
+    """Return the likeliest cause of a non-finite loss, and the key to change."""
     scores = [
         name for name, x in batch.items() if x.is_floating_point() and name != "labels" and not x.isfinite().all()
     ]
     if scores:
-        return f"the batch's {', '.join(scores)} hold numbers that are not finite: look at the data"
+        return f"the batch's {', '.join(scores)} have non-finite numbers: check the data"
     if isinstance(module, DistillationModule) and module.teacher is not None and module.objective.uses_teacher:
         with torch.no_grad():
             outputs = module.teacher(batch)
@@ -176,14 +176,14 @@ def _cause(module: NetworkModule, batch: Batch, key: str, precision: str) -> str
                 "the teacher's outputs for this batch are not finite: use another teacher, or teacher.precision=float32"
             )
     if terms := _broken_terms(module, batch):
-        return f"distillation's {', '.join(terms)} alone is no number, for outputs that are: look at that loss"
+        return f"distillation's {', '.join(terms)} alone is not finite, for finite outputs: check that loss"
     if precision.startswith("16"):
         return f"16 bits may be too narrow: set trainer.precision=bf16-mixed, or lower {key}"
     return f"lower {key}{_weights(module)}"
 
 
 def _broken_terms(module: NetworkModule, batch: Batch) -> list[str]:
-    """Return the terms whose values are no numbers where the networks' outputs, and other terms, are."""
+    """Return the terms with non-finite values, if the networks' outputs and other terms are finite."""
     if not isinstance(module, DistillationModule):
         return []
     with torch.no_grad():
@@ -195,6 +195,6 @@ def _broken_terms(module: NetworkModule, batch: Batch) -> list[str]:
 
 
 def _weights(module: NetworkModule) -> str:
-    """Say which weights of the loss are so large that they may be the cause."""
+    """Return the weights of the loss that are large enough to be the cause."""
     large = [name for name, weight in module.objective.weights.items() if not callable(weight) and weight > 10]
     return f", or distillation.weights of {', '.join(large)}" if large else ""

@@ -1,4 +1,4 @@
-"""What keeps a cache that a training fills in step with the training."""
+"""Keeps a teacher cache consistent with the training that fills it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import lightning as L
 
 
 class CacheFilling(L.Callback):
-    """Writes the answers that were asked for before every checkpoint, and completes the cache after the first epoch.
+    """Writes pending teacher outputs before checkpoints, and completes the cache after an epoch.
 
-    A killed training goes on from its checkpoint; answers that came after it are asked for again in the same batches,
-    and those from before it are on disk, so that both read the same numbers. Once the cache is complete, no step looks
-    for what is missing.
+    A resumed training starts from its checkpoint: earlier outputs are on disk, and later ones are computed again in the
+    same batches, so that the numbers are equal. Once the cache is complete, no step checks for missing outputs.
 
     Args:
-        flush: Writes what was asked for (`Teacher.flush`).
-        complete: Has the teacher answer what no training batch asks about (the test split), if anything.
+        flush: Writes pending outputs (`Teacher.flush`).
+        complete: Runs the teacher on examples in no training batch (the test split), if any.
     """
 
     def __init__(self, flush: Callable[[], None], complete: Callable[[], None]) -> None:
         self.flush, self.complete = flush, complete
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the answers that this checkpoint's training has read."""
+        """Write the outputs that were used up to this checkpoint."""
         self.flush()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last answers."""
+        """Write the last outputs."""
         self.flush()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

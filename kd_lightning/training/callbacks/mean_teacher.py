@@ -1,4 +1,4 @@
-"""What keeps a teacher that averages its student's weights in step with the training."""
+"""A callback that updates a teacher averaging its student's weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _KEY = "mean_teacher"
 
 
 class MeanTeacher(L.Callback):
-    """Updates the `EMATeacher` of a `DistillationModule` after each optimizer step, and keeps it in the checkpoint.
+    """Updates the `EMATeacher` of a `DistillationModule` after each step, and checkpoints it.
 
-    Other teachers never change and stay out of it. With several processes each has the same average, since their
+    Other teachers are not affected. With several processes each has the same average, since their
     students' weights are the same.
     """
 
@@ -23,10 +23,10 @@ class MeanTeacher(L.Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from the step the training goes on from, 0 with the student's weights; give each process its average.
+        """Start counting at the trainer's step; give each process its own average.
 
-        `ddp_spawn` hands over tensors in shared memory. Lightning makes copies of the module's, and the teacher is not
-        among them: all processes would move one average.
+        `ddp_spawn` passes tensors in shared memory. Lightning copies those of the module, but not the teacher's: all
+        processes would update one average.
         """
         self._steps = trainer.global_step
         network = _teacher(pl_module).network
@@ -48,7 +48,7 @@ class MeanTeacher(L.Callback):
         checkpoint[_KEY] = _teacher(pl_module).state_dict()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Restore the average."""
         _teacher(pl_module).load_state_dict(checkpoint[_KEY])
 
 

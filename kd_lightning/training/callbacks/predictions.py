@@ -1,4 +1,4 @@
-"""What `kd-cli predict` writes."""
+"""A callback that writes the predictions of `kd-cli predict`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kd_lightning.runtime.files import write_file
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict` says as JSON lines: the `index` of each example and its `prediction`, in order.
+    """Writes predictions as JSON lines: each example's `index` and `prediction`, in order.
 
     Args:
-        file: Where to.
+        file: The output file.
     """
 
     def __init__(self, file: str) -> None:
@@ -30,16 +30,16 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, batch_indices: Sequence[int] | None,
         batch: Any, batch_idx: int, dataloader_idx: int,
     ) -> None:  # fmt: skip
-        """Keep one batch's rows."""
+        """Collect one batch's rows."""
         pairs = zip(batch["index"].tolist(), prediction.tolist(), strict=True)
         self._rows += [{"index": index, "prediction": row} for index, row in pairs]
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file, in the first process with what all of them said."""
-        said: list[list[dict[str, Any]]] = [self._rows] * trainer.world_size
+        """Write the predictions of all processes, in the first one."""
+        gathered: list[list[dict[str, Any]]] = [self._rows] * trainer.world_size
         if trainer.world_size > 1:
-            torch.distributed.all_gather_object(said, self._rows)
-        rows = {int(row["index"]): row for part in said for row in part}  # in order of the examples, each once
+            torch.distributed.all_gather_object(gathered, self._rows)
+        rows = {int(row["index"]): row for rows in gathered for row in rows}  # each example once
         if trainer.is_global_zero:
             write_file(self.file, "".join(f"{json.dumps(rows[index])}\n" for index in sorted(rows)))
         self._rows = []

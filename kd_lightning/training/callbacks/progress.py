@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains: a bar in a terminal, one line per look at validation elsewhere."""
+"""Shows progress: a bar in a terminal, otherwise one line per validation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _READ_EVERY = 10
 
 
 class StageProgress(L.Callback):
-    """Shows the stage, its losses and accuracy, and the time left, over all optimizer steps of the training.
+    """Shows the stage, its losses and scores, and the time left, over all optimizer steps.
 
     Args:
-        stage: What is being trained, e.g. "baseline, seed 0".
-        console: Where to; decides by itself whether it is a terminal.
+        stage: The stage's name, e.g. "baseline, seed 0".
+        console: The output, a terminal or not.
     """
 
     def __init__(self, stage: str, console: Console | None = None) -> None:
@@ -37,7 +37,7 @@ class StageProgress(L.Callback):
         self._first_step, self._started = 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar at the step the training starts, or goes on, from."""
+        """Open the bar at the step where training starts or resumes."""
         self._first_step, self._started = trainer.global_step, time.monotonic()
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
@@ -54,7 +54,7 @@ class StageProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar; read the losses only now and then, since reading one waits for the device."""
+        """Move the bar; read the losses only sometimes, since that synchronises with the device."""
         if self._progress is None:
             return
         if trainer.global_step % _READ_EVERY == 0:
@@ -85,15 +85,15 @@ class StageProgress(L.Callback):
             self._progress = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back before a traceback is printed."""
+        """Restore the terminal before a traceback is printed."""
         self.teardown(trainer, pl_module, "fit")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the live bar behind when a spawned process gets a copy."""
+        """Pickle without the live bar."""
         return {**self.__dict__, "_progress": None, "console": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open a console of its own in the new process."""
+        """Unpickle with a new console."""
         self.__dict__.update(state, console=Console())
 
 

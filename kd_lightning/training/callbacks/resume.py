@@ -1,4 +1,4 @@
-"""Checkpoints to go on from after a kill."""
+"""Checkpoints for resuming after a kill."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kd_lightning.training.callbacks.checkpoints import SealedCheckpoints
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps the whole state of a training in one file, renewed every so many optimizer steps.
+    """Saves the whole state of a training in one file, every few optimizer steps.
 
-    Lightning's `ModelCheckpoint` saves before the validation of the same step; a training resumed from there never
-    makes that look, so it may select other weights. Here a checkpoint that falls on a look waits until it is over, and
-    until the callbacks listed before this one, which select the best weights, have seen it.
+    Lightning's `ModelCheckpoint` saves before the validation of the same step; a training resumed from there skips
+    that validation, so it may select other weights. Here such a checkpoint is saved after the validation, and after the
+    callbacks listed before this one, which select the best weights.
 
     Args:
         path: The file, written beside itself and moved into place.
@@ -32,25 +32,25 @@ class ResumeCheckpoint(Checkpoint):
         self._row_due = False  # the row of the last checkpoint's step is logged after it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from the step the training goes on from."""
+        """Start counting at the step where training resumes."""
         self._step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the row of the last step with the checkpoint of that step."""
+        """Save the last step's log row with its checkpoint."""
         if self._row_due and trainer.is_global_zero and isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):
             trainer.strategy.checkpoint_io.keep_logs(self.path.parent)
         self._row_due = False
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """Return whether to save after this optimizer step; asked once after each."""
+        """Return whether to save after this optimizer step; called once after each."""
         return trainer.global_step % self.every_n_steps == 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless a look at validation is about to follow."""
+        """Save, unless a validation follows."""
         if trainer.global_step == self._step:  # gradients are being accumulated
             return
         self._step = trainer.global_step
@@ -63,13 +63,13 @@ class ResumeCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what waited for this look."""
+        """Save a checkpoint that waited for this validation."""
         if self._waiting and trainer.state.fn == TrainerFn.FITTING:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         self._waiting, self._row_due = False, True
-        for logger in trainer.loggers:  # nobody logs again what came before the checkpoint
+        for logger in trainer.loggers:  # rows before the checkpoint are not logged again
             logger.save()
         if isinstance(trainer.strategy.checkpoint_io, SealedCheckpoints):  # which replaces the file itself
             trainer.save_checkpoint(self.path, weights_only=False)

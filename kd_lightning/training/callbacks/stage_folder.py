@@ -1,4 +1,4 @@
-"""What a training with `kd-cli` leaves behind for the other commands."""
+"""Writes a stage folder after a training with `kd-cli`, for the other commands."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kd_lightning.training.stage import TrainingRecord, keep
 
 
 class StageFolder(L.Callback):
-    """Writes the network with its best weights as a stage of `kd-train` does, for its students and for `kd-eval`.
+    """Writes the network with its best weights as a stage folder, like `kd-train`.
 
     Args:
         folder: The stage's; `RUN/teacher` for instance.
-        role: Whose inputs the network reads.
-        network: How to build a network of your own again: `_target_` and its arguments.
+        role: Whose inputs the network uses.
+        network: How to rebuild your own network: `_target_` and its arguments.
 
     Raises:
-        ConfigError: The folder holds a finished training; or there is no `ModelCheckpoint` to say what is best.
+        ConfigError: The folder holds a finished training; or there is no `ModelCheckpoint` to select the best weights.
     """
 
     def __init__(self, folder: str, role: Role = "student", network: dict[str, Any] | None = None) -> None:

@@ -81,7 +81,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = saved(tmp_path / "d", train=table(100), validation=table(20, 100))
     with pytest.raises(ConfigError, match=r"stsb .*regression"):
         make(name, config_name="stsb")
-    with pytest.raises(ConfigError, match=r"data\.test_split='tset' is no split of .*valid: train, validation"):
+    with pytest.raises(ConfigError, match=r"data\.test_split='tset' is not a split of .*valid: train, validation"):
         make(name, test_split="tset").read()
     with pytest.raises(ConfigError, match=r"data\.train_split='trian'.*did you mean 'train'"):
         make(name, train_split="trian").read()

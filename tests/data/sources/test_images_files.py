@@ -38,10 +38,10 @@ def test_idx_files_are_read_as_they_are_defined(tmp_path: Path) -> None:
     [
         (b"plain", "cannot be read as a gzip file"),
         (gzip.compress(b"0123456789")[:-9], "cannot be read as a gzip file"),
-        (gzip.compress(b""), "is no IDX file of bytes"),
-        (gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 1, 5])), "is no IDX file of bytes"),  # 13: floats
-        (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 5])), "is no IDX file of bytes, or is cut off"),
-        (gzip.compress(bytes([0, 0, 8, 9, 0, 0])), "is no IDX file of bytes, or is cut off"),
+        (gzip.compress(b""), "is not an IDX file of bytes"),
+        (gzip.compress(bytes([0, 0, 13, 1, 0, 0, 0, 1, 5])), "is not an IDX file of bytes"),  # 13: floats
+        (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 5])), "is not an IDX file of bytes, or is cut off"),
+        (gzip.compress(bytes([0, 0, 8, 9, 0, 0])), "is not an IDX file of bytes, or is cut off"),
     ],
     ids=["plain", "cut gzip", "empty", "floats", "too short", "too many axes"],
 )
@@ -138,9 +138,7 @@ def test_images_without_labels_are_for_the_teacher(make: Callable[..., ImageFold
     assert [data.sizes["transfer"] for data in (again, some, all_of_them)] == [0, 2, 3]
     labels = torch.cat([batch["labels"] for batch in all_of_them.train_dataloader()])
     assert (labels == IGNORE).sum() == 3
-    with pytest.raises(
-        ConfigError, match=r"data\.transfer_examples=4, but there are 3 images for the teacher to label"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.transfer_examples=4, but there are only 3 unlabelled"):
         make({"train": 6}, transfer_examples=4).prepare()
 
 

@@ -40,7 +40,7 @@ def test_impossible_fractions(fractions: list[float]) -> None:
 
 
 def test_too_few_to_split() -> None:
-    with pytest.raises(DataError, match="class 'b' has 2 different examples, too few to split into 3 parts"):
+    with pytest.raises(DataError, match="class 'b' has 2 different examples, too few to split into 3 splits"):
         build(raw(["a"] * 20 + ["b"] * 2))
 
 

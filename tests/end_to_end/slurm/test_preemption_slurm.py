@@ -92,7 +92,7 @@ def test_a_batch_job_goes_on_where_it_was(how: str, folder: Path, teacher: Path,
     assert accounting(job) in ({"REQUEUED": 1, "COMPLETED": 1}, {"PREEMPTED": 1, "COMPLETED": 1})
     log = job.log.read_text()
     assert log.count("SLURM job") == 2
-    assert log.count("is back in the queue") == (0 if how == "requeue" else 1)
+    assert log.count("is requeued") == (0 if how == "requeue" else 1)
     assert "Traceback" not in log
 
 
@@ -124,7 +124,7 @@ def test_under_submitit_submitit_puts_the_job_back(folder: Path, teacher: Path, 
     assert accounting(job) == {"REQUEUED": 1, "COMPLETED": 1}
     log = "".join(file.read_text() for file in (sweep / "slurm").glob(f"{job.id}_*_log.*"))
     assert "this job is preempted" in log  # what submitit says next may be lost: SLURM ends the job as it is put back
-    assert "is back in the queue" not in log, "submitit does it, and we do not"
+    assert "is requeued" not in log, "submitit does it, and we do not"
 
     assert ended([array])[f"{array}_0"] == "COMPLETED"
     assert (point(sweep, "alpha=0.5") / "seed_0/distill/stage.json").stat() == finished

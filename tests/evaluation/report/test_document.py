@@ -141,8 +141,8 @@ def test_warns_of_a_student_no_better_than_chance() -> None:
 
 
 def test_warns_of_a_teacher_worse_than_the_baseline() -> None:
-    assert has(report_of(models(teacher=0.75)), "the distillation ratio means nothing")
-    assert not has(report_of(models()), "the distillation ratio means nothing")
+    assert has(report_of(models(teacher=0.75)), "the distillation ratio is meaningless")
+    assert not has(report_of(models()), "the distillation ratio is meaningless")
 
 
 def test_warns_of_seeds_without_a_ratio() -> None:
@@ -151,8 +151,8 @@ def test_warns_of_seeds_without_a_ratio() -> None:
 
 
 def test_warns_of_distillation_that_harms() -> None:
-    assert has(report_of(models(distilled=(0.7,))), "Distillation made it worse")
-    assert not has(report_of(models()), "Distillation made it worse")
+    assert has(report_of(models(distilled=(0.7,))), "Distillation did harm")
+    assert not has(report_of(models()), "Distillation did harm")
 
 
 def test_warns_of_a_difference_within_the_noise() -> None:

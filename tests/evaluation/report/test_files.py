@@ -44,7 +44,7 @@ def test_failure_leaves_the_old_report(five: dict[str, Any], tmp_path: Path, mon
         (None, "no such report"),
         ("{", "cannot be read"),
         ('{"schema_version": 99}', "schema_version is 99"),
-        ("[]", "checksum does not fit"),
+        ("[]", "checksum does not match"),
     ],
 )
 def test_reports_that_cannot_be_read(content: str | None, words: str, tmp_path: Path) -> None:

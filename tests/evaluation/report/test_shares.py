@@ -89,7 +89,7 @@ def test_warns_of_a_term_under_one_percent() -> None:
     report = shared({"ce": [0.994, 0.998], "kd": [0.006, 0.002]})  # on average 0.4%
     assert of_shares(report) == [
         "kd is 0.4% of the gradient (ce is 99.6%): the student learns next to nothing from it. "
-        "If that is not meant, raise distillation.weights.kd, which alpha sets in most strategies, or set "
+        "If this is not intended, raise distillation.weights.kd, which alpha sets in most strategies, or set "
         "balance=unit_initial."
     ]
     assert not of_shares(shared({"ce": [0.985, 0.993], "kd": [0.015, 0.007]}))  # 1.1%

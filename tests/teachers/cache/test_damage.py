@@ -126,7 +126,7 @@ def test_repair_asks_again_only_about_what_was_damaged(folder: Path) -> None:
     cache = TeacherCache.open(folder, KEY, repair=True, say=said.append, limits=SMALL)
     assert len(said) == 2
     assert "shard-00001.safetensors is damaged: its sha256 is not" in said[0]
-    assert f"{records['shard-00001.safetensors']} examples will be asked about again" in said[0]
+    assert f"{records['shard-00001.safetensors']} examples will be computed again" in said[0]
     assert "shard-00003.safetensors is missing" in said[1]
     assert len(cache.missing()) == lost
     assert refill(cache) == lost
@@ -176,7 +176,7 @@ def test_a_cache_replaced_while_in_use_is_not_written_to(folder: Path) -> None:
     cache = TeacherCache.create(folder.with_name("c"), KEY, 60, limits=SMALL)
     with TeacherCache.refreshing(folder.with_name("c"), {**KEY, "data": "d2"}, 60, limits=SMALL) as other:
         refill(other)
-    with pytest.raises(CacheError, match="was replaced by a cache of something else"):
+    with pytest.raises(CacheError, match="was replaced by another cache"):
         refill(cache)
 
 

@@ -58,7 +58,7 @@ def test_only_missing_rows_are_asked_about(cache: TeacherCache) -> None:
 
 def test_examples_that_are_not_shown_are_counted(cache: TeacherCache) -> None:
     known = Known(60)
-    with pytest.raises(CacheError, match="was shown 52 of 60 examples"):
+    with pytest.raises(CacheError, match="the batches had 52 of 60 examples"):
         fill(cache, known.ask, known.batches()[1:])
     assert len(TeacherCache.open(cache.folder).missing()) == 8  # and the others are kept
 
@@ -71,7 +71,9 @@ def test_a_teacher_in_train_mode_is_refused(cache: TeacherCache) -> None:
         said = known.ask(batch)
         return ModelOutput(said.logits, {"hidden": network(said.features["hidden"])})
 
-    with pytest.raises(CacheError, match=r"twice and its hidden differ: .*dropout in train mode.*teacher.cache=off"):
+    with pytest.raises(
+        CacheError, match=r"same batch differ in their hidden: .*dropout in train mode.*teacher.cache=off"
+    ):
         fill(cache, ask, known.batches())
     assert len(cache.missing()) == 60
     network.eval()
@@ -89,7 +91,7 @@ def test_rounding_and_nan_in_padding_are_no_difference() -> None:
 
     check_repeatable(ask, {})
     shapes = iter(((2, 3), (2, 4)))
-    with pytest.raises(CacheError, match="logits differ"):
+    with pytest.raises(CacheError, match="differ in their logits"):
         check_repeatable(lambda batch: ModelOutput(torch.zeros(next(shapes))), {})
 
 

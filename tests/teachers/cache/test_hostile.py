@@ -52,7 +52,7 @@ def test_a_manifest_reaches_no_file_but_shards_of_its_own_folder(
         victim.write_text("precious")
     naming(folder, name, str(victims[0]) if outside.startswith("/") else outside, monkeypatch)
     if name == MANIFEST:
-        with pytest.raises(CacheError, match="no name of a shard"):
+        with pytest.raises(CacheError, match="not the name of a shard"):
             TeacherCache.open(folder, KEY, repair=True)
     sweep(folder)
     for option in ([], ["--incomplete"], ["--damaged"], ["--all"]):

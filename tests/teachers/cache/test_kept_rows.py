@@ -103,7 +103,7 @@ def test_other_kept_rows_are_refused(folder: Path) -> None:
     cache = TeacherCache.create(folder, KEY, NUMBER)
     fill(cache, Tagger(), batches())
     (batch, *_) = batches()
-    with pytest.raises(CacheError, match=r"has \d kept tokens in this batch and had \d when the teacher answered"):
+    with pytest.raises(CacheError, match=r"has \d kept tokens in this batch and \d in the cache"):
         CachedTeacher(cache)({**batch, "keep": batch["attention_mask"].bool()})
     with pytest.raises(CacheError, match="its batches need `keep`"):
         cache.lookup(batch["index"], batch["attention_mask"])

@@ -208,10 +208,10 @@ def test_unknown_examples_are_named(folder: Path, limits: Limits) -> None:
     known = Known(20)
     cache = TeacherCache.create(folder, KEY, 20, limits=limits)
     index = torch.arange(10)
-    with pytest.raises(CacheError, match=r"no answer to 10 of these 10 examples, the first of them with index 0"):
+    with pytest.raises(CacheError, match=r"lacks 10 of these 10 examples, the first of them with index 0"):
         cache.lookup(index)
     cache.add(index, known.say(index, known.mask(index), features=False))
-    with pytest.raises(CacheError, match=r"no answer to 1 of these 2 examples, the first of them with index 12"):
+    with pytest.raises(CacheError, match=r"lacks 1 of these 2 examples, the first of them with index 12"):
         cache.lookup(torch.tensor([3, 12]))
     rest = torch.arange(10, 20)
     cache.add(rest, known.say(rest, known.mask(rest), features=False))
@@ -228,7 +228,7 @@ def test_another_number_of_tokens_is_refused(folder: Path) -> None:
     index = torch.tensor([5, 1])
     mask = known.mask(index)
     mask[1, -1] = 0
-    with pytest.raises(CacheError, match=r"index 1 has 8 tokens in this batch and had 9 when the teacher answered"):
+    with pytest.raises(CacheError, match=r"index 1 has 8 tokens in this batch and 9 in the cache"):
         cache.lookup(index, mask)
     with pytest.raises(CacheError, match="hidden is stored for real tokens only: its batches need an attention mask"):
         cache.lookup(index)
@@ -241,9 +241,9 @@ def test_answers_unlike_the_first_are_refused(folder: Path) -> None:
     cache.add(index, known.say(index, known.mask(index)), known.mask(index))
     mask = known.mask(later)
     said = known.say(later, mask)
-    with pytest.raises(CacheError, match=r"answered logits; this cache holds logits, vector, hidden, map"):
+    with pytest.raises(CacheError, match=r"returned logits; this cache holds logits, vector, hidden, map"):
         cache.add(later, ModelOutput(said.logits), mask)
-    with pytest.raises(CacheError, match=r"logits is \(4, 2\); .* \(4, 3\) was expected for these 4 examples"):
+    with pytest.raises(CacheError, match=r"logits is \(4, 2\); expected \(4, 3\) for these 4 examples"):
         cache.add(later, ModelOutput(said.logits[:, :2], said.features), mask)
     with pytest.raises(CacheError, match="hidden is stored for real tokens only"):
         cache.add(later, said)
@@ -296,7 +296,9 @@ def test_a_cache_of_something_else_is_refused_and_says_what_changed(folder: Path
         lambda: TeacherCache.open(folder, changed),
         lambda: TeacherCache.create(folder, changed, 20),
     ):
-        with pytest.raises(CacheError, match=r"something else: teacher\.weights was a1, now b2; .*refresh"):
+        with pytest.raises(
+            CacheError, match=r"another teacher or data set: teacher\.weights was a1, now b2; .*refresh"
+        ):
             call()
     with pytest.raises(CacheError, match="is for 20 examples, the data has 21"):
         TeacherCache.open(folder, KEY, 21)
@@ -385,7 +387,7 @@ def test_a_refresh_takes_over_only_when_it_is_complete(folder: Path) -> None:
             cache.flush()
             raise KeyboardInterrupt
 
-    with pytest.raises(CacheError, match="was not refreshed: 12 answers are missing"):
+    with pytest.raises(CacheError, match="was not refreshed: 12 examples are missing"):
         partly()
     with pytest.raises(KeyboardInterrupt):
         broken_off()

@@ -1,7 +1,7 @@
-"""The report of a sweep: which of its points is best, how sure that is, and what each parameter is worth.
+"""The report of a sweep: the best point, how certain that is, and the effect of each parameter.
 
-`read_points` reads what a `kd-train -m` left behind, `build_sweep` makes one JSON document of it, and the page and the
-pictures read that document alone. Nothing here imports torch.
+`read_points` reads the folder of a `kd-train -m`, `build_sweep` makes one JSON document of it, and the page and the
+pictures use only that document. Nothing here imports torch.
 """
 
 from kd_lightning.evaluation.report.sweep.build import build_sweep

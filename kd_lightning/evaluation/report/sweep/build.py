@@ -1,4 +1,4 @@
-"""From a sweep's points to one document: plain data that JSON can hold, and that the page and the pictures read."""
+"""Builds a sweep's document: plain JSON data for the page and the pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
     """Assemble the document of a sweep.
 
     Points that differ in nothing but their seed are one configuration. The configuration with the best mean on
-    validation is chosen, among those that have the most seeds, lest one wins that was lucky with few. The test split's
+    validation is chosen, among those with the most seeds, so that none wins by luck with few. The test split's
     score is taken from the chosen one only.
 
     Args:
@@ -59,13 +59,13 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
 
 
 def _varied(points: Sequence[Point]) -> list[str]:
-    """Return the keys that not all points set alike, but for the seed, in the order of the command line."""
+    """Return the keys that differ between points, except the seed, in command-line order."""
     keys = dict.fromkeys(key for point in points for key in point.overrides)
     return [key for key in keys if key != "seed" and len({point.value(key) for point in points}) > 1]
 
 
 def _configuration(values: dict[str, Value], points: Sequence[Point]) -> dict[str, Any]:
-    """Describe the finished points that differ in their seed only."""
+    """Describe the finished points that differ only in the seed."""
     models = [point.report["models"] for point in points if point.report]
     baselines = [
         values_of(entry["baseline"], "validation", points[0].metric) for entry in models if "baseline" in entry
@@ -96,7 +96,7 @@ def _chosen(
 
 
 def _parameter(name: str, configurations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describe what each value of a parameter scored over all that the configurations vary besides it."""
+    """Describe each value of a parameter by its mean score over everything else."""
     groups: dict[Value, list[dict[str, Any]]] = {}
     for entry in configurations:
         groups.setdefault(entry["values"][name], []).append(entry)
@@ -107,7 +107,7 @@ def _parameter(name: str, configurations: Sequence[dict[str, Any]]) -> dict[str,
     return {
         "name": name,
         "numeric": bool(values) and not isinstance(values[-1]["value"], str),
-        # where no value comes twice, the mean over all else is no mean
+        # a mean over everything else needs repeated values
         "searched": 1 < len(groups) == len(configurations) and len(configurations[0]["values"]) > 1,
         "values": values,
         "moves": max(means) - min(means) if means else math.nan,
@@ -130,7 +130,7 @@ def _noise(configurations: Sequence[dict[str, Any]]) -> float:
 
 
 def _teacher(points: Sequence[Point]) -> dict[str, Any] | None:
-    """Return mean validation score and price of the points' teachers, which are those of the one they share."""
+    """Return the shared teacher's mean validation score and price."""
     models = [
         point.report["models"]["teacher"] for point in points if point.report and "teacher" in point.report["models"]
     ]
@@ -139,7 +139,7 @@ def _teacher(points: Sequence[Point]) -> dict[str, Any] | None:
 
 
 def _price(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return how large models are, and how long they take to answer one example: the mean of their medians."""
+    """Return models' size, and their latency for one example: the mean of their medians."""
     return {
         "parameters": (models[0]["size"] or {}).get("parameters"),
         "latency_ms": _mean(model["latency_ms"]["p50"] for model in models if model["latency_ms"]),

@@ -15,26 +15,26 @@ from kd_lightning.runtime.processes import rank
 
 
 class SweepReport(Callback):
-    """Reports on a sweep when it is over, in the process that started it, also when points of it have failed.
+    """Writes the report of a sweep at its end, also if points failed, in the starting process.
 
-    Hydra tells its callbacks only of the end of sweeps in which every point went well; for the others, and for those
-    that were interrupted, the end of the process is what remains.
+    Hydra calls `on_multirun_end` only if every point succeeded; for others, and after an
+    interruption, the report is written at the end of the process.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember where the sweep is."""
+        """Store the sweep's folder."""
         self.folder = Path(config.hydra.sweep.dir)
         if rank() == 0:
             atexit.register(self.report)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Report now."""
+        """Write the report now."""
         atexit.unregister(self.report)
         if rank() == 0:
             self.report()
 
     def report(self) -> None:
-        """Write the report and print what came out; where no point has begun there is nothing to report."""
+        """Write the report and print what came out; without any point there is no report."""
         from kd_lightning.evaluation.report.sweep import headline, report_sweep
 
         if not any(self.folder.glob(f"*/{OVERRIDES}")):

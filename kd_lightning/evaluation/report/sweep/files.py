@@ -52,8 +52,8 @@ def report_sweep(folder: Path) -> dict[str, Any]:
 
 
 def headline(document: Mapping[str, Any], folder: Path) -> str:
-    """Say in two or three lines what a sweep came to and where its report is."""
-    said = sentences(document)
+    """Summarise a sweep in two or three lines, with the path of its report."""
+    lines = sentences(document)
     errors = Counter(point["error"] for point in document["failed"])
     lost = [f"{count} failed: {error}" for error, count in errors.items()]
-    return "\n".join([*dict.fromkeys([said[0], said[-1]]), *lost, f"report: {folder / PAGE}"])
+    return "\n".join([*dict.fromkeys([lines[0], lines[-1]]), *lost, f"report: {folder / PAGE}"])

@@ -1,4 +1,4 @@
-"""A sweep's document as one page that needs no other file and no network."""
+"""A sweep's report as one HTML page without other files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kd_lightning.runtime.borders import visible
 
 Picture = tuple[str, bytes]
 """Its caption and its PNG."""
-UNFINISHED = "it runs, or was stopped: the same sweep, started again, goes on with it"
+UNFINISHED = "running or stopped: start the same sweep again to resume it"
 
 
 def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) -> str:
@@ -23,7 +23,7 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
     Args:
         document: What `build_sweep` returns.
         name: The sweep's name, for the heading.
-        pictures: What stands between the summary and the tables, in order.
+        pictures: The pictures between summary and tables, in order.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -51,7 +51,7 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
 
 
 def setting(values: Mapping[str, Any]) -> str:
-    """Write what a configuration sets.
+    """Format a configuration's settings.
 
     >>> setting({"temperature": 4.0, "distillation": "dkd"})
     'temperature=4 distillation=dkd'
@@ -60,7 +60,7 @@ def setting(values: Mapping[str, Any]) -> str:
 
 
 def sentences(document: Mapping[str, Any]) -> list[str]:
-    """Say what came out: what was chosen, how it stands to labels and teacher, and how much the choice matters."""
+    """Summarise a sweep: the chosen configuration, labels and teacher, and how much the choice matters."""
     found, chosen = document["configurations"], document["chosen"]
     finished = sum(len(entry["points"]) for entry in found)
     counts = f"{finished} points finished, {len(document['failed'])} failed, {len(document['unfinished'])} unfinished."
@@ -68,7 +68,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         return [counts]
     best, title = found[chosen["rank"]], title_of(document)
     seeds = len(best["validation"]["values"])
-    said = [
+    lines = [
         f"Best on validation of {len(found)} configurations: {setting(chosen['values'])}, {title} "
         f"{spread(best['validation'])} on validation ({seeds} seed{'s' * (seeds > 1)}) and "
         f"{spread(chosen['test'])} on test."
@@ -79,28 +79,28 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     if document["teacher"] is not None:
         others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
-        said.append(f"On validation {', '.join(others)}.")
+        lines.append(f"On validation {', '.join(others)}.")
     if base["mean"] is not None and best["validation"]["mean"] <= base["mean"]:
-        said.append("The chosen configuration is no better than that student: distillation did not help here.")
-    return [*said, *_sensitivity(document, best), counts]
+        lines.append("The chosen configuration is no better than that student: distillation did not help here.")
+    return [*lines, *_sensitivity(document, best), counts]
 
 
 def _sensitivity(document: Mapping[str, Any], best: Mapping[str, Any]) -> list[str]:
-    """Say how far the parameters move the score, against what the seed alone does."""
-    found, said = document["configurations"], []
+    """Return how far parameters move the score, compared with the seed."""
+    found, lines = document["configurations"], []
     moves = [entry for entry in document["parameters"] if not entry["searched"] and len(entry["values"]) > 1]
     if moves:
         moves.sort(key=lambda entry: -entry["moves"])
         listed = ", ".join(f"{entry['name']} {entry['moves']:.3f}" for entry in moves)
-        said.append(f"From worst to best value, each averaged over all else, a parameter moves the score by: {listed}.")
+        lines.append(f"From worst to best value, averaged over all else, a parameter moves the score by: {listed}.")
     if document["noise"] is not None and len(found) > 1:
         near = sum(entry["validation"]["mean"] >= best["validation"]["mean"] - document["noise"] for entry in found) - 1
-        said.append(
+        lines.append(
             f"The seed alone moves the score by {document['noise']:.3f} (standard deviation): {near or 'none'} of the "
             f"{len(found) - 1} other configurations {'is' if near == 1 else 'are'} within that of the chosen one, or "
             "above it."
         )
-    return said
+    return lines
 
 
 def _row(document: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _lost(point: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 
 def _footer(environment: Mapping[str, Any]) -> str:
-    """Say where and with what the sweep ran."""
+    """Return the machine and the versions of the sweep."""
     if not environment:
         return ""
     versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())

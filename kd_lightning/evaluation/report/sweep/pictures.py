@@ -1,4 +1,4 @@
-"""The pictures of a sweep's report: narrow ones, that stay readable on a phone."""
+"""The pictures of a sweep's report, narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
-"""Inches: at a phone's width letters of 9 points are still as large as those of the page."""
+"""Width in inches: on a phone, 9-point letters have the size of the page's text."""
 PANELS = 6
-"""More heat maps than this compare nothing: those with the best configurations are drawn."""
+"""Largest number of heat maps; those with the best configurations are drawn."""
 LETTERS = 18
-"""More letters of a value than this in one line run into the next value's."""
+"""Longest line of a value's label."""
 CHOSEN = "#D55E00"
 """The colour of the chosen configuration."""
 PRICES = (
@@ -32,17 +32,17 @@ PRICES = (
     (
         "latency",
         "latency_ms",
-        "Validation score against the time to answer one example: the median of a student's points.",
+        "Validation score against the latency of one example: the median over a student's points.",
     ),
 )
-"""What accuracy costs: a file name, the key of a configuration, a caption."""
+"""The costs of accuracy: a file name, the key of a configuration, a caption."""
 STUDENTS = [colour for colour in TERM_COLOURS if colour not in (COLOURS["baseline"], COLOURS["teacher"])]
 
 Configurations = Sequence[Mapping[str, Any]]
 
 
 def figures(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Draw whatever the sweep's parameters allow.
+    """Draw the pictures that the sweep's parameters allow.
 
     Args:
         document: What `build_sweep` returns.
@@ -70,7 +70,7 @@ def figures(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
 
 
 def label(value: Value) -> str:
-    """Write a parameter's value; a schedule by its name.
+    """Format a parameter's value; a schedule by its name.
 
     >>> label(0.1), label(8.0), label(0.00123456), label("dkd")
     ('0.1', '8', '0.001235', 'dkd')
@@ -83,7 +83,7 @@ def label(value: Value) -> str:
 
 
 def _tick(value: Value) -> str:
-    r"""Write a parameter's value in lines that fit below an axis.
+    r"""Break a parameter's value into lines for an axis.
 
     >>> _tick("Linear(start: 1.0, end: 0.5)")
     'Linear(start: 1.0,\nend: 0.5)'
@@ -92,7 +92,7 @@ def _tick(value: Value) -> str:
 
 
 def baseline_of(configurations: Configurations) -> float | None:
-    """Return the mean validation score of the students from labels, None where there are none."""
+    """Return the mean validation score of the students from labels, None without any."""
     means = [entry["baseline"]["mean"] for entry in configurations if entry["baseline"]["mean"] is not None]
     return statistics.fmean(means) if means else None
 
@@ -101,13 +101,13 @@ def baseline_of(configurations: Configurations) -> float | None:
 
 
 def _maps(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Draw a heat map for each setting of the other parameters, or where the pairs are no grid, all as points."""
+    """Draw a heat map for each setting of the other parameters, or points if there is no grid."""
     varied = {entry["name"]: entry["numeric"] for entry in document["parameters"] if len(entry["values"]) > 1}
     first = ("alpha", "temperature")  # which may be schedules
     pair = sorted((name for name in varied if varied[name] or name in first), key=lambda name: _place(name, first))[:2]
     if len(pair) < 2:
         return
-    x, y = (_asked(document, name) for name in pair)
+    x, y = (_values(document, name) for name in pair)
     entries = [*document["configurations"], *document["failed"], *document["unfinished"]]
     cells = {tuple(entry["values"][name] for name in pair) for entry in entries}
     if len(x) * len(y) > 2 * len(cells) and all(map(varied.get, pair)):
@@ -132,8 +132,8 @@ def _place(name: str, first: Sequence[str]) -> int:
     return first.index(name) if name in first else len(first)
 
 
-def _asked(document: Mapping[str, Any], name: str) -> list[Value]:
-    """Return the values of a parameter in order, also those with which every point failed."""
+def _values(document: Mapping[str, Any], name: str) -> list[Value]:
+    """Return a parameter's values in order, including those whose points all failed."""
     numeric = next(entry["numeric"] for entry in document["parameters"] if entry["name"] == name)
     entries = (*document["configurations"], *document["failed"], *document["unfinished"])
     values = {entry["values"][name] for entry in entries}
@@ -141,7 +141,7 @@ def _asked(document: Mapping[str, Any], name: str) -> list[Value]:
 
 
 def _seeds(document: Mapping[str, Any]) -> int | None:
-    """Return how many seeds every configuration has; None where they differ."""
+    """Return how many seeds every configuration has; None if they differ."""
     numbers = {len(entry["validation"]["values"]) for entry in document["configurations"]}
     return numbers.pop() if len(numbers) == 1 else None
 
@@ -196,15 +196,15 @@ def _map_figure(
 
 
 def _below(found: Mapping[str, Any], numbered: bool) -> str:
-    """Write what stands below a mean: its deviation, and the number of seeds where that differs."""
+    """Return the text below a mean: its deviation, and the number of seeds if it varies."""
     deviation = [] if found["std"] is None else [f"±{found['std']:.3f}"]
     return ", ".join([*deviation, *([f"n={len(found['values'])}"] if numbered else [])])
 
 
 def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colormap, Normalize]:
-    """Return colours for validation scores: white where the student from labels stands, orange below, blue above.
+    """Return colours for validation scores: white for labels alone, orange below, blue above.
 
-    A shade more is the same step in each of several maps.
+    Shades are comparable across maps.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -232,7 +232,7 @@ def _ramp(low: str) -> Colormap:
 
 
 def _colour_bar(figure: Figure, axes: Axes, image: Any, document: Mapping[str, Any], base: float | None) -> None:
-    """Add the scale, as far as it is used, with a mark where the student from labels stands."""
+    """Add the used part of the scale, with a mark for the student from labels."""
     bar = figure.colorbar(image, ax=axes, label=_score_label(document))
     bar.outline.set_visible(False)
     if base is not None:
@@ -321,7 +321,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _ratios(values: Collection[float]) -> bool:
-    """Return whether values are laid out by ratio: they span much, and their middle is nearer to the geometric one.
+    """Return whether values need a log scale: a wide range with a geometric middle.
 
     >>> _ratios([1, 2, 4, 8, 16]), _ratios([0.1, 0.3, 0.5, 0.7, 0.9])
     (True, False)
@@ -334,7 +334,7 @@ def _ratios(values: Collection[float]) -> bool:
 
 
 def _parallel_figure(document: Mapping[str, Any]) -> Figure:
-    """Draw each configuration as a line over one scale per parameter, and one for the score."""
+    """Draw parallel coordinates: each configuration is a line over the parameters and the score."""
     configurations = document["configurations"]
     scales = {parameter["name"]: parameter for parameter in document["parameters"] if len(parameter["values"]) > 1}
     title = f"validation {title_of(document)}"
@@ -371,7 +371,7 @@ def _broken(name: str) -> str:
 
 
 def _heights(values: Sequence[Value]) -> list[float]:
-    """Return where values stand between 0 and 1: texts in order, numbers by size, by ratio if they span much."""
+    """Return values' positions in [0, 1]: texts by order, numbers linear or logarithmic."""
     numbers = [value for value in values if not isinstance(value, str)]
     if len(numbers) < len(values):
         order = sorted({label(value) for value in values})
@@ -383,7 +383,7 @@ def _heights(values: Sequence[Value]) -> list[float]:
 
 
 def _marks(values: Sequence[Value], heights: Sequence[float]) -> list[tuple[float, str]]:
-    """Return the heights to write a value at: all of a few, else the ends."""
+    """Return the positions of labels: all of a few values, otherwise the ends."""
     marks = dict(sorted(zip(heights, map(_tick, values), strict=True)))
     if len(marks) > 6:
         marks = {height: marks[height] for height in (min(marks), max(marks))}
@@ -391,9 +391,9 @@ def _marks(values: Sequence[Value], heights: Sequence[float]) -> list[tuple[floa
 
 
 def _priced(document: Mapping[str, Any], price: str) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
-    """Return the configurations whose price is known, with it, by the kind of their student.
+    """Return the configurations with a known price, and the price, by kind of student.
 
-    Students that are alike answer alike fast: each gets the median of what all their points measured.
+    Equal students have equal latency: each gets the median over all their points.
     """
     kinds: dict[str, dict[int | None, list[Mapping[str, Any]]]] = {}
     for entry in document["configurations"]:
@@ -413,14 +413,14 @@ def _priced(document: Mapping[str, Any], price: str) -> dict[str, list[tuple[flo
 
 
 def _prices(document: Mapping[str, Any], price: str) -> list[float]:
-    """Return every price there is, the teacher's among them, in order."""
+    """Return all prices in order, including the teacher's."""
     found = {cost for priced in _priced(document, price).values() for cost, _ in priced}
     teacher = (document["teacher"] or {}).get(price)
     return sorted({*found, teacher} if teacher else found)
 
 
 def _price_figure(document: Mapping[str, Any], price: str) -> Figure:
-    """Draw validation scores against what a model costs: `parameters` or `latency_ms`."""
+    """Draw validation scores against a model's `parameters` or `latency_ms`."""
     figure = new_figure(WIDTH, 3.4)
     axes = figure.add_subplot()
     bases: list[tuple[float, float]] = []
@@ -449,7 +449,7 @@ def _price_figure(document: Mapping[str, Any], price: str) -> Figure:
 
 
 def _few(values: list[float]) -> list[float]:
-    """Return those of ascending values that have room on a logarithmic scale beside the last one before them."""
+    """Return the ascending values whose labels fit on a logarithmic scale."""
     kept, step = values[:1], (values[-1] / values[0]) ** 0.15
     for value in values:
         if value > step * kept[-1]:

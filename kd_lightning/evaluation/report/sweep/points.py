@@ -1,4 +1,4 @@
-"""The points of a sweep, as they lie in its folder."""
+"""Reads the points of a sweep from its folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kd_lightning.runtime.seals import read_sealed
 from kd_lightning.training.run_folder import read_config
 
 Value = float | str
-"""What a point sets a parameter to: a number where its text is one."""
+"""A parameter's value in a point: a number if its text is one."""
 
 NOT_GIVEN = "as configured"
-"""The value of a parameter that other points set and this one, which never finished, left alone."""
+"""The value of a parameter that only other points set, for an unfinished point."""
 
 _DECIDING = {"teacher": "teacher", "baseline": "baseline", "distill": "distilled", "finetune": "finetuned"}
 """The model of the report that a point's last stage trains."""
@@ -31,12 +31,12 @@ class Point:
     """One folder of a sweep.
 
     Attributes:
-        folder: Where it is.
-        overrides: What it was started with, the text of each value by its key.
+        folder: Its folder.
+        overrides: Its overrides: the text of each value by key.
         command: The command line that reproduces it.
-        sweeper: The class that chose it.
+        sweeper: The class of its sweeper.
         score: Best validation score; None unless it is finished.
-        metric: What the score is, such as `accuracy`; None unless it is finished.
+        metric: The name of the score, such as `accuracy`; None unless it is finished.
         report: Its `report.json`; None unless it is finished.
         config: Its whole configuration; empty unless it is finished.
         failure: Its `failure.json`; None unless it failed.
@@ -53,7 +53,7 @@ class Point:
     failure: dict[str, Any] | None = None
 
     def value(self, key: str) -> Value:
-        """Return what it sets a parameter to, or what the parameter is in its configuration."""
+        """Return a parameter's value from its overrides or its configuration."""
         if key in self.overrides:
             return as_value(self.overrides[key])
         node: Any = self.config
@@ -68,7 +68,7 @@ class Point:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """Return the report's entry of the model that the score is about."""
+        """Return the report's entry of the scored model."""
         assert self.report is not None
         assert self.config is not None
         found: dict[str, Any] = self.report["models"][_DECIDING[self.config["stages"][-1]]]
@@ -151,6 +151,6 @@ def _read(folder: Path) -> Point:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return read_sealed(path, "start the same sweep again, which writes it anew", required=False)
+        return read_sealed(path, "start the same sweep again, which writes it again", required=False)
     except KDError as error:
         raise DataError(str(error)) from error
