@@ -84,7 +84,7 @@ class Point:
 
 
 def title_of(document: Mapping[str, Any]) -> str:
-    """Return how people read a sweep's score: as its points' reports say, or by its name where none has a report."""
+    """Return the title of a sweep's score from its points' reports, or its name."""
     name: str = document["score"] or ""
     return score_title(document, name) if name in document["scores"] else name
 
