@@ -35,7 +35,7 @@ def is_labelled(labels: Tensor) -> Tensor:
 
 
 class SparseLogits(NamedTuple):
-    """The K largest logits of each row, and what the others come to: all of a large vocabulary that a cache keeps.
+    """The K largest logits of each row and the mass of the others, for large vocabularies.
 
     Attributes:
         values: The K largest logits, or these less one number for each row, `(..., K)`.
@@ -73,7 +73,7 @@ class ModelOutput:
     Attributes:
         logits: Unnormalised scores, `(B, C)` for classification or `(B, L, V)` for language modelling; `(B, L, 0)` of
             a network that leaves out its output layer or a teacher that gives `sparse` alone.
-        features: Intermediate activations by name; only what the objective asked for.
+        features: Intermediate activations by name; only those that the objective needs.
         sparse: The logits in sparse form, where a teacher gives only these.
     """
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def write(cfg: DictConfig, folder: Path, command: str) -> list[Path]:
-    """Write the files of a composed configuration, and return them in the order in which they are to be run.
+    """Write the files of a composed configuration, and return them in the order of running.
 
     Args:
         cfg: As `kd-train` composes it.

@@ -125,7 +125,7 @@ class _Converter:
         return class_path("kd_lightning.SupervisedModule", network=network, **self.learning(stage))
 
     def distilled(self, stage: Stage) -> tuple[Node, list[Node]]:
-        """Return a training from a teacher, from the average of its own weights, or from none; and its callbacks."""
+        """Return a training with a teacher, its own average, or none, and its callbacks."""
         student, callbacks, decay = self.network(stage, stage.network), [], self.cfg.teacher.ema
         if stage.peers:
             others = [self.network(stage, peer) for peer in stage.peers]
@@ -218,7 +218,7 @@ class _Converter:
     # -- the data and the trainer -------------------------------------------------------------------------------------
 
     def data(self, stage: Stage, data: IndexedData) -> Node:
-        """Return the data: with the transfer set to distil, else the labelled examples as student or teacher reads."""
+        """Return the data: with the transfer set for distillation, else the labelled examples."""
         node: Node = converted(self.run.parts[stage.part].cfg.data if stage.kind == "teacher" else self.cfg.data)
         node["init_args"] |= {"seed": stage.seed, "batch_size": data.batch_size}
         if stage.distils and not stage.teacher:
@@ -254,7 +254,7 @@ class _Converter:
 
 
 def _of_cli(value: Any) -> Any:
-    """Return a trainer's setting; the command line can be started again for each process, which a sweep cannot."""
+    """Return a trainer's setting; unlike a sweep, the command may be started again per process."""
     return value.replace("ddp_spawn", "ddp") if isinstance(value, str) else converted(value)
 
 

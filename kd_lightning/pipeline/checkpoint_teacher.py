@@ -1,4 +1,4 @@
-"""What an earlier training left, by its folder: for configurations that are built before any data are read."""
+"""Finished teachers by their folder, for configurations that are built before data are loaded."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def compare(run: Run, command: str) -> dict[str, Any]:
 
 
 def _known_report(run: Run, trainings: str) -> dict[str, Any] | None:
-    """Return the report of these trainings, if it is there and whole; what it shows is drawn again where it is gone."""
+    """Return the report of these trainings, if it is intact; missing pictures are drawn again."""
     if not (run.folder / "report.json").is_file():
         return None
     try:
@@ -79,7 +79,7 @@ def _known_report(run: Run, trainings: str) -> dict[str, Any] | None:
 
 
 def _finished(run: Run) -> dict[str, list[Path]]:
-    """Return the finished stage folders by stage: the assistants', and the students' of this run, one folder a seed."""
+    """Return the finished stage folders by stage: assistants' and students', one per seed."""
     names = [f"assistant_{number}" for number in range(1, len(run.cfg.assistants) + 1)]
     found = {name: [folder] for name in names if is_finished(folder := run.folder / name)}
     for stage in TITLES:
@@ -128,7 +128,7 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
 
 
 def _evaluated(run: Run, folders: dict[str, list[Path]]) -> Evaluated:
-    """Score all networks of the run: side by side on each batch, so that the teacher predicts it once for all."""
+    """Score all networks of the run together, so that the teacher predicts each batch once."""
     students = [folder for stage, found in folders.items() if stage != "teacher" for folder in found]
     models: dict[str, Model] = {str(one): of_network(load_run(one).network, run.device) for one in students}
     data, reference = run.data.select(tokens="both" if run.has_teacher else "student"), None
@@ -179,7 +179,7 @@ def _student(run: Run, stage: str, folders: Sequence[Path], evaluated: Evaluated
 
 
 def _curve(folder: Path, seed: int, score: str) -> Curve:
-    """Read a stage's learning curve; a training that was resumed has one log an attempt, and the later one counts."""
+    """Read a stage's learning curve; a resumed training has one log per attempt, the later counts."""
     curve = Curve(seed, {}, {})
     for log in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
         part = read_curve(log, seed, score_key=f"val/{score}")

@@ -1,4 +1,4 @@
-"""A run: its configuration, its data, its folders and seeds, and the teachers that its students learn from."""
+"""A run: its configuration, data, folders, seeds and teachers."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Run:
         return MultiTask(task.tasks, {name: own.weight for name, own in self.cfg.tasks.items()})
 
     def data_of(self, teacher: int) -> IndexedData:
-        """Return the data as teacher 0, 1, ... and those below it read them: an assistant reads as the students do."""
+        """Return the data for teacher 0, 1, ... and its students; assistants use the students' inputs."""
         return self.data.with_one_reader() if teacher else self.data
 
     def student_data(self, seed: int, transfer: bool, teacher: int = 0) -> IndexedData:
@@ -156,7 +156,7 @@ class Run:
 
     @cached_property
     def providers(self) -> list[Provider]:
-        """What gives the outputs of the teacher, and then of each assistant, in the order in which they are trained."""
+        """The providers of the teacher and of each assistant, in training order."""
         own = [
             TeacherProvider(
                 Serving.of(part.cfg.teacher), part.data.select(tokens="teacher", pool=True),
@@ -195,7 +195,7 @@ class Run:
         return found
 
     def shares(self, number: int) -> bool:
-        """Return whether several trainings or processes read this teacher's outputs, which are then computed first."""
+        """Return whether several trainings or processes use this teacher, so that its cache is filled first."""
         seeds = len(self.seeds) if number == len(self.cfg.assistants) else 1
         return seeds > 1 or in_sweep() or processes(self.cfg.trainer) > 1
 
@@ -208,7 +208,7 @@ class Run:
 
     @cached_property
     def predicting_teacher(self) -> Teacher:
-        """The teacher as it is evaluated: as its students learn from it, if it has any; never cut to its top K."""
+        """The teacher for evaluation: as its students use it, but never cut to its top K."""
         provider, taught = self.providers[0], "distill" in self.cfg.stages and self.cfg.teacher.cache_top_k is None
         if isinstance(provider, JointProvider) or taught or self.teacher.members:
             return self.teacher_for_training(0)

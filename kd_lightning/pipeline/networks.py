@@ -89,7 +89,7 @@ def start_of(settings: Node) -> dict[str, str]:
 
 
 def source_of(teacher: nn.Module) -> nn.Module:
-    """Return the network that a student is made from: of several teachers, or of several tasks', the first one."""
+    """Return the network that a student is built from: the first of several teachers."""
     while isinstance(teacher, EnsembleNetwork | SideBySide):
         teacher = teacher.members[0] if isinstance(teacher, EnsembleNetwork) else teacher.networks[0]
     return teacher

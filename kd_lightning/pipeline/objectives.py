@@ -1,4 +1,4 @@
-"""The loss of a run: of one task its own, of several each task's, on its examples and times its weight."""
+"""The objective of a run: the task's own, or the weighted ones of several tasks."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def _times(weight: float, value: Scheduled) -> Scheduled:
 
 
 def own_average(run: Run, student: nn.Module, objective: Objective) -> EMATeacher | None:
-    """Return the mean teacher that `teacher.ema` asks for."""
+    """Return the mean teacher of `teacher.ema`."""
     decay = run.cfg.teacher.ema
     return None if decay is None else EMATeacher(student, decay, objective.needs_teacher)

@@ -1,4 +1,4 @@
-"""Before the first stage: the networks are built and compared on one batch, and what does not fit is refused."""
+"""The preflight: builds the networks, compares them on one batch, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def preflight(run: Run, stages: Sequence[Stage]) -> None:
-    """Build the networks of a run, compare those that meet on a batch, and take a step with each that is trained.
+    """Build a run's networks, compare students with teachers on a batch, and try a training step.
 
     It settles which features each teacher's provider keeps.
 
@@ -77,7 +77,7 @@ def _of_one_seed(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _teacher(run: Run, part: Part) -> tuple[nn.Module, LoadedTeacher | None]:
-    """Return the teacher of a task: finished, or an untrained one like it, which has taken a step if it is trained."""
+    """Return a task's teacher, finished or an untrained one like it, after a training step."""
     teacher = part.cfg.teacher
     if teacher.checkpoint is not None:
         loaded = run.provider_of(part).loaded
@@ -109,7 +109,7 @@ def _compare(
     run: Run, stage: Stage, student: nn.Module, above: nn.Module | None,
     teachers: Sequence[tuple[nn.Module, LoadedTeacher | None]],
 ) -> None:  # fmt: skip
-    """Compare a student with its teacher on one batch, and take a step; settle which features the teacher keeps.
+    """Compare student and teacher on one batch, take a step, and select the teacher's features.
 
     Every term is compared, whatever its weight, so that models that do not fit are refused at once.
     """
@@ -132,7 +132,7 @@ def _compare(
 
 
 def check_monitors(callbacks: dict[str, Any], task: Task) -> None:
-    """Refuse callbacks that watch what no stage logs, which Lightning notices at the first look at validation.
+    """Refuse callbacks that monitor what no stage logs, which Lightning detects only at validation.
 
     Where a callback is the user's own, it may log what others watch, and nothing is refused.
 
@@ -150,7 +150,7 @@ def check_monitors(callbacks: dict[str, Any], task: Task) -> None:
 
 
 def check_scheme(objective: Objective, cfg: RunConfig) -> None:
-    """Refuse peers and assistants that the distillation has no use for, and a distillation that lacks its peers.
+    """Refuse peers and assistants that the distillation does not use, and missing peers.
 
     Raises:
         ConfigError: Names the key to change.
@@ -201,7 +201,7 @@ def _step_alone(role: Role, data: IndexedData, task: Task, network: nn.Module, o
 def _step_taught(
     objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, optimizer: Node
 ) -> None:
-    """Take one training step from a teacher on the CPU, with a student and an objective that are thrown away.
+    """Take one training step with a teacher on the CPU; student and objective are discarded.
 
     Raises:
         ConfigError: As `_step_alone`.

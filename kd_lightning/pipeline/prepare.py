@@ -93,7 +93,7 @@ def _deciding(run: Run, stage: Stage, data: IndexedData) -> dict[str, Any]:
 
 
 def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
-    """Return what decides it that other trainings left: weights it starts from, the teacher it learns from."""
+    """Return the other trainings that determine a stage: its initial weights and its teacher."""
     if stage.kind == "teacher":
         return {}
     if stage.kind == "finetune":
@@ -111,7 +111,7 @@ def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
 
 
 def _kept(run: Run, stage: Stage, settings: dict[str, Any]) -> Path:
-    """Return where a stage's files go: for what `shared_dir` shares, a folder that the run's own is a link to."""
+    """Return a stage's folder; for stages shared by `shared_dir`, the run's folder links to it."""
     folder, shared_dir = run.folder / stage.path, run.cfg.shared_dir
     if shared_dir is None or stage.kind in ("distill", "finetune"):
         return folder
@@ -149,7 +149,7 @@ def _module(
     run: Run, stage: Stage, student: nn.Module, above: nn.Module | None, teacher: Teacher | None,
     data: IndexedData,
 ) -> DistillationModule:  # fmt: skip
-    """Put student, teacher (of the network `above`, if any) and objective together, with projectors that fit."""
+    """Build the module of student, teacher (`above`, if any) and objective, with projectors."""
     objective = run_objective(run, student, above)
     if above is None:
         teacher = own_average(run, student, objective)

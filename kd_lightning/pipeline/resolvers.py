@@ -52,7 +52,7 @@ def _tokenizer_of_run(folder: str | None) -> str | None:
     if folder is None or not Path(folder).is_dir():
         return None
 
-    with suppress(KDError):  # said where the student is built
+    with suppress(KDError):  # reported when the student is built
         place = find_stage(Path(folder)) / "tokenizer"
         return str(place) if place.is_dir() else None
     return None

@@ -1,4 +1,4 @@
-"""The life of a run: teacher, assistants, baseline, distilled and fine-tuned student. Each reads files of the last."""
+"""Runs the stages: teacher, assistants, baseline, distilled and fine-tuned student."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
-    """Train every stage that the configuration asks for and that is not yet finished.
+    """Train every configured stage that is not finished yet.
 
     Args:
         run: What is trained.
@@ -45,7 +45,7 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
 
 
 def score(run: Run) -> float:
-    """Return what a sweep maximises: the last stage's best validation score, averaged over seeds; or the teachers'."""
+    """Return a sweep's objective: the last stage's best validation score, averaged over seeds."""
     if run.cfg.stages == ["teacher"]:
         scores = [_teacher_score(run, part) for part in run.parts.values()]
     else:
@@ -63,7 +63,7 @@ def _teacher_score(run: Run, part: Part) -> float:
 
 
 def build_caches(run: Run) -> list[Path]:
-    """Have the teacher predict every example; return the folder of its cache, or of each member's of an ensemble."""
+    """Fill the teacher's cache; return its folder, or those of an ensemble's members."""
     if run.cfg.teacher.cache == "off" or run.cfg.teacher.ema is not None:
         raise ConfigError("teacher.cache=off, or teacher.ema, keeps no outputs: there is nothing to build")
     stages = plan(run)

@@ -1,4 +1,4 @@
-"""The networks that a configuration names and does not describe: looked for before anything else is read."""
+"""Checks that named networks exist, before anything else is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd_lightning.training.run_folder import teacher_stage
 
 
 def check_sources(cfg: RunConfig) -> None:
-    """Refuse a finished teacher, a run's student or a pretrained network that is not there, nor on the hub.
+    """Refuse a teacher, student or pretrained network that exists neither here nor on the hub.
 
     Raises:
         ConfigError: Names the key, and folders with a similar name.

@@ -116,7 +116,7 @@ def _student(run: Run, kind: Kind, seed: int, **other: Any) -> Stage:
 
 
 def _baselines(run: Run, seed: int) -> Iterator[Stage]:
-    """Give the student from labels alone, for as many steps as the distillation takes; and from its trained start."""
+    """Return the baselines from labels: as many steps as the distillation, also from the trained start."""
     if not has_start(run.cfg.student):
         yield _student(run, "baseline", seed)
         return
@@ -135,6 +135,6 @@ def _assistants(run: Run) -> Iterator[Stage]:
 
 
 def _distillation(run: Run, seed: int) -> Stage:
-    """Return the distillation of the student, on the labelled split and on whatever only the teacher labels."""
+    """Return the distillation of the student, on labelled examples, views and the transfer set."""
     last, peers = len(run.cfg.assistants) if run.has_teacher else None, tuple(run.cfg.peers)
     return _student(run, "distill", seed, teacher=last, peers=peers)

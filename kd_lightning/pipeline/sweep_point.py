@@ -1,4 +1,4 @@
-"""What a point of a sweep leaves beside the files of its run: what was asked for, its score, or why it failed."""
+"""The files of a sweep's point besides its run: overrides, score, or failure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def overrides() -> list[str]:
 
 
 def command(cfg: DictConfig) -> str:
-    """Return the command that makes this job again: a sweep's point alone, as a run that has a name of its own."""
+    """Return the command that reproduces a job: a sweep's point as a run with its own name."""
     if not in_sweep():
         return shlex.join(["kd-train", *overrides()])
     kept = [override for override in overrides() if not override.startswith(("sweep=", "name=", "run_dir="))]
@@ -57,15 +57,15 @@ def _sweeper() -> str:
 
 @contextmanager
 def recorded(cfg: DictConfig) -> Iterator[Point]:
-    """Write what the point is before it runs, its score after it, and if it fails the reason; failures are raised on.
+    """Record a point's overrides before it runs, then its score or its failure, which is re-raised.
 
     What was interrupted is no failure: it goes on when the same sweep is started again.
     """
-    asked = {"overrides": overrides(), "command": command(cfg), "sweeper": _sweeper()}
+    request = {"overrides": overrides(), "command": command(cfg), "sweeper": _sweeper()}
     place, point = Path(cfg.run_dir), Point()
     if rank() == 0:
         (place / FAILURE).unlink(missing_ok=True)
-        _write(place / OVERRIDES, asked)
+        _write(place / OVERRIDES, request)
     try:
         yield point
     except Interrupted:
@@ -74,8 +74,8 @@ def recorded(cfg: DictConfig) -> Iterator[Point]:
         if rank() == 0:
             lines = str(error).strip().splitlines()
             failure = {"error": lines[0] if lines else type(error).__name__, "type": type(error).__name__}
-            _write(place / FAILURE, failure | {"traceback": traceback.format_exc(), **asked})
-            (place / SCORE).unlink(missing_ok=True)  # of an earlier run: what was asked for now has none
+            _write(place / FAILURE, failure | {"traceback": traceback.format_exc(), **request})
+            (place / SCORE).unlink(missing_ok=True)  # of an earlier run
         raise
     if rank() == 0:
         _write(place / SCORE, {"score": point.score, "metric": point.metric})

@@ -1,4 +1,4 @@
-"""The teacher of a run, loaded: read back from its stage, a finished run's, Hugging Face's, or an ensemble of these."""
+"""Loads a run's teacher: from its stage, a finished run, Hugging Face, or an ensemble of these."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LoadedTeacher:
 
 
 def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Console) -> LoadedTeacher:
-    """Load a finished teacher: a run or stage folder of ours, else by Hugging Face's rules; of a list, an ensemble."""
+    """Load a finished teacher: a run or stage folder, or from Hugging Face; a list is an ensemble."""
     if isinstance(checkpoint, list):
         return ensemble([_load_member(one, data, console) for one in checkpoint])
     stage = teacher_stage(Path(checkpoint))
@@ -87,7 +87,7 @@ def read_teachers(folders: Sequence[Path], data: IndexedData) -> LoadedTeacher:
 
 
 def read_teacher(folder: Path, data: IndexedData) -> LoadedTeacher:
-    """Read back a teacher that a run trained; its files must be whole, also the curves that a report draws."""
+    """Load a teacher that a run trained, after verifying its files and learning curves."""
     check_stage(folder, LOGS)  # `load_run` checks the others
     fingerprint = file_digest(folder / "model.safetensors")
     model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
@@ -105,7 +105,7 @@ def read_teacher(folder: Path, data: IndexedData) -> LoadedTeacher:
 
 
 def _check_class_order(checkpoint: str, network: nn.Module, data: IndexedData, console: Console) -> None:
-    """Refuse a Hugging Face teacher that has the data's classes in another order: class would not meet class."""
+    """Refuse a Hugging Face teacher with the data's classes in another order."""
     config: Any = network.config
     names = [str(name) for _, name in sorted(config.id2label.items())]
     theirs, ours = [name.casefold() for name in names], [name.casefold() for name in data.class_names]

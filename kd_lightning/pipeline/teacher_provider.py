@@ -103,7 +103,7 @@ class TeacherProvider:
         data: The data, with the teacher's tokens under the plain names and the transfer set.
         load: Returns the finished teacher.
         device: Where the teacher predicts before a training.
-        console: Where it is said what is built, and how large it becomes.
+        console: The output for progress and sizes.
         needs: The features that the students' losses read. What the teacher outputs are these and `serving.features`,
             so that strategies that read different ones can share one cache.
     """

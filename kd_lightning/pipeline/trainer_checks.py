@@ -1,4 +1,4 @@
-"""What is refused of trainers, optimizers and schedules: they are made, for nothing, before anything is trained."""
+"""Checks trainers, optimizers and schedules by building them before any training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNLIKE = {
     "fast_dev_run": ((False, 0), "it looks at nothing and keeps nothing; trainer.max_steps=1 makes a short run"),
     "limit_val_batches": ((None, 1.0), f"{_WHOLE}; validations=N says how often it is looked at"),
     "limit_train_batches": ((None, 1.0), "trainer.max_steps=N makes a short run"),
-    "overfit_batches": ((0, 0.0), f"{_WHOLE}; to see a network learn a few examples by heart, train on a file of them"),
+    "overfit_batches": ((0, 0.0), f"{_WHOLE}; to overfit a few examples, train on a file of them"),
     "barebones": ((False,), "it keeps no weights"),
     "enable_checkpointing": ((None, True), "the weights that score best on validation are kept"),
     "max_time": ((None,), "the baseline gets as many steps as the distillation, which time does not give"),
@@ -70,7 +70,7 @@ def check_trainers(cfg: RunConfig) -> None:
 
 
 def try_trainers(cfg: RunConfig) -> None:
-    """Make all optimizers, schedules, callbacks, loggers and trainers that a run will make, and step the optimizers.
+    """Build all optimizers, schedules, callbacks, loggers and trainers, and step the optimizers.
 
     Raises:
         ConfigError: Names the node of what cannot be made, or cannot step.
@@ -146,7 +146,7 @@ def _silent() -> Iterator[None]:
 
 
 def _check_processes(path: str, trainer: dict[str, Any]) -> None:
-    """Check that the processes a trainer wants are those that were started, or that it starts without this command."""
+    """Check that the trainer's number of processes is started, or can be started by the trainer."""
     wanted, started = processes(trainer), launched()
     name = strategy_of(trainer)
     if name.startswith("fsdp") or name.endswith("FSDPStrategy"):

@@ -1,4 +1,4 @@
-"""What is refused before any work: combinations of keys that cannot be, and objects that cannot be made."""
+"""Validation before any work: impossible combinations of keys, objects that cannot be built."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def validate(settings: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 
 def _check(cfg: RunConfig) -> None:
-    """Check what several keys say together, and make what can be made of them; cheap and most telling first."""
+    """Check combinations of keys and build their objects, cheap and informative checks first."""
     _check_terms(cfg)
     _check_schedules(cfg)
     _check_teacher(cfg.teacher)
@@ -130,7 +130,7 @@ def _check_schemes(cfg: RunConfig) -> None:
     }):  # fmt: skip
         raise ConfigError(
             f"teacher.ema={teacher.ema:g} makes the teacher from the student's own weights, anew in every step: "
-            f"leave out what asks for another one ({wrong})"
+            f"leave out what needs another one ({wrong})"
         )
     if teacher.precision != "float32":
         raise ConfigError("teacher.ema averages in float32 and computes in it: set teacher.precision=float32")
@@ -155,7 +155,7 @@ def _check_tasks(cfg: RunConfig) -> None:
 
 
 def _check_sharded(cfg: RunConfig) -> None:
-    """Check what shares weights out to the processes: a teacher computes so for all of them, in every step."""
+    """Check the settings of a sharded teacher, which all processes run in every step."""
     teacher = cfg.teacher
     if cfg.balance == "gradnorm" and shards(cfg.trainer):
         raise ConfigError("balance=gradnorm compares whole gradients, and trainer=fsdp shards them: use fixed")
@@ -228,7 +228,7 @@ def _check_places(cfg: RunConfig) -> None:
 
 
 def check_folder(folder: Path, cfg: RunConfig) -> None:
-    """Refuse a folder whose finished students were trained with other settings: its report would mix the two.
+    """Refuse a folder whose finished students have other settings, which its report would mix.
 
     Raises:
         ConfigError: Names the first keys that differ.

@@ -1,6 +1,6 @@
-"""The protocol of tasks: what a network predicts, what its losses and scores compare, and how both are read.
+"""The protocol of tasks: what is predicted, what losses and scores compare, and how to read both.
 
-Everything that depends on what is predicted is asked of the task. A batch goes through a training so:
+Everything that depends on what is predicted belongs to the task. A batch goes through a training so:
 
 | | an example has one row | its tokens have one each |
 |---|---|---|
@@ -9,7 +9,7 @@ Everything that depends on what is predicted is asked of the task. A batch goes 
 | `compared(batch)["keep"]` | absent: every row counts | `(B, L)` bool: the rows that count |
 
 A loss or a score over tokens is that of the kept rows in line, `logits[keep]` `(N, C)` and `labels[keep]` `(N,)`; what
-stands in other rows reaches neither value nor gradient. The logits are never cut or shifted: where a row answers for
+stands in other rows reaches neither value nor gradient. The logits are never cut or shifted: where a row predicts
 another token than its own (`next_tokens`), labels and `keep` move to it. `attention_mask` stays as it is, for losses on
 hidden states.
 """
@@ -61,7 +61,7 @@ class Task(ABC):
         """What builds this task again: its `_target_` and arguments."""
 
     def compared(self, batch: Batch) -> Batch:
-        """Return the batch with what student, teacher and labels are compared by: a label and `keep` for each row."""
+        """Return the batch with what is compared: a label and `keep` for each row."""
         return batch
 
     def check_logits(self, logits: Tensor, batch: Batch) -> None:
@@ -72,7 +72,7 @@ class Task(ABC):
         """
         if logits.ndim != 2 or logits.shape[1] != self.outputs:
             raise ConfigError(
-                f"it predicts logits of shape {list(logits.shape)} for {len(logits)} examples, and the data ask for "
+                f"it predicts logits of shape {list(logits.shape)} for {len(logits)} examples, and the data need "
                 f"{self.outputs} an example: a network gives one logit for each class, also of two"
             )
 
@@ -157,11 +157,11 @@ class Task(ABC):
         """What `task_of` makes this task of again, as JSON can hold it."""
 
     def correct(self, logits: Tensor, rows: Batch) -> Tensor | None:
-        """Return `(B,)` whether each example is predicted rightly; None where that is no matter of right and wrong."""
+        """Return `(B,)` whether each prediction is correct; None if the task has no such notion."""
         return None
 
     def chance_score(self, labels: Tensor) -> float | None:
-        """Return the `monitor` score of the best constant prediction for labels `(N,)`; None where it has none."""
+        """Return the `monitor` score of the best constant prediction for labels `(N,)`, if any."""
         return None
 
 

@@ -80,7 +80,7 @@ class CausalLanguageModeling(Task):
         return _TokenScores()
 
     def fidelity(self) -> Scores:
-        """Return how many tokens are predicted as the teacher predicts them, and the divergence from it a token.
+        """Return the share of tokens predicted as by the teacher, and the divergence per token.
 
         Of a sparse teacher the divergence is that over its K classes and the tail: no more than that over all classes.
         """

@@ -75,7 +75,7 @@ class Classification(Task):
         ]
 
     def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
-        """Return the most probable class and the probabilities; of more than `MOST_COLUMNS` classes only its own."""
+        """Return the most probable class and all probabilities (only its own above `MOST_COLUMNS`)."""
         chances, label = record["probabilities"], record["label"]
         few = names if len(names) <= MOST_COLUMNS else ()
         found = {f"p({name})": f"{chances[name]:.3f}" for name in few} or {"p": f"{chances[label]:.3f}"}

@@ -1,4 +1,4 @@
-"""Entities in tagged words: tag schemes, the spans that tags mark, and precision, recall and F1 by seqeval's rules."""
+"""Entities in tagged words: tag schemes, spans, and scores by seqeval's rules."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def split_tag(tag: str) -> tuple[str, str] | None:
 
 
 def scheme_of(tags: Iterable[str]) -> Scheme:
-    """Return the scheme in which tags are written: BIOES with an E or S among them, else BIO with a B, else IO.
+    """Return the scheme of tags: BIOES with an E or S among them, else BIO with a B, else IO.
 
     >>> scheme_of(["O", "B-PER", "I-PER"])
     'bio'
@@ -62,7 +62,7 @@ def tags_of(types: Iterable[str], scheme: Scheme) -> list[str]:
 
 
 def tag_problem(tags: Sequence[str], scheme: Scheme) -> tuple[int, str] | None:
-    """Return the first place where the tags of a text break a scheme, and in which way; None where they keep it.
+    """Return where and how the tags of a text first break a scheme; None if they do not.
 
     >>> tag_problem(["O", "I-PER"], "bio")
     (1, 'I-PER follows O: an entity begins with B-PER in BIO')
@@ -88,7 +88,7 @@ def tag_problem(tags: Sequence[str], scheme: Scheme) -> tuple[int, str] | None:
 
 
 def spans_of(tags: Sequence[str]) -> list[Span]:
-    """Return the entities that tags mark, by seqeval's rules: what breaks the scheme is read, not left out.
+    """Return the entities of tags by seqeval's rules, also where tags break the scheme.
 
     An I or E continues the entity of a B or I of its own type before it; anywhere else it begins one.
 
@@ -124,7 +124,7 @@ def tags_from(spans: Iterable[Span], words: int, scheme: Scheme) -> list[str]:
 
 
 class EntityScores(Metric):
-    """Precision, recall and F1 of whole entities, micro-averaged: seqeval's in its default mode, which is conlleval's.
+    """Micro-averaged precision, recall and F1 of entities, as in seqeval's default mode (conlleval).
 
     An entity is right where its first word, last word and type are. Only counts are kept, one set for each type. Of
     texts that stand in several rows (windows), the tags are kept too, so that an entity across windows counts once.

@@ -1,4 +1,4 @@
-"""Models on a split, batch by batch: of what they output only scores and one small vector an example are kept."""
+"""Evaluates models on a split batch by batch, keeping only scores and a small vector per example."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Evaluation:
 
 
 def of_network(network: nn.Module, device: torch.device | str = "cpu") -> Model:
-    """Return a network as a model: on the device, in eval mode for each batch, and its own mode given back after it."""
+    """Return a network as a model: in eval mode for each batch, with its own mode restored after it."""
     network.to(device)
 
     def model(batch: Batch) -> ModelOutput:
@@ -104,7 +104,7 @@ def labels_of(task: Task, batches: Iterable[Batch]) -> Tensor:
 def labelled_rows(
     task: Task, models: Sequence[Model], batches: Iterable[Batch], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Return logits of models where there is a label, to fit a few numbers to: a temperature, weights of an ensemble.
+    """Return models' logits of labelled rows, to fit a temperature or the weights of an ensemble.
 
     Of a large split a subset is kept, spread over all of it: at most `MOST_ROWS` rows, and fewer where together they
     would have more than `MOST_NUMBERS` numbers.

@@ -117,7 +117,7 @@ def distillation_ratio(teacher: float, baseline: float, distilled: float) -> flo
 
 
 class Sums(Metric):
-    """A metric whose states are sums in float64, which add up over batches, processes and parts of a split.
+    """A metric with float64 sums as states, which add up over batches, processes and subsets.
 
     Args:
         names: Of the states.
@@ -133,7 +133,7 @@ class Sums(Metric):
             self.add_state(name, default=torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Move the states, and keep them wide where a trainer narrows all it holds; Apple's GPUs have no float64."""
+        """Move the states and keep float64 under reduced precision (not on Apple's GPUs)."""
 
         def moved(x: Tensor) -> Tensor:
             device = fn(torch.zeros((), device=x.device)).device
@@ -143,7 +143,7 @@ class Sums(Metric):
 
 
 class _OfNumbers(MulticlassStatScores):
-    """A metric of predicted classes that is nan where nothing counts, or a row of logits that counts has a nan."""
+    """A metric of predicted classes; NaN if nothing counts or a counted row of logits has a NaN."""
 
     invalid: Tensor
 
@@ -225,7 +225,7 @@ class Agreement(Metric):
 
 
 class TeacherStudentKL(Sums):
-    """`teacher_student_kl` accumulated over batches and processes: the mean over examples, not over batches.
+    """`teacher_student_kl` over batches and processes: the mean over examples, not batches.
 
     >>> metric = TeacherStudentKL()
     >>> metric.update(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
@@ -253,7 +253,7 @@ class TeacherStudentKL(Sums):
 
 
 class CrossEntropy(Sums):
-    """Mean cross-entropy of labels under softmax(logits), in nats, over the labelled examples of all batches.
+    """Mean cross-entropy of labels under softmax(logits), in nats, over all labelled examples.
 
     >>> metric = CrossEntropy()
     >>> metric.update(torch.zeros(2, 4), torch.tensor([1, -100]))
@@ -419,7 +419,7 @@ def _kl_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | No
 
 
 def _excess_by_bin(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Return by bin of confidence the summed excess of confidence over rightness, and how many examples there are."""
+    """Return each confidence bin's summed excess of confidence over accuracy, and its count."""
     known = labels != IGNORE
     confidence, predicted = F.softmax(_precise(logits[known]), dim=-1).max(dim=-1)
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=logits.device)[1:-1]

@@ -77,7 +77,7 @@ class MultiTask(Task):
         return _Sum(*self.terms())
 
     def scores(self) -> Scores:
-        """Return each task's scores as `TASK/SCORE`, and `average`, the mean of those that they are compared by."""
+        """Return each task's scores as `TASK/SCORE`, and `average`, the mean of their monitors."""
         return _TaskScores(self, {name: task.scores() for name, task in self.tasks.items()}, average=True)
 
     def fidelity(self) -> Scores:
@@ -95,7 +95,7 @@ class MultiTask(Task):
 
     def limits(self, names: Sequence[str]) -> str:
         """Return that it predicts for every task."""
-        return f"It answers for each of {', '.join(map(markdown, self.tasks))}, whatever it is given."
+        return f"It predicts {', '.join(map(markdown, self.tasks))} for every input."
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return each task's, side by side as its logits are."""

@@ -9,9 +9,9 @@ from kd_lightning.types import IGNORE, Batch
 
 
 def next_tokens(batch: Batch) -> Batch:
-    """Return the batch of a causal language model: row t of the logits answers for token t + 1.
+    """Return the batch of a causal language model: row t of the logits predicts token t + 1.
 
-    Which tokens count is said by masks, never by their ids: padding may be the token that ends a text.
+    Masks determine which tokens count, never token ids: padding may be the token that ends a text.
 
     Args:
         batch: Tokens `(B, L)`. `attention_mask`, absent where none is padding. `keep` where only some are predicted (a
@@ -19,8 +19,8 @@ def next_tokens(batch: Batch) -> Batch:
             `labels`, the tokens themselves.
 
     Returns:
-        The batch with `labels` and `keep` `(B, L)` one position to the left, at the rows that answer. The last row
-        answers for nothing, nor does padding to the left of the first token, which has read nothing.
+        The batch with `labels` and `keep` `(B, L)` one position to the left, at the rows that predict. The last row
+        predicts nothing, nor does padding to the left of the first token.
 
     >>> mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
     >>> ids = torch.tensor([[9, 5, 6, 7], [8, 9, 9, 9]])

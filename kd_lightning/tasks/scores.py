@@ -82,7 +82,7 @@ class Scores(nn.Module):
             metric.reset()
 
     def states(self) -> Tensor:
-        """Return what was added as numbers in line, `(K,)` float64; those of a split's parts add up to the split's."""
+        """Return the sums as a float64 vector `(K,)`; those of subsets add up to the split's."""
         return torch.cat([state.reshape(-1).double().cpu() for _, _, state in self._states()])
 
     def load(self, states: Tensor) -> None:

@@ -333,7 +333,7 @@ def test_where_every_weight_is_zero_the_loss_is_a_zero_with_a_graph() -> None:
         (["distillation=mgd_pooled", "distillation.terms.mgd.ratio=2"], "terms.mgd: "),
         (["teacher.ema=1.0"], "teacher.ema=1.0 must be at least 0 and below 1"),
         (["teacher.ema=yes"], "teacher.ema="),
-        (["teacher.ema=0.9"], "leave out what asks for another one (stages"),
+        (["teacher.ema=0.9"], "leave out what needs another one (stages"),
         (
             ["teacher.ema=0.9", "stages=[distill]", "teacher.cache=require", "teacher.compile=true"],
             "(teacher.cache, teacher.compile)",
