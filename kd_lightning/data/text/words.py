@@ -190,7 +190,7 @@ class WordDataset(BatchDataset):
             marks[marks == GOES_ON] = NO_WORD
         labels = np.where(marks == NO_WORD, IGNORE, labels)
         self.windows, self.span, self.cut = windows, span, windows.cut
-        self.entries = {
+        self.entries: dict[str, tuple[NDArray[Any], int]] = {
             "input_ids": (windows.tokens, pad_token_id), "labels": (labels, IGNORE), "words": (marks, NO_WORD)
         }  # fmt: skip
 
