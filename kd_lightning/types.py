@@ -19,6 +19,8 @@ Batch = dict[str, Tensor]
 * `keep`: `(B, L)` bool, which tokens are predicted, or after `Task.compared` which rows of logits count
 * `index`: `(B,)` int64, each example's stable position in its data set
 * `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
+* `begins`: `(B, L)` bool, which kept tokens begin a word; absent where each does
+* `window_of`: `(B,)` int64, the number of the text that a row is a window of; -1 where it is a whole text
 * `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's
 """
 

@@ -23,8 +23,9 @@ from kd_lightning.data.corpus import store as corpus
 from kd_lightning.data.corpus.blocks import Packing, cut
 from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
-from kd_lightning.data.text import augment, tokens
+from kd_lightning.data.text import augment, tokens, words
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours
+from kd_lightning.data.text.tagged import Place, TaggedText, split_words
 from kd_lightning.models import bilstm, causal_lm, cnn, embedding, hf, simkd, text_cnn
 from kd_lightning.models.adapt import run_network
 from kd_lightning.teachers import frozen
@@ -78,6 +79,14 @@ def make_tokens() -> Any:
             types = None if stored.types is None else stored.types.tolist()
             found.append([stored.tokens.tolist(), stored.offsets.tolist(), types])
     return [sorted(tokenizer.get_vocab()), found]
+
+
+def make_words() -> Any:
+    """Return tagged texts as windows of tokens, and which words count in which."""
+    tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
+    texts = [TaggedText(text, split_words(text), None, Place("made", i)) for i, text in enumerate(TEXTS) if text]
+    windows = words.encode_words(tokenizer, texts, 6, 2)
+    return [getattr(windows, name).tolist() for name in ("tokens", "offsets", "words", "texts")]
 
 
 def make_corpus() -> Any:
@@ -187,6 +196,7 @@ DOCUMENTS = {
 PIXELS = {"pixel_values": (torch.arange(2 * 3 * 64) * 0.37).sin().view(2, 3, 8, 8)}
 COMPONENTS = {
     "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
+    "words": Component(words.VERSION, "data/text/words.py", make_words),
     "corpus": Component(corpus.VERSION, "data/corpus/store.py", make_corpus),
     "views": Component(augment.VERSION, "data/text/augment.py", make_views),
     "pixels": Component(store.VERSION, "data/image/store.py", make_pixels, 1e-6),

@@ -152,7 +152,7 @@ class _Converter:
             node["init_args"]["teacher"] = class_path(
                 "kd_lightning.pipeline.checkpoint_teacher.finished_network",
                 checkpoint=start[0] if isinstance(start, list) else start,
-                **{name: sizes[name] for name in ("num_classes", "pad_token_id") if name in sizes},
+                **{name: sizes[name] for name in ("num_classes", "pad_token_id", "per_token") if name in sizes},
             )  # fmt: skip
         return node
 

@@ -17,6 +17,7 @@ from kd_lightning.data.sources.lm_text import LMTextData
 from kd_lightning.data.sources.reviews import Reviews
 from kd_lightning.data.sources.sotu import Sotu
 from kd_lightning.data.sources.text_files import TextFiles
+from kd_lightning.data.sources.token_files import TokenFiles
 from kd_lightning.data.text.corpus import Corpus, Examples
 from kd_lightning.data.text.datamodule import TextData
 
@@ -38,5 +39,6 @@ __all__ = [
     "Sotu",
     "TextData",
     "TextFiles",
+    "TokenFiles",
     "selected",
 ]

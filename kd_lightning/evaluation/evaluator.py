@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from kd_lightning.runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kd_lightning.data.sources.files import FileReader
     from kd_lightning.data.text.corpus import Sentence
     from kd_lightning.tasks.evaluation import Evaluation
@@ -75,13 +77,59 @@ def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict
     paths = [Path(one[0]).expanduser() for one in given] if reads_images else []
     found: dict[int, dict[str, Any]] = {}
     with torch.inference_mode():
-        for batch in image_batches(model, paths) if reads_images else text_batches(model, given):
+        if model.task.per_token:
+            found |= enumerate(entities(model, [one[0] for one in given]))
+        for batch in () if found else image_batches(model, paths) if reads_images else text_batches(model, given):
             logits = run_network(model.network, batch).logits.float()
             read = model.task.read(logits, batch, model.class_names)
             found |= dict(zip(batch["index"].tolist(), read, strict=True))
     records = iter([found[place] for place in range(len(given))])
     nothing = dict.fromkeys(found[0])
     return [dict(nothing) if one is None else next(records) for one in inputs]
+
+
+def entities(model: TrainedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the entities that a model of tokens finds in each text, with the characters where they stand.
+
+    A text of more than `max_length` tokens is read in windows, which share a quarter. Each word's tag is of the window
+    that shows most around it; entities are looked for in the whole text.
+
+    Raises:
+        ConfigError: The model reads no text.
+    """
+    import numpy as np
+    import torch
+
+    from kd_lightning.data.text.tagged import Place, TaggedText, split_words
+    from kd_lightning.data.text.words import WordDataset, encode_words
+    from kd_lightning.models.adapt import run_network
+
+    if model.tokenizer is None or model.max_length is None:
+        raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
+    tokenizer: Any = model.tokenizer
+    tagged = [TaggedText(text, split_words(text), None, Place("input", i)) for i, text in enumerate(texts, start=1)]
+    windows = encode_words(tokenizer, tagged, model.max_length, model.max_length // 4)
+    unknown = np.zeros(len(windows.tokens), np.int64)
+    data = WordDataset(windows, unknown, False, range(len(windows)), int(tokenizer.pad_token_id))
+    of_window: dict[int, Tensor] = {}
+    order = np.argsort(windows.lengths, kind="stable")
+    for start in range(0, len(order), BATCH):
+        batch = data[order[start : start + BATCH]]
+        logits = run_network(model.network, batch).logits.float()
+        kept = [row[keep] for row, keep in zip(logits, batch["keep"], strict=True)]
+        of_window |= dict(zip(batch["index"].tolist(), kept, strict=True))
+    found = []
+    for number, text in enumerate(tagged):
+        logits = torch.cat([of_window[i] for i in np.flatnonzero(windows.texts == number).tolist()])
+        rows = {"keep": torch.ones(1, len(logits), dtype=torch.bool)}
+        (record,) = model.task.read(logits[None], rows, model.class_names)
+        found.append({"entities": [_with_characters(one, text.text, text.words) for one in record["entities"]]})
+    return found
+
+
+def _with_characters(entity: dict[str, Any], text: str, words: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    start, end = words[entity["start"]][0], words[entity["stop"] - 1][1]
+    return {"type": entity["type"], "text": text[start:end], "start": start, "end": end, "score": entity["score"]}
 
 
 def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: bool = False) -> Evaluation:
@@ -103,7 +151,7 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
 
     if model.tokenizer is None:
         raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
-    if model.task.classes is None:
+    if model.task.classes is None or model.task.per_token:
         raise ConfigError(
             f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
         )

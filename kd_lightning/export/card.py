@@ -63,6 +63,7 @@ def _metadata(exported: Exported, run: History) -> str:
 
     task = task_of(exported.predicts)
     pipeline = f"{_reads(exported)}-classification" if task.problem_type else None  # regressions too
+    pipeline = "token-classification" if task.per_token else pipeline
     data = [name for origin in run.sources for name in origin.names]
     results = [
         EvalResult(
@@ -116,6 +117,8 @@ def _use(exported: Exported) -> str:
     use = USE[exported.format]
     if exported.format == "huggingface" and images is not None:
         use = "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor."
+    if exported.format == "huggingface" and task.per_token:
+        use = "`pipeline('token-classification', FOLDER, aggregation_strategy='first')`."
     inputs = ", ".join(f"`{name}`" for name in exported.inputs)
     return f"{files}{opset}. Inputs: {inputs}; {reads}. {task.columns(list(map(markdown, exported.class_names)))} {use}"
 

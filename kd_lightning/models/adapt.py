@@ -26,6 +26,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch, ModelOutput
 
+NEVER_READ = ("labels", "keep", "index", "task", "token_bytes", "begins", "window_of")
+"""Entries of a batch that say what is predicted of it."""
+
 _MAIN_ENTRIES = ("input_ids", "pixel_values")
 _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel)
 
@@ -33,10 +36,10 @@ _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataPar
 def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     """Run `network` on the entries of `batch` that its forward names, and return a `ModelOutput`.
 
-    `labels`, `keep`, `index`, `task`, `token_bytes` and `teacher_*` are never passed: a network sees what it will see
-    when deployed. A forward with `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin
-    wrapper of the user's does not lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their
-    wrappers, with the signature of what they wrap.
+    `NEVER_READ` and `teacher_*` are never passed: a network sees what it will see when deployed. A forward with
+    `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the user's does not
+    lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the signature of what
+    they wrap.
 
     Args:
         network: Any module; see the top of this file for what its forward may take and return.
@@ -126,7 +129,7 @@ def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
 
 def is_input(name: str) -> bool:
     """Say whether a network may see this entry of a batch."""
-    return name not in ("labels", "keep", "index", "task", "token_bytes") and not name.startswith("teacher_")
+    return name not in NEVER_READ and not name.startswith("teacher_")
 
 
 def _as_output(output: Any, network: nn.Module) -> ModelOutput:

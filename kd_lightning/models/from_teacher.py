@@ -100,6 +100,7 @@ def embeddings_from_teacher(
     pad_token_id: int = 0,
     scale: float = 5.0,
     initialise: Initialise = "teacher",
+    per_token: bool = False,
 ) -> nn.Module:
     """Build a student whose word embeddings are the principal components of the teacher's.
 
@@ -117,6 +118,7 @@ def embeddings_from_teacher(
         scale: Adam's steps have the size of the learning rate, whatever the size of the weights: the larger the
             embeddings, the less training moves them.
         initialise: `teacher`: as described; `random`: the same network with fresh embeddings.
+        per_token: The network is to classify each token; it is then given that too.
 
     Raises:
         ConfigError: The teacher has no word embeddings, other ones (another tokenizer) or narrower ones; the student
@@ -132,6 +134,7 @@ def embeddings_from_teacher(
             "let both use the teacher's tokenizer (data.tokenizer), or choose a student that takes nothing from it"
         )
     sizes = {"num_classes": num_classes, "vocab_size": vocab_size, "pad_token_id": pad_token_id}
+    sizes |= {"per_token": True} if per_token else {}
     if lacking := sizes.keys() - inspect.signature(network).parameters.keys():
         raise ConfigError(
             f"student.network takes no {', '.join(sorted(lacking))}: give one that is built for the data's words, such "

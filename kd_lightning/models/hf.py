@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -245,25 +245,12 @@ def _freeze(encoder: PreTrainedModel, layers: int) -> None:
         layer.requires_grad_(False)
 
 
-def finished(
-    name: str,
-    num_classes: int,
-    pad_token_id: int | None = None,
-    per_token: bool = False,
-    class_names: Sequence[str] | None = None,
-) -> nn.Module:
+def finished(name: str, num_classes: int, pad_token_id: int | None = None, per_token: bool = False) -> nn.Module:
     """Load a finished classifier for this many classes, with its head; arguments as for `pretrained`.
-
-    Args:
-        name: As for `pretrained`.
-        num_classes: As for `pretrained`.
-        pad_token_id: As for `pretrained`.
-        per_token: As for `pretrained`.
-        class_names: The data's, which the checkpoint's are to be, in their order; None: the numbers alone decide.
 
     Raises:
         ConfigError: The checkpoint is an encoder, or a classifier for another number of classes: `pretrained` would
-            give it a new, untrained head. Or the names of its classes are others.
+            give it a new, untrained head.
     """
     source, local = locate(name)
     try:
@@ -281,12 +268,6 @@ def finished(
         raise ConfigError(
             f"{name} is {kind}, not a finished teacher for the data's {num_classes} classes: to fine-tune it first, "
             f"use model@teacher.network=hf teacher.network.name={name} and no teacher.checkpoint"
-        )
-    own = [str(label) for _, label in sorted((config.id2label or {}).items())]
-    if class_names is not None and own != list(class_names):
-        raise ConfigError(
-            f"the classes of {name} are {', '.join(own)}, and the data's {', '.join(class_names)}: set "
-            f"data.class_names=[{','.join(own)}]"
         )
     return pretrained(name, num_classes, pad_token_id=pad_token_id, per_token=per_token)
 

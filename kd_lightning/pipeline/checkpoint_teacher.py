@@ -24,13 +24,16 @@ from kd_lightning.training.run_folder import is_finished, load_run
 from kd_lightning.types import Batch, ModelOutput
 
 
-def finished_network(checkpoint: str, num_classes: int | None = None, pad_token_id: int | None = None) -> nn.Module:
+def finished_network(
+    checkpoint: str, num_classes: int | None = None, pad_token_id: int | None = None, per_token: bool = False
+) -> nn.Module:
     """Return a trained network, to be trained on or to make a student from; no random number is drawn.
 
     Args:
         checkpoint: A stage folder of ours (`RUN/teacher`), else a Hugging Face folder or name.
         num_classes: C, for a Hugging Face classifier.
         pad_token_id: What pads its texts.
+        per_token: Whether it classifies each token.
 
     Raises:
         ConfigError: A Hugging Face name without `num_classes`, or whatever `models.hf.finished` refuses.
@@ -44,7 +47,7 @@ def finished_network(checkpoint: str, num_classes: int | None = None, pad_token_
             )
         from kd_lightning.models.hf import finished
 
-        return finished(checkpoint, num_classes, pad_token_id)
+        return finished(checkpoint, num_classes, pad_token_id, per_token)
 
 
 class _LateTeacher(L.Callback, Teacher):

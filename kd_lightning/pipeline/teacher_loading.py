@@ -114,5 +114,11 @@ def _check_class_order(checkpoint: str, network: nn.Module, data: IndexedData, c
             f"the teacher {checkpoint} has the classes in the order {names}, the data {data.class_names}: "
             f"give the data the teacher's order, data.class_names={names}"
         )
-    if theirs != ours and theirs != [f"label_{i}" for i in range(len(ours))]:
+    unnamed = theirs == [f"label_{i}" for i in range(len(ours))]
+    if theirs != ours and data.task.per_token and not unnamed:
+        raise ConfigError(
+            f"the teacher {checkpoint} has the tags {names}, the data {data.class_names}: give another teacher, or the "
+            f"data the teacher's tags, data.class_names={names}"
+        )
+    if theirs != ours and not unnamed:
         say(console, f"teacher  calls its classes {names}, the data {data.class_names}: do they match?")

@@ -11,6 +11,7 @@ from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.multi_task import MultiTask, task_of
 from kd_lightning.tasks.regression import Regression
 from kd_lightning.tasks.scores import Scores, ScoreSpec
+from kd_lightning.tasks.token_classification import TokenClassification
 
 __all__ = [
     "CausalLanguageModeling",
@@ -20,5 +21,6 @@ __all__ = [
     "ScoreSpec",
     "Scores",
     "Task",
+    "TokenClassification",
     "task_of",
 ]

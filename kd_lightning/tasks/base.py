@@ -38,12 +38,14 @@ class Task(ABC):
         specs: How the scores are to be read, those against labels and those against a teacher.
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
+        per_token: Whether a network predicts for each token of a text, and not for the text.
     """
 
     monitor: str
     specs: Mapping[str, ScoreSpec]
     outputs: int
     classes: int | None = None
+    per_token: bool = False
 
     @property
     def mode(self) -> Mode:

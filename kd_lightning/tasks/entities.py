@@ -131,13 +131,12 @@ class EntityScores(Metric):
 
     Args:
         tags: The tag of each class.
-        score: Which of `precision`, `recall` and `f1` the metric is; `table` has all of them.
 
     >>> metric = EntityScores(["O", "B-PER", "I-PER"])
     >>> logits = torch.eye(3)[torch.tensor([[1, 2, 0, 1]])]
     >>> metric.update(logits, torch.tensor([[1, 2, 0, 0]]))  # one of the two entities is there
-    >>> metric.compute()
-    tensor(0.6667)
+    >>> {name: round(float(value), 2) for name, value in metric.compute().items()}
+    {'f1': 0.67, 'precision': 0.5, 'recall': 1.0, 'PER/f1': 0.67}
     """
 
     is_differentiable = False
@@ -152,11 +151,10 @@ class EntityScores(Metric):
     prefix: Tensor
     kind: Tensor
 
-    def __init__(self, tags: Sequence[str], score: Literal["precision", "recall", "f1"] = "f1") -> None:
+    def __init__(self, tags: Sequence[str]) -> None:
         super().__init__()
         parts = [split_tag(tag) or (OUTSIDE, "") for tag in tags]
         self.types = sorted({kind for prefix, kind in parts if prefix != OUTSIDE})
-        self.score = score
         codes = torch.tensor(["OBIES".index(prefix) for prefix, _ in parts])
         kinds = torch.tensor([self.types.index(kind) if kind else -1 for _, kind in parts])
         self.register_buffer("prefix", codes, persistent=False)
@@ -187,35 +185,35 @@ class EntityScores(Metric):
             if len(piece):
                 self.pieces.append(piece)
             row, predicted, expected = row[~cut], predicted[~cut], expected[~cut]
-        for name, count in zip(_COUNTS, self._counted(row, predicted, expected), strict=True):
-            setattr(self, name, getattr(self, name) + count)
+        self._add(self._counted(row, predicted, expected))
 
-    def compute(self) -> Tensor:
-        """Return the score over everything added so far; 0 where there is nothing to be right about."""
-        correct, predicted, expected = (count.sum() for count in self._counts())
-        return torch.where(self.invalid > 0, torch.nan, _score(self.score, correct, predicted, expected))
-
-    def table(self) -> dict[str, dict[str, float]]:
-        """Return precision, recall, F1 and the number of entities that there are (`support`) of each type."""
-        counts = torch.stack(self._counts(), dim=1).tolist()
-        names = ("precision", "recall", "f1")
-        rows = {kind: torch.tensor(row) for kind, row in zip(self.types, counts, strict=True)}
-        return {
-            kind: {name: float(_score(name, *row)) for name in names} | {"support": int(row[2])}
-            for kind, row in rows.items()
+    def compute(self) -> dict[str, Tensor]:
+        """Return F1, precision and recall over everything added so far, and each type's F1; 0 of nothing."""
+        self.settle()
+        correct, predicted, expected = self.correct, self.predicted, self.expected
+        found = {
+            "f1": _share(2 * correct.sum(), predicted.sum() + expected.sum()),
+            "precision": _share(correct.sum(), predicted.sum()),
+            "recall": _share(correct.sum(), expected.sum()),
         }
+        by_type = _share(2 * correct, predicted + expected)
+        found |= {f"{kind}/f1": value for kind, value in zip(self.types, by_type, strict=True)}
+        return {name: torch.where(self.invalid > 0, torch.nan, value) for name, value in found.items()}
 
-    def _counts(self) -> list[Tensor]:
-        """Return how many entities of each type are right, predicted and expected, those of windows included."""
-        found = [self.correct, self.predicted, self.expected]
+    def settle(self) -> None:
+        """Count the windows added so far: all windows of their texts are taken to be among them."""
         pieces = self.pieces if isinstance(self.pieces, list) else [self.pieces]
-        if not pieces:
-            return found
-        rows = torch.cat(pieces)
-        for column in (2, 1, 0):
-            rows = rows[rows[:, column].argsort(stable=True)]
-        more = self._counted(rows[:, 0], rows[:, 3], rows[:, 4])
-        return [own + other for own, other in zip(found, more, strict=True)]
+        if pieces:
+            rows = torch.cat(pieces)
+            for column in (2, 1, 0):
+                rows = rows[rows[:, column].argsort(stable=True)]
+            self._add(self._counted(rows[:, 0], rows[:, 3], rows[:, 4]))
+            self.pieces = []
+
+    def _add(self, counts: Sequence[Tensor]) -> None:
+        self.correct, self.predicted, self.expected = (
+            own + more for own, more in zip((self.correct, self.predicted, self.expected), counts, strict=True)
+        )
 
     def _counted(self, text: Tensor, predicted: Tensor, expected: Tensor) -> list[Tensor]:
         """Return the three counts by type of words `(N,)`; a text's words follow each other."""
@@ -239,12 +237,6 @@ class EntityScores(Metric):
         return ends
 
 
-_COUNTS = ("correct", "predicted", "expected")
-
-
-def _score(name: str, correct: Tensor, predicted: Tensor, expected: Tensor) -> Tensor:
-    """Return a score of counts, 0 where it is of nothing."""
-    top, bottom = {"precision": (correct, predicted), "recall": (correct, expected)}.get(
-        name, (2 * correct, predicted + expected)
-    )
-    return top / bottom.clamp(min=1)
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Return a share, 0 of nothing."""
+    return part / whole.clamp(min=1)

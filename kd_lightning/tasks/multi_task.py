@@ -18,6 +18,7 @@ from kd_lightning.tasks.causal_lm import CausalLanguageModeling
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.regression import Regression
 from kd_lightning.tasks.scores import Scores, ScoreSpec
+from kd_lightning.tasks.token_classification import TokenClassification
 from kd_lightning.types import Batch, ModelOutput
 
 
@@ -117,7 +118,7 @@ class MultiTask(Task):
         return {name: task.description for name, task in self.tasks.items()}
 
 
-def task_of(description: int | str | dict[str, Any]) -> Task:
+def task_of(description: int | str | list[str] | dict[str, Any]) -> Task:
     """Return the task that `Task.description` describes.
 
     >>> task_of({"domain": 4, "rating": "regression"}).outputs
@@ -127,6 +128,8 @@ def task_of(description: int | str | dict[str, Any]) -> Task:
         return found
     if isinstance(description, dict):
         return MultiTask({name: task_of(own) for name, own in description.items()})
+    if isinstance(description, list):
+        return TokenClassification(description)
     return Classification(description) if isinstance(description, int) else Regression()
 
 

@@ -97,6 +97,7 @@ class Scores(nn.Module):
 
     def _states(self) -> list[tuple[Metric, str, Tensor]]:
         found = [(metric, name, getattr(metric, name)) for metric in self._all() for name in metric._defaults]
+        found = [(metric, name, state) for metric, name, state in found if isinstance(state, Tensor) or state]
         if odd := [type(metric).__name__ for metric, name, _ in found if metric._reductions[name] is not dim_zero_sum]:
             raise TypeError(f"{', '.join(odd)} keeps states that are no sums: scores of a split's parts do not add up")
         return found

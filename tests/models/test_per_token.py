@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import BertConfig, BertForTokenClassification
 
 from kd_lightning.models.adapt import run_network
+from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.features import FeatureTap
-from kd_lightning.models.from_teacher import from_teacher
+from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.hf import finished, pretrained
 from kd_lightning.models.rebuild import describe, from_description
+from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
 from kd_lightning.runtime.errors import ConfigError
 from tests.models.test_bilstm import LENGTHS, network, packed_twin, tokens
@@ -82,7 +85,7 @@ def test_a_pooling_of_single_tokens_is_refused(tmp_path: Path) -> None:
 def test_a_finished_tagger_keeps_its_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tagger().save_pretrained(tmp_path)
-    found = finished(str(tmp_path), 3, per_token=True, class_names=TAGS)
+    found = finished(str(tmp_path), 3, per_token=True)
     torch.testing.assert_close(found.state_dict(), dict(tagger().state_dict()))
     assert "its head is kept, classes in this order: O, B-PER, I-PER" in caplog.text
     assert run_network(found, batch()).logits.shape == (2, 5, 3)
@@ -95,12 +98,10 @@ def test_an_encoder_gets_a_head_for_each_token(tmp_path: Path) -> None:
     torch.testing.assert_close(found.bert.embeddings.state_dict(), tiny("bert").bert.embeddings.state_dict())
 
 
-def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_of_other_numbers_of_classes_is_refused(tmp_path: Path) -> None:
     tagger(["O", "I-PER", "B-PER"]).save_pretrained(tmp_path / "tags")
-    with pytest.raises(ConfigError, match=r"the data's O, B-PER, I-PER: set data\.class_names=\[O,I-PER,B-PER\]"):
-        finished(str(tmp_path / "tags"), 3, per_token=True, class_names=TAGS)
     with pytest.raises(ConfigError, match="a token classifier for 3 classes, not a finished teacher for the data's 5"):
-        finished(str(tmp_path / "tags"), 5, per_token=True, class_names=[*TAGS, "B-LOC", "I-LOC"])
+        finished(str(tmp_path / "tags"), 5, per_token=True)
     tiny("bert", num_classes=3).save_pretrained(tmp_path / "classifier")
     with pytest.raises(ConfigError, match="is no token classifier, not a finished teacher"):
         finished(str(tmp_path / "classifier"), 3, per_token=True)
@@ -115,3 +116,11 @@ def test_a_student_of_a_taggers_layers_keeps_its_head() -> None:
         student.bert.encoder.layer[1].output.dense.weight, teacher.bert.encoder.layer[3].output.dense.weight
     )
     assert run_network(student, batch()).logits.shape == (2, 5, 3)
+
+
+def test_a_tagger_with_its_teachers_embeddings() -> None:
+    teacher = tagger()
+    student = embeddings_from_teacher(teacher, 3, 30, partial(BiLSTM, embedding_size=6, hidden_size=4), per_token=True)
+    assert run_network(student, batch()).logits.shape == (2, 5, 3)
+    with pytest.raises(ConfigError, match=r"student\.network takes no per_token"):
+        embeddings_from_teacher(teacher, 3, 30, partial(TextCNN, embedding_size=6), per_token=True)

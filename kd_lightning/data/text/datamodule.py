@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.data.classification import ClassificationData, check_probabilities
-from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.datamodule import Role
 from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence
 from kd_lightning.data.text.dataset import FreshViews, TokenDataset
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours, nearest_words
+from kd_lightning.data.text.tokenized import ROLES, TokenizedData
 from kd_lightning.data.text.tokens import (
     TokenStore,
     encode_batch,
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ReplaceBy = Literal["neighbours", "class"]
-ROLES: tuple[Role, Role] = ("student", "teacher")
 
 
-class TextData(ClassificationData):
+class TextData(TokenizedData, ClassificationData):
     """Labelled sentences or pairs with one class each, and unlabelled sentences for distillation.
 
     Subclasses implement `read`. The teacher labels the views, since a masked word may change the class.
@@ -47,9 +47,6 @@ class TextData(ClassificationData):
     help.
 
     Args:
-        tokenizer: `"minilm"`, a folder, a Hugging Face name, or `"wordpiece:8000"` to learn one from the data.
-        teacher_tokenizer: The teacher's, if it differs.
-        max_length: Longer sentences are cut to this many tokens.
         mask_probability: How often a view's word is masked.
         ngram_probability: How often a view is cut to at most five words.
         replace_probability: How often a view's word is replaced.
@@ -61,7 +58,7 @@ class TextData(ClassificationData):
         crop_share: How long that run is, as a share of the words.
         transfer: Unlabelled sentences: files, or names that the source knows.
         cache_dir: Where encoded sentences are kept; by default under `$KD_LIGHTNING_HOME`.
-        options: Those of `ClassificationData`.
+        options: Those of `TokenizedData` and `ClassificationData`; sentences of more than `max_length` tokens are cut.
 
     Raises:
         ConfigError: An option out of its range.
@@ -69,9 +66,6 @@ class TextData(ClassificationData):
 
     def __init__(
         self,
-        tokenizer: str = "minilm",
-        teacher_tokenizer: str | None = None,
-        max_length: int = 64,
         mask_probability: float = 0.1,
         ngram_probability: float = 0.25,
         replace_probability: float = 0.0,
@@ -85,7 +79,6 @@ class TextData(ClassificationData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_least(4, max_length=max_length)
         chances: dict[str, Any] = {
             "replace_probability": replace_probability, "drop_probability": drop_probability,
             "swap_probability": swap_probability, "crop_probability": crop_probability, "crop_share": crop_share,
@@ -94,8 +87,6 @@ class TextData(ClassificationData):
         if replace_by not in get_args(ReplaceBy):
             hint = did_you_mean(str(replace_by), get_args(ReplaceBy))
             raise ConfigError(f"data.replace_by={replace_by!r} is unknown{hint}")
-        self.tokenizer_names = {"student": tokenizer, "teacher": teacher_tokenizer or tokenizer}
-        self.max_length = max_length
         self.mask_probability = mask_probability
         self.ngram_probability = ngram_probability
         self.replace_by = replace_by
@@ -104,7 +95,6 @@ class TextData(ClassificationData):
         self._neighbours_in = self.tokenizer_names["teacher"]
         self.transfer = [transfer] if isinstance(transfer, str) else list(transfer)
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "tokens"
-        self._readings: dict[str, Self] = {}  # the same data for other teachers, by their tokenizers
 
     @abstractmethod
     def read(self) -> Corpus:
@@ -156,18 +146,13 @@ class TextData(ClassificationData):
         tokenizer = load_tokenizer(self._neighbours_in, texts)
         return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in, tokenizer))
 
-    def _load_tokenizers(self, training_texts: list[str]) -> None:
-        names = self.tokenizer_names
-        loaded = {name: load_tokenizer(name, training_texts) for name in sorted(set(names.values()))}
-        self.student_tokenizer: PreTrainedTokenizerFast = loaded[names["student"]]
-        self.teacher_tokenizer: PreTrainedTokenizerFast = loaded[names["teacher"]]
+    def _load_tokenizers(self, training_texts: list[str]) -> dict[str, PreTrainedTokenizerFast]:
+        loaded = super()._load_tokenizers(training_texts)
         for name, tokenizer in loaded.items():
-            if self.max_length > tokenizer.model_max_length:
-                longest = tokenizer.model_max_length
-                raise ConfigError(f"data.max_length={self.max_length}, but {name!r} takes at most {longest} tokens")
             if mask_token(tokenizer) is None and self.views and self.mask_probability:
                 message = f"{name!r} has no token to mask words with"
                 raise ConfigError(f"{message}; set data.mask_probability=0 or data.views=0")
+        return loaded
 
     def _encode(self, texts: list[Sentence]) -> None:
         """Encode everything, and set the fingerprints: of all data, without the pool, and for teacher outputs."""
@@ -238,21 +223,6 @@ class TextData(ClassificationData):
         return self._stores["teacher"].lengths
 
     @property
-    def has_two_tokenizers(self) -> bool:
-        """Whether the teacher's tokens differ from the student's."""
-        return self.tokenizer_names["student"] != self.tokenizer_names["teacher"]
-
-    def model_arguments(self, role: Role) -> dict[str, int]:
-        """Return a network's arguments from the data: `num_classes`, `vocab_size` and `pad_token_id`."""
-        self.prepare()
-        tokenizer = self.tokenizer_of(role)
-        return {
-            "num_classes": self.num_classes,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": int(tokenizer.pad_token_id),
-        }
-
-    @property
     def input_format(self) -> dict[str, Any]:
         """The longest input in tokens, and how many texts an example has."""
         return {"max_length": self.max_length, "texts": self.texts_per_example}
@@ -262,34 +232,6 @@ class TextData(ClassificationData):
         self.prepare()
         sentences = [(text,) if isinstance(text, str) else text for text in texts]
         return encode_batch(self.tokenizer_of(role), sentences, self.max_length)
-
-    def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast:
-        """Return the tokenizer of a network's inputs."""
-        return self.student_tokenizer if role == "student" else self.teacher_tokenizer
-
-    def read_with(self, tokenizers: Mapping[Role, str]) -> None:
-        """Use tokenizers from these folders; without a separate teacher tokenizer, one serves both."""
-        either = next(iter(tokenizers.values())) if tokenizers and not self.has_two_tokenizers else None
-        names = self.tokenizer_names
-        self.tokenizer_names = {role: either or tokenizers.get(role, names[role]) for role in ROLES}
-
-    def reading(self, tokenizer: str) -> Self:
-        """Return the same data for a teacher with another tokenizer; itself if it already has it.
-
-        Args:
-            tokenizer: A folder or a Hugging Face name.
-        """
-        self.prepare()
-        fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer, []))
-        if fingerprint == self.teacher_key["tokenizer"]:
-            return self
-        if fingerprint not in self._readings:
-            other = self._copy()
-            other.tokenizer_names = {**self.tokenizer_names, "teacher": tokenizer}
-            other.fingerprint, other._readings = "", {}
-            other.prepare()
-            self._readings[fingerprint] = other
-        return self._readings[fingerprint].select(self._tokens, self._pool)
 
     def with_one_reader(self) -> Self:
         """Return the same data for a teacher with the student's tokens."""
@@ -318,9 +260,3 @@ class TextData(ClassificationData):
         self.prepare()
         stores = {prefix: self._stores[role] for prefix, role in self._readers().items()}
         return TokenDataset(stores, self._labels, range(self._spans[first].start, self._spans[last].stop))
-
-    def _readers(self) -> dict[str, Role]:
-        """Return the token stores of a batch by the prefix of their names."""
-        if self._tokens == "both" and self.has_two_tokenizers:
-            return {"": "student", "teacher_": "teacher"}
-        return {"": "teacher" if self._tokens == "teacher" else "student"}

@@ -20,8 +20,9 @@ from kd_lightning.types import IGNORE, Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NO_WORD, BEGINS, GOES_ON = 0, 1, 2
-"""What a batch's `words` say of a token: none of a word that counts here, the first of one, or a later one."""
+
+VERSION = 1
+"""Goes up when texts become other windows, or other words count in them."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Windows:
         return np.diff(self.offsets)
 
     @property
-    def marks(self) -> NDArray[np.int8]:
-        """`NO_WORD`, `BEGINS` or `GOES_ON` for each token, `(T,)`."""
+    def begins(self) -> NDArray[np.bool_]:
+        """Which tokens are the first of a word that counts here, `(T,)`."""
         first = np.ones(len(self.words), bool)
         first[1:] = self.words[1:] != self.words[:-1]
         first[self.offsets[:-1]] = True
-        return np.where(self.words < 0, NO_WORD, np.where(first, BEGINS, GOES_ON)).astype(np.int8)
+        return first & (self.words >= 0)
 
     @property
     def cut(self) -> NDArray[np.int64]:
@@ -172,7 +173,8 @@ def _counted_once(windows: list[NDArray[np.int32]], step: int) -> list[NDArray[n
 class WordDataset(BatchDataset):
     """A run of windows of tagged texts.
 
-    Batches have `input_ids`, `attention_mask`, `labels` and `words` `(B, L)`, `index` and `window_of` `(B,)`.
+    Batches have `input_ids`, `attention_mask`, `labels` and `keep` `(B, L)`, `index` and `window_of` `(B,)`; where
+    every token of a word counts also `begins` `(B, L)`, which of them is its first.
 
     Args:
         windows: Of all texts there are.
@@ -185,14 +187,15 @@ class WordDataset(BatchDataset):
     def __init__(
         self, windows: Windows, labels: NDArray[np.int64], every_token: bool, span: range, pad_token_id: int
     ) -> None:
-        marks = windows.marks
-        if not every_token:
-            marks[marks == GOES_ON] = NO_WORD
-        labels = np.where(marks == NO_WORD, IGNORE, labels)
         self.windows, self.span, self.cut = windows, span, windows.cut
+        begins = windows.begins
+        keep = windows.words >= 0 if every_token else begins
         self.entries: dict[str, tuple[NDArray[Any], int]] = {
-            "input_ids": (windows.tokens, pad_token_id), "labels": (labels, IGNORE), "words": (marks, NO_WORD)
+            "input_ids": (windows.tokens, pad_token_id), "labels": (np.where(keep, labels, IGNORE), IGNORE),
+            "keep": (keep, False),
         }  # fmt: skip
+        if every_token:
+            self.entries["begins"] = (begins, False)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -206,5 +209,6 @@ class WordDataset(BatchDataset):
         index = np.asarray(positions, np.int64) + self.span.start
         place, mask = padded(self.windows.offsets, index)
         batch = {name: np.where(mask, flat[place], fill) for name, (flat, fill) in self.entries.items()}
-        batch |= {"attention_mask": mask, "index": index, "window_of": self.cut[index]}
-        return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in batch.items()}
+        batch |= {"attention_mask": mask.astype(np.int64), "index": index, "window_of": self.cut[index]}
+        batch["input_ids"] = batch["input_ids"].astype(np.int64)
+        return {name: torch.from_numpy(entry) for name, entry in batch.items()}

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.tasks import task_of
 
 if TYPE_CHECKING:
     from kd_lightning.export.exported import Exported
@@ -30,7 +36,7 @@ READS: tuple[str, ...] = ()
 def check(model: TrainedModel) -> None:
     """Refuse what is not a `transformers` classifier, and several tasks, which its pipelines lack."""
     network = model.network
-    if model.task.problem_type is None:
+    if model.task.problem_type is None and not model.task.per_token:
         raise ConfigError(
             f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
             "and from_pretrained supports only one; use safetensors, pt2, onnx"
@@ -48,7 +54,8 @@ def check(model: TrainedModel) -> None:
 
 
 def _is_classifier(network: nn.Module) -> bool:
-    return type(network).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+    kinds = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification")
+    return type(network).__name__.endswith(kinds)
 
 
 def write(source: Source, quantize: str, folder: Path) -> Written:
@@ -78,5 +85,7 @@ def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Mod
     """Load it with `from_pretrained`."""
     images = exported.images is not None
     kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    if task_of(exported.predicts).per_token:
+        kind = AutoModelForTokenClassification
     network: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return network.eval()

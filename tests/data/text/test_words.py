@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kd_lightning.data.text.tagged import Place, TaggedText, from_words, split_words
 from kd_lightning.data.text.tokens import load_tokenizer
-from kd_lightning.data.text.words import BEGINS, GOES_ON, NO_WORD, Windows, WordDataset, encode_words
+from kd_lightning.data.text.words import Windows, WordDataset, encode_words
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE
 
@@ -76,10 +76,9 @@ def rows(windows: Windows, flat: NDArray[Any]) -> list[list[int]]:
 def test_every_word_begins_once_in_one_window(tokenizer: Any, max_length: int, stride: int) -> None:
     windows = encode_words(tokenizer, TEXTS, max_length, stride)
     begun: dict[int, list[int]] = {}
-    for number, words, marks in zip(
-        windows.texts, *(rows(windows, w) for w in (windows.words, windows.marks)), strict=True
-    ):
-        begun.setdefault(int(number), []).extend(w for w, mark in zip(words, marks, strict=True) if mark == BEGINS)
+    every, flags = rows(windows, windows.words), rows(windows, windows.begins)
+    for number, words, begins in zip(windows.texts, every, flags, strict=True):
+        begun.setdefault(int(number), []).extend(w for w, first in zip(words, begins, strict=True) if first)
     assert begun == {i: list(range(len(text.words))) for i, text in enumerate(TEXTS)}
     assert max(windows.lengths) <= max_length
     assert windows.texts.tolist() == sorted(windows.texts.tolist())
@@ -94,7 +93,7 @@ def test_a_words_first_token_is_what_the_tokenizer_makes_of_it(tokenizer: Any) -
     cut = encode_words(tokenizer, TEXTS, 16, 8)
     for windows in (whole, cut):
         tokens: dict[tuple[int, int], int] = {}
-        for place in np.flatnonzero(windows.marks == BEGINS):
+        for place in np.flatnonzero(windows.begins):
             window = int(np.searchsorted(windows.offsets, place, side="right")) - 1
             tokens[int(windows.texts[window]), int(windows.words[place])] = int(windows.tokens[place])
         for i, text in enumerate(TEXTS[:4]):
@@ -132,9 +131,10 @@ def test_batches_pad_and_mark_the_first_tokens() -> None:
     first, every = (WordDataset(windows, labels, every, range(2), pad)[[0, 1]] for every in (False, True))
     pieces = len(tokenizer.tokenize("word"))
     assert pieces > 1
-    assert first["words"][0].tolist() == [NO_WORD, BEGINS, *[NO_WORD] * (pieces - 1), BEGINS, NO_WORD]
-    assert every["words"][0].tolist() == [NO_WORD, BEGINS, *[GOES_ON] * (pieces - 1), BEGINS, NO_WORD]
-    assert first["words"][1].tolist() == [NO_WORD, BEGINS, *[NO_WORD] * (pieces + 1)]
+    assert first["keep"].int().tolist() == [[0, 1, *[0] * (pieces - 1), 1, 0], [0, 1, *[0] * (pieces + 1)]]
+    assert every["keep"].int().tolist() == [[0, *[1] * pieces, 1, 0], [0, 1, *[0] * (pieces + 1)]]
+    assert every["begins"].equal(first["keep"])
+    assert "begins" not in first
     expected = tokenizer(["word a", "a"], padding=True, return_tensors="pt")
     for name in ("input_ids", "attention_mask"):
         assert first[name].equal(expected[name])
