@@ -31,9 +31,9 @@ class CausalLanguageModeling(Task):
         vocabulary: V, how many tokens there are.
     """
 
-    monitor, tags = "loss", ("text-generation",)
+    monitor, tags = "cross_entropy", ("text-generation",)
     specs: Mapping[str, ScoreSpec] = {
-        "loss": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
+        "cross_entropy": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
         "perplexity": ScoreSpec("perplexity", "min"),
         "bits_per_byte": ScoreSpec("bits per byte", "min"),
         "accuracy": ScoreSpec("tokens predicted first"),
@@ -155,7 +155,7 @@ class _TokenScores(Scores):
 
     def __init__(self) -> None:
         super().__init__({
-            "loss": _Mean(), "perplexity": _Mean(power=True), "accuracy": _Mean(),
+            "cross_entropy": _Mean(), "perplexity": _Mean(power=True), "accuracy": _Mean(),
             "bits_per_byte": _Mean(1 / math.log(2)),
         })  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_stored_outputs_train_the_same_student_as_the_running_teacher(
     for name, weight in load_file(tmp_path / "again/seed_0/distill/model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)
     assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]  # not cut to what is stored
-    one, other = (report["models"]["distilled"]["test"]["loss"]["mean"] for report in (live, stored))
+    one, other = (report["models"]["distilled"]["test"]["cross_entropy"]["mean"] for report in (live, stored))
     assert one == pytest.approx(other, rel=1e-3)
 
 

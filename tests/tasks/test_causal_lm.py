@@ -57,7 +57,7 @@ def by_hand(logits: Tensor, batch: Batch) -> dict[str, float]:
             size += int(batch["token_bytes"][row, place + 1])
     mean = float(np.mean(surprises))
     return {
-        "loss": mean, "perplexity": math.exp(mean), "accuracy": float(np.mean(right)),
+        "cross_entropy": mean, "perplexity": math.exp(mean), "accuracy": float(np.mean(right)),
         "bits_per_byte": sum(surprises) / math.log(2) / size,
     }  # fmt: skip
 
@@ -104,14 +104,18 @@ def test_a_sparse_teacher_is_compared_over_what_is_kept(batch: Batch, logits: tu
 
 def test_the_loss_is_that_of_the_scores(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
     rows, output = TASK.compared(batch), ModelOutput(logits[0])
-    assert float(TASK.loss()(output, output, rows)) == pytest.approx(by_hand(logits[0], batch)["loss"], rel=1e-5)
+    assert float(TASK.loss()(output, output, rows)) == pytest.approx(
+        by_hand(logits[0], batch)["cross_entropy"], rel=1e-5
+    )
 
 
 def test_what_stands_where_nothing_is_predicted_does_not_matter(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
     rows, scores = TASK.compared(batch), TASK.scores()
     holed = torch.where(rows["keep"][..., None], logits[0], torch.nan)
     scores.update(holed, rows["labels"], rows)
-    assert float(scores.compute()["loss"]) == pytest.approx(by_hand(logits[0], batch)["loss"], rel=1e-5)
+    assert float(scores.compute()["cross_entropy"]) == pytest.approx(
+        by_hand(logits[0], batch)["cross_entropy"], rel=1e-5
+    )
 
 
 def test_nan_is_never_a_score(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
