@@ -18,6 +18,8 @@ from kd_lightning.training.run_folder import write_config
 
 Composed = Callable[..., DictConfig]
 CONF = conf_dir()
+NAMELESS = ("hf", "timm", "custom", "from_run", "causal_lm")
+"""Networks that need a name, a folder or a class."""
 
 
 @pytest.mark.parametrize("experiment", [None, *sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))])
@@ -35,7 +37,7 @@ def options(group: str) -> list[str]:
     "override",
     [f"{group}={name}" for group in ("distillation", "optimizer", "scheduler", "callbacks") for name in options(group)]
     + [f"logger={name}" for name in options("logger")]
-    + [f"model@student={name}" for name in options("model") if name not in ("hf", "timm", "custom", "from_run")]
+    + [f"model@student={name}" for name in options("model") if name not in NAMELESS]
     + ["trainer=cpu", "trainer=ddp"],
 )
 def test_every_option_validates(composed: Composed, override: str) -> None:
