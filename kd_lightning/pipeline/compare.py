@@ -122,6 +122,7 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             fingerprint=data.fingerprint,
             monitor=run.task.monitor,
             specs=run.task.specs,
+            calibration=run.task.calibration,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
     )  # fmt: skip

@@ -35,6 +35,7 @@ class Task(ABC):
 
     Attributes:
         monitor: The score by which checkpoints are selected and models compared.
+        calibration: The score that says how wrong its probabilities are; None where it has none.
         specs: How the scores are to be read, those against labels and those against a teacher.
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
@@ -42,6 +43,7 @@ class Task(ABC):
     """
 
     monitor: str
+    calibration: str | None = None
     specs: Mapping[str, ScoreSpec]
     outputs: int
     classes: int | None = None

@@ -27,7 +27,7 @@ class Classification(Task):
         classes: C.
     """
 
-    monitor, problem_type = "accuracy", "single_label_classification"
+    monitor, calibration, problem_type = "accuracy", "ece", "single_label_classification"
     specs: Mapping[str, ScoreSpec] = {
         "accuracy": ScoreSpec("accuracy", share=True, shown="always"),
         "macro_f1": ScoreSpec("macro F1"),

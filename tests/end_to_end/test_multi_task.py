@@ -107,7 +107,7 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
     assert models["teacher"]["title"] == "3 teachers"
     assert models["teacher"]["latency_ms"]["p50"] > models["distilled"]["latency_ms"]["p50"]
     assert report["data"]["monitor"] == "average"
-    assert report["data"]["chance_score"] is report["difference"]["standard_error"] is None
+    assert report["data"]["chance_score"] is report["differences"]["distilled"]["baseline"]["standard_error"] is None
     assert models["distilled"]["curves"][0]["validation_score"]["steps"] == [29, 59]
     assert set(models["distilled"]["curves"][0]["gradient_share"]) == {
         "sentiment/ce", "sentiment/kd", "domain/ce", "domain/kd", "rating/mse", "rating/kd"

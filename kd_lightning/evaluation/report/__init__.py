@@ -4,8 +4,9 @@
 so a report can be printed or drawn again without the run. Nothing here imports torch at import time.
 """
 
-from kd_lightning.evaluation.report.build import SCHEMA_VERSION, build_report, check
+from kd_lightning.evaluation.report.build import SCHEMA_VERSION, build_report
 from kd_lightning.evaluation.report.files import load_report, write_report
+from kd_lightning.evaluation.report.findings import findings
 from kd_lightning.evaluation.report.results import Curve, DataSummary, ModelResult, read_curve
 from kd_lightning.evaluation.report.table import comparison_rows, markdown_table, print_table
 from kd_lightning.evaluation.report.text import report_markdown, summary
@@ -16,8 +17,8 @@ __all__ = [
     "DataSummary",
     "ModelResult",
     "build_report",
-    "check",
     "comparison_rows",
+    "findings",
     "load_report",
     "markdown_table",
     "print_table",

@@ -119,6 +119,7 @@ class DataSummary:
         fingerprint: Hash of content and preprocessing.
         monitor: The score by which checkpoints are selected and models compared.
         specs: How each score is to be read, by name.
+        calibration: The score that says how wrong probabilities are; None where there is none.
     """
 
     name: str
@@ -128,6 +129,7 @@ class DataSummary:
     specs: Mapping[str, ScoreSpec]
     class_names: Sequence[str] = field(default=())
     fingerprint: str | None = None
+    calibration: str | None = None
 
 
 def read_curve(path: str | Path, seed: int, *, score_key: str, loss_key: str = "train/loss") -> Curve:

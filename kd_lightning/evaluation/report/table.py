@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kd_lightning.evaluation.report.differences import is_noise
 from kd_lightning.evaluation.report.results import score_title
 from kd_lightning.runtime.borders import markdown, shown, visible
 
@@ -32,7 +33,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
         "latency p50 / p95, ms": lambda m: _latency(m["latency_ms"]),
         throughput: lambda m: _part(m["throughput"], "examples_per_second", short),
         "training time, s": lambda m: spread(m["training_seconds"], lambda value: f"{value:.1f}"),
-        "gap closed": lambda m: spread(m.get("distillation_ratio"), lambda value: f"{value:.2f}"),
+        "gap closed": lambda m: spread(m.get("distillation_ratio"), _two_digits),
     }
     rows = [[name, *(cell(model) for model in models.values())] for name, cell in cells.items()]
     return [["", *(model["title"] for model in models.values())], *rows]
@@ -72,11 +73,18 @@ def as_markdown(rows: list[list[str]], rule: str = "--:") -> str:
 
 def ratio_line(report: Mapping[str, Any]) -> str:
     """Return the distillation ratio as a sentence."""
-    ratio = report["distillation_ratio"]
+    ratio, same = report["distillation_ratio"], report["distillation_ratio_same_start"]
     if ratio["mean"] is None:
         return "distillation ratio (S_kd - S) / (T - S): undefined"
+    if is_noise(report["differences"]["teacher"].get("baseline")):
+        return "distillation ratio (S_kd - S) / (T - S): not given, the gap T - S may be noise"
     seeds = f" over {len(ratio['values'])} seeds" if len(ratio["values"]) > 1 else ""
-    return f"distillation ratio (S_kd - S) / (T - S) = {spread(ratio, lambda value: f'{value:.2f}')}{seeds}"
+    start = f"; against the same start {spread(same, _two_digits)}" if same["mean"] is not None else ""
+    return f"distillation ratio (S_kd - S) / (T - S) = {spread(ratio, _two_digits)}{start}{seeds}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def print_table(report: Mapping[str, Any], console: Console | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from kd_lightning.evaluation.report.differences import is_noise
 from kd_lightning.evaluation.report.results import monitor, score_title, sign
 from kd_lightning.evaluation.report.table import as_markdown, markdown_table, ratio_line, short
 from kd_lightning.runtime.borders import fence, markdown, visible
@@ -57,7 +58,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         markdown(report["selection"]),
         f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
         + _chance_text(data),
-        _difference_text(report["difference"], title),
+        _difference_text(report, title),
         _speed_text(report),
         "## How to reproduce it",
         f"{(marks := fence(report['command']))}\n{visible(report['command'])}\n{marks}",
@@ -114,24 +115,38 @@ def _speed_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str
 
 
 def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
-    """Compare with the same student trained from labels."""
-    ratio = report["distillation_ratio"]["mean"]
+    """Compare with the same student trained from labels, and with the same from the same start."""
+    ratio, same = report["distillation_ratio"]["mean"], report["distillation_ratio_same_start"]["mean"]
     compared = f"the same student trained from labels alone scores {baseline:.3f}"
+    started = report["models"].get("baseline_initialised")
+    best = [baseline]
+    if started is not None and (value := started["test"][monitor(report)]["mean"]) is not None:
+        compared += f", from the same start {value:.3f}"
+        best.append(value)
+    better = sign(report, monitor(report))
     if ratio is None:
         return f"There was no gap for distillation to close: {compared}."
-    if sign(report, monitor(report)) * (distilled - baseline) <= 0:
+    if better * distilled <= max(better * value for value in best):
         return f"Distillation did not help: {compared}."
-    return f"Distillation closed {100 * ratio:.0f}% of the gap to the teacher: {compared}."
+    if is_noise(report["differences"]["teacher"].get("baseline")):
+        return f"The gap to the teacher may be noise: {compared}."
+    from_start = f", {100 * same:.0f}% of what the same start leaves" if same is not None else ""
+    return f"Distillation closed {100 * ratio:.0f}% of the gap to the teacher{from_start}: {compared}."
 
 
-def _difference_text(difference: Mapping[str, Any] | None, title: str) -> str:
-    if difference is None or difference["standard_error"] is None:
-        return ""
-    method = "compared on the same test examples" if difference["paired"] else "as if from independent test sets"
-    return (
-        f"Distilled minus baseline: {difference['mean']:+.3f} {markdown(title)}, standard error "
-        f"{difference['standard_error']:.3f} ({method}, variation over seeds included)."
-    )
+def _difference_text(report: Mapping[str, Any], title: str) -> str:
+    """Return by how much the distilled student differs from each baseline, where that has a standard error."""
+    sentences = []
+    for baseline, difference in report["differences"].get("distilled", {}).items():
+        if difference["standard_error"] is not None:
+            method = (
+                "compared on the same test examples" if difference["paired"] else "as if from independent test sets"
+            )
+            sentences.append(
+                f"Distilled minus {report['models'][baseline]['title']}: {difference['mean']:+.3f} {title}, standard "
+                f"error {difference['standard_error']:.3f} ({method}, variation over seeds included)."
+            )
+    return markdown(" ".join(sentences))
 
 
 def _speed_text(report: Mapping[str, Any]) -> str:

@@ -73,6 +73,7 @@ def report_of(results: list[ModelResult], n_test: int = 2000, chance: float = 0.
             "accuracy",
             Classification(2).specs,
             ["neg", "pos"],
+            calibration="ece",
         ),
         "stages_seconds": {"teacher": 61.2, "baseline": 50.0, "distill": 88.0},
     }

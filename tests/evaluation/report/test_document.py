@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from kd_lightning.evaluation.profiling import environment
-from kd_lightning.evaluation.report import check, summary, write_report
+from kd_lightning.evaluation.report import Curve, findings, summary, write_report
 from kd_lightning.evaluation.report.pictures import curves_figure, tradeoff_figure
 from tests import ROOT
 from tests.evaluation.report.examples import FIVE, model, models, printed, report_of, scores
 
 
 def test_schema_of_version_one(five: dict[str, Any]) -> None:
-    assert five["schema_version"] == 2
+    assert five["schema_version"] == 3
     assert five["seeds"] == [0, 1, 2, 3, 4]
     assert list(five["models"]) == ["teacher", "baseline", "distilled"]
     for entry in five["models"].values():
@@ -60,8 +60,8 @@ def test_statistics_are_numpys(five: dict[str, Any]) -> None:
     assert five["distillation_ratio"]["of_means"] == pytest.approx(means)
     p, q, gains = baseline.mean(), distilled.mean(), distilled - baseline
     variance = p * (1 - p) / 2000 + q * (1 - q) / 2000 + gains.var(ddof=1) / 5
-    assert five["difference"]["mean"] == pytest.approx(gains.mean())
-    assert five["difference"]["standard_error"] == pytest.approx(math.sqrt(variance))
+    assert five["differences"]["distilled"]["baseline"]["mean"] == pytest.approx(gains.mean())
+    assert five["differences"]["distilled"]["baseline"]["standard_error"] == pytest.approx(math.sqrt(variance))
 
 
 def test_paired_difference_is_the_standard_error_of_the_mean_gain() -> None:
@@ -70,7 +70,7 @@ def test_paired_difference_is_the_standard_error_of_the_mean_gain() -> None:
     results = models(baseline=(right[0].mean(),), distilled=(right[1].mean(),))
     results[1] = replace(results[1], correct=right[0].tolist())
     results[2] = replace(results[2], correct=right[1].tolist())
-    difference = report_of(results, n_test=400)["difference"]
+    difference = report_of(results, n_test=400)["differences"]["distilled"]["baseline"]
     gains = right[1, 0].astype(float) - right[0, 0]
     assert difference["paired"] is True
     assert difference["standard_error"] == pytest.approx(gains.std(ddof=1) / 20)
@@ -124,7 +124,7 @@ def test_lists_must_fit_the_seeds() -> None:
 
 
 def has(report: dict[str, Any], words: str) -> bool:
-    return any(words in warning for warning in check(report))
+    return any(words in warning for warning in findings(report))
 
 
 def test_warns_of_a_teacher_no_better_than_chance() -> None:
@@ -146,7 +146,7 @@ def test_warns_of_a_teacher_worse_than_the_baseline() -> None:
 
 
 def test_warns_of_seeds_without_a_ratio() -> None:
-    assert has(report_of(models(teacher=0.762, **FIVE)), "undefined for 1 of 5 seeds")
+    assert has(report_of(models(teacher=0.7635, **FIVE), n_test=200_000), "undefined for 1 of 5 seeds")
     assert not has(report_of(models(**FIVE)), "undefined")
 
 
@@ -160,6 +160,57 @@ def test_warns_of_a_difference_within_the_noise() -> None:
     words = "not distinguishable from noise on this test set"
     assert has(report_of(models(), n_test=200), words)
     assert not has(report_of(models(), n_test=2000), words)
+
+
+STARTED = model("baseline_initialised", [0.83])
+
+
+def test_a_student_is_held_against_the_same_start_too() -> None:
+    report = report_of([*models(), STARTED])
+    assert report["distillation_ratio_same_start"]["mean"] == pytest.approx((0.824 - 0.83) / (0.846 - 0.83))
+    assert report["differences"]["distilled"]["baseline_initialised"]["mean"] == pytest.approx(-0.006)
+    assert has(report, f"distilled student and {STARTED.title} (-0.006) is smaller than twice")
+    harm = f"Distillation did harm: the distilled student has accuracy 0.824, the {STARTED.title} 0.830."
+    assert has(report_of([*models(), STARTED], n_test=2_000_000), harm)
+    assert "Distillation did not help" in summary(report)
+    assert "from the same start 0.830" in summary(report)
+    assert "against the same start -0.38" in printed(report)
+    helped = report_of([*models(), replace(STARTED, test=[scores(0.8)])])
+    assert "75% of the gap to the teacher, 52% of what the same start leaves" in summary(helped)
+
+
+def test_a_gap_within_the_noise_is_not_shared_out() -> None:
+    report = report_of(models(teacher=0.83, baseline=(0.80,), distilled=(0.82,)), n_test=200)
+    assert has(report, "The gap between teacher and student from labels (+0.030) is smaller than twice its standard")
+    assert "may be noise" in summary(report)
+    assert "not given, the gap T - S may be noise" in printed(report)
+    assert report["distillation_ratio"]["mean"] == pytest.approx(2 / 3), "in the file it stays"
+    assert not has(
+        report_of(models(teacher=0.83, baseline=(0.80,), distilled=(0.82,)), n_test=20_000), "The gap between"
+    )
+
+
+def rising(*looks: float) -> Curve:
+    return Curve(0, {100 * (number + 1): look for number, look in enumerate(looks)}, {})
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "ece", "says"),
+    [
+        (rising(0.6, 0.65, 0.7), rising(0.8, 0.84, 0.846), 0.3, "for more steps (trainer.max_steps"),
+        (rising(0.6, 0.7, 0.7), rising(0.8, 0.84, 0.846), 0.3, "train it for longer (teacher.trainer.max_epochs)"),
+        (rising(0.6, 0.7, 0.7), rising(0.8, 0.846, 0.84), 0.3, "wrong by 0.30 on average (calibration error): set"),
+        (rising(0.6, 0.7, 0.7), rising(0.8, 0.846, 0.84), 0.01, "the student from labels 0.759."),
+    ],
+)
+def test_a_distillation_that_did_harm_names_the_likeliest_cause(
+    student: Curve, teacher: Curve, ece: float, says: str
+) -> None:
+    above, below, distilled = models(distilled=(0.7,))
+    above = replace(above, curves=[teacher], validation=[{**scores(0.846), "ece": ece}])
+    report = report_of([above, below, replace(distilled, curves=[student])])
+    [found] = [warning for warning in findings(report) if warning.startswith("Distillation did harm")]
+    assert found.endswith(says) if says.endswith("759.") else says in found
 
 
 def test_warns_of_one_seed(single: dict[str, Any], five: dict[str, Any]) -> None:
@@ -178,6 +229,11 @@ def test_every_key_is_documented(everything: dict[str, Any]) -> None:
         distilled["size"],
         distilled["latency_ms"],
     ]
-    groups += [distilled["throughput"], everything["data"], everything["difference"], everything["distillation_ratio"]]
+    groups += [
+        distilled["throughput"],
+        everything["data"],
+        everything["differences"]["distilled"]["baseline"],
+        everything["distillation_ratio"],
+    ]
     for key in {key for group in groups for key in group} | set(environment()):
         assert f"`{key}`" in text, key

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kd_lightning.evaluation.report import Curve, check, load_report, read_curve, write_report
+from kd_lightning.evaluation.report import Curve, findings, load_report, read_curve, write_report
 from kd_lightning.evaluation.report.pictures import shares_figure
 from tests.evaluation.report.examples import model, models, report_of
 
@@ -78,11 +78,11 @@ def test_no_shares_no_picture(single: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(single))
     write_report(load_report(tmp_path), tmp_path)
     assert not (tmp_path / "shares.png").exists()
-    assert check(single) == [warning for warning in single["warnings"] if "gradient" not in warning]
+    assert findings(single) == [warning for warning in single["warnings"] if "gradient" not in warning]
 
 
 def of_shares(report: dict[str, Any]) -> list[str]:
-    return [warning for warning in check(report) if "of the gradient" in warning]
+    return [warning for warning in findings(report) if "of the gradient" in warning]
 
 
 def test_warns_of_a_term_under_one_percent() -> None:

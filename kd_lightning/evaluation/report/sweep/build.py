@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.config.sweep import GRID
-from kd_lightning.evaluation.report.build import describe, to_plain
+from kd_lightning.evaluation.report.build import to_plain
+from kd_lightning.evaluation.report.differences import describe
 from kd_lightning.evaluation.report.sweep.points import Point, Value, values_of
 
 Key = tuple[Value, ...]

@@ -1,0 +1,104 @@
+"""By how much one model is better than another, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kd_lightning.evaluation.report.results import ModelResult
+
+BASELINES = ("baseline", "baseline_initialised")
+"""What a distilled student is compared with: the same student from labels, and the same from the same start."""
+
+
+def describe(values: Iterable[float]) -> dict[str, Any]:
+    """Return mean, sample standard deviation (ddof = 1) and the values themselves; nan where undefined.
+
+    Values that are not finite stay in the list and are left out of mean and deviation; the deviation needs two values.
+
+    >>> describe([1.0, 2.0, 3.0])
+    {'mean': 2.0, 'std': 1.0, 'values': [1.0, 2.0, 3.0]}
+    """
+    listed = [float(value) for value in values]
+    finite = [value for value in listed if math.isfinite(value)]
+    return {
+        "mean": statistics.fmean(finite) if finite else math.nan,
+        "std": statistics.stdev(finite) if len(finite) > 1 else math.nan,
+        "values": listed,
+    }
+
+
+def binomial_error(accuracy: float, n: int) -> float:
+    """Return the standard error of an accuracy measured on n examples."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def differences(
+    models: Mapping[str, ModelResult], scores: Mapping[str, list[float]], n_test: int, share: bool
+) -> dict[str, dict[str, Any]]:
+    """Return how much better each model is than each baseline, by model and baseline.
+
+    Args:
+        models: The results.
+        scores: Each model's score on the test split, one for each seed; the teacher's has one.
+        n_test: How many test examples there are.
+        share: Whether the score is a share of examples that are right, which has a standard error.
+    """
+    return {
+        name: {
+            baseline: _difference(models[name], models[baseline], scores[name], scores[baseline], n_test, share)
+            for baseline in BASELINES
+            if baseline in models and baseline != name
+        }
+        for name in ("teacher", "baseline_initialised", "distilled", "finetuned")
+        if name in models
+    }
+
+
+def _difference(
+    model: ModelResult, baseline: ModelResult, ours: list[float], theirs: list[float], n_test: int, share: bool
+) -> dict[str, Any]:
+    """Return a model's score minus a baseline's, each seed with its own, with the standard error of the difference.
+
+    Its variance is that of sampling test examples plus that of sampling seeds. The first is computed example by example
+    if both models' predictions are known (paired), otherwise as for two independent test sets, which overstates it.
+    """
+    ours = ours * len(theirs) if len(ours) == 1 else ours
+    per_seed = describe(b - a for a, b in zip(theirs, ours, strict=True))
+    if not share:
+        return {**per_seed, "standard_error": math.nan, "paired": False}
+    paired = bool(model.correct) and bool(baseline.correct)
+    if paired:
+        right, also = (
+            [statistics.fmean(seeds) for seeds in zip(*one.correct, strict=True)] for one in (model, baseline)
+        )
+        gains = [b - a for a, b in zip(also, right, strict=True)]
+        variance = statistics.variance(gains) / len(gains)
+    else:
+        variance = sum(binomial_error(statistics.fmean(own), n_test) ** 2 for own in (ours, theirs))
+    if len(theirs) > 1:
+        variance += per_seed["std"] ** 2 / len(theirs)
+    return {**per_seed, "standard_error": math.sqrt(variance), "paired": paired}
+
+
+def ratios(scores: Mapping[str, list[float]], name: str, baseline: str, direction: int) -> dict[str, Any]:
+    """Return a student's share of the gap between a baseline and the teacher, each seed against its own baseline."""
+    from kd_lightning.tasks.metrics import distillation_ratio
+
+    if not {"teacher", baseline, name} <= set(scores):
+        return {**describe([]), "of_means": math.nan}
+    (teacher, *_), below, student = ([direction * x for x in scores[own]] for own in ("teacher", baseline, name))
+    per_seed = [distillation_ratio(teacher, *pair) for pair in zip(below, student, strict=True)]
+    return {
+        **describe(per_seed),
+        "of_means": distillation_ratio(teacher, statistics.fmean(below), statistics.fmean(student)),
+    }
+
+
+def is_noise(difference: Mapping[str, Any] | None) -> bool:
+    """Return whether a difference is below twice its standard error; where that is unknown it is taken for real."""
+    if difference is None or difference["mean"] is None or difference["standard_error"] is None:
+        return False
+    return bool(abs(difference["mean"]) < 2 * difference["standard_error"])
