@@ -60,9 +60,9 @@ def differences(
 def _difference(
     model: ModelResult, baseline: ModelResult, ours: list[float], theirs: list[float], n_test: int, share: bool
 ) -> dict[str, Any]:
-    """Return a model's score minus a baseline's, each seed with its own, with the standard error of the difference.
+    """Return a model's score minus a baseline's, with the standard error of the difference.
 
-    Its variance is that of sampling test examples plus that of sampling seeds. The first is computed example by example
+    Each seed is compared with the same seed of the baseline. The variance is that of sampling test examples plus that of sampling seeds. The first is computed example by example
     if both models' predictions are known (paired), otherwise as for two independent test sets, which overstates it.
     """
     ours = ours * len(theirs) if len(ours) == 1 else ours
@@ -84,7 +84,7 @@ def _difference(
 
 
 def ratios(scores: Mapping[str, list[float]], name: str, baseline: str, direction: int) -> dict[str, Any]:
-    """Return a student's share of the gap between a baseline and the teacher, each seed against its own baseline."""
+    """Return a student's share of the gap between a baseline and the teacher, seed by seed."""
     from kd_lightning.tasks.metrics import distillation_ratio
 
     if not {"teacher", baseline, name} <= set(scores):
@@ -98,7 +98,7 @@ def ratios(scores: Mapping[str, list[float]], name: str, baseline: str, directio
 
 
 def is_noise(difference: Mapping[str, Any] | None) -> bool:
-    """Return whether a difference is below twice its standard error; where that is unknown it is taken for real."""
+    """Return whether a difference is below twice its standard error, if that is known."""
     if difference is None or difference["mean"] is None or difference["standard_error"] is None:
         return False
     return bool(abs(difference["mean"]) < 2 * difference["standard_error"])

@@ -48,7 +48,7 @@ def _chance(report: Mapping[str, Any]) -> list[str]:
 
 
 def _gap(report: Mapping[str, Any]) -> list[str]:
-    """Warn where there is no gap between teacher and baseline, or none that the test split can tell from noise."""
+    """Warn where the gap between teacher and baseline is none, or within the noise."""
     means, better = _means(report), sign(report, monitor(report))
     if not {"teacher", "baseline"} <= means.keys():
         return []

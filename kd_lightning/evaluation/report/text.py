@@ -135,7 +135,7 @@ def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
 
 
 def _difference_text(report: Mapping[str, Any], title: str) -> str:
-    """Return by how much the distilled student differs from each baseline, where that has a standard error."""
+    """Return how much the distilled student differs from each baseline, and how sure that is."""
     sentences = []
     for baseline, difference in report["differences"].get("distilled", {}).items():
         if difference["standard_error"] is not None:
