@@ -62,8 +62,9 @@ def _difference(
 ) -> dict[str, Any]:
     """Return a model's score minus a baseline's, with the standard error of the difference.
 
-    Each seed is compared with the same seed of the baseline. The variance is that of sampling test examples plus that of sampling seeds. The first is computed example by example
-    if both models' predictions are known (paired), otherwise as for two independent test sets, which overstates it.
+    Each seed is compared with the same seed of the baseline. The variance is that of sampling test examples plus that
+    of sampling seeds. The first is computed example by example if both models' predictions are known (paired),
+    otherwise as for two independent test sets, which overstates it.
     """
     ours = ours * len(theirs) if len(ours) == 1 else ours
     per_seed = describe(b - a for a, b in zip(theirs, ours, strict=True))
