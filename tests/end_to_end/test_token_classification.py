@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from kd_lightning.training.run_folder import load_run
 from tests.forks import command
@@ -17,7 +20,8 @@ SMALL = [
     "data=token_files", "data.tokenizer=wordpiece:120", "data.batch_size=16", "data.max_length=24", "data.stride=8",
     "model@teacher.network=lstm_teacher", "teacher.network.embedding_size=24", "teacher.network.hidden_size=24",
     "model@student=transformer", "student.hidden_size=24", "student.num_layers=1", "student.intermediate_size=48",
-    "student.dropout=0.0",
+    "student.dropout=0.1", "checkpoint_every_n_steps=7",
+    "+callbacks.kill={_target_: tests.killer.KillAt, stage: distill}",
     "teacher.trainer.max_epochs=12", "teacher.trainer.precision=32-true", "teacher.precision=float32",
     "teacher.optimizer.lr=0.02", "trainer.max_epochs=12", "optimizer.lr=0.01", "teacher.validations=2", "validations=2",
     "stages=[teacher,baseline,distill]",
@@ -75,6 +79,19 @@ def test_a_finished_run_is_not_trained_again(run: Path, home: dict[str, str]) ->
     )
     assert (run / "seed_0" / "distill" / "model.safetensors").stat().st_mtime_ns == weights
     assert "step" not in again
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(run: Path, home: dict[str, str]) -> None:
+    folder = run.with_name("killed")
+    line = ["kd-train", *SMALL[:-1], f"data.train_file={run.parent / 'train.conll'}", f"run_dir={folder}"]
+    line.append("stages=[teacher,distill]")
+    killed = command(*line, cwd=run.parent, environment={**home, "KILL_AT_STEP": "11"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (folder / "seed_0" / "distill" / "checkpoints" / "resume.ckpt").is_file()
+    of_command(home, *line, cwd=run.parent)
+    whole, resumed = (load_file(one / "seed_0" / "distill" / "model.safetensors") for one in (run, folder))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def predicted(home: dict[str, str], model: Path, *texts: str) -> list[dict[str, Any]]:
