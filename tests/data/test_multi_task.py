@@ -152,7 +152,7 @@ def test_evaluation_has_every_example_once_and_one_of_each_task_can_be_had(make:
         assert len(indices) == len(set(indices)) == data.sizes[part]
         labels = torch.cat([batch["labels"] for batch in loader])
         assert labels.isfinite().all()
-    assert data.one_of_each()["task"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.few()["task"].tolist() == [0, 0, 1, 1, 2, 2]
     assert sorted(int(i) for batch in data.all_dataloader() for i in batch["index"]) == list(range(data.num_examples))
 
 
