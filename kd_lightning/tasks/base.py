@@ -115,7 +115,7 @@ class Task(ABC):
         """Return the scores against a teacher's logits."""
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """Return in numbers what logits `(B, C)` say: scores as they are, and the probabilities of classes."""
+        """Return logits `(B, C)` as predictions: scores as they are, and the probabilities of classes."""
         return logits
 
     @abstractmethod

@@ -100,7 +100,7 @@ class Classification(Task):
 
     def limits(self, names: Sequence[str]) -> str:
         """Return that it knows its classes only."""
-        return f"It knows {', '.join(names)} and nothing else: whatever it is given, it says one of them."
+        return f"It knows {', '.join(names)} and nothing else: whatever it is given, it predicts one of them."
 
     def chance_score(self, labels: Tensor) -> float:
         """Return the share of the most frequent class."""

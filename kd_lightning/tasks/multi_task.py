@@ -25,7 +25,7 @@ from kd_lightning.types import Batch, ModelOutput
 class MultiTask(Task):
     """Several tasks of one network, whose columns stand side by side among its logits.
 
-    Batches mix examples of all tasks, and `task` `(B,)` says which each is of. Labels are then float32: of a
+    Batches mix examples of all tasks, and `task` `(B,)` is the number of each one's task. Labels are then float32: of a
     classification the numbers of the classes and `IGNORE`, of a regression scores and NaN.
 
     Args:
@@ -103,7 +103,7 @@ class MultiTask(Task):
         return torch.cat([t.predictions(logits[:, self.spans[name]]) for name, t in self.tasks.items()], dim=1)
 
     def read(self, logits: Tensor, rows: Batch, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return what each task's logits say, by its name."""
+        """Return each task's prediction, by its name."""
         own = {name: [names[i].removeprefix(f"{name}: ") for i in span] for name, span in self.spans.items()}
         found = [task.read(logits[:, self.spans[name]], rows, own[name]) for name, task in self.tasks.items()]
         return [dict(zip(self.tasks, records, strict=True)) for records in zip(*found, strict=True)]

@@ -1,6 +1,6 @@
 """Distillation, and the same training without a teacher.
 
-One step reads top to bottom: a batch goes to the teacher and to the student, the objective compares what they say,
+One step reads top to bottom: a batch goes to the teacher and to the student, the objective compares what they output,
 and the student follows the gradient.
 """
 
@@ -95,7 +95,7 @@ class DistillationModule(NetworkModule):
             self._tap = FeatureTap(self.student, self.objective.needs_student)
 
     def connect(self, batch: Batch, examples: int) -> None:
-        """Build projectors and whatever else the objective sizes by what the networks say of a batch.
+        """Build projectors and whatever else the objective sizes by what the networks output for a batch.
 
         Without a graph and in eval mode, so that no buffer (BatchNorm's statistics) changes.
 

@@ -33,7 +33,7 @@ GRADIENTS_EVERY = 50
 
 
 class NetworkModule(L.LightningModule):
-    """Trains one network; subclasses say with what loss."""
+    """Trains one network; subclasses define the loss."""
 
     def __init__(
         self,

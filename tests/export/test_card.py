@@ -201,7 +201,7 @@ def test_a_student_that_rates(rating: Path, tmp_path: Path) -> None:
     assert "regression" in data["tags"]
     assert "`logits` has one column, which is the score (rating): no softmax, no sigmoid" in card.text
     assert "It gives a number" in card.text
-    assert "says one of them" not in card.text
+    assert "predicts one of them" not in card.text
     assert "licence not recorded" not in card.text
 
 

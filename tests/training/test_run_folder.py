@@ -16,7 +16,14 @@ from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.files import write_file
 from kd_lightning.runtime.fingerprints import differences, digest, network_digest
 from kd_lightning.runtime.seals import write_sealed
-from kd_lightning.training.run_folder import check_fingerprint, find_stage, finish_stage, load_run, save_network
+from kd_lightning.training.run_folder import (
+    check_fingerprint,
+    find_stage,
+    finish_stage,
+    load_run,
+    read_stage,
+    save_network,
+)
 from kd_lightning.training.stage import planned_steps
 from tests.whole_split import text_logits
 
@@ -79,6 +86,16 @@ def test_the_student_that_is_best_on_validation_is_taken(run: Path, data: TextFi
     assert find_stage(run) == run / "seed_0" / "finetune"
     with pytest.raises(KDError, match="no finished student of seed 7"):
         find_stage(run, seed=7)
+
+
+def test_the_student_with_the_least_of_a_loss_is_taken(run: Path) -> None:
+    for seed, loss in ((0, 2.0), (1, 3.0), (2, 1.0)):
+        stage = run / f"seed_{seed}" / "distill"
+        finish_stage(stage, read_stage(stage) | {"validation": {"loss": loss}, "monitor": "loss", "mode": "min"})
+    assert load_run(run).folder == run / "seed_2" / "distill"
+    finish_stage(stage, {"validation": {"loss": 1.0}})
+    with pytest.raises(KDError, match=r"stage\.json is of an older version"):
+        load_run(run)
 
 
 def test_a_users_network_is_rebuilt_from_its_settings(tmp_path: Path, data: TextFiles) -> None:

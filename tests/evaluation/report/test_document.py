@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from kd_lightning.evaluation.profiling import environment
-from kd_lightning.evaluation.report import Curve, findings, summary, write_report
+from kd_lightning.evaluation.report import Curve, DataSummary, findings, summary, write_report
 from kd_lightning.evaluation.report.pictures import curves_figure, tradeoff_figure
+from kd_lightning.evaluation.report.table import markdown_table
+from kd_lightning.tasks import ScoreSpec
 from tests import ROOT
 from tests.evaluation.report.examples import FIVE, model, models, printed, report_of, scores
 
@@ -237,3 +239,27 @@ def test_every_key_is_documented(everything: dict[str, Any]) -> None:
     ]
     for key in {key for group in groups for key in group} | set(environment()):
         assert f"`{key}`" in text, key
+
+
+def of_losses(teacher: float, baseline: float, distilled: float) -> dict[str, Any]:
+    """A report of models that are compared by a loss."""
+    specs = {"loss": ScoreSpec("loss", "min", shown="always")}
+    data = DataSummary("text", {"test": 100}, 3.0, "loss", specs)
+    found = [model(name, [0.5]) for name in ("teacher", "baseline", "distilled")]
+    given = zip(found, (teacher, baseline, distilled), strict=True)
+    return report_of(
+        [replace(one, test=[{"loss": loss}], validation=[{"loss": loss}]) for one, loss in given], data=data
+    )
+
+
+def test_less_of_a_loss_is_better() -> None:
+    good, bad = of_losses(1.0, 2.0, 1.5), of_losses(3.5, 2.0, 2.5)
+    assert good["distillation_ratio"]["mean"] == pytest.approx(0.5)
+    assert good["scores"]["loss"]["mode"] == "min"
+    assert not any("worse" in warning or "no better" in warning for warning in good["warnings"])
+    assert bad["distillation_ratio"]["mean"] is None
+    assert has(bad, "The teacher (3.500) is no better than the student from labels (2.000)")
+    assert has(bad, "Distillation made it worse: the distilled student has loss 2.500")
+    assert has(bad, "teacher: loss 3.500 is no better than that of the best constant prediction (3.000)")
+    assert "Distillation closed 50% of the gap" in summary(good)
+    assert "accuracy" not in summary(good) + markdown_table(good)

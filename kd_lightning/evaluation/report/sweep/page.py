@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.evaluation.report.sweep.pictures import LETTERS, baseline_of, label
-from kd_lightning.evaluation.report.sweep.points import title_of
+from kd_lightning.evaluation.report.sweep.points import better_of, title_of
 from kd_lightning.evaluation.report.table import spread
 from kd_lightning.runtime.borders import visible
 
@@ -80,7 +80,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
         lines.append(f"On validation {', '.join(others)}.")
-    if base["mean"] is not None and best["validation"]["mean"] <= base["mean"]:
+    if base["mean"] is not None and better_of(document) * (best["validation"]["mean"] - base["mean"]) <= 0:
         lines.append("The chosen configuration is no better than that student: distillation did not help here.")
     return [*lines, *_sensitivity(document, best), counts]
 
@@ -94,11 +94,12 @@ def _sensitivity(document: Mapping[str, Any], best: Mapping[str, Any]) -> list[s
         listed = ", ".join(f"{entry['name']} {entry['moves']:.3f}" for entry in moves)
         lines.append(f"From worst to best value, averaged over all else, a parameter moves the score by: {listed}.")
     if document["noise"] is not None and len(found) > 1:
-        near = sum(entry["validation"]["mean"] >= best["validation"]["mean"] - document["noise"] for entry in found) - 1
+        lead = [better_of(document) * (best["validation"]["mean"] - one["validation"]["mean"]) for one in found]
+        near = sum(ahead <= document["noise"] for ahead in lead) - 1
         lines.append(
             f"The seed alone moves the score by {document['noise']:.3f} (standard deviation): {near or 'none'} of the "
             f"{len(found) - 1} other configurations {'is' if near == 1 else 'are'} within that of the chosen one, or "
-            "above it."
+            "better."
         )
     return lines
 

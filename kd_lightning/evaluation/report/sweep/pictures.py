@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.evaluation.report.pictures import COLOURS, TERM_COLOURS, new_figure, tidy
-from kd_lightning.evaluation.report.sweep.points import Value, title_of
+from kd_lightning.evaluation.report.sweep.points import Value, better_of, title_of
 from kd_lightning.evaluation.report.table import count, short
 from kd_lightning.runtime.borders import drawn, visible
 
@@ -202,7 +202,7 @@ def _below(found: Mapping[str, Any], numbered: bool) -> str:
 
 
 def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colormap, Normalize]:
-    """Return colours for validation scores: white for labels alone, orange below, blue above.
+    """Return colours for validation scores: white for labels alone, orange worse, blue better.
 
     Shades are comparable across maps.
     """
@@ -211,7 +211,10 @@ def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colorm
     base = baseline_of(entries)
     if base is None:
         means = [entry["validation"]["mean"] for entry in document["configurations"]]
-        return _ramp("#d6e6f2"), Normalize(min(max(means) - 1e-6, *means), max(means))
+        ramp = _ramp("#d6e6f2")
+        return ramp if better_of(document) > 0 else ramp.reversed(), Normalize(
+            min(max(means) - 1e-6, *means), max(means)
+        )
     reach = max(
         1e-6,
         *(
@@ -221,7 +224,7 @@ def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colorm
             for entry in document["configurations"]
         ),
     )
-    colours = [COLOURS["baseline"], "#ffffff", COLOURS["distilled"]]
+    colours = [COLOURS["baseline"], "#ffffff", COLOURS["distilled"]][:: better_of(document)]
     return LinearSegmentedColormap.from_list("kd", colours), Normalize(base - reach, base + reach)
 
 

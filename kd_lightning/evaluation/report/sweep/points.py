@@ -11,7 +11,7 @@ from typing import Any
 
 from kd_lightning.config.sweep import FAILURE, GRID, OVERRIDES, SCORE
 from kd_lightning.evaluation.report.files import load_report
-from kd_lightning.evaluation.report.results import score_title
+from kd_lightning.evaluation.report.results import score_title, sign
 from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.runtime.seals import read_sealed
 from kd_lightning.training.run_folder import read_config
@@ -87,6 +87,11 @@ def title_of(document: Mapping[str, Any]) -> str:
     """Return the title of a sweep's score from its points' reports, or its name."""
     name: str = document["score"] or ""
     return score_title(document, name) if name in document["scores"] else name
+
+
+def better_of(document: Mapping[str, Any]) -> int:
+    """Return 1 where more of a sweep's score is better, -1 where less is."""
+    return sign(document, document["score"]) if document["score"] in document["scores"] else 1
 
 
 def values_of(model: dict[str, Any], split: str, metric: str | None) -> list[float]:
