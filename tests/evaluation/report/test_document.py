@@ -256,10 +256,10 @@ def test_less_of_a_loss_is_better() -> None:
     good, bad = of_losses(1.0, 2.0, 1.5), of_losses(3.5, 2.0, 2.5)
     assert good["distillation_ratio"]["mean"] == pytest.approx(0.5)
     assert good["scores"]["loss"]["mode"] == "min"
-    assert not any("worse" in warning or "no better" in warning for warning in good["warnings"])
+    assert not any("harm" in warning or "no better" in warning for warning in good["warnings"])
     assert bad["distillation_ratio"]["mean"] is None
     assert has(bad, "The teacher (3.500) is no better than the student from labels (2.000)")
-    assert has(bad, "Distillation made it worse: the distilled student has loss 2.500")
+    assert has(bad, "Distillation did harm: the distilled student has loss 2.500")
     assert has(bad, "teacher: loss 3.500 is no better than that of the best constant prediction (3.000)")
     assert "Distillation closed 50% of the gap" in summary(good)
     assert "accuracy" not in summary(good) + markdown_table(good)
