@@ -188,7 +188,11 @@ def _parity(exported: Exported) -> str:
 
 def _limits(exported: Exported, run: History) -> list[str]:
     lines = [task_of(exported.predicts).limits(list(map(markdown, exported.class_names)))]
-    if exported.max_length is not None:
+    if exported.max_length is not None and task_of(exported.predicts).per_token:
+        lines.append(
+            f"It reads {exported.max_length} tokens at a time: cut longer texts into windows, as kd-predict does."
+        )
+    elif exported.max_length is not None:
         lines.append(f"Text beyond {exported.max_length} tokens is ignored.")
     kinds = "sources and languages" if exported.images is None else "sources and kinds of images"
     lines.append(f"Its scores are from the data it was trained on; other {kinds} were not tested.")

@@ -134,7 +134,9 @@ def test_exports_find_the_same_entities(run: Path, home: dict[str, str], tmp_pat
     assert exported["parity"]["student"]["entity_f1"] == pytest.approx(exported["parity"]["export"]["entity_f1"])
     texts = ("we saw Ada Byron in Paris.", LONG)
     assert predicted(home, folder, *texts) == predicted(home, run, *texts)
-    assert "entity F1" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "entity F1" in card
+    assert "It reads 24 tokens at a time: cut longer texts into windows" in card
     if format == "huggingface":
         from transformers import pipeline
 
