@@ -215,7 +215,7 @@ def test_a_damaged_configuration_or_report_is_not_believed(place: Path, run: Pat
         evaluate.main([str(run / "seed_0/distill")])
     else:
         with pytest.raises(
-            KDError, match=r"config\.yaml .*(damaged|read|no configuration).* remove it and run the same"
+            KDError, match=r"config\.yaml .*(damaged|read|not a run's configuration).* remove it and run the same"
         ):
             train(run, ALL)
 
