@@ -21,9 +21,16 @@ LIBRARIES = {"onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "s
 USE = {
     "onnx": "docs/export.md of kd_lightning has a script for onnxruntime alone.",
     "pt2": "`torch.export.load('model.pt2').module()` takes the inputs by name and returns logits; needs only torch.",
-    "huggingface": "`pipeline('text-classification', FOLDER)` or `AutoModelForSequenceClassification.from_pretrained`.",
     "safetensors": "Weights only; `model.json` describes their network. `kd-predict FOLDER` builds it.",
 }
+TRANSFORMERS = {
+    "text-classification": "`pipeline('text-classification', FOLDER)` or "
+    "`AutoModelForSequenceClassification.from_pretrained`.",
+    "image-classification": "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor.",
+    "token-classification": "`pipeline('token-classification', FOLDER, aggregation_strategy='first')`.",
+    "text-generation": "`pipeline('text-generation', FOLDER)` or `AutoModelForCausalLM.from_pretrained(FOLDER)`.",
+}
+"""How `--format huggingface` is loaded, by the hub's name of the task."""
 
 
 def write_card(exported: Exported, source: Source, folder: Path) -> None:
@@ -62,8 +69,7 @@ def _metadata(exported: Exported, run: History) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     task = task_of(exported.predicts)
-    pipeline = f"{_reads(exported)}-classification" if task.problem_type else None  # regressions too
-    pipeline = "token-classification" if task.per_token else pipeline
+    pipeline = task.pipeline(_reads(exported))
     data = [name for origin in run.sources for name in origin.names]
     results = [
         EvalResult(
@@ -114,11 +120,8 @@ def _use(exported: Exported) -> str:
         reads = (
             f"{kind} images of {images['size']} x {images['size']} pixels, preprocessed as `images` in `export.json`"
         )
-    use = USE[exported.format]
-    if exported.format == "huggingface" and images is not None:
-        use = "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor."
-    if exported.format == "huggingface" and task.per_token:
-        use = "`pipeline('token-classification', FOLDER, aggregation_strategy='first')`."
+    pipeline = task.pipeline(_reads(exported))
+    use = TRANSFORMERS[str(pipeline)] if exported.format == "huggingface" else USE[exported.format]
     inputs = ", ".join(f"`{name}`" for name in exported.inputs)
     return f"{files}{opset}. Inputs: {inputs}; {reads}. {task.columns(list(map(markdown, exported.class_names)))} {use}"
 

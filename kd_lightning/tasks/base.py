@@ -152,6 +152,10 @@ class Task(ABC):
     tags: tuple[str, ...] = ()
     """By which the hub finds it, besides those of every student."""
 
+    def pipeline(self, reads: str) -> str | None:
+        """Return the hub's name of the task for a model of `text` or `image`; None where it has none."""
+        return f"{reads}-classification" if self.problem_type else None  # regressions too
+
     problem_type: str | None = None
     """What transformers' classifiers call it; None where no class of transformers predicts it."""
 

@@ -31,7 +31,7 @@ class CausalLanguageModeling(Task):
         vocabulary: V, how many tokens there are.
     """
 
-    monitor, tags = "cross_entropy", ("text-generation",)
+    monitor = "cross_entropy"
     specs: Mapping[str, ScoreSpec] = {
         "cross_entropy": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
         "perplexity": ScoreSpec("perplexity", "min"),
@@ -70,6 +70,10 @@ class CausalLanguageModeling(Task):
         from kd_lightning.models.causal_lm import causal_lm  # imports the models of transformers
 
         return causal_lm(checkpoint, self.outputs, sizes.get("block_size"))
+
+    def pipeline(self, reads: str) -> str:
+        """Return the hub's name."""
+        return "text-generation"
 
     def loss(self) -> Term:
         """Return the cross-entropy."""

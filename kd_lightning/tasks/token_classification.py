@@ -77,6 +77,10 @@ class TokenClassification(Task):
 
         return finished(checkpoint, self.outputs, sizes.get("pad_token_id"), per_token=True)
 
+    def pipeline(self, reads: str) -> str:
+        """Return the hub's name."""
+        return "token-classification"
+
     def loss(self) -> Term:
         """Return the cross-entropy."""
         return CrossEntropyLoss()

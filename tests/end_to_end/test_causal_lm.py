@@ -14,7 +14,9 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from kd_lightning.cli.export import main
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.models.causal_lm import CausalLM, causal_lm_small
 from kd_lightning.pipeline.compare import compare
@@ -23,7 +25,7 @@ from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import CausalLanguageModeling
 from kd_lightning.teachers.cache import outputs
-from kd_lightning.training.run_folder import load_run
+from kd_lightning.training.run_folder import TrainedModel, load_run
 from tests.data.corpus.texts import WORDS
 
 Composed = Callable[..., DictConfig]
@@ -55,9 +57,9 @@ def overrides(tmp_path: Path, own_home: Path) -> list[str]:
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    pipeline = Run(cfg, Console(file=StringIO(), width=120))
-    train_all(pipeline)
-    return compare(pipeline, "kd-train ...")
+    prepared = Run(cfg, Console(file=StringIO(), width=120))
+    train_all(prepared)
+    return compare(prepared, "kd-train ...")
 
 
 def test_from_a_folder_of_text_to_a_student_and_its_report(
@@ -76,6 +78,27 @@ def test_from_a_folder_of_text_to_a_student_and_its_report(
     assert isinstance(trained.network, CausalLM)
     assert isinstance(trained.task, CausalLanguageModeling)
     assert trained.tokenizer is not None
+    check_exported(tmp_path, trained)
+
+
+def check_exported(tmp_path: Path, trained: TrainedModel) -> None:
+    """Transformers loads the student without our code: the same logits, and it goes on with a text as we would."""
+    main([str(tmp_path / "run"), "--format", "huggingface", "--out", str(tmp_path / "folder")])
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    ids = tokenizer("some words", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(network(ids).logits, trained.network.eval()(ids).logits)
+    assert network.generation_config.eos_token_id == trained.tokenizer.eos_token_id  # type: ignore[union-attr]
+    generate = pipeline("text-generation", str(tmp_path / "folder"))
+    [found] = generate("some words", max_new_tokens=5, do_sample=False)
+    for _ in range(5):
+        with torch.no_grad():
+            ids = torch.cat([ids, trained.network(ids).logits[:, -1:].argmax(-1)], 1)
+    assert found["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "AutoModelForCausalLM" in card
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
+from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
 from kd_lightning.runtime.errors import ConfigError
@@ -34,9 +30,11 @@ READS: tuple[str, ...] = ()
 
 
 def check(model: TrainedModel) -> None:
-    """Refuse what is not a `transformers` classifier, and several tasks, which its pipelines lack."""
+    """Refuse what no class of `transformers` is, and several tasks, which its pipelines lack."""
     network = model.network
-    if model.task.problem_type is None and not model.task.per_token:
+    if isinstance(network, CausalLM):
+        return
+    if model.task.tasks:
         raise ConfigError(
             f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
             "and from_pretrained supports only one; use safetensors, pt2, onnx"
@@ -61,16 +59,26 @@ def _is_classifier(network: nn.Module) -> bool:
 def write(source: Source, quantize: str, folder: Path) -> Written:
     """Write with `save_pretrained`, with the class names in the config."""
     network: Any = copy.deepcopy(source.model.network).to(DTYPES[quantize])
+    if isinstance(network, CausalLM):
+        network = _with_ends(network.network, source.model.tokenizer)
     embedding = network.get_input_embeddings()
     if isinstance(embedding, FactorizedEmbedding):
         network.set_input_embeddings(_multiplied(embedding))
-    names = source.model.class_names
-    network.config.id2label = dict(enumerate(names))
-    network.config.label2id = {name: number for number, name in enumerate(names)}
-    network.config.problem_type = source.model.task.problem_type  # otherwise pipelines apply a sigmoid to scores
+    if names := source.model.class_names:
+        network.config.id2label = dict(enumerate(names))
+        network.config.label2id = {name: number for number, name in enumerate(names)}
+        network.config.problem_type = source.model.task.problem_type  # otherwise pipelines apply a sigmoid to scores
     network.config.dtype = DTYPES[quantize]
     network.save_pretrained(folder)
     return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])
+
+
+def _with_ends(network: Any, tokenizer: Any) -> Any:
+    """Return a language model that knows which tokens begin, end and pad a text: generation stops by them."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(network.config, name, getattr(tokenizer, name))
+        setattr(network.generation_config, name, getattr(tokenizer, name))
+    return network
 
 
 def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
@@ -83,9 +91,11 @@ def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
     """Load it with `from_pretrained`."""
-    images = exported.images is not None
-    kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-    if task_of(exported.predicts).per_token:
-        kind = AutoModelForTokenClassification
-    network: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return network.eval()
+    network: Any
+    if exported.images is not None:
+        kind: Any = AutoModelForImageClassification
+        network = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    else:
+        sizes = {} if exported.pad_token_id is None else {"pad_token_id": exported.pad_token_id}
+        network = task_of(exported.predicts).finished(str(folder), sizes)
+    return network.eval()  # type: ignore[no-any-return]
