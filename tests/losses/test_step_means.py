@@ -48,6 +48,7 @@ from kd_lightning.losses.review_kd import ReviewKDLoss
 from kd_lightning.losses.simkd import SimKDLoss
 from kd_lightning.losses.skew_kl import SkewKLLoss
 from kd_lightning.losses.soft_target import SoftTargetLoss
+from kd_lightning.losses.sparse import SparseKDLoss
 from kd_lightning.losses.standardized import StandardizedLoss
 from kd_lightning.losses.task_term import TaskTerm
 from kd_lightning.losses.teacher_free import TeacherFreeLoss
@@ -122,7 +123,8 @@ def cut(output: ModelOutput, rows: slice) -> ModelOutput:
 ROWS, POSITIONS, SCORE, THREE = (CLASSES,), (LENGTH, CLASSES), (1,), (3,)
 OF_LOGITS: list[Callable[..., Term]] = [
     AdaptiveKLLoss, AnnealingKDLoss, lambda: DISTLoss(intra_weight=0.0), DKDLoss, GeneralizedJSDLoss, LabelTrustLoss,
-    LogitMSELoss, MultiLabelLoss, NKDLoss, ReverseKLLoss, SkewKLLoss, SoftTargetLoss, TotalVariationLoss, WSLDLoss,
+    LogitMSELoss, MultiLabelLoss, NKDLoss, ReverseKLLoss, SkewKLLoss, SoftTargetLoss, lambda: SparseKDLoss(top_k=2),
+    TotalVariationLoss, WSLDLoss,
     CrossEntropyLoss, TeacherFreeLoss, lambda: StandardizedLoss(DKDLoss()), lambda: StandardizedLoss(DeepMutualLoss()),
     DeepMutualLoss,
 ]  # fmt: skip
