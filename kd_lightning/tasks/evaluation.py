@@ -58,7 +58,7 @@ def evaluate_all(
     device: torch.device | str = "cpu",
     reference: str | None = None,
 ) -> dict[str, Evaluation]:
-    """Score several models on a split, side by side on each batch.
+    """Score several models on a split, side by side on each batch, in this process alone.
 
     Args:
         task: What they predict.
@@ -70,8 +70,8 @@ def evaluate_all(
     Returns:
         What each comes to, by name.
     """
-    against_labels = {name: task.scores().to(device) for name in models}
-    against_teacher = {name: task.fidelity().to(device) for name in models} if reference is not None else {}
+    against_labels = {name: task.scores().alone().to(device) for name in models}
+    against_teacher = {name: task.fidelity().alone().to(device) for name in models} if reference is not None else {}
     index: list[Tensor] = []
     correct: dict[str, list[Tensor]] = {name: [] for name in models}
     with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,12 @@ class Scores(nn.Module):
         """Of the scores."""
         return list(self.metrics)
 
+    def alone(self) -> Self:
+        """Keep to what this process adds: otherwise metrics add up what all processes of a training have."""
+        for metric in self._all():
+            metric.distributed_available_fn = _never
+        return self
+
     def update(self, logits: Tensor, against: Tensor, rows: Batch) -> None:
         """Add a batch.
 
@@ -101,3 +107,7 @@ class Scores(nn.Module):
         if odd := [type(metric).__name__ for metric, name, _ in found if metric._reductions[name] is not dim_zero_sum]:
             raise TypeError(f"{', '.join(odd)} keeps states that are no sums: scores of a split's parts do not add up")
         return found
+
+
+def _never() -> bool:
+    return False

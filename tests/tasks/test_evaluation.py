@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.tasks import Classification, evaluation
+from kd_lightning.tasks import Classification, MultiTask, evaluation
 from kd_lightning.tasks.evaluation import evaluate, evaluate_all, labelled_rows, labels_of, of_network
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 from tests.tasks.toy import Tagger, Tagging
@@ -114,3 +114,18 @@ def test_of_a_large_split_rows_from_all_of_it_are_kept(most: int, monkeypatch: p
     assert most / 2 <= few.shape[1] <= most
     rows = [(logits[0] == row).all(1).nonzero().item() for row in few[0]]
     assert rows == sorted(rows)
+
+
+def test_one_of_several_processes_scores_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first one evaluates what a stage leaves: waiting for the others would be for ever."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it waits for other processes")
+
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", refuse)
+    for task in (Classification(3), MultiTask({"a": Classification(3), "b": Classification(3)})):
+        for scores in (task.scores(), task.fidelity()):
+            scores.alone().compute()
+    with pytest.raises(AssertionError, match="waits"):  # as those of a training do
+        Classification(3).scores().compute()
