@@ -50,7 +50,7 @@ def _is_optimizer(target: str) -> bool:
     return isinstance(found, type) and issubclass(found, Optimizer)
 
 
-_TEACHER_KEYS = (*CACHED, "cache", "answer_batch_size", "compile", "calibrate")
+_TEACHER_KEYS = (*CACHED, "cache", "predict_batch_size", "compile", "calibrate")
 """The keys below `teacher` that `FinishedTeacher` takes, of an assistant too."""
 
 

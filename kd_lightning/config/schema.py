@@ -51,7 +51,7 @@ OUTPUTS = (*CACHED, "combine", "weights", "folds", "calibrate")
 """The keys below `teacher` that decide which outputs a student learns from."""
 ARRANGEMENT = ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps")
 """The keys of a run that decide no result: what runs, where its files go, and how often they are written."""
-TEACHER_ARRANGEMENT = ("cache", "features", "answer_batch_size", "device", "compile", "sharded")
+TEACHER_ARRANGEMENT = ("cache", "features", "predict_batch_size", "device", "compile", "sharded")
 """The keys below `teacher` that decide no result: where its outputs come from, not what they are."""
 
 
@@ -97,7 +97,7 @@ class TeacherConfig:
     features: list[str]
     """What it outputs besides logits, for losses that read it: ["hidden[-1]"], ["attention[0]"], [embeddings],
     [pooled]."""
-    answer_batch_size: Count
+    predict_batch_size: Count
     """Examples in a batch when its outputs are computed before a training."""
     device: str | None
     """A GPU of its own for it, such as cuda:1, when cache=off; null: where the student is. Not yet run on two GPUs."""

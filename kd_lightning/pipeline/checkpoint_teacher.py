@@ -132,7 +132,7 @@ class FinishedTeacher(_LateTeacher):
         cache_dtype: How outputs are stored.
         cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
         features: What is stored besides logits and what the objective reads.
-        answer_batch_size: Examples in a batch when it predicts before a training.
+        predict_batch_size: Examples in a batch when it predicts before a training.
         ahead: Predict every example before the training, as where several trainings or processes share the outputs.
         combine: What an ensemble averages.
         weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
@@ -149,7 +149,7 @@ class FinishedTeacher(_LateTeacher):
         cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         cache_top_k: int | None = None,
         features: Sequence[str] = (),
-        answer_batch_size: int = 128,
+        predict_batch_size: int = 128,
         ahead: bool = False,
         combine: Combine = "probabilities",
         weights: list[float] | Literal["learned", "confidence"] | None = None,
@@ -160,7 +160,7 @@ class FinishedTeacher(_LateTeacher):
         self.checkpoint, self.ahead = checkpoint, ahead
         self.serving = Serving(
             members=len(checkpoint) if isinstance(checkpoint, list) else 1, precision=precision, cache=cache,
-            cache_dtype=cache_dtype, cache_top_k=cache_top_k, features=features, answer_batch_size=answer_batch_size,
+            cache_dtype=cache_dtype, cache_top_k=cache_top_k, features=features, predict_batch_size=predict_batch_size,
             combine=combine, weights=weights, device=device, compile=compile, calibrate=calibrate,
         )  # fmt: skip
 

@@ -64,7 +64,7 @@ class Serving:
         cache_dtype: How outputs are stored.
         cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
         features: What is stored besides logits and what the objective reads.
-        answer_batch_size: Examples in a batch when it predicts before a training.
+        predict_batch_size: Examples in a batch when it predicts before a training.
         combine: What an ensemble averages.
         weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
         device: A GPU of its own, when `cache=off`.
@@ -80,7 +80,7 @@ class Serving:
     cache_dtype: StoredDtype = "float32"
     cache_top_k: int | None = None
     features: Sequence[str] = ()
-    answer_batch_size: int = 128
+    predict_batch_size: int = 128
     combine: Combine = "probabilities"
     weights: Sequence[float] | Literal["learned", "confidence"] | None = None
     device: str | None = None
@@ -322,7 +322,7 @@ class TeacherProvider:
 
     def _fill(self, cache: TeacherCache, member: LoadedTeacher) -> None:
         started, hidden = time.monotonic(), not self.console.is_terminal
-        data = self.data_of(member).with_batches(eval_batch_size=self.serving.answer_batch_size)
+        data = self.data_of(member).with_batches(eval_batch_size=self.serving.predict_batch_size)
         batches: Iterable[Batch] = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         teacher = self._running(member).to(self.device)
