@@ -208,5 +208,5 @@ def test_a_range_holds_its_lower_end_only() -> None:
 
 def test_the_schema_is_read_without_torch() -> None:
     program = "import sys, kd_lightning.config.schema; print({'torch', 'jsonargparse'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout.strip() == "set()"

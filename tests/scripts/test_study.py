@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     archive = write_archive(tmp_path / "archive", movies=120, others=30)
     monkeypatch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: archive)
     monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(module, "pipeline", lambda settings: type("Run", (), {"data": reviews()}))
+    monkeypatch.setattr(module, "run_of", lambda settings: type("Run", (), {"data": reviews()}))
     return module
 
 
@@ -203,26 +204,22 @@ def test_pictures_are_drawn(study: Any, name: str, curves: Any) -> None:
 
 def test_training_time_is_that_of_the_steps_of_the_recipe(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second, 10 ms a step and 200 ms a validation; what the first training of a process pays is not counted."""
-    asked: list[list[str]] = []
+    trained: list[dict[str, str]] = []
 
-    class Run:
-        cfg: ClassVar[dict[str, Any]] = {"trainer": {"max_steps": 4000}, "validations": 20}
+    def train(settings: list[str]) -> None:
+        given = dict(one.split("=", 1) for one in settings)
+        trained.append(given)
+        folder = Path(given["run_dir"]) / "seed_0/distill"
+        folder.mkdir(parents=True)
+        seconds = 0.5 + 0.01 * int(given["trainer.max_steps"]) + 0.2 * int(given["validations"])
+        (folder / "stage.json").write_text(json.dumps({"seconds": seconds + 5 * (len(trained) == 1)}))
 
-        def __init__(self, settings: list[str]) -> None:
-            self.settings = dict(one.split("=", 1) for one in settings)
-
-        def run(self) -> None:
-            asked.append(self.settings)
-            length = int(self.settings["trainer.max_steps"])
-            folder = Path(self.settings["run_dir"]) / "seed_0/distill"
-            folder.mkdir(parents=True)
-            seconds = 0.5 + 0.01 * length + 0.2 * int(self.settings["validations"]) + 5 * (len(asked) == 1)
-            (folder / "stage.json").write_text(json.dumps({"seconds": seconds}))
-
-    monkeypatch.setattr(study, "pipeline", Run)
+    cfg = SimpleNamespace(trainer={"max_steps": 4000}, validations=20)
+    monkeypatch.setattr(study, "run_of", lambda settings: SimpleNamespace(cfg=cfg))
+    monkeypatch.setattr(study, "train_run", train)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     assert study.training_seconds("reviews_bilstm", "distill") == pytest.approx(44.5)
-    assert all(one["teacher.cache"] == "require" for one in asked)
+    assert all(one["teacher.cache"] == "require" for one in trained)
 
 
 def test_no_test_figure_before_all_is_trained(study: Any) -> None:
