@@ -67,7 +67,7 @@ def sparse_kd(
         >>> import torch
         >>> student, teacher = torch.zeros(1, 4), torch.tensor([[2.0, 1.0, 0.0, -1.0]])
         >>> [round(sparse_kd(student, SparseLogits.of(teacher, k)).item(), 4) for k in (1, 2, 4)]
-        [0.3253, 0.3884, 0.4386]
+        [0.344, 0.4255, 0.4388]
     """
     check_divergence(divergence, beta)
     check_rows(student_logits.shape, teacher)

@@ -174,7 +174,7 @@ def split_documents(hashes: NDArray[np.uint64], sizes: Mapping[str, int], seed: 
 
     >>> found = split_documents(np.array([7, 8, 7, 9], np.uint64), {"test": 1}, seed=0)
     >>> {name: positions.tolist() for name, positions in found.items()}
-    {'train': [0, 2, 3], 'test': [1]}
+    {'train': [1, 3], 'test': [0, 2]}
     """
     texts, copies = np.unique(hashes, return_inverse=True)
     rank = np.empty(len(texts), np.int64)
