@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from kd_lightning.evaluation import profiling
 from kd_lightning.evaluation.report import (
@@ -94,9 +96,15 @@ def _finished(run: Run) -> dict[str, list[Path]]:
 
 def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:
     data, cfg = run.data, run.cfg
-    evaluated, speeds = _evaluated(run, folders), _speeds(run, folders)
+    students = {stage: found for stage, found in folders.items() if stage != "teacher"}
+    networks = {folder: load_run(folder).network for found in students.values() for folder in found}
+    evaluated, speeds = (
+        _evaluated(run, networks),
+        _speeds(run, {s: networks[found[0]] for s, found in students.items()}),
+    )
     results = [
-        _student(run, stage, found, evaluated, speeds[stage]) for stage, found in folders.items() if stage != "teacher"
+        _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, speeds[stage])
+        for stage, found in students.items()
     ]
     if run.has_teacher:
         results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
@@ -128,10 +136,9 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     )  # fmt: skip
 
 
-def _evaluated(run: Run, folders: dict[str, list[Path]]) -> Evaluated:
+def _evaluated(run: Run, students: Mapping[Path, nn.Module]) -> Evaluated:
     """Score all networks of the run together, so that the teacher predicts each batch once."""
-    students = [folder for stage, found in folders.items() if stage != "teacher" for folder in found]
-    models: dict[str, Model] = {str(one): of_network(load_run(one).network, run.device) for one in students}
+    models: dict[str, Model] = {str(one): of_network(network, run.device) for one, network in students.items()}
     data, reference = run.data.select(tokens="both" if run.has_teacher else "student"), None
     if run.has_teacher:
         teacher, reference = run.predicting_teacher, TEACHER
@@ -162,7 +169,10 @@ def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
     )
 
 
-def _student(run: Run, stage: str, folders: Sequence[Path], evaluated: Evaluated, speed: Speed) -> ModelResult:
+def _student(
+    run: Run, stage: str, networks: Mapping[Path, nn.Module], evaluated: Evaluated, speed: Speed
+) -> ModelResult:
+    folders = list(networks)
     name, title = TITLES.get(stage, (stage, stage.replace("_", " ")))
     test = [evaluated["test"][str(folder)] for folder in folders]
     return ModelResult(
@@ -170,7 +180,7 @@ def _student(run: Run, stage: str, folders: Sequence[Path], evaluated: Evaluated
         title=title,
         test=[one.scores for one in test],
         validation=[evaluated["validation"][str(folder)].scores for folder in folders],
-        size=profiling.size(load_run(folders[-1]).network, folders[-1] / "model.safetensors"),
+        size=profiling.size(networks[folders[-1]], folders[-1] / "model.safetensors"),
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
@@ -192,9 +202,9 @@ def _curve(folder: Path, seed: int, score: str) -> Curve:
     return curve
 
 
-def _speeds(run: Run, folders: dict[str, list[Path]]) -> dict[str, Speed]:
+def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:
     """Time the first seed's networks side by side, each on its own inputs of the same validation examples."""
-    networks = {stage: load_run(found[0]).network for stage, found in folders.items() if stage != "teacher"}
+    networks = {stage: network.cpu() for stage, network in students.items()}
     if run.has_teacher and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
         networks["teacher"] = run.teacher.network.cpu()
     batches = {
