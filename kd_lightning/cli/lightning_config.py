@@ -14,7 +14,7 @@ from kd_lightning.data import IndexedData
 from kd_lightning.pipeline.context import Part, Run
 from kd_lightning.pipeline.networks import filled, takes_from_teacher
 from kd_lightning.pipeline.objectives import run_objective
-from kd_lightning.pipeline.prepare import new_networks, training_data
+from kd_lightning.pipeline.prepare import data_read_by, new_networks, task_of_stage, training_data
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import teacher_stage
@@ -101,15 +101,11 @@ class _Converter:
         """Return a stage's folder."""
         return str(self.run.folder / path)
 
-    def read_by(self, stage: Stage) -> IndexedData:
-        """Return the data that a stage's network reads."""
-        return self.run.parts[stage.part].data if stage.kind == "teacher" else self.run.data
-
     # -- the modules --------------------------------------------------------------------------------------------------
 
     def learning(self, stage: Stage) -> Node:
         """Return the arguments that both kinds of training have."""
-        task = self.run.parts[stage.part].data.task if stage.kind == "teacher" else self.run.task
+        task = task_of_stage(self.run, stage)
         return {
             "optimizer": converted(stage.optimizer), "scheduler": converted(stage.scheduler),
             "task": converted(task.settings), "seed": stage.seed,
@@ -118,7 +114,7 @@ class _Converter:
     def supervised(self, stage: Stage) -> Node:
         """Return a training from labels."""
         if stage.kind == "finetune":
-            start = self.folder(str(Path(stage.path).with_name("distill")))
+            start = self.folder(stage.start)
             network = class_path("kd_lightning.pipeline.checkpoint_teacher.finished_network", checkpoint=start)
         else:
             network = self.network(stage, stage.network)
@@ -145,7 +141,7 @@ class _Converter:
 
     def network(self, stage: Stage, settings: Node) -> Node:
         """Return a network, and in it the teacher's where it starts from that."""
-        node: Node = converted(filled(settings, self.read_by(stage), stage.role))
+        node: Node = converted(filled(settings, data_read_by(self.run, stage), stage.role))
         if stage.role == "student" and takes_from_teacher(settings):
             source = next(iter(self.run.parts.values()))  # of several the first one
             start, sizes = self.checkpoint(source), source.data.model_arguments("teacher")
@@ -231,8 +227,8 @@ class _Converter:
         """Return the trainer's callbacks and loggers: those that a stage needs, then the user's."""
         folder = self.folder(stage.path)
         is_ours = stage.network["_target_"].startswith("kd_lightning.")
-        rebuilt = None if is_ours else filled(stage.network, self.read_by(stage), stage.role)
-        compiled, task = self.cfg.compile and stage.role == "student", self.read_by(stage).task
+        rebuilt = None if is_ours else filled(stage.network, data_read_by(self.run, stage), stage.role)
+        compiled, task = self.cfg.compile and stage.role == "student", data_read_by(self.run, stage).task
         ours = [
             class_path(
                 "lightning.pytorch.callbacks.ModelCheckpoint", dirpath=f"{folder}/lightning", filename="best",

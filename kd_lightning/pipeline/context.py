@@ -24,7 +24,7 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.files import remove_temporary
 from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.runtime.memoize import shared, stamps
-from kd_lightning.runtime.processes import rank
+from kd_lightning.runtime.processes import first, rank
 from kd_lightning.tasks import MultiTask
 from kd_lightning.teachers import FrozenTeacher, Teacher
 from kd_lightning.training.links import check_links
@@ -203,7 +203,8 @@ class Run:
         """Return teacher 0, 1, ... as a training calls it."""
         provider = self.providers[number]
         if self.shares(number):
-            provider.complete_first()
+            with first():
+                provider.complete()
         return provider.teacher()
 
     @cached_property

@@ -12,7 +12,6 @@ from torch import nn
 from kd_lightning.pipeline.teacher_loading import LoadedTeacher
 from kd_lightning.pipeline.teacher_provider import TeacherProvider
 from kd_lightning.runtime.fingerprints import digest
-from kd_lightning.runtime.processes import first
 from kd_lightning.teachers import MultiTaskTeacher, SideBySide, Teacher
 
 if TYPE_CHECKING:
@@ -53,11 +52,6 @@ class JointProvider:
         """Have each teacher predict whatever its cache lacks."""
         for provider in self.providers.values():
             provider.complete()
-
-    def complete_first(self) -> None:
-        """Have them do so in the first process, for all."""
-        with first():
-            self.complete()
 
     def caches(self) -> list[Path]:
         """Return the folders of all teachers' caches."""

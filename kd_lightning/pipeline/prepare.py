@@ -28,6 +28,7 @@ from kd_lightning.training.stage import VERSION, Training
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
     from kd_lightning.pipeline.stages import Stage
+    from kd_lightning.tasks import Task
     from kd_lightning.teachers import Teacher
     from kd_lightning.training.module import NetworkModule
 
@@ -63,9 +64,9 @@ def prepare(run: Run, stage: Stage) -> Training:
 def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Module]]:
     """Return the network that is trained, its settings, and its peers: alike in every run of these seeds."""
     if stage.kind == "finetune":
-        start = _start(run, stage)
+        start = run.folder / stage.start
         return load_run(start).network.train(), read_json(start / "model.json"), []
-    data = run.parts[stage.part].data if stage.kind == "teacher" else run.data
+    data = data_read_by(run, stage)
     taking = stage.role == "student" and any(map(takes_from_teacher, (stage.network, *stage.peers)))
     source = run.source.network if taking else None
     torch.manual_seed(stage.seed)
@@ -73,9 +74,14 @@ def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Modul
     return network, settings, [build_network(peer, data, "student", source)[0] for peer in stage.peers]
 
 
-def _start(run: Run, stage: Stage) -> Path:
-    """Return the folder of the distillation that a fine-tuning goes on from."""
-    return run.folder / Path(stage.path).with_name("distill")
+def data_read_by(run: Run, stage: Stage) -> IndexedData:
+    """Return the data that a stage's network reads: of a teacher those of its task."""
+    return run.parts[stage.part].data if stage.kind == "teacher" else run.data
+
+
+def task_of_stage(run: Run, stage: Stage) -> Task:
+    """Return what a stage's network learns to predict."""
+    return run.parts[stage.part].data.task if stage.kind == "teacher" else run.task
 
 
 def _deciding(run: Run, stage: Stage, data: IndexedData) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
     if stage.kind == "teacher":
         return {}
     if stage.kind == "finetune":
-        return {"start": file_digest(_start(run, stage) / "model.safetensors")}
+        return {"start": file_digest(run.folder / stage.start / "model.safetensors")}
     taking, start = takes_from_teacher(stage.network), start_of(stage.network)
     if stage.kind == "baseline":
         more = {"architecture": describe(network)} if taking else {}  # its settings do not have its sizes
@@ -126,7 +132,7 @@ def _kept(run: Run, stage: Stage, settings: dict[str, Any]) -> Path:
 
 
 def _supervised(run: Run, stage: Stage, network: nn.Module) -> NetworkModule:
-    task = run.parts[stage.part].data.task if stage.kind == "teacher" else run.task
+    task = task_of_stage(run, stage)
     return SupervisedModule(network, build(stage.optimizer), build(stage.scheduler), task=task, seed=stage.seed)
 
 

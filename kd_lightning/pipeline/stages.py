@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_lightning.config.schema import Node
@@ -64,6 +65,11 @@ class Stage:
     def distils(self) -> bool:
         """True where it learns from a teacher, on the transfer set too."""
         return self.kind in ("assistant", "distill")
+
+    @property
+    def start(self) -> str:
+        """The path of the distillation that a fine-tuning goes on from."""
+        return str(Path(self.path).with_name("distill"))
 
     @property
     def rate(self) -> str:

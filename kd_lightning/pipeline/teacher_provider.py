@@ -25,7 +25,6 @@ from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
-from kd_lightning.runtime.processes import first
 from kd_lightning.tasks.evaluation import labelled_rows
 from kd_lightning.teachers import (
     AheadTeacher,
@@ -276,11 +275,6 @@ class TeacherProvider:
         if self.serving.cache != "off":
             for member in self.members:
                 self._complete(member)
-
-    def complete_first(self) -> None:
-        """Have it do so in the first process, for all."""
-        with first():
-            self.complete()
 
     def caches(self) -> list[Path]:
         """Return the folder of the teacher's cache, or of each member's of an ensemble."""

@@ -48,11 +48,11 @@ def build_report(
         task: A short description of the prediction, for the heading.
         seeds: The seeds, in the order of each model's lists.
         command: The command line that reproduces the run.
-        environment: What `measure.environment` returns.
+        environment: What `profiling.environment` returns.
         settings: Temperature, alpha, steps, learning rate and other settings that define the run.
         data: The data.
         stages_seconds: Wall time by stage.
-        selection: How checkpoints were selected, if not by `data.score` on validation.
+        selection: How checkpoints were selected, if not by `data.monitor` on validation.
 
     Returns:
         Plain JSON data; NaN and infinities become None.
