@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from kd_lightning.data.datamodule import Dataset_, IndexedData, check_least
 from kd_lightning.data.sampler import Share
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import Classification, Regression, Task
+
+log = logging.getLogger(__name__)
 
 
 class ClassificationData(IndexedData):
@@ -31,6 +34,10 @@ class ClassificationData(IndexedData):
             `index`. None: a new set for every epoch, created on the fly with index -1, which cannot be cached.
         pool_ratio: Views and transfer examples per training example in an epoch: others in each epoch, until all have
             been used. None: all of them in every epoch.
+        train_examples: Train on this many labelled examples, evenly over the classes; drawn by `split_seed`, a smaller
+            choice is a subset of a larger one. None: all.
+        transfer_examples: How many of the examples that `train_examples` leaves out are transfer examples, without
+            their labels. None: all of them.
         options: The others of `IndexedData`.
 
     Raises:
@@ -46,16 +53,21 @@ class ClassificationData(IndexedData):
         views: int = 0,
         view_sets: int | None = 1,
         pool_ratio: float | None = None,
+        train_examples: int | None = None,
+        transfer_examples: int | None = 0,
         **options: Any,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, **options)
         check_least(1, view_sets=1 if view_sets is None else view_sets)
-        check_least(0, views=views)
+        check_least(1, train_examples=1 if train_examples is None else train_examples)
+        check_least(0, views=views, transfer_examples=transfer_examples or 0)
         if pool_ratio is not None and not (pool_ratio > 0 and math.isfinite(pool_ratio)):
             raise ConfigError(f"data.pool_ratio={pool_ratio:g}: expected a positive number, or null for all")
         self.views = views
         self.view_sets = view_sets
         self.pool_ratio = pool_ratio
+        self.train_examples = train_examples
+        self.transfer_examples = transfer_examples
         self._without_pool = ("train", "validation", "test")
         self._labels: NDArray[Any]  # int64; float32 for a regression
 
@@ -65,6 +77,33 @@ class ClassificationData(IndexedData):
             raise ConfigError(
                 f"data.pool_ratio={self.pool_ratio:g}: no views or transfer data; set data.views or data.transfer"
             )
+
+    def _draw(
+        self, order: NDArray[np.int64], labels: NDArray[Any], unlabelled: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the positions of the training and of the transfer examples, ascending.
+
+        Args:
+            order: The positions of the labelled examples in the order in which they are drawn.
+            labels: The labels by position.
+            unlabelled: The positions of transfer examples after those that are left out.
+
+        Raises:
+            ConfigError: `train_examples` or `transfer_examples` is more than there are.
+        """
+        wanted, more = self.train_examples, self.transfer_examples
+        if wanted is not None and wanted > len(order):
+            raise ConfigError(f"data.train_examples={wanted}, but there are {len(order)} to train on")
+        train, left = order[:wanted], order[len(order) if wanted is None else wanted :]
+        if without := len(np.unique(labels[order])) - len(np.unique(labels[train])):
+            log.warning("data.train_examples=%d leaves %d classes without a training example", wanted, without)
+        found = left if unlabelled is None else np.concatenate([left, unlabelled])
+        if more is not None and more > len(found):
+            raise ConfigError(
+                f"data.transfer_examples={more}, but {len(found)} examples are left for it: use fewer, or fewer to "
+                "train on (data.train_examples)"
+            )
+        return np.sort(train), np.sort(found[:more])
 
     @property
     def num_classes(self) -> int:

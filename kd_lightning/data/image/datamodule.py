@@ -262,19 +262,14 @@ class ImageData(ClassificationData):
     and cropped once, and stored on disk as bytes.
 
     Args:
-        train_examples: Train on this many images, evenly over the classes; a smaller choice is a subset of a larger
-            one.
-            None: all.
-        transfer_examples: Size of the transfer set: first images that `train_examples` leaves out, then unlabelled
-            ones.
-            None: all of them.
         crop_padding: Largest shift of a view in pixels.
         flip_probability: How often a view is mirrored.
         mixup_probability: How often a view is the mean of two images; see `Mixing`.
         cutmix_probability: How often a view has a rectangle of another image.
         mix_alpha: Two images' shares are drawn from Beta(mix_alpha, mix_alpha): 1 is evenly, less is mostly one.
         cache_dir: Where the bytes are kept; by default under `$KD_LIGHTNING_HOME`.
-        options: Those of `ClassificationData`.
+        options: Those of `ClassificationData`; after the images that `train_examples` leaves out, `transfer_examples`
+            takes unlabelled ones.
 
     Raises:
         ConfigError: An option out of its range.
@@ -284,8 +279,6 @@ class ImageData(ClassificationData):
 
     def __init__(
         self,
-        train_examples: int | None = None,
-        transfer_examples: int | None = 0,
         crop_padding: int = 4,
         flip_probability: float = 0.5,
         mixup_probability: float = 0.0,
@@ -295,8 +288,7 @@ class ImageData(ClassificationData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_least(0, crop_padding=crop_padding, transfer_examples=transfer_examples or 0)
-        check_least(1, train_examples=1 if train_examples is None else train_examples)
+        check_least(0, crop_padding=crop_padding)
         check_probabilities(
             flip_probability=flip_probability, mixup_probability=mixup_probability,
             cutmix_probability=cutmix_probability,
@@ -308,8 +300,6 @@ class ImageData(ClassificationData):
             )
         if not (mix_alpha > 0 and math.isfinite(mix_alpha)):
             raise ConfigError(f"data.mix_alpha={mix_alpha:g}: expected a positive number")
-        self.train_examples = train_examples
-        self.transfer_examples = transfer_examples
         self.crop_padding = crop_padding
         self.flip_probability = flip_probability
         self.mixing = Mixing(mixup_probability, cutmix_probability, mix_alpha)
@@ -357,17 +347,7 @@ class ImageData(ClassificationData):
         sizes = {part: max(1, round(share * len(rows["train"]))) for part, share in corpus.held_out.items()}
         for part, size in sizes.items():
             rows[part], train = train[:size], train[size:]
-        if self.train_examples is not None and self.train_examples > len(train):
-            raise ConfigError(f"data.train_examples={self.train_examples}, but there are {len(train)} to train on")
-        rows["train"] = train[: self.train_examples]
-        rest = train[len(rows["train"]) :]
-        unlabelled = np.concatenate([rest, rows.get("transfer", rest[:0])])
-        if self.transfer_examples is not None and self.transfer_examples > len(unlabelled):
-            raise ConfigError(
-                f"data.transfer_examples={self.transfer_examples}, but there are only {len(unlabelled)} "
-                "unlabelled images: use fewer, or fewer to train on (data.train_examples)"
-            )
-        rows["transfer"] = unlabelled[: self.transfer_examples]
+        rows["train"], rows["transfer"] = self._draw(train, corpus.labels, rows.get("transfer"))
         return {part: np.sort(found) for part, found in rows.items()}
 
     def _name_content(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.data.classification import ClassificationData, check_probabilities
-from kd_lightning.data.datamodule import Role
+from kd_lightning.data.datamodule import Role, stratified_order
 from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence
@@ -59,6 +60,8 @@ class TextData(TokenizedData, ClassificationData):
         transfer: Unlabelled sentences: files, or names that the source knows.
         cache_dir: Where encoded sentences are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `TokenizedData` and `ClassificationData`; sentences of more than `max_length` tokens are cut.
+            Sentences of `transfer` come after those that `train_examples` leaves out, and `transfer_examples` does not
+            count them.
 
     Raises:
         ConfigError: An option out of its range.
@@ -106,7 +109,7 @@ class TextData(TokenizedData, ClassificationData):
         """Read, split and encode everything; a second call does nothing."""
         if self.fingerprint:
             return
-        corpus = self.read()
+        corpus = self._drawn(self.read())
         self._changes = self._changes_for(corpus)
         views = Views(
             corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability,
@@ -132,6 +135,14 @@ class TextData(TokenizedData, ClassificationData):
         self.texts_per_example = len(corpus.train.texts[0])
         self.class_names = corpus.class_names
         self._encode([text for name in self.parts for text in parts[name]])
+
+    def _drawn(self, corpus: Corpus) -> Corpus:
+        """Return the corpus with `train_examples` labelled sentences; others join the transfer set."""
+        scores = np.asarray(corpus.train.labels)
+        labels = np.zeros(len(scores), np.int64) if corpus.regression else scores
+        train, left = self._draw(stratified_order(labels, self.split_seed), labels)
+        texts = corpus.train.texts
+        return replace(corpus, train=corpus.train.take(train), transfer=[*(texts[i] for i in left), *corpus.transfer])
 
     def _changes_for(self, corpus: Corpus) -> Changes:
         """Return the changes of views other than masking, with their substitutes."""

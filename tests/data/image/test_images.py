@@ -356,7 +356,7 @@ def test_the_fingerprint_follows_the_labels_and_what_the_sets_do(
     [
         ({"train_examples": 0}, r"data\.train_examples=0: expected 1 or more"),
         ({"train_examples": 181}, r"data\.train_examples=181, but there are 180 to train on"),
-        ({"transfer_examples": 1}, r"data\.transfer_examples=1, but there are only 0 unlabelled"),
+        ({"transfer_examples": 1}, r"data\.transfer_examples=1, but 0 examples are left for it"),
         ({"transfer_examples": -1}, r"data\.transfer_examples=-1: expected 0 or more"),
         ({"validation_fraction": 1.0}, r"cannot hold out the fractions 1 of the training images"),
         ({"crop_padding": -1}, r"data\.crop_padding=-1"),

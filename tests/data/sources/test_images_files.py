@@ -138,7 +138,7 @@ def test_images_without_labels_are_for_the_teacher(make: Callable[..., ImageFold
     assert [data.sizes["transfer"] for data in (again, some, all_of_them)] == [0, 2, 3]
     labels = torch.cat([batch["labels"] for batch in all_of_them.train_dataloader()])
     assert (labels == IGNORE).sum() == 3
-    with pytest.raises(ConfigError, match=r"data\.transfer_examples=4, but there are only 3 unlabelled"):
+    with pytest.raises(ConfigError, match=r"data\.transfer_examples=4, but 3 examples are left for it"):
         make({"train": 6}, transfer_examples=4).prepare()
 
 
