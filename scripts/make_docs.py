@@ -10,10 +10,12 @@ import inspect
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config.catalog import Strategy, strategies
 from kd_lightning.config.instantiate import build, conf_dir
@@ -35,10 +37,17 @@ student: [comparison.md](comparison.md). `python scripts/make_docs.py` writes th
 """
 
 
+@cache
+def configuration() -> DictConfig:
+    """Compose the configuration that a strategy's file refers to."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config")
+
+
 def objective(name: str) -> Objective:
     """Build a strategy's objective with the values of its file."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        built: Objective = build(compose("config", [f"distillation={name}"]).distillation)
+    configuration().distillation = OmegaConf.load(conf_dir() / "distillation" / f"{name}.yaml")
+    built: Objective = build(configuration().distillation)
     return built
 
 

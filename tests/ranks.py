@@ -42,10 +42,12 @@ from kd_lightning.training.distillation import DistillationModule, SupervisedMod
 from kd_lightning.training.module import NetworkModule
 from kd_lightning.training.objective import Objective
 from kd_lightning.types import IGNORE, Batch
-from tests.config.test_catalog import PAIRS, made
+from tests.config.test_catalog import STRATEGIES, made
 from tests.conftest import write_toy_csv
 
 GLOBAL_BATCH = 16
+EACH = [(name, strategy.models[0]) for name, strategy in STRATEGIES.items()]
+"""Each strategy with its first kind of models."""
 STOPPED = 7
 """Steps from one checkpoint to the next where a training is begun again; an epoch has 16 and more."""
 CLASSES, WORDS = 3, 11
@@ -288,7 +290,7 @@ def trainings() -> Iterator[tuple[str, str, Callable[[], Any]]]:
 def sharded_strategies(folder: Path) -> None:
     """Train every strategy with student and teacher sharded and with both whole; leave how far apart weights are."""
     apart = {}
-    for name, kind in PAIRS:
+    for name, kind in EACH:
         found: list[dict[str, Tensor]] = []
         for strategy in ("ddp", sharding()):
             module, data = made(name, kind, composed)

@@ -75,6 +75,6 @@ def test_a_folder_without_a_run_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_predict_without_sentences_is_one_line(tmp_path: Path) -> None:
-    result = installed("kd-predict", str(tmp_path), cwd=tmp_path, stdin="\n  \n")
+    result = forks.command("kd-predict", str(tmp_path), cwd=tmp_path, stdin="\n  \n")
     assert result.returncode == 2
     assert result.stderr.strip() == "kd-predict: no sentences: every line is empty"

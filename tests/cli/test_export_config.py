@@ -25,12 +25,12 @@ from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.training.distillation import DistillationModule
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.data.images import write_fashion
-from tests.end_to_end.test_multi_task import TASKS
+from tests.end_to_end.test_multi_task import NETWORKS, TASKS
 from tests.toy_reviews import write_archive, write_tokenizer
 
 Composed = Callable[..., DictConfig]
-QUICK = {"fashion_resnet", "mean_teacher", "reviews_bilstm"}
-"""Pictures; no trained teacher; views, and a teacher's embeddings. Several tasks: the last test of this file."""
+QUICK = {"mean_teacher", "reviews_bilstm"}
+"""No trained teacher; views, and a teacher's embeddings. Several tasks: the last test of this file."""
 EXPERIMENTS = [
     pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
     for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
@@ -177,7 +177,7 @@ def test_every_experiment_trains_to_the_same_weights_both_ways(
     experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over more than two epochs: the first one fills the cache of the teacher's answers."""
-    both_ways(brief(experiment, 24), composed, tmp_path, monkeypatch)
+    both_ways(brief(experiment, 12), composed, tmp_path, monkeypatch)
 
 
 RISING = "{_target_: kd_lightning.schedules.Linear, start: 0.2, end: 0.9}"
@@ -227,4 +227,4 @@ def test_weights_of_tasks_multiply_schedules_both_ways(
     composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["stages=[teacher,distill]", f"alpha={RISING}", "+tasks.domain.weight=3", "+tasks.rating.weight=0.5"]
-    both_ways([*brief("multi_task", 2), *more], composed, tmp_path, monkeypatch)
+    both_ways([*brief("multi_task", 2), *NETWORKS, *more], composed, tmp_path, monkeypatch)

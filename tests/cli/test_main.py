@@ -73,8 +73,7 @@ def test_an_unknown_command_names_the_nearest(
     [
         ("train", ["--help"]),
         ("train", ["temprature=3"]),
-        ("cli", ["--help"]),
-        ("eval", ["none"]),
+        pytest.param("cli", ["--help"], marks=pytest.mark.slow),
         ("slurm", ["status", "none"]),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -136,6 +136,19 @@ def test_every_file_says_what_it_is(strategy: Strategy) -> None:
     assert strategy.models
 
 
+COMPOSED: dict[tuple[str, ...], DictConfig] = {}
+
+
+def objective_of(name: str, composed: Callable[..., DictConfig], *overrides: str) -> Objective:
+    """Build what a file says. That each is a choice of the command line, tests/pipeline/test_validation.py says."""
+    if overrides not in COMPOSED:
+        COMPOSED[overrides] = composed("alpha=0.5", *overrides)
+    cfg = COMPOSED[overrides]
+    cfg.distillation = OmegaConf.load(conf_dir() / "distillation" / f"{name}.yaml")
+    objective: Objective = build(cfg.distillation)
+    return objective
+
+
 def made(name: str, kind: str, composed: Callable[..., DictConfig], *overrides: str) -> tuple[DistillationModule, Data]:
     """Small networks, the objective of a file and data, ready to train."""
     torch.manual_seed(0)
@@ -146,7 +159,7 @@ def made(name: str, kind: str, composed: Callable[..., DictConfig], *overrides: 
     if name == "deep_mutual":  # whose student has peers
         student = joined(student, [make_student()])
     data = Data(examples_of(kind))
-    objective: Objective = build(composed(f"distillation={name}", "alpha=0.5", *overrides).distillation)
+    objective = objective_of(name, composed, *overrides)
     objective.plan(student, teacher_network)
     teacher = FrozenTeacher(teacher_network, features=objective.needs_teacher)
     module = DistillationModule(

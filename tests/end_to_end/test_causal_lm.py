@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -101,29 +102,25 @@ def check_exported(tmp_path: Path, trained: TrainedModel) -> None:
     assert "AutoModelForCausalLM" in card
 
 
-@pytest.mark.parametrize(
-    ("most_dense", "logits"), [(1024, "true"), (8, "false")], ids=["read back whole", "read back sparse, in chunks"]
-)
 def test_stored_outputs_train_the_same_student_as_the_running_teacher(
-    composed: Composed,
-    overrides: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    most_dense: int,
-    logits: str,
+    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "MOST_DENSE", most_dense)
+    """Whether they are read back whole, or sparse and in chunks."""
     sparse = ["distillation=sparse_kd", "distillation.terms.kd.top_k=16", "stages=[teacher,distill]"]
     live = run(composed(*overrides, *sparse, "teacher.cache=off"))
     weights = load_file(tmp_path / "run/seed_0/distill/model.safetensors")
-    again = [*overrides, *sparse, f"run_dir={tmp_path / 'again'}", "teacher.cache_top_k=16"]
-    again.append(f"student.logits_in_training={logits}")
-    stored = run(composed(*again))
-    for name, weight in load_file(tmp_path / "again/seed_0/distill/model.safetensors").items():
-        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)
-    assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]  # not cut to what is stored
-    one, other = (report["models"]["distilled"]["test"]["cross_entropy"]["mean"] for report in (live, stored))
-    assert one == pytest.approx(other, rel=1e-3)
+    for most_dense, logits in ((1024, "true"), (8, "false")):
+        monkeypatch.setattr(outputs, "MOST_DENSE", most_dense)
+        again = Path(shutil.copytree(tmp_path / "run", tmp_path / f"again_{most_dense}"))
+        shutil.rmtree(again / "seed_0")  # the same teacher teaches again
+        (again / "config.yaml").unlink()
+        settings = [f"run_dir={again}", "teacher.cache_top_k=16", f"student.logits_in_training={logits}"]
+        stored = run(composed(*overrides, *sparse, *settings))
+        for name, weight in load_file(again / "seed_0/distill/model.safetensors").items():
+            torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)
+        assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]  # not cut to what is stored
+        one, other = (report["models"]["distilled"]["test"]["cross_entropy"]["mean"] for report in (live, stored))
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_a_checkpoint_of_hugging_face_teaches_with_its_own_tokenizer(

@@ -116,7 +116,8 @@ def test_a_stage_with_a_damaged_file_is_neither_loaded_nor_reused(place: Path, r
     sealed = read_stage(stage)["files"]
     assert {"model.safetensors", "model.json", "task.json", "tokenizer/tokenizer.json"} < set(sealed)
     assert any(name.startswith("csv/") for name in sealed)
-    for name in (*sealed, "stage.json"):
+    some = ("model.safetensors", "task.json", "stage.json")  # the seals do not know how a file was damaged
+    for name in (*sealed, "stage.json") if damage is flip else some:
         path = stage / name
         whole, time = path.read_bytes(), path.stat()
         if damage is swap and (other / name).read_bytes() == whole:
@@ -195,13 +196,13 @@ def test_a_baseline_is_no_student_of_a_run_that_has_not_come_to_its_distillation
         load_run(run)
 
 
-@pytest.mark.parametrize("damage", DAMAGES[:4])
+@pytest.mark.parametrize("damage", [flip, empty, delete])
 def test_a_damaged_configuration_or_report_is_not_believed(place: Path, run: Path, damage: Damage) -> None:
     accuracy = load_report(run)["models"]["distilled"]["test"]["accuracy"]["values"]
     damage(run / "report.json", run)
     said = train(run, ALL, report=True)
     assert damage is delete or "report.json" in said.partition("it is made anew")[0]
-    for name in ("curves.png", "tradeoff.png"):
+    for name in ("curves.png", "tradeoff.png") if damage is delete else ():
         whole = (run / name).read_bytes()
         (run / name).unlink()
         train(run, ALL, report=True)
@@ -229,14 +230,6 @@ def evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def grown(lines: list[str]) -> list[str]:
-    return [*lines, '"a new sentence with new words, soup",food']
-
-
-def swapped(lines: list[str]) -> list[str]:
-    return [line.replace(",food", ",X").replace(",science", ",food").replace(",X", ",science") for line in lines]
-
-
 def renamed(lines: list[str]) -> list[str]:
     return [line.replace(",food", ",meals") for line in lines]
 
@@ -253,7 +246,7 @@ def in_another_order(lines: list[str]) -> list[str]:
     return [lines[0], *lines[:0:-1]]
 
 
-@pytest.mark.parametrize("change", [grown, swapped, renamed, one_more_class, one_label, in_another_order])
+@pytest.mark.parametrize("change", [renamed, one_more_class, one_label, in_another_order])
 def test_other_data_are_not_scored_as_the_runs_own(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[str]], list[str]]
 ) -> None:
@@ -315,21 +308,35 @@ def uninterrupted(place: Path) -> str:
     return network_digest(load_run(folder).network)
 
 
-@pytest.fixture
-def killed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def once_killed(place: Path) -> Path:
     """A training that ended at step 17, after a look at validation and after the checkpoint of step 15."""
-    shutil.copy(place / "toy.csv", tmp_path)
-    monkeypatch.setenv("STOP_AT", "17")
-    with pytest.raises(RuntimeError, match="killed"):
-        train(tmp_path / "killed", *BASELINE)
-    monkeypatch.delenv("STOP_AT")
-    folder = tmp_path / "killed/seed_0/baseline/checkpoints"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STOP_AT", "17")
+        with pytest.raises(RuntimeError, match="killed"):
+            train(place / "killed", *BASELINE)
+    folder = place / "killed/seed_0/baseline/checkpoints"
     assert {path.name for path in folder.iterdir()} == {"resume.ckpt", "best.ckpt", "seals.json"}
-    return folder
+    return place / "killed"
 
 
-@pytest.mark.parametrize("name", ["resume.ckpt", "best.ckpt", "seals.json"])
-@pytest.mark.parametrize("damage", [flip, truncate, delete])
+@pytest.fixture
+def killed(place: Path, once_killed: Path, tmp_path: Path) -> Path:
+    """The checkpoints of that training, to be damaged."""
+    shutil.copy(place / "toy.csv", tmp_path)
+    return Path(shutil.copytree(once_killed, tmp_path / "killed")) / "seed_0/baseline/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("resume.ckpt", flip),
+        ("resume.ckpt", delete),
+        ("best.ckpt", truncate),
+        ("best.ckpt", delete),
+        ("seals.json", flip),
+    ],
+)
 def test_damaged_checkpoints_are_discarded_and_the_stage_begins_again(
     killed: Path, uninterrupted: str, name: str, damage: Damage
 ) -> None:

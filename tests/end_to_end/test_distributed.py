@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests import ROOT, ranks
-from tests.config.test_catalog import PAIRS
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 """Of weights around 0.1 that two epochs of float32 moved by as much: sums are taken in another order, no more."""
@@ -163,7 +162,7 @@ def test_a_shared_teacher_teaches_what_a_whole_one_does_with_half_of_it_on_each(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.parametrize(("name", "kind"), ranks.EACH)
 def test_every_strategy_trains_alike_with_student_and_teacher_sharded(
     name: str, kind: str, apart: dict[tuple[str, str], float]
 ) -> None:

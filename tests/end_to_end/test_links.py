@@ -41,18 +41,25 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("inside", PLACES)
-def test_a_training_refuses_links(
-    inside: str, victim: Path, composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
-) -> None:
+def test_links_are_refused(inside: str, victim: Path, tmp_path: Path) -> None:
     link, before = tmp_path / "run" / inside, listing(victim)
     link.parent.mkdir(parents=True)
     link.symlink_to(victim / "kept.txt" if "." in link.name else victim)
-    cfg = composed(*tiny_overrides(toy_csv, tmp_path / "run"))
     for shared in (None, str(tmp_path / "shared")):
-        cfg.shared_dir = shared
         with pytest.raises(ConfigError, match=r"is a link: .* put a folder") as refused:
-            Run(cfg)
+            check_links(tmp_path / "run", shared)
         assert str(link) in str(refused.value)
+    assert listing(victim) == before
+
+
+def test_a_training_refuses_them(
+    victim: Path, composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "seed_0").symlink_to(victim)
+    before = listing(victim)
+    with pytest.raises(ConfigError, match=r"run/seed_0 is a link: .* put a folder"):
+        Run(composed(*tiny_overrides(toy_csv, tmp_path / "run")))
     assert listing(victim) == before
 
 

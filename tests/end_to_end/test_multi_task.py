@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
 
 from kd_lightning.cli.evaluate import score_split
 from kd_lightning.cli.predict import main as predict
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.sources.files import FileReader
 from kd_lightning.evaluation.evaluator import score_file
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.objectives import run_objective
 from kd_lightning.pipeline.prepare import prepare
+from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import score, train_all
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.pipeline.validation import validate
@@ -49,23 +53,45 @@ SHORT = [f"tasks.{task}.teacher.trainer.max_steps=8" for task in TASKS]
 """For teachers whose scores nobody looks at."""
 
 
-@pytest.fixture
-def archive(tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = write_archive(tmp_path / "archive")
-    monkeypatch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: folder)
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sentences and the tokenizer of all tests, so that one's finished run is another's. Read only."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_archive(folder / "archive")
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 
 @pytest.fixture
-def overrides(tmp_path: Path, archive: Path) -> list[str]:
+def archive(toy: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: toy / "archive")
+
+
+def small(toy: Path, folder: Path) -> list[str]:
     """conf/experiment/multi_task.yaml with small networks, a small budget and a tokenizer of the toy words."""
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = toy / "tokenizer"
     return [
-        "experiment=multi_task", *NETWORKS, "trainer.max_steps=60", "data.batch_size=32", f"run_dir={tmp_path / 'run'}",
+        "experiment=multi_task", *NETWORKS, "trainer.max_steps=60", "data.batch_size=32", f"run_dir={folder}",
         *(f"+tasks.{task}.teacher.trainer.max_steps=40" for task in TASKS[:1]),
         *(f"tasks.{task}.teacher.trainer.max_steps=60" for task in TASKS[1:]),
         *(f"data.tasks.{task}.{key}={tokenizer}" for task in TASKS for key in ("tokenizer", "teacher_tokenizer")),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def overrides(toy: Path, tmp_path: Path, archive: None) -> list[str]:
+    return small(toy, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(toy: Path) -> Path:
+    """A finished run of short trainings. Read only."""
+    register_resolvers()
+    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        patch.setenv("KD_LIGHTNING_HOME", str(toy / "home"))
+        patch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: toy / "archive")
+        run(compose("config", [*small(toy, toy / "run"), *SHORT, "trainer.max_steps=12"]))
+    return toy / "run"
 
 
 def run(cfg: DictConfig) -> tuple[Any, str]:
@@ -138,10 +164,10 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
 
 
 def test_a_second_run_reuses_everything_and_other_settings_are_refused(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], trained: Path, tmp_path: Path
 ) -> None:
     overrides = [*overrides, *SHORT, "trainer.max_steps=12"]
-    run(composed(*overrides))
+    shutil.copytree(trained, tmp_path / "run")
     pipeline, said = run(composed(*overrides))
     assert said.count("finished before") == 5  # three teachers, baseline, student
     assert score(pipeline) == pytest.approx(record(tmp_path / "run/seed_0/distill")["validation"]["average"])
@@ -183,11 +209,12 @@ class StopAt(L.Callback):
 
 
 def test_a_stopped_student_goes_on_bit_by_bit(
-    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Composed, overrides: list[str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [
-        *overrides, *SHORT, "stages=[teacher,distill]", "trainer.max_steps=48", "checkpoint_every_n_steps=7",
+        *overrides, "stages=[distill]", "trainer.max_steps=48", "checkpoint_every_n_steps=7",
         "+callbacks.stop={_target_: tests.end_to_end.test_multi_task.StopAt}",
+        *(f"+tasks.{task}.teacher.checkpoint={trained}/tasks/{task}" for task in TASKS),
     ]  # fmt: skip
     common += ["data.tasks.sentiment.views=1", "teacher.cache_views=2"]
     run(composed(*common, f"run_dir={tmp_path / 'whole'}"))
@@ -195,15 +222,14 @@ def test_a_stopped_student_goes_on_bit_by_bit(
     with pytest.raises(RuntimeError, match="stopped"):
         run(composed(*common, f"run_dir={tmp_path / 'stopped'}"))
     monkeypatch.setattr(StopAt, "step", -1)
-    _, said = run(composed(*common, f"run_dir={tmp_path / 'stopped'}"))
-    assert said.count("finished before") == 3
+    run(composed(*common, f"run_dir={tmp_path / 'stopped'}"))
     whole, resumed = (load_file(tmp_path / name / "seed_0/distill/model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_a_tasks_weight_reaches_both_trainings(composed: Composed, overrides: list[str]) -> None:
     weights_of_tasks = ["+tasks.domain.weight=0", "+tasks.sentiment.weight=3"]
-    pipeline = Run(composed(*overrides, *weights_of_tasks, "alpha=0.9"))
+    pipeline = Run(composed(*overrides, *SHORT, *weights_of_tasks, "alpha=0.9"))
     student = student_of(pipeline)
     weights = run_objective(pipeline, student, None).weights
     assert weights == pytest.approx(
@@ -225,6 +251,7 @@ def test_teachers_with_tokenizers_and_networks_of_their_own(
     other = write_tokenizer(tmp_path / "other_tokenizer", "wordpiece:50")
     chosen = [
         f"data.tasks.domain.teacher_tokenizer={other}", "teacher.cache=off", "stages=[teacher,distill]",
+        "trainer.max_steps=6",
         "+tasks.domain.teacher.network={_target_: kd_lightning.models.bilstm.BiLSTM, hidden_size: 12}",
     ]  # fmt: skip
     pipeline, _ = run(composed(*overrides, *chosen))
@@ -324,7 +351,7 @@ def test_a_student_is_made_from_the_first_tasks_teacher(
 
 
 @pytest.fixture
-def regression(tmp_path: Path, archive: Path) -> list[str]:
+def regression(tmp_path: Path, archive: None) -> list[str]:
     return [
         *(o for o in NETWORKS if not o.startswith("~")), "data=reviews", "data.labels=rating",
         "data.tokenizer=wordpiece:300", "data.batch_size=16", "distillation=regression", "trainer.max_epochs=4",

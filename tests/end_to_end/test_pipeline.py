@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,20 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.cli.predict import main as predict
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import network_digest
 from kd_lightning.training.run_folder import finish_stage, load_run, read_stage
-from tests.conftest import tiny_overrides
+from tests.conftest import tiny_overrides, write_toy_csv
 from tests.runs import student_of
 
 Composed = Callable[..., DictConfig]
@@ -35,9 +39,31 @@ STARTED = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file for all tests, so that a finished run of it is one of theirs. Read only."""
+    return write_toy_csv(tmp_path_factory.mktemp("toy") / "toy.csv")
+
+
 @pytest.fixture
-def overrides(toy_csv: Path, tmp_path: Path, own_home: Path) -> list[str]:
-    return tiny_overrides(toy_csv, tmp_path / "run")
+def overrides(toy: Path, tmp_path: Path, own_home: Path) -> list[str]:
+    return tiny_overrides(toy, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(toy: Path) -> Path:
+    """A finished run with all stages of the default and its report. Read only."""
+    register_resolvers()
+    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        patch.setenv("KD_LIGHTNING_HOME", str(toy.parent / "home"))
+        run(compose("config", tiny_overrides(toy, toy.parent / "run")))
+    return toy.parent / "run"
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> Path:
+    """That run, in the folder of `overrides`."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def run(cfg: DictConfig) -> tuple[Run, dict, str]:
@@ -75,9 +101,9 @@ def test_every_stage_leaves_a_network_and_the_report_compares_them(
 
 
 def test_a_second_run_reuses_everything_and_reads_the_test_split_no_more(
-    composed: Composed, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    composed: Composed, overrides: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, first, _ = run(composed(*overrides))
+    first = load_report(finished)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the test split was read again")
@@ -88,33 +114,28 @@ def test_a_second_run_reuses_everything_and_reads_the_test_split_no_more(
     assert output.count("finished before") == 3
 
 
-def test_a_student_trains_in_bfloat16(composed: Composed, overrides: list[str]) -> None:
-    _, report, _ = run(composed(*overrides, "trainer.max_epochs=8", "trainer.precision=bf16-mixed"))
-    assert report["models"]["distilled"]["test"]["accuracy"]["mean"] > 0.5
-
-
 def test_a_hugging_face_data_set_on_disk_and_a_transformer(
-    composed: Composed, overrides: list[str], toy_csv: Path, tmp_path: Path
+    composed: Composed, overrides: list[str], toy: Path, tmp_path: Path
 ) -> None:
-    rows = list(csv.DictReader(toy_csv.open(encoding="utf-8")))
+    rows = list(csv.DictReader(toy.open(encoding="utf-8")))
     columns = {name: [row[name] for row in rows] for name in ("text", "label")}
     Dataset.from_dict(columns).save_to_disk(str(tmp_path / "disk"))
     chosen = [o for o in overrides if not o.startswith(("data=", "data.train_file", "student", "model@student"))]
     sizes = ["student.hidden_size=8", "student.num_layers=1", "student.intermediate_size=8"]
     data = ["data=hf_dataset", f"data.name={tmp_path / 'disk'}"]
-    _, report, _ = run(composed(*data, "model@student=transformer", *sizes, *chosen))
+    brief = ["teacher.trainer.max_steps=2", "trainer.max_steps=2"]
+    _, report, _ = run(composed(*data, "model@student=transformer", *sizes, *chosen, *brief))
     assert report["data"]["class_names"] == ["food", "science", "运动"]
     assert load_run(tmp_path / "run").network.config.num_hidden_layers == 1
 
 
 def test_another_strategy_in_a_finished_folder_is_refused_before_any_work(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], finished: Path
 ) -> None:
-    run(composed(*overrides))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"finished run with other settings .*temperature was 2.0, now 8"):
         Run(composed(*overrides, "temperature=8", "stages=[baseline]"))
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     _, report, _ = run(composed(*overrides, "seeds=2"))
     assert report["seeds"] == [0, 1], "more seeds of the same run are welcome"
     with pytest.raises(ConfigError, match="seeds was 2, now 1"):
@@ -138,25 +159,25 @@ def test_a_diverged_training_is_one_line(composed: Composed, overrides: list[str
 
 
 @pytest.mark.parametrize(
-    "distillation", ["labels_only", "soft_target", "hint", "rkd"]
-)  # all: tests/config/test_catalog.py
-def test_a_distillation_trains(composed: Composed, overrides: list[str], distillation: str) -> None:
-    pipeline, _, _ = run(
-        composed(*overrides, f"distillation={distillation}", "trainer.max_steps=2", "teacher.trainer.max_steps=2")
-    )
+    ("distillation", "precision"), [("labels_only", "32-true"), ("hint", "bf16-mixed"), ("rkd", "32-true")]
+)  # all: tests/config/test_catalog.py, tests/end_to_end/test_precision.py
+def test_a_distillation_trains(composed: Composed, overrides: list[str], distillation: str, precision: str) -> None:
+    brief = ["trainer.max_steps=2", "teacher.trainer.max_steps=2", f"trainer.precision={precision}"]
+    pipeline, _, _ = run(composed(*overrides, f"distillation={distillation}", *brief))
     record = json.loads((pipeline.folder / "seed_0" / "distill" / "stage.json").read_text())
     assert record["steps"] == 2
     assert all(math.isfinite(score) for score in record["validation"].values())
 
 
 def test_another_setting_in_the_same_folder_is_refused_and_nothing_is_lost(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], finished: Path
 ) -> None:
-    run(composed(*overrides, "stages=[teacher]"))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (finished / "config.yaml").unlink()  # as after a kill: only the finished stages are there
+    shutil.rmtree(finished / "seed_0")
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"optimizer.lr was 0.02, now 0.005.*name="):
         run(composed(*overrides, "stages=[teacher]", "teacher.optimizer.lr=0.005"))
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     with pytest.raises(ConfigError, match="resume=never"):
         Run(composed(*overrides, "resume=never"))
 
@@ -263,11 +284,11 @@ def test_a_student_told_to_start_fresh_is_distilled_so(composed: Composed, overr
 
 
 def test_pre_distillation_is_a_run_whose_student_another_run_starts_from(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    run(composed(*overrides, "stages=[teacher,distill]", "distillation=rkd"))
     chosen = [o for o in overrides if not o.startswith(("student", "model@student", "run_dir"))]
-    chosen += ["model@student=from_run", f"student.checkpoint={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}"]
+    chosen += ["model@student=from_run", f"student.checkpoint={finished}", f"run_dir={tmp_path / 'second'}"]
+    chosen += ["trainer.max_steps=4", "teacher.trainer.max_steps=4"]
     pipeline = Run(composed(*chosen))
     before = load_file(tmp_path / "run" / "seed_0" / "distill" / "model.safetensors")
     start, fresh = (student_of(pipeline, stage).state_dict() for stage in ("distill", "baseline"))
@@ -304,23 +325,26 @@ def test_averaged_weights_are_kept_where_averaged_weights_are_validated(
 
 
 def test_online_and_cached_teacher_train_the_same_student(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], finished: Path
 ) -> None:
-    run(composed(*overrides, "stages=[teacher,distill]"))
-    moved = [o for o in overrides if not o.startswith("run_dir")]
-    run(composed(*moved, f"run_dir={tmp_path / 'online'}", "stages=[teacher,distill]", "teacher.cache=off"))
-    cached, online = (load_file(tmp_path / name / "seed_0/distill/model.safetensors") for name in ("run", "online"))
+    place = finished / "seed_0/distill/model.safetensors"
+    cached = load_file(place)
+    shutil.rmtree(place.parent)
+    (finished / "config.yaml").unlink()
+    train_all(Run(composed(*overrides, "stages=[teacher,distill]", "teacher.cache=off"), Console(file=StringIO())))
+    online = load_file(place)
     for name, tensor in cached.items():
         torch.testing.assert_close(online[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_teacher_is_loaded_by_its_folder(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
-    run(composed(*overrides, "stages=[teacher]"))
+def test_a_finished_teacher_is_loaded_by_its_folder(
+    composed: Composed, overrides: list[str], finished: Path, tmp_path: Path
+) -> None:
     chosen = [o for o in overrides if not o.startswith(("run_dir", "data.tokenizer"))]
     cfg = composed(
-        *chosen, f"run_dir={tmp_path / 'next'}", f"teacher.checkpoint={tmp_path / 'run'}", "stages=[baseline,distill]"
+        *chosen, f"run_dir={tmp_path / 'next'}", f"teacher.checkpoint={finished}", "stages=[baseline,distill]"
     )
-    assert cfg.data.teacher_tokenizer == str(tmp_path / "run" / "teacher" / "tokenizer")
+    assert cfg.data.teacher_tokenizer == str(finished / "teacher" / "tokenizer")
     _, report, _ = run(cfg)
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] > 0.8
     assert not (tmp_path / "next" / "teacher").exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 
 from kd_lightning.cli.evaluate import main as evaluate
 from kd_lightning.cli.predict import main as predict
+from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data import FashionMNIST
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import read_json
@@ -42,14 +45,36 @@ BUDGET = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only."""
+    return write_fashion(tmp_path_factory.mktemp("pictures") / "fashion", train=300, test=60)
+
+
+def small(pictures: Path, folder: Path) -> list[str]:
+    data = ["data=fashion_mnist", f"data.folder={pictures}", "data.views=1"]
+    return [*data, *NETWORKS, *GREY, *BUDGET, f"run_dir={folder}"]
+
+
 @pytest.fixture
-def overrides(tmp_path: Path, own_home: Path) -> list[str]:
-    folder = write_fashion(tmp_path / "fashion", train=300, test=60)
-    data = ["data=fashion_mnist", f"data.folder={folder}", "data.views=1"]
-    return [*data, *NETWORKS, *GREY, *BUDGET, f"run_dir={tmp_path / 'run'}"]
+def overrides(pictures: Path, tmp_path: Path, own_home: Path) -> list[str]:
+    return small(pictures, tmp_path / "run")
 
 
-def run(cfg: DictConfig) -> tuple[Run, dict[str, Any], str]:
+Ran = tuple[Run, dict[str, Any], str]
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path) -> Ran:
+    """A finished run with all stages. Read only."""
+    register_resolvers()
+    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        patch.setenv("KD_LIGHTNING_HOME", str(pictures.parent / "home"))
+        overrides = small(pictures, pictures.parent / "run")
+        return run(compose("config", [*overrides, "stages=[teacher,baseline,distill,finetune]"]))
+
+
+def run(cfg: DictConfig) -> Ran:
     output = StringIO()
     pipeline = Run(cfg, Console(file=output, width=120))
     train_all(pipeline)
@@ -58,10 +83,9 @@ def run(cfg: DictConfig) -> tuple[Run, dict[str, Any], str]:
 
 
 def test_every_stage_and_the_commands_on_a_finished_run(
-    composed: Composed, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    pipeline, report, output = run(composed(*overrides, "stages=[teacher,baseline,distill,finetune]"))
+    trained: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, report, output = trained
     models = report["models"]
     assert set(models) == {"teacher", "baseline", "distilled", "finetuned"}
     assert models["teacher"]["test"]["accuracy"]["mean"] > 0.9  # the stripes are easy
@@ -69,11 +93,8 @@ def test_every_stage_and_the_commands_on_a_finished_run(
     assert report["data"]["splits"] == {"train": 270, "views": 270, "transfer": 0, "validation": 30, "test": 60}
     assert report["data"]["chance_score"] == pytest.approx(0.1)
     assert "teacher  predicted 90 examples" in output, "the rest of its answers were kept while the first epoch trained"
-    _, again, output = run(composed(*overrides, "stages=[teacher,baseline,distill,finetune]"))
-    assert again == report
-    assert output.count("finished before") == 4
 
-    folder = tmp_path / "run"
+    folder = pipeline.folder
     model = load_run(folder / "seed_0" / "distill")
     assert (model.tokenizer, model.max_length, model.texts) == (None, None, None)
     assert model.images == pipeline.data.image_format
@@ -118,9 +139,10 @@ def test_mixed_views_are_trained_on_by_students_of_a_teacher_alone(composed: Com
 
 
 def test_online_and_cached_teacher_train_the_same_student(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], trained: Ran, tmp_path: Path
 ) -> None:
-    more = ["stages=[teacher,distill]", "trainer.max_epochs=3", "teacher.trainer.max_epochs=1", "teacher.cache_views=2"]
+    more = ["stages=[distill]", f"teacher.checkpoint={trained[0].folder}"]
+    more += ["trainer.max_epochs=2", "teacher.cache_views=2"]
     moved = [o for o in overrides if not o.startswith("run_dir")]
     run(composed(*overrides, *more))
     run(composed(*moved, *more, f"run_dir={tmp_path / 'online'}", "teacher.cache=off"))
@@ -138,11 +160,10 @@ def test_fresh_views_go_with_a_running_teacher_only(composed: Composed, override
 
 
 def test_a_finished_teacher_of_all_pictures_serves_a_student_of_few(
-    composed: Composed, overrides: list[str], tmp_path: Path
+    composed: Composed, overrides: list[str], trained: Ran, tmp_path: Path
 ) -> None:
-    run(composed(*overrides, "stages=[teacher]"))
     chosen = [o for o in overrides if not o.startswith("run_dir")]
-    taken = [*chosen, f"teacher.checkpoint={tmp_path / 'run'}", "stages=[baseline,distill]", "trainer.max_steps=6"]
+    taken = [*chosen, f"teacher.checkpoint={trained[0].folder}", "stages=[baseline,distill]", "trainer.max_steps=6"]
     _, report, output = run(composed(*taken, f"run_dir={tmp_path / 'next'}", "data.train_examples=50", "seeds=2"))
     assert report["data"]["splits"]["train"] == 50
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] > 0.9

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kd_lightning.tasks import Regression
 from kd_lightning.training.distillation import SupervisedModule
 from tests import ROOT
-from tests.config.test_catalog import PAIRS, STRATEGIES, Data, Gradients, made
+from tests.config.test_catalog import STRATEGIES, Data, Gradients, made
 from tests.losses.conformance import Case
 from tests.ranks import scaled
 
@@ -31,10 +31,11 @@ CASES: list[Case] = [
 ]
 LARGEST = 1e4
 PRECISIONS = ("bf16-mixed", "16-mixed", "bf16-true")
-QUICK = {(name, strategy.models[0], PRECISIONS[i % 3]) for i, (name, strategy) in enumerate(STRATEGIES.items())}
+TRAININGS = [
+    pytest.param(name, strategy.models[0], PRECISIONS[i % 3], marks=pytest.mark.slow if i % 4 else ())
+    for i, (name, strategy) in enumerate(STRATEGIES.items())
+]
 """Each strategy with its first kind of models, in one of the three."""
-ALL = [(name, kind, precision) for name, kind in PAIRS for precision in PRECISIONS]
-TRAININGS = [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in ALL]
 
 
 def enlarged(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -169,9 +170,8 @@ def test_a_mean_teacher_needs_no_other_and_follows_every_step(
         Run(composed(*chosen, "teacher.ema=0.5"))
 
 
-@pytest.mark.parametrize("forgets", [False, True])
 def test_a_stopped_training_goes_on_with_the_same_average(
-    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: bool
+    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [o for o in overrides if not o.startswith("run_dir")] + [
         *MEAN_TEACHER, "checkpoint_every_n_steps=7", "+callbacks.stop={_target_: tests.end_to_end.test_schemes.StopAt}"
@@ -181,11 +181,15 @@ def test_a_stopped_training_goes_on_with_the_same_average(
     with pytest.raises(RuntimeError, match="stopped"):
         run(composed(*common, f"run_dir={tmp_path / 'stopped'}"))
     monkeypatch.setattr(StopAt, "step", -1)
-    if forgets:  # what the test would say if the average were not restored
-        monkeypatch.setattr(MeanTeacher, "on_load_checkpoint", lambda *_: None)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "forgets")
     run(composed(*common, f"run_dir={tmp_path / 'stopped'}"))
-    whole, resumed = (load_file(tmp_path / name / "seed_0/distill/model.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items()) is not forgets
+    monkeypatch.setattr(MeanTeacher, "on_load_checkpoint", lambda *_: None)  # as if the average were not restored
+    run(composed(*common, f"run_dir={tmp_path / 'forgets'}"))
+    whole, resumed, forgot = (
+        load_file(tmp_path / name / "seed_0/distill/model.safetensors") for name in ("whole", "stopped", "forgets")
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert not all(torch.equal(value, forgot[name]) for name, value in whole.items())
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
@@ -386,10 +390,8 @@ def test_every_scheme_has_an_experiment_that_runs(
         f"experiment={experiment}", *overrides, *shrunk, "data.transfer=[]", "trainer.max_steps=6",
         "teacher.trainer.max_steps=6",
     )  # fmt: skip
-    pipeline, _ = run(cfg)
-    report = compare(pipeline, "kd-train ...")
-    assert {"baseline", "distilled"} <= set(report["models"])
-    assert record(tmp_path / "run/seed_0/distill")["steps"] == 6
+    run(cfg)
+    assert record(tmp_path / "run/seed_0/baseline")["steps"] == record(tmp_path / "run/seed_0/distill")["steps"] == 6
 
 
 def test_a_mean_teacher_that_nobody_asks_is_refused(composed: Composed, overrides: list[str]) -> None:

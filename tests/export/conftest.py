@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.export.runs import bilstm_run, multi_task_run, regression_run, transformer_run
+from kd_lightning.cli.export import main as kd_export
+from tests.export.runs import bilstm_run, cnn_run, multi_task_run, regression_run, transformer_run
 from tests.toy_reviews import write_archive
 
 
@@ -27,13 +28,39 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="package")
 def bilstm(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose student is a BiLSTM. Read only."""
-    return bilstm_run(tmp_path_factory.mktemp("bilstm") / "lstm", num_layers=2)
+    return bilstm_run(tmp_path_factory.mktemp("bilstm") / "lstm", num_layers=2, embedding_size=64, hidden_size=64)
 
 
 @pytest.fixture(scope="package")
 def bert(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose student is a small transformer. Read only."""
     return transformer_run(tmp_path_factory.mktemp("bert") / "bert")
+
+
+@pytest.fixture(scope="package")
+def pictures(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose student reads images, which lie beside it. Read only."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    return cnn_run(tmp_path_factory.mktemp("pictures") / "cnn")
+
+
+Exports = Callable[..., Path]
+
+
+@pytest.fixture(scope="package")
+def exports(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Export a run, once in each format. Read only."""
+    made: dict[tuple[Path, str, str], Path] = {}
+
+    def export(run: Path, format: str, quantize: str = "none") -> Path:
+        key = (run, format, quantize)
+        if key not in made:
+            out = tmp_path_factory.mktemp("export") / "deep" / "out"
+            kd_export([str(run), "--format", format, "--quantize", quantize, "--out", str(out), "--trust"])
+            made[key] = out
+        return made[key]
+
+    return export
 
 
 @pytest.fixture(scope="package")

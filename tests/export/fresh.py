@@ -21,8 +21,10 @@ WITHOUT = """
 import runpy, sys
 
 sys.modules.update(dict.fromkeys({names!r}))  # None: as if they were not installed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+script, folders, sentences = sys.argv[1], sys.argv[2].split(":"), sys.argv[3:]
+for folder in folders:
+    sys.argv = [script, folder, *sentences]
+    runpy.run_path(script, run_name="__main__")
 """
 
 
@@ -31,11 +33,16 @@ def example(word: str) -> str:
     return next(text for text in EXAMPLES if f"import {word}" in text or f"from {word}" in text)
 
 
-def answers(script: str, folder: Path, sentences: Sequence[str], without: Sequence[str], work: Path) -> list[Any]:
-    """Run an example on an export folder and return what it prints, read."""
+def answers(
+    script: str, folders: Sequence[Path], sentences: Sequence[str], without: Sequence[str], work: Path
+) -> list[list[Any]]:
+    """Run an example on export folders, in one process, and return what it prints on each, read."""
     (work / "answer.py").write_text(script, encoding="utf-8")
-    command = [sys.executable, "-c", WITHOUT.format(names=set(without)), "answer.py", str(folder), *sentences]
+    places = ":".join(map(str, folders))
+    command = [sys.executable, "-c", WITHOUT.format(names=set(without)), "answer.py", places, *sentences]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(work), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == len(folders) * len(sentences)
+    return [lines[start : start + len(sentences)] for start in range(0, len(lines), len(sentences))]

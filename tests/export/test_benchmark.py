@@ -11,24 +11,23 @@ import pytest
 from omegaconf import OmegaConf
 
 from kd_lightning.cli.benchmark import main as kd_benchmark
-from kd_lightning.cli.export import main as kd_export
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.export.benchmark import benchmark
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import finish_stage, read_stage
+from tests.export.conftest import Exports
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 
-def test_everything_is_measured_and_written(bilstm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exports = []
-    for format, quantize in (("onnx", "int8-dynamic"), ("pt2", "none"), ("safetensors", "fp16")):
-        exports.append(str(tmp_path / format))
-        kd_export([str(bilstm), "--format", format, "--quantize", quantize, "--out", exports[-1]])
-    kd_benchmark([str(bilstm), *exports, "--threads", "1", "--out", str(tmp_path / "measured"), "--trust"])
+def test_everything_is_measured_and_written(
+    bilstm: Path, exports: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(exports(bilstm, *format)) for format in (("onnx", "int8-dynamic"), ("pt2",))]
+    kd_benchmark([str(bilstm), *folders, "--threads", "1", "--out", str(tmp_path / "measured"), "--trust"])
     result = json.loads((tmp_path / "measured" / "benchmark.json").read_text(encoding="utf-8"))
-    assert [row["kind"] for row in result["rows"]] == ["teacher", "student", "onnx", "pt2", "safetensors"]
+    assert [row["kind"] for row in result["rows"]] == ["teacher", "student", "onnx", "pt2"]
     assert result["threads"] == 1
     by_kind = {row["kind"]: row for row in result["rows"]}
     for row in result["rows"]:
@@ -54,10 +53,9 @@ def test_options_that_make_no_sense(bilstm: Path, tmp_path: Path, options: dict[
     assert not (tmp_path / "measured").exists()
 
 
-def test_exports_alone_have_nobody_to_ask_about(bilstm: Path, tmp_path: Path) -> None:
-    kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
+def test_exports_alone_have_nobody_to_ask_about(bilstm: Path, exports: Exports, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give a run folder too"):
-        benchmark([tmp_path / "out"], out=tmp_path / "measured")
+        benchmark([exports(bilstm, "safetensors")], out=tmp_path / "measured")
 
 
 @pytest.fixture

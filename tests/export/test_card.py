@@ -28,7 +28,7 @@ from kd_lightning.runtime.errors import KDError
 from kd_lightning.runtime.fingerprints import write_json
 from kd_lightning.tasks import Regression
 from kd_lightning.training.run_folder import finish_stage
-from tests.export.runs import cnn_run
+from tests.export.conftest import Exports
 from tests.names import HOSTILE
 
 
@@ -193,9 +193,8 @@ def test_of_several_teachers_the_first_gave_its_weights(
     assert found.names == names
 
 
-def test_a_student_that_rates(rating: Path, tmp_path: Path) -> None:
-    kd_export([str(rating), "--format", "onnx", "--out", str(tmp_path / "out")])
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+def test_a_student_that_rates(rating: Path, exports: Exports) -> None:
+    card = ModelCard.load(exports(rating, "onnx") / "README.md")
     data = card.data.to_dict()
     assert (data["pipeline_tag"], data["language"]) == ("text-classification", "en")
     assert "regression" in data["tags"]
@@ -205,18 +204,15 @@ def test_a_student_that_rates(rating: Path, tmp_path: Path) -> None:
     assert "licence not recorded" not in card.text
 
 
-def test_a_student_of_several_tasks(several: Path, tmp_path: Path) -> None:
-    kd_export([str(several), "--format", "onnx", "--out", str(tmp_path / "out")])
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+def test_a_student_of_several_tasks(several: Path, exports: Exports) -> None:
+    card = ModelCard.load(exports(several, "onnx") / "README.md")
     assert "pipeline_tag" not in card.data.to_dict()
     assert "(domain: classes, columns 0-3; rating: a score, column 4)" in card.text
     assert "teacher: one for each task. domain: all-MiniLM-L6-v2, Apache-2.0, fine-tuned; rating: all-" in card.text
 
 
-def test_a_student_that_reads_images(home: Path, tmp_path: Path) -> None:
-    pytest.importorskip("PIL", reason="Pillow is not installed")
-    kd_export([str(cnn_run(tmp_path / "run")), "--format", "onnx", "--out", str(tmp_path / "out")])
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+def test_a_student_that_reads_images(pictures: Path, exports: Exports) -> None:
+    card = ModelCard.load(exports(pictures, "onnx") / "README.md")
     assert card.data.to_dict()["pipeline_tag"] == "image-classification"
     assert "RGB images of 16 x 16 pixels, preprocessed as `images` in `export.json`" in card.text
     assert "token" not in card.text

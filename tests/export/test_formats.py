@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import load_run
+from tests.export.conftest import Exports
 from tests.export.fresh import OURS, ROOT, answers, example
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
 from tests.whole_split import image_logits, text_logits
@@ -50,10 +50,9 @@ def expected(run: Path) -> list[tuple[str, float]]:
     [(format, quantize) for format in FORMATS for quantize in format_named(format).QUANTIZE if format != "huggingface"],
 )
 def test_a_bilstm_answers_alike(
-    bilstm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, quantize: str
+    bilstm: Path, exports: Exports, capsys: pytest.CaptureFixture[str], format: str, quantize: str
 ) -> None:
-    out = export(bilstm, tmp_path / "deep" / "out", format, quantize)
-    assert "label agreement" in capsys.readouterr().out
+    out = exports(bilstm, format, quantize)
     exported = read_exported(out)
     parity = exported.parity
     assert parity["examples"] == 24
@@ -67,56 +66,67 @@ def test_a_bilstm_answers_alike(
     files = {exported.model, "export.json", "README.md", "tokenizer.json", "tokenizer_config.json"} | own
     assert {path.name for path in out.iterdir()} == files
     assert [path.name for path in out.parent.iterdir()] == ["out"], "something was left beside it"
+    capsys.readouterr()
     kd_predict([str(out), *SENTENCES, "--json", "--trust"])
     said = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert said == [label for label, _ in expected(bilstm)]
 
 
-@pytest.mark.parametrize(("format", "quantize"), [("onnx", "none"), ("onnx", "int8-dynamic"), ("pt2", "none")])
-@pytest.mark.parametrize("write", [text_cnn_run, pooled_run])
+@pytest.mark.parametrize(
+    ("write", "format", "quantize"),
+    [
+        (text_cnn_run, "onnx", "int8-dynamic"),
+        (text_cnn_run, "pt2", "none"),
+        (pooled_run, "onnx", "none"),
+    ],
+)
 def test_our_other_networks_answer_alike(
     home: Path, tmp_path: Path, write: Callable[[Path], Path], format: str, quantize: str
 ) -> None:
     run = write(tmp_path / "run" / "own")
     out = export(run, tmp_path / "out", format, quantize)
-    example_of = {"onnx": "onnxruntime", "pt2": "torch"}[format]
-    found = answers(example(example_of), out, SENTENCES, OURS, tmp_path)
-    assert [one["label"] for one in found] == [label for label, _ in expected(run)]
+    found, said = (
+        text_logits(model, [(text,) for text in SENTENCES]) for model in (load_export(out, trust=True), load_run(run))
+    )
+    assert torch.equal(found.argmax(1), said.argmax(1))
     if quantize == "none":
-        np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(run)], atol=2e-4)
+        torch.testing.assert_close(found, said, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8-dynamic", "int8-static", "fp16"])
-@pytest.mark.parametrize("student", ["bilstm", "bert"])
-def test_onnx_needs_onnxruntime_and_tokenizers_alone(
-    request: pytest.FixtureRequest, tmp_path: Path, student: str, quantize: str
-) -> None:
-    run = request.getfixturevalue(student)
-    out = export(run, tmp_path / "out", "onnx", quantize)
-    found = answers(example("onnxruntime"), out, SENTENCES, (*OURS, "torch", "transformers", "onnx"), tmp_path)
-    assert [one["label"] for one in found] == [label for label, _ in expected(run)]
-    if quantize == "none":
-        np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(run)], atol=2e-4)
+@pytest.mark.parametrize(
+    ("word", "without", "students"),
+    [
+        (
+            "onnxruntime",
+            (*OURS, "torch", "transformers", "onnx"),
+            [
+                ("bilstm", "onnx", "none"), ("bilstm", "onnx", "int8-dynamic"), ("bilstm", "onnx", "int8-static"),
+                ("bilstm", "onnx", "fp16"), ("bert", "onnx", "none"), ("bert", "onnx", "int8-static"),
+            ],
+        ),
+        ("torch", (*OURS, "transformers", "onnxruntime"), [("bilstm", "pt2", "none"), ("bert", "pt2", "none")]),
+        ("transformers", OURS, [("bert", "huggingface", quantize) for quantize in ("none", "fp16", "bf16")]),
+    ],
+    ids=["onnx", "pt2", "huggingface"],
+)  # fmt: skip
+def test_a_format_needs_its_own_runtime_alone(
+    request: pytest.FixtureRequest, exports: Exports, tmp_path: Path, word: str, without: tuple[str, ...],
+    students: list[tuple[str, str, str]],
+) -> None:  # fmt: skip
+    runs = [request.getfixturevalue(student) for student, _, _ in students]
+    folders = [exports(run, format, quantize) for run, (_, format, quantize) in zip(runs, students, strict=True)]
+    found = answers(example(word), folders, SENTENCES, without, tmp_path)
+    for run, (student, _, quantize), lines in zip(runs, students, found, strict=True):
+        assert [one["label"] for one in lines] == [label for label, _ in expected(run)], (student, quantize)
+        if quantize == "none":
+            np.testing.assert_allclose([one["p"] for one in lines], [p for _, p in expected(run)], atol=2e-4)
 
 
-@pytest.mark.parametrize("student", ["bilstm", "bert"])
-def test_pt2_needs_torch_and_tokenizers_alone(request: pytest.FixtureRequest, tmp_path: Path, student: str) -> None:
-    run = request.getfixturevalue(student)
-    out = export(run, tmp_path / "out", "pt2")
-    found = answers(example("torch"), out, SENTENCES, (*OURS, "transformers", "onnxruntime"), tmp_path)
-    assert [one["label"] for one in found] == [label for label, _ in expected(run)]
-    np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(run)], atol=2e-4)
-
-
-@pytest.mark.parametrize("quantize", ["none", "fp16", "bf16"])
-def test_a_hugging_face_folder_needs_transformers_alone(bert: Path, tmp_path: Path, quantize: str) -> None:
-    out = export(bert, tmp_path / "out", "huggingface", quantize)
-    found = answers(example("transformers"), out, SENTENCES, OURS, tmp_path)
-    assert [one["label"] for one in found] == [label for label, _ in expected(bert)]
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert list(config["id2label"].values()) == load_run(bert).class_names
-    if quantize == "none":
-        np.testing.assert_allclose([one["p"] for one in found], [p for _, p in expected(bert)], atol=2e-4)
+def test_a_hugging_face_folder_names_the_classes(bert: Path, exports: Exports) -> None:
+    for quantize in ("none", "fp16", "bf16"):
+        config = json.loads((exports(bert, "huggingface", quantize) / "config.json").read_text(encoding="utf-8"))
+        assert list(config["id2label"].values()) == load_run(bert).class_names
+        assert config["problem_type"] == "single_label_classification"
 
 
 @pytest.mark.parametrize("word", ["onnxruntime", "PIL"])
@@ -124,11 +134,9 @@ def test_the_onnx_examples_are_short(word: str) -> None:
     assert len(example(word).strip().splitlines()) <= 30
 
 
-@pytest.mark.parametrize("format", [{}, {"channels": 1, "mean": [0.3], "std": [0.4]}])
-def test_images_need_onnxruntime_and_pillow_alone(home: Path, tmp_path: Path, format: dict[str, Any]) -> None:
+def test_images_need_onnxruntime_and_pillow_alone(pictures: Path, exports: Exports, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    run = cnn_run(tmp_path / "run", **format)
-    out = export(run, tmp_path / "out", "onnx")
+    runs = [pictures, cnn_run(tmp_path / "run", channels=1, mean=[0.3], std=[0.4])]
     files = []
     for number, size in enumerate([(16, 16), (40, 23), (9, 31)]):
         noise = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
@@ -139,16 +147,19 @@ def test_images_need_onnxruntime_and_pillow_alone(home: Path, tmp_path: Path, fo
     files.append(tmp_path / "turned.png")
     image.fromarray(noise).save(files[-1], exif=turned)
     without = (*OURS, "torch", "transformers", "tokenizers", "onnx")
-    found = answers(example("PIL"), out, [str(file) for file in files], without, tmp_path)
-    model = load_run(run)
-    probabilities = image_logits(model, files).softmax(1)
-    assert [one["label"] for one in found] == [model.class_names[int(row.argmax())] for row in probabilities]
-    np.testing.assert_allclose([one["p"] for one in found], probabilities.max(1).values, atol=2e-4)
-    assert len({one["p"] for one in found}) == 4, "all images are one to it"
+    folders = [exports(run, "onnx") for run in runs]
+    for run, found in zip(
+        runs, answers(example("PIL"), folders, list(map(str, files)), without, tmp_path), strict=True
+    ):
+        model = load_run(run)
+        probabilities = image_logits(model, files).softmax(1)
+        assert [one["label"] for one in found] == [model.class_names[int(row.argmax())] for row in probabilities]
+        np.testing.assert_allclose([one["p"] for one in found], probabilities.max(1).values, atol=2e-4)
+        assert len({one["p"] for one in found}) == 4, "all images are one to it"
 
 
-def test_an_lstm_stays_one_and_takes_any_length_and_padding_on_either_side(bilstm: Path, tmp_path: Path) -> None:
-    out = export(bilstm, tmp_path / "out", "onnx")
+def test_an_lstm_stays_one_and_takes_any_length_and_padding_on_either_side(bilstm: Path, exports: Exports) -> None:
+    out = exports(bilstm, "onnx")
     graph = onnx.load(str(out / "model.onnx"))
     assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", 20)]
     assert Counter(node.op_type for node in graph.graph.node)["LSTM"] == 4
@@ -176,13 +187,12 @@ def test_every_pooling(home: Path, tmp_path: Path, pooling: str) -> None:
     assert parity["largest_difference"] < 1e-4
 
 
-def test_eight_bits_hold_the_table_and_the_lstm_too(home: Path, tmp_path: Path) -> None:
-    run = bilstm_run(tmp_path / "run", embedding_size=64, hidden_size=64)
-    plain = export(run, tmp_path / "plain", "onnx")
+def test_eight_bits_hold_the_table_and_the_lstm_too(bilstm: Path, exports: Exports) -> None:
+    plain = exports(bilstm, "onnx")
     for quantize in ("int8-dynamic", "int8-static"):
-        small = export(run, tmp_path / quantize, "onnx", quantize)
+        small = exports(bilstm, "onnx", quantize)
         graph = onnx.load(str(small / "model.onnx")).graph
-        assert Counter(node.op_type for node in graph.node)["DynamicQuantizeLSTM"] == 2
+        assert Counter(node.op_type for node in graph.node)["DynamicQuantizeLSTM"] == 4
         floats = [entry for entry in graph.initializer if entry.data_type == onnx.TensorProto.FLOAT]
         assert max(np.prod(entry.dims) for entry in floats) <= 8 * 64, "a weight is left in 32 bits"
         ratio = os.path.getsize(plain / "model.onnx") / os.path.getsize(small / "model.onnx")
@@ -219,14 +229,12 @@ def test_a_users_own_network_is_asked_for_what_it_reads(home: Path, tmp_path: Pa
         assert read_exported(out).inputs == ["input_ids"]
 
 
-@pytest.mark.parametrize(("format", "quantize"), [("onnx", "none"), ("onnx", "int8-static"), ("pt2", "bf16")])
-def test_images(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, quantize: str) -> None:
-    pytest.importorskip("PIL", reason="Pillow is not installed")
-    run = cnn_run(tmp_path / "run")
-    out = export(run, tmp_path / "out", format, quantize)
-    image = str(tmp_path / "images" / "train" / "red" / "00.png")
-    capsys.readouterr()
-    kd_predict([str(run), image, "--json"])
+@pytest.mark.parametrize(("format", "quantize"), [("onnx", "int8-static"), ("pt2", "bf16")])
+def test_images(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, quantize: str) -> None:
+    out = export(pictures, tmp_path / "out", format, quantize)
+    assert "label agreement" in capsys.readouterr().out
+    image = str(pictures.parent / "images" / "train" / "red" / "00.png")
+    kd_predict([str(pictures), image, "--json"])
     kd_predict([str(out), image, "--json", "--trust"])
     before, after = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert before["label"] == after["label"]

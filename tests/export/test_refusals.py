@@ -18,6 +18,7 @@ from kd_lightning.export.load import load_export
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.runtime.seals import write_sealed
 from tests.end_to_end.test_environment import disk_of
+from tests.export.conftest import Exports
 from tests.export.runs import Exotic, Undecided, own_run, pooled_run
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -135,8 +136,7 @@ def test_links_to_empty_folders_and_long_names_are_filled(bilstm: Path, tmp_path
 @pytest.mark.parametrize(
     ("what", "error"),
     [
-        ("onnxruntime.InferenceSession", RuntimeError("no kernel\nfor this")),
-        ("onnxruntime.quantization.quantize_dynamic", ValueError("no shape")),
+        ("onnxruntime.quantization.quantize_dynamic", ValueError("no shape\nof this")),
         ("onnx.save", OSError(28, "No space left on device")),
         ("kd_lightning.export.write.save_tokenizer", OSError(28, "No space left on device")),
     ],
@@ -148,7 +148,8 @@ def test_whatever_fails_is_one_line(
         raise error
 
     monkeypatch.setattr(what, fail)
-    says = refusal(tmp_path, bilstm, "--format", "onnx", "--quantize", "int8-dynamic")
+    quantize = "int8-dynamic" if "quantize" in what else "none"
+    says = refusal(tmp_path, bilstm, "--format", "onnx", "--quantize", quantize)
     reason = "No space left on device; make room" if isinstance(error, OSError) else f"{error}".splitlines()[0]
     assert reason in says.partition("failed: ")[2]
     assert says.endswith("; nothing was written")
@@ -156,18 +157,17 @@ def test_whatever_fails_is_one_line(
 
 @pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_model_is_one_line(bilstm: Path, tmp_path: Path, format: str, damage: str) -> None:
-    kd_export([str(bilstm), "--format", format, "--out", str(tmp_path / "out")])
+def test_a_damaged_model_is_one_line(bilstm: Path, exports: Exports, tmp_path: Path, format: str, damage: str) -> None:
+    shutil.copytree(exports(bilstm, format), tmp_path / "out")
     model = tmp_path / "out" / f"model.{format}"
     model.write_bytes(model.read_bytes()[:1000]) if damage == "truncated" else model.unlink()
     with pytest.raises(SystemExit, match=r"^kd-predict: .*(damaged|missing).*: export it again$"):
         kd_predict([str(tmp_path / "out"), "soup", "--trust"])
 
 
-def test_an_export_has_no_seeds(bilstm: Path, tmp_path: Path) -> None:
-    kd_export([str(bilstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
+def test_an_export_has_no_seeds(bilstm: Path, exports: Exports) -> None:
     with pytest.raises(SystemExit, match=r"--seed 3: .* is an export, which holds one student: omit --seed"):
-        kd_predict([str(tmp_path / "out"), "soup", "--seed", "3"])
+        kd_predict([str(exports(bilstm, "safetensors")), "soup", "--seed", "3"])
 
 
 def test_operations_that_a_format_does_not_have(home: Path, tmp_path: Path) -> None:
@@ -206,9 +206,8 @@ def test_an_empty_folder_is_filled_and_a_damaged_export_named(bilstm: Path, tmp_
         load_export(out)
 
 
-def test_a_flipped_byte_in_any_file_of_an_export_is_noticed(bilstm: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    kd_export([str(bilstm), "--format", "safetensors", "--out", str(out)])
+def test_a_flipped_byte_in_any_file_of_an_export_is_noticed(bilstm: Path, exports: Exports, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(exports(bilstm, "safetensors"), tmp_path / "out"))
     for path in [path for path in out.iterdir() if path.name != "README.md"]:
         whole = path.read_bytes()
         for place in (len(whole) // 2, len(whole) - 2):

@@ -61,16 +61,26 @@ def nothing_shared() -> Iterator[None]:
     memoize._KEPT.clear()
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one trained teacher, on what `toy_csv` holds. Copied by who uses it."""
-    folder = tmp_path_factory.mktemp("taught")
+def teacher(folder: Path, *more: str) -> Path:
+    """A run of one trained teacher, on what `toy_csv` holds."""
     base = tiny_overrides(write_toy_csv(folder / "toy.csv"), folder / "teacher_run")
     register_resolvers()
     with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         patch.setenv("KD_LIGHTNING_HOME", str(folder / "home"))
-        train_all(Run(compose("config", [*base, "stages=[teacher]"]), Console(file=StringIO())))
+        train_all(Run(compose("config", [*base, "stages=[teacher]", *more]), Console(file=StringIO())))
     return folder / "teacher_run"
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained teacher. Copied by who uses it."""
+    return teacher(tmp_path_factory.mktemp("taught"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, which reads other tokens. Read only."""
+    return teacher(tmp_path_factory.mktemp("other"), "data.tokenizer=wordpiece:150")
 
 
 @pytest.fixture
@@ -222,32 +232,11 @@ def test_features_are_answered_and_kept(distil: Callable[..., Run], own_home: Pa
     torch.testing.assert_close(kept, running, rtol=1e-5, atol=1e-6)
 
 
-def test_an_ensemble_caches_each_member(
-    distil: Callable[..., Run], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
-) -> None:
-    other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
-    tokenizer = f"data.tokenizer={tmp_path / 'teacher_run/teacher/tokenizer'}"
-    train_all(Run(composed(*other, tokenizer, "stages=[teacher]", "teacher.seed=1"), Console(file=StringIO())))
-    members = [str(tmp_path / name) for name in ("teacher_run", "other")]
-    pipeline = distil(f"teacher.checkpoint=[{','.join(members)}]", "seeds=2")
-    train_all(pipeline)
-    report = compare(pipeline, "")
-    assert len(stored(own_home)) == 2
-    batch = next(iter(pipeline.data.val_dataloader()))
-    probabilities = [FrozenTeacher(m.network)(batch).logits.softmax(-1) for m in pipeline.teacher.members]
-    together = pipeline.predicting_teacher(batch).logits.softmax(-1)
-    torch.testing.assert_close(together, torch.stack(probabilities).mean(0), rtol=1e-5, atol=1e-6)
-    sizes = [sum(p.numel() for p in member.network.parameters()) for member in pipeline.teacher.members]
-    assert report["models"]["teacher"]["size"]["parameters"] == sum(sizes)
-
-
 def test_members_with_tokenizers_of_their_own_teach_together(
-    distil: Callable[..., Run], composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+    distil: Callable[..., Run], other: Path, tmp_path: Path
 ) -> None:
-    other = [o for o in tiny_overrides(toy_csv, tmp_path / "other") if not o.startswith("data.tokenizer")]
-    second = Run(composed(*other, "data.tokenizer=wordpiece:150", "stages=[teacher]"), Console(file=StringIO()))
-    train_all(second)
-    members = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{tmp_path / 'other'}]"
+    second = distil(f"teacher.checkpoint={other}", f"data.tokenizer={other / 'teacher/tokenizer'}")
+    members = f"teacher.checkpoint=[{tmp_path / 'teacher_run'},{other}]"
     pipeline = distil(members, "teacher.weights=learned", "teacher.combine=logits")
     first = pipeline.data.teacher_key["tokenizer"]
     assert first != second.data.teacher_key["tokenizer"]
@@ -356,7 +345,8 @@ def test_the_estimate_counts_long_sentences_too(distil: Callable[..., Run], own_
 def test_what_cannot_be_answered_is_refused_before_the_teacher_is_trained(
     distil: Callable[..., Run], override: str, message: str
 ) -> None:
-    pipeline = distil("teacher.checkpoint=null", "stages=[teacher,distill]", *override.split())
+    new = ["teacher.checkpoint=null", "data.tokenizer=wordpiece:90", "stages=[teacher,distill]"]
+    pipeline = distil(*new, *override.split())
     with pytest.raises(ConfigError, match=message):
         train_all(pipeline)
     assert not (pipeline.folder / "teacher").exists()
@@ -417,22 +407,17 @@ def test_teachers_of_several_seeds_are_trained_and_teach_together(
 
 
 def test_an_ensemble_is_scored_and_reported_as_it_answers(
-    composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path
+    composed: Composed, taught: Path, other: Path, toy_csv: Path, tmp_path: Path, own_home: Path
 ) -> None:
     """Also without a distillation, and where its members' tokenizers differ."""
-    for number, name in enumerate(("first", "second")):
-        base = [o for o in tiny_overrides(toy_csv, tmp_path / name) if not o.startswith("data.tokenizer")]
-        size = 400 if number == 0 else 150
-        train_all(
-            Run(composed(*base, f"data.tokenizer=wordpiece:{size}", "stages=[teacher]"), Console(file=StringIO()))
-        )
     base = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith("data.tokenizer")]
-    members = f"teacher.checkpoint=[{tmp_path / 'first'},{tmp_path / 'second'}]"
+    base.append("trainer.max_steps=2")
+    members = f"teacher.checkpoint=[{taught},{other}]"
     pipeline = Run(composed(*base, members, "teacher.weights=[0,1]", "stages=[baseline]"), Console(file=StringIO()))
     train_all(pipeline)
     report = compare(pipeline, "")
     alone = Run(composed(*[o for o in base if not o.startswith("run_dir")], f"run_dir={tmp_path / 'alone'}",
-        f"teacher.checkpoint={tmp_path / 'second'}", "stages=[baseline]"), Console(file=StringIO()))  # fmt: skip
+        f"teacher.checkpoint={other}", "stages=[baseline]"), Console(file=StringIO()))  # fmt: skip
     train_all(alone)
     expected = compare(alone, "")["models"]["teacher"]["test"]["accuracy"]["mean"]
     assert report["models"]["teacher"]["test"]["accuracy"]["mean"] == pytest.approx(expected)
@@ -458,7 +443,8 @@ def test_a_precision_is_held_against_the_device_before_the_teacher_is_trained(
     device: str, precision: str, message: str | None, distil: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rehearsal is on a CPU, whatever the run is on."""
-    pipeline = distil("teacher.checkpoint=null", "stages=[teacher,distill]", f"teacher.precision={precision}")
+    new = ["teacher.checkpoint=null", "data.tokenizer=wordpiece:90", "stages=[teacher,distill]"]
+    pipeline = distil(*new, f"teacher.precision={precision}")
     monkeypatch.setattr(Run, "device", torch.device(device))
     if message is None:
         preflight(pipeline, plan(pipeline))

@@ -421,8 +421,16 @@ def same_weights(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(value, b.state_dict()[name]) if isinstance(value, Tensor) else value == b.state_dict()[name]
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
-@POLICY
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("fixed", {"precision": "bf16-mixed"}),
+        ("unit_initial", {"accumulate_grad_batches": 2}),
+        ("gradnorm", {}),
+        ("gradnorm", {"precision": "bf16-mixed"}),
+        ("uncertainty", {"accumulate_grad_batches": 2}),
+    ],
+)
 def test_looking_at_gradients_changes_no_weight(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
     watched = fit(policy, csv_logger(tmp_path), **options)
     same_weights(watched, fit(policy, **options))
@@ -484,8 +492,9 @@ def test_the_grad_scaler_scales_no_norm(tmp_path: Path) -> None:
 
 
 @POLICY
-@pytest.mark.parametrize("step", [15, 45])  # ends of epochs, amid ten batches of GradNorm
-def test_a_resumed_training_equals_an_uninterrupted_one(policy: str, step: int, tmp_path: Path) -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one(policy: str, tmp_path: Path) -> None:
+    step = 15  # the end of an epoch, amid ten batches of GradNorm
+
     class Save(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == step:

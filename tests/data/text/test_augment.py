@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from kd_lightning.data.text.augment import MASK, Views, make_view, words
@@ -19,11 +16,7 @@ def test_words_of_chinese_are_characters() -> None:
 def test_a_view_is_a_function_of_its_arguments() -> None:
     forward = [make_view(text, i, 2, 7) for i, text in enumerate(TEXTS)]
     backward = [make_view(TEXTS[i], i, 2, 7) for i in reversed(range(len(TEXTS)))]
-    assert forward == backward[::-1]
-    program = f"from kd_lightning.data.text.augment import make_view; print(ascii([make_view({TEXTS[9]!r}, 9, 2, 7)]))"
-    assert subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
-    ).stdout == (ascii([forward[9]]) + "\n")
+    assert forward == backward[::-1]  # in another process: tests/data/text/test_substitutes.py
 
 
 @pytest.mark.parametrize("change", [{"index": 1}, {"view": 1}, {"seed": 1}])

@@ -52,12 +52,13 @@ def test_a_changed_view_is_a_function_of_its_arguments() -> None:
     chances = {"drop_probability": 0.3, "swap_probability": 0.3, "crop_probability": 0.5}
     program = (
         "from kd_lightning.data.text.augment import Changes, make_view\n"
+        f"print(make_view({TEXTS[9]!r}, 9, 2, 7))\n"
         f"print(make_view({TEXTS[9]!r}, 9, 2, 0, mask_probability=0, changes=Changes(**{chances})))"
     )
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     ).stdout
-    assert found == view(TEXTS[9], 9, 2, ngram=0.25, **chances) + "\n"
+    assert found == f"{make_view(TEXTS[9], 9, 2, 7)}\n{view(TEXTS[9], 9, 2, ngram=0.25, **chances)}\n"
 
 
 def test_shares_are_those_asked_for() -> None:

@@ -26,7 +26,7 @@ from tests.evaluation.report.test_shares import shared
 from tests.evaluation.report.test_sweep import Page, document
 from tests.names import HOSTILE
 
-SHORT = ["$x$", "$\\frac$", "a$b$", "\x1b[31m", "x\ny", "_x", "a" * 300, "\ud800", ""]
+SHORT = ["$\\frac$", "a$b$\x1b[31m", "_x\ny", "a" * 300 + "\ud800", ""]
 IMAGE = re.compile(r"(?<!\\)(?:\\\\)*\]\(http")
 """A link or image of Markdown that is none of ours."""
 
@@ -145,7 +145,7 @@ def test_the_page_of_a_sweep(name: str, tmp_path: Path) -> None:
     assert page.loads == usual.loads
 
 
-@pytest.mark.parametrize("name", ["$\\frac$", "<script>", "\x1b[2J", "\\ud800", "../x", "x" * 200])
+@pytest.mark.parametrize("name", ["$\\frac$<script>", "\x1b[2J\\ud800", "../x", "x" * 200])
 def test_a_sweep_over_such_values_is_reported(name: str, tmp_path: Path) -> None:
     for value, score in ((name, 0.8), ("b", 0.7)):
         finish(begin(tmp_path / "sweep", **{"model@student": value}), score)

@@ -56,9 +56,10 @@ def test_any_padding_reads_the_same_tokens(folder: Path, limits: Limits) -> None
     assert same(cache.lookup(index, gaps), known.say(index, gaps))
 
 
-@pytest.mark.parametrize("limits", [SMALL, MAPPED])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize(
+    ("limits", "dtype", "top_k"),
+    [(SMALL, "float32", None), (SMALL, "float16", 4), (MAPPED, "float32", 4), (MAPPED, "bfloat16", None)],
+)
 def test_100k_random_lookups_equal_a_numpy_reference(
     folder: Path, limits: Limits, dtype: str, top_k: int | None
 ) -> None:
