@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from tests import ROOT
+from tests import ROOT, forks
 from tests.conftest import tiny_overrides, write_toy_csv
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -44,10 +45,18 @@ def test_the_readme_names_every_choice_and_scheme() -> None:
 
 
 def run(line: str, folder: Path) -> str:
-    environment = {**os.environ, "KD_LIGHTNING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {"KD_LIGHTNING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    result = forks.command(*shlex.split(line), cwd=folder, environment=environment)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
+    return result.stdout
+
+
+def python(file: str, folder: Path) -> str:
+    environment = {**os.environ, "KD_LIGHTNING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, file], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
     return result.stdout
 
 
@@ -87,7 +96,7 @@ def test_bring_your_own_snippets_run_as_they_stand(tmp_path: Path) -> None:
     assert "finished before" not in outputs["bag"]
     reading = next(text for kind, text in BLOCKS if kind == "python" and "load_run" in text)
     (tmp_path / "reading.py").write_text(reading, encoding="utf-8")
-    assert "['food', 'science', '运动'] tensor([[" in run(f"{sys.executable} reading.py", tmp_path)
+    assert "['food', 'science', '运动'] tensor([[" in python("reading.py", tmp_path)
 
 
 def save_teacher(folder: Path, tokenizer: Path) -> None:
@@ -103,4 +112,4 @@ def save_teacher(folder: Path, tokenizer: Path) -> None:
 def test_the_python_example_runs(tmp_path: Path) -> None:
     example = next(text for kind, text in BLOCKS if kind == "python" and not text.startswith("# file:"))
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
-    assert "tensor(" in run(f"{sys.executable} example.py", tmp_path)
+    assert "tensor(" in python("example.py", tmp_path)

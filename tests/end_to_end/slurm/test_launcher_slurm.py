@@ -54,7 +54,7 @@ def weights(sweep: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_an_array_through_hydras_launcher_is_the_local_sweep(tmp_path: Path, toy: list[str]) -> None:
-    grid = [*toy, "temperature=1,4", "alpha=0.5,0.9"]
+    grid = [*toy, "temperature=1,4"]
     here, there = tmp_path / "here", tmp_path / "there"
     done = run("kd_lightning.cli.train", "-m", "hydra/launcher=slurm", *SMALL, *grid, f"hydra.sweep.dir={there}")
     assert done.returncode == 0, done.stderr
@@ -62,11 +62,9 @@ def test_an_array_through_hydras_launcher_is_the_local_sweep(tmp_path: Path, toy
 
     links, rows = status(there)
     assert links == []
-    assert [(row.name, row.state) for row in rows] == [
-        (f"temperature={t} alpha={a}", "finished") for t in (1, 4) for a in (0.5, 0.9)
-    ]
+    assert [(row.name, row.state) for row in rows] == [(f"temperature={t}", "finished") for t in (1, 4)]
     assert len({str(row.job).partition("_")[0] for row in rows}) == 1, "one array"
-    assert [str(row.job).partition("_")[2] for row in rows] == ["0", "1", "2", "3"]
+    assert [str(row.job).partition("_")[2] for row in rows] == ["0", "1"]
     assert {row.log.parent for row in rows if row.log} == {there / "slurm"}
     assert all(row.log for row in rows)
     for point in begun(there).values():
@@ -76,25 +74,10 @@ def test_an_array_through_hydras_launcher_is_the_local_sweep(tmp_path: Path, toy
 
     expected, found = weights(here), weights(there)
     assert found.keys() == expected.keys()
-    assert len(found) == 4
+    assert len(found) == 2
     for name, network in expected.items():
         for key, tensor in network.items():
             assert torch.equal(found[name][key], tensor), (name, key)
-
-
-def test_a_point_of_two_processes_through_hydras_launcher(tmp_path: Path, toy: list[str]) -> None:
-    sweep = tmp_path / "sweep"
-    done = run(
-        "kd_lightning.cli.train", "-m", "hydra/launcher=slurm", *SMALL, *toy, "trainer=ddp", "trainer.max_epochs=2",
-        "stages=[teacher,distill]", f"hydra.sweep.dir={sweep}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (row,) = status(sweep)[1]
-    assert row.state == "finished"
-    second = (sweep / "slurm" / f"{row.job}_1_log.out").read_text()
-    assert "distill" not in second, "the second process says nothing of its own"
-    (settings,) = (json.loads(file.read_text())["settings"] for file in sweep.glob("*/seed_0/distill/stage.json"))
-    assert settings["trainer"]["strategy"] == "ddp"
 
 
 def test_a_chain_ends_in_a_report_and_runs_again_only_what_failed(tmp_path: Path, toy: list[str]) -> None:

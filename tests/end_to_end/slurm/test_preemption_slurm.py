@@ -71,13 +71,11 @@ def resumed_where_it_stopped(first: list[Event], second: list[Event]) -> None:
     assert (second[0].what, second[0].step) == ("begins", first[-1].step)
 
 
-@pytest.mark.parametrize("how", ["SIGUSR1", "requeue", "preempted"])
+@pytest.mark.parametrize("how", ["requeue", "preempted"])
 def test_a_batch_job_goes_on_where_it_was(how: str, folder: Path, teacher: Path, whole: Path) -> None:
     job = Job(folder, how, teacher, SHORT, ALONE if how == "preempted" else [])
     job.wait_for_step(0, MIDDLE)
-    if how == "SIGUSR1":
-        job.signal()
-    elif how == "requeue":  # by whoever may; SLURM sends SIGTERM
+    if how == "requeue":  # by whoever may; SLURM sends SIGTERM
         subprocess.run(["scontrol", "requeue", job.id], check=True, timeout=120)
     else:  # SLURM sends the signal of --signal, and waits for GraceTime
         urgent = ["--partition=high", "--nodelist=127.0.0.2", "--exclusive", "--output=/dev/null", "--wrap=true"]
@@ -125,6 +123,8 @@ def test_under_submitit_submitit_puts_the_job_back(folder: Path, teacher: Path, 
     log = "".join(file.read_text() for file in (sweep / "slurm").glob(f"{job.id}_*_log.*"))
     assert "this job is preempted" in log  # what submitit says next may be lost: SLURM ends the job as it is put back
     assert "is requeued" not in log, "submitit does it, and we do not"
+    second_rank = (sweep / "slurm" / f"{job.id}_1_log.out").read_text()
+    assert "distill, seed" not in second_rank, "the second process says nothing of its own"
 
     assert ended([array])[f"{array}_0"] == "COMPLETED"
     assert (point(sweep, "alpha=0.5") / "seed_0/distill/stage.json").stat() == finished
