@@ -107,7 +107,7 @@ def main() -> None:
     if not given.teacher:
         train_run(["experiment=quickstart", "stages=[teacher]", f"run_dir={teacher}"], quiet=False)
     features = needed(known, teacher)
-    print(f"the teacher answers {len(features)} features besides logits: {', '.join(features)}", flush=True)
+    print(f"the teacher outputs {len(features)} features besides logits: {', '.join(features)}", flush=True)
     jobs = {name: [job(name, seed, overrides(name, teacher, features)) for seed in SEEDS] for name in names}
     store_outputs(jobs[names[0]][0].overrides)
 

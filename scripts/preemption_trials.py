@@ -160,7 +160,7 @@ class Job:
         self.folder, self.log = folder / name, folder / f"{name}.log"
         self.stage = self.folder / "seed_0" / "distill"
         self.read = 0  # characters of the log
-        home = folder / f"{name}-home"  # else it would find the answers of the teacher that another job has kept
+        home = folder / f"{name}-home"  # else it would find the outputs of the teacher that another job has kept
         log = [f"--output={self.log}", f"--error={self.log}"]
         command = ["sbatch", "--parsable", f"--ntasks-per-node={RANKS}", "--cpus-per-task=1", *log, *options]
         done = subprocess.run(

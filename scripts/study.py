@@ -267,7 +267,7 @@ def best_recipe() -> list[Point]:
 
 
 def train_general() -> None:
-    """Pre-distil: the teacher's answers on views and transfer data, and no label, for the `levers`."""
+    """Pre-distil: the teacher's outputs on views and transfer data, and no label, for the `levers`."""
     settings = (*VIEWS, *given_teacher(), "trainer.max_steps=200", "alpha=1", TRANSFER, "stages=[distill]")
     general = Job("pre-distillation", settings, GENERAL, seed=0)
     if not general.is_trained():
@@ -314,7 +314,7 @@ def training_seconds(name: str, stage: str) -> float:
     """Return how long a recipe's stage takes on one core, its validations included.
 
     After one to warm up, three short trainings are timed: what one with more steps, and one with more validations,
-    take longer says what these cost, since whole trainings ran beside others. The teacher's answers must be stored
+    take longer says what these cost, since whole trainings ran beside others. The teacher's outputs must be stored
     already.
     """
     torch.set_num_threads(1)
@@ -502,7 +502,7 @@ def document() -> None:
         "BiLSTMs trained on sentences without augmented views.", "",
         "| studies | learning rate |", "| :-- | :-- |", "| labels, levers | 0.008, the best for so short a training |",
         "| others | 0.002, that of the recipe; 0.001 for transformers |",
-        "| several rates, or recipes as they stand | as the study says |", "",
+        "| several rates, or recipes as they stand | as the study sets them |", "",
         "What follows a ± is the spread over seeds only: all of them are scored on one test split. "
         "`python scripts/study.py --docs` writes this page from `results/studies/*.json`.", "",
     ]  # fmt: skip

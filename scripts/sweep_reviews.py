@@ -5,8 +5,8 @@ python scripts/sweep_reviews.py --teacher RUN_DIR    from a run with a finished 
 python scripts/sweep_reviews.py --small              2 x 2 points of 20 steps, to see that it works; nothing is kept
 
 The points are those of one command, which is recorded. It is given out in parts so that two processes share the work:
-no part waits for another but for the first point, which tunes the teacher and has it answer, once for all. A sweep that
-was stopped goes on where it was.
+no part waits for another but for the first point, which tunes the teacher and stores its outputs, once for all. A sweep
+that was stopped goes on where it was.
 """
 
 from __future__ import annotations

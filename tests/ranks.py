@@ -107,7 +107,7 @@ def distilled(
     teacher: Teacher = FrozenTeacher(above, features=loss.needs_teacher, sharded=shared and world > 1)
     if cached:
         data.prepare()
-        cache = TeacherCache.create(folder / f"answers-{world}-{rank_and_world()[0]}", {}, data.num_examples)
+        cache = TeacherCache.create(folder / f"outputs-{world}-{rank_and_world()[0]}", {}, data.num_examples)
         fill(cache, teacher, data.all_dataloader())
         teacher = CachedTeacher(cache)
     module = DistillationModule(student, teacher, loss, SGD, task=Classification(CLASSES))
@@ -156,7 +156,7 @@ class Tagger(nn.Module):
 
 
 class NextTokens(Classification):
-    """Row t of the logits answers for token t + 1."""
+    """Row t of the logits predicts token t + 1."""
 
     def compared(self, batch: Batch) -> Batch:
         return next_tokens(batch)

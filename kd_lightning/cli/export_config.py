@@ -7,7 +7,7 @@
 
 One file a stage, where `kd-train` would keep the stage in its run folder. A stage reads what those before it left in
 that folder, so they are run in the order in which they are printed; each trains to the very weights of `kd-train`.
-The data are read once, for what the files must say of them: classes, vocabulary, steps.
+The data are read once, for what the files must state of them: classes, vocabulary, steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write(cfg: DictConfig, folder: Path, command: str) -> list[Path]:
     Args:
         cfg: As `kd-train` composes it.
         folder: Where to.
-        command: What the files say they were written by.
+        command: What the files name as their origin.
 
     Raises:
         ConfigError: Whatever is wrong with the configuration, or `kd-cli` cannot run of it.

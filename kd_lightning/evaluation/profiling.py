@@ -319,7 +319,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str | None:
-    """Return the processor's name: /proc/cpuinfo on Linux, else what the platform says."""
+    """Return the processor's name: /proc/cpuinfo on Linux, else what the platform reports."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def file_options(parser: argparse.ArgumentParser, labelled: bool) -> None:
-    """Add the options that say how `--file` is written."""
+    """Add the options for how `--file` is written."""
     own = "of --file; default: the run's own"
     parser.add_argument("--text-column", help=f"column with the sentence {own}, else text")
     parser.add_argument("--text-pair-column", help=f"column with the second sentence of a pair {own}")

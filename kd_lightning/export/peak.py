@@ -3,7 +3,7 @@
 python -m kd_lightning.export.peak KIND FILE BATCHES.npz THREADS True|False
 
 KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package loads. The last
-argument says whether they may run code.
+argument is whether they may run code.
 """
 
 from __future__ import annotations

@@ -226,8 +226,8 @@ def kept_rows(logits: Tensor, batch: Batch) -> Tensor | None:
     if keep is None or keep.shape != logits.shape[:-1]:
         given = "no `keep`" if keep is None else f"`keep` {tuple(keep.shape)}"
         raise ValueError(
-            f"logits {tuple(logits.shape)} have a row for each position, and the batch has {given} to say which count: "
-            f"a task of tokens gives it as {tuple(logits.shape[:-1])} bool in `Task.compared`"
+            f"logits {tuple(logits.shape)} have a row for each position, and the batch has {given} for which count: a "
+            f"task of tokens gives it as {tuple(logits.shape[:-1])} bool in `Task.compared`"
         )
     return keep
 

@@ -27,7 +27,7 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch, ModelOutput
 
 NEVER_READ = ("labels", "keep", "index", "task", "token_bytes", "begins", "window_of")
-"""Entries of a batch that say what is predicted of it."""
+"""Entries of a batch that state what is predicted of it."""
 
 _MAIN_ENTRIES = ("input_ids", "pixel_values")
 _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel)

@@ -195,7 +195,7 @@ def causal_lm_small(
         intermediate_size=intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32,
         max_position_embeddings=block_size,
         tie_word_embeddings=tie_embeddings,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,  # the tokenizer's to say
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,  # the tokenizer's to set
         **options,
     )  # fmt: skip
     return CausalLM(LlamaForCausalLM(config), vocab_size, logits_in_training)

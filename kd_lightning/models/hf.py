@@ -326,7 +326,7 @@ def _log_head(name: str, config: PreTrainedConfig, num_classes: int, per_token: 
 
 
 def cannot_load(name: str, kind: str, local: bool, error: Exception) -> str:
-    """Return what there is to say of a checkpoint that is none of a kind, or is not there."""
+    """Return the message for a checkpoint that is none of a kind, or is not there."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     where = "this folder" if local else "the Hugging Face hub (not reachable, or no such name)"
     return f"name={name!r} cannot be loaded as {kind} from {where}: {reason[:300]}"

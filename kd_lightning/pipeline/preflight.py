@@ -172,7 +172,7 @@ def check_scheme(objective: Objective, cfg: RunConfig) -> None:
             "student.initialise=teacher, or another distillation"
         )
     if cfg.assistants and not objective.uses_teacher:
-        raise ConfigError("assistants hand on what the teacher says, and distillation reads no teacher")
+        raise ConfigError("assistants hand on what the teacher predicts, and distillation reads no teacher")
 
 
 def _needs_teacher(run: Run) -> bool:

@@ -33,7 +33,7 @@ class Stage:
         scheduler: Those of its learning-rate schedule.
         trainer: Those of `lightning.Trainer`.
         validations: How many looks at the validation split.
-        steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
+        steps: Optimizer steps; None: the trainer's `max_steps` or `max_epochs`.
         part: The name of the task whose teacher it is; empty for all else.
         member: Which of an ensemble's teachers it is, from 0; with folds, the fold that it does not see.
         teacher: Which of the run's teachers it learns from: 0 the teacher, 1 the first assistant, ...; None: from none,

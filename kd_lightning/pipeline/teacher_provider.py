@@ -89,7 +89,7 @@ class Serving:
 
     @classmethod
     def of(cls, teacher: TeacherConfig) -> Self:
-        """Return what the keys below `teacher` say."""
+        """Return the settings below `teacher`."""
         names = cls.__dataclass_fields__.keys() - {"members"}
         return cls(members=teacher.number, **{name: getattr(teacher, name) for name in names})
 
@@ -341,7 +341,7 @@ class TeacherProvider:
             together = {"members": members, "folds": folds, "combine": self.serving.combine}
             return {"teacher": together, "data": self.data.teacher_key}
         network, source = describe(member.network), None
-        if network is None:  # a user's own: what it computes is what its file says, whatever its comments
+        if network is None:  # a user's own: its file decides what it computes, whatever its comments
             network = read_json(member.folder / "model.json") if member.folder is not None else None
             source = digest(ast.dump(ast.parse(inspect.getsource(sys.modules[type(member.network).__module__]))))
         settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}

@@ -30,7 +30,7 @@ _OURS = (
 _WHOLE = "the weights that score best on the whole validation split are kept"
 _UNLIKE = {
     "fast_dev_run": ((False, 0), "it looks at nothing and keeps nothing; trainer.max_steps=1 makes a short run"),
-    "limit_val_batches": ((None, 1.0), f"{_WHOLE}; validations=N says how often it is looked at"),
+    "limit_val_batches": ((None, 1.0), f"{_WHOLE}; validations=N sets how often it is evaluated"),
     "limit_train_batches": ((None, 1.0), "trainer.max_steps=N makes a short run"),
     "overfit_batches": ((0, 0.0), f"{_WHOLE}; to overfit a few examples, train on a file of them"),
     "barebones": ((False,), "it keeps no weights"),
@@ -135,7 +135,7 @@ def named(path: str) -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep what Lightning says of every trainer (its devices, its strategy) for those that train."""
+    """Keep what Lightning prints about every trainer (its devices, its strategy) for those that train."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -66,7 +66,7 @@ def _given(excluded: dict[str, bool]) -> str:
 
 
 def _check_teacher(teacher: TeacherConfig) -> None:
-    """Check what the teacher's keys say together."""
+    """Check the teacher's keys against each other."""
     _check_device(teacher.device)
     if teacher.folds > 1 and (wrong := _given({
         "teacher.checkpoint": teacher.checkpoint is not None, "teacher.seeds": teacher.seeds > 1,

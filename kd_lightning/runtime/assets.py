@@ -192,7 +192,7 @@ def _pinned(name: str, asset: Asset, found: Path) -> Path:
 
 
 def _reason(stderr: str) -> str:
-    """Return a tool's complaint as one clause that says what to do."""
+    """Return a tool's complaint as one clause with what to do."""
     if "DO NOT MATCH THE HASHES" in stderr:
         return "the file's sha256 is not the pinned one, so it is not used; check the package index pip is set to"
     if "No module named pip" in stderr:

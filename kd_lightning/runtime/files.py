@@ -166,7 +166,7 @@ def _is_there(place: Path) -> bool:
 
 
 class Busy(Exception):
-    """Another process holds a lock; its text says which."""
+    """Another process holds a lock; its text names it."""
 
 
 @contextmanager

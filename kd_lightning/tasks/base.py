@@ -35,7 +35,7 @@ class Task(ABC):
 
     Attributes:
         monitor: The score by which checkpoints are selected and models compared.
-        calibration: The score that says how wrong its probabilities are; None where it has none.
+        calibration: The score that measures how wrong its probabilities are; None where it has none.
         specs: How the scores are to be read, those against labels and those against a teacher.
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
@@ -89,7 +89,7 @@ class Task(ABC):
 
         Args:
             checkpoint: A folder or a name.
-            sizes: What the data say of a network, by the names of constructors' arguments.
+            sizes: What the data fix of a network, by the names of constructors' arguments.
 
         Raises:
             ConfigError: It is none, or for other data.

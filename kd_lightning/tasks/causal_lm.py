@@ -15,7 +15,7 @@ from kd_lightning.losses.sparse import bucketed, teacher_buckets
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
-from kd_lightning.tasks.metrics import Agreement, Sums, TeacherStudentKL
+from kd_lightning.tasks.metrics import Agreement, Mean, TeacherStudentKL
 from kd_lightning.tasks.rows import next_tokens
 from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.types import Batch, SparseLogits
@@ -133,20 +133,16 @@ class CausalLanguageModeling(Task):
 NAME = "next token of "
 
 
-class _Mean(Sums):
+class _Mean(Mean):
     """A function of the mean over all tokens."""
 
-    total: Tensor
-    count: Tensor
-
     def __init__(self, factor: float = 1.0, power: bool = False) -> None:
-        super().__init__("total", "count")
+        super().__init__()
         self.factor, self.power = factor, power
 
-    def update(self, values: Tensor, counts: Tensor | int) -> None:
+    def update(self, values: Tensor, count: Tensor | int) -> None:
         """Add a sum's parts, and over how many they are."""
-        self.total += values.sum(dtype=self.total.dtype)
-        self.count += counts
+        self.add(values, count)
 
     def compute(self) -> Tensor:
         """Return the mean, or e to its power, over everything added so far."""

@@ -7,7 +7,6 @@ A prediction that counts and is NaN makes every score NaN: its largest entry is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,27 +92,6 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     """
     by_bin, count = _excess_by_bin(logits, labels, bins)
     return (by_bin.abs().sum() / count.sum()).to(_precise(logits).dtype)
-
-
-def distillation_ratio(teacher: float, baseline: float, distilled: float) -> float:
-    r"""Part of the gap between student and teacher that distillation closed.
-
-    $$ (S_{kd} - S) / (T - S) $$ for the scores of the teacher, of the student from labels and of the distilled student.
-    1 is the teacher reached, 0 is no gain, negative is harm.
-
-    Returns:
-        The ratio. nan when the teacher is no better than the baseline (T <= S): there is no gap to close, and dividing
-        by it would call a distilled student that got worse a success. nan too when a score is not finite.
-
-    >>> round(distillation_ratio(teacher=0.846, baseline=0.759, distilled=0.824), 3)
-    0.747
-    >>> distillation_ratio(teacher=0.70, baseline=0.75, distilled=0.72)
-    nan
-    """
-    gap = teacher - baseline
-    if not gap > 0 or not math.isfinite(gap) or not math.isfinite(distilled):
-        return math.nan
-    return (distilled - baseline) / gap
 
 
 class Sums(Metric):
@@ -224,7 +202,28 @@ class Agreement(Metric):
         return _unless(self.invalid > 0, self.equal / self.count)
 
 
-class TeacherStudentKL(Sums):
+class Mean(Sums):
+    """The mean of a value over all that count; a subclass's `update` adds them."""
+
+    higher_is_better = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__("total", "count")
+
+    def add(self, values: Tensor, count: Tensor | int) -> None:
+        """Add values, and over how many they are."""
+        self.total += values.sum(dtype=self.total.dtype)
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the mean over everything added so far."""
+        return (self.total / self.count).float()
+
+
+class TeacherStudentKL(Mean):
     """`teacher_student_kl` over batches and processes: the mean over examples, not batches.
 
     >>> metric = TeacherStudentKL()
@@ -233,26 +232,12 @@ class TeacherStudentKL(Sums):
     tensor(0.)
     """
 
-    higher_is_better = False
-
-    divergence: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__("divergence", "count")
-
     def update(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> None:
         """Add a batch: logits `(..., C)` of both and, to leave padding out, labels `(...)`."""
-        divergence, count = _kl_sums(student_logits, teacher_logits, labels)
-        self.divergence += divergence
-        self.count += count
-
-    def compute(self) -> Tensor:
-        """Return the mean over everything added so far."""
-        return (self.divergence / self.count).float()
+        self.add(*_kl_sums(student_logits, teacher_logits, labels))
 
 
-class CrossEntropy(Sums):
+class CrossEntropy(Mean):
     """Mean cross-entropy of labels under softmax(logits), in nats, over all labelled examples.
 
     >>> metric = CrossEntropy()
@@ -261,24 +246,10 @@ class CrossEntropy(Sums):
     tensor(1.3863)
     """
 
-    higher_is_better = False
-
-    surprise: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__("surprise", "count")
-
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch: logits `(B, C)` and labels `(B,)`."""
         known = target != IGNORE
-        values = F.cross_entropy(_precise(preds[known]), target[known], reduction="none")
-        self.surprise += values.to(self.surprise.dtype).sum()
-        self.count += known.sum()
-
-    def compute(self) -> Tensor:
-        """Return the mean over everything added so far."""
-        return (self.surprise / self.count).float()
+        self.add(F.cross_entropy(_precise(preds[known]), target[known], reduction="none"), known.sum())
 
 
 class CalibrationError(Sums):
@@ -345,7 +316,7 @@ class Pearson(Sums):
         return torch.where(constant, 0.0, value)
 
 
-class RootMeanSquare(Sums):
+class RootMeanSquare(Mean):
     """Root of the mean squared difference over all batches, in the unit of what is predicted.
 
     >>> metric = RootMeanSquare()
@@ -354,22 +325,13 @@ class RootMeanSquare(Sums):
     tensor(1., dtype=torch.float64)
     """
 
-    higher_is_better = False
-
-    squares: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__("squares", "count")
-
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch: predictions `(B,)`, and labels or a teacher's predictions `(B,)`."""
-        self.squares += (preds.to(self.squares.dtype) - target.to(self.squares.dtype)).square().sum()
-        self.count += len(preds)
+        self.add((preds.to(self.total.dtype) - target.to(self.total.dtype)).square(), len(preds))
 
     def compute(self) -> Tensor:
         """Return the root over everything added so far."""
-        return (self.squares / self.count).sqrt()
+        return (self.total / self.count).sqrt()
 
 
 def _unless(invalid: Tensor, score: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _fit(training: Training, console: Console) -> None:
         callbacks.append(Compilation())
     module = training.module(training.network)
     trainer = _trainer(training, steps, callbacks, resume)
-    with naming(training.folder):  # loggers do not say which file did not fit
+    with naming(training.folder):  # loggers do not name the file that did not fit
         trainer.fit(module, datamodule=training.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise Interrupted(f"{training.name} was interrupted; run the same command to resume from {resume}")

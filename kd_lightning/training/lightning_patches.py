@@ -1,6 +1,6 @@
 """Workarounds for Lightning and torch, one function each, with the versions they are for.
 
-Each says which version it was found in; `tests/training/test_lightning_patches.py` shows what they do without it, and
+Each names the version it was found in; `tests/training/test_lightning_patches.py` shows what they do without it, and
 fails once they do not any more: then the function can go.
 """
 

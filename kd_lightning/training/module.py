@@ -196,7 +196,7 @@ class NetworkModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, also around a fused optimizer."""
+        """Clip as the trainer does, also around a fused optimizer."""
         given = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = lightning_patches.clip(self, given, gradient_clip_val, gradient_clip_algorithm)
         if norm is None:

@@ -157,7 +157,7 @@ class Objective(nn.Module):
         return values | {f"share/{name}": share for name, share in shares.items()} | self.settings(progress)
 
     def gradients(self, parts: Mapping[str, Tensor], progress: float) -> dict[str, float]:
-        """Compare the terms' gradients (see `balance.gradient_report`); where that cannot be, say why, once."""
+        """Compare the terms' gradients (see `balance.gradient_report`); where that cannot be, log why, once."""
         if not self._comparable:
             return {}
         try:

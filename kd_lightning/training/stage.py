@@ -39,7 +39,7 @@ class TrainingRecord:
         network_settings: How to build its network again.
         data: The data, with the training examples of this stage selected.
         role: Whose inputs the network reads.
-        notes: What else its record says.
+        notes: What else its record holds.
         rate: The key of its learning rate.
     """
 
@@ -70,7 +70,7 @@ class Training(TrainingRecord):
         checkpoint_every: Optimizer steps between checkpoints to resume from.
         callbacks: Settings of further callbacks by name.
         loggers: Settings of loggers by name.
-        steps: Optimizer steps; None: as the trainer's `max_steps` or `max_epochs` say.
+        steps: Optimizer steps; None: the trainer's `max_steps` or `max_epochs`.
         compile: Whether to `torch.compile` the network and its peers, for batches of any shape.
         more_callbacks: Callbacks that the stage itself needs.
     """

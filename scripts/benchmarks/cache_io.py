@@ -2,7 +2,7 @@
 
 Both read the same shuffled batches of 64 examples and make the same new float32 array of each. The raw file holds
 nothing but the numbers in order of the examples, and its reader, written for this one file, is two lines of numpy: it
-checks nothing, knows no dtype and no missing answer. The cache's reader is `TeacherCache.lookup`, with all its checks.
+checks nothing, knows no dtype and no missing output. The cache's reader is `TeacherCache.lookup`, with all its checks.
 Every file is in the page cache, since both are read once before they are timed: this compares the work, not the disk.
 
 * logits of 2 classes, 100,000 examples: 0.8 MB, which the cache holds in memory

@@ -2,7 +2,7 @@
 
 320 training sentences of `reviews` in batches of 32. "like length": as `BucketBatchSampler` deals them out;
 "random": in random order, padded to the longest of the batch; "to 64": the same random batches, padded to 64 tokens.
-Timed over all batches: MiniLM-L6 answering, and a training step (cross-entropy, AdamW) of each student.
+Timed over all batches: MiniLM-L6 predicting, and a training step (cross-entropy, AdamW) of each student.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run() -> list[Measure]:
         Measure(f"padding, {name}", [padding_share(given)], "share of tokens", note=NOTE)
         for name, given in batches.items()
     ]
-    work: dict[str, Callable[[list[Batch]], None]] = {"MiniLM-L6 answers": partial(answer, teacher_network())}
+    work: dict[str, Callable[[list[Batch]], None]] = {"MiniLM-L6 answers": partial(predict, teacher_network())}
     for name in STUDENTS:
         network = student(name)
         work[f"{name} trains"] = partial(train, network, optimizer()(network.parameters()))
@@ -70,7 +70,7 @@ def padding_share(batches: list[Batch]) -> float:
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
-def answer(network: nn.Module, batches: list[Batch]) -> None:
+def predict(network: nn.Module, batches: list[Batch]) -> None:
     """Ask a teacher."""
     with torch.inference_mode():
         for batch in batches:

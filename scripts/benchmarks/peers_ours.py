@@ -19,7 +19,7 @@ from kd_lightning.training.distillation import DistillationModule
 
 
 def our_cached_teacher(teacher: FrozenTeacher, data: FewReviews, folder: Path) -> Teacher:
-    """Keep on disk what the teacher answers while the first epoch trains, as `teacher.cache=auto` does."""
+    """Keep on disk what the teacher outputs while the first epoch trains, as `teacher.cache=auto` does."""
     key = {"teacher": network_digest(teacher), "data": digest([data.fingerprint, data.sentences])}
     return CachedTeacher(TeacherCache.create(folder / "cache", key, data.sizes["train"]), teacher)
 
@@ -27,7 +27,7 @@ def our_cached_teacher(teacher: FrozenTeacher, data: FewReviews, folder: Path) -
 def ours(
     student: str, teacher: str, sentences: int, epochs: int, batch_size: int, cached: bool, float32: bool
 ) -> dict[str, float]:
-    """Train with length-bucketed batches; the teacher answers in its default precision unless `float32`."""
+    """Train with length-bucketed batches; the teacher predicts in its default precision unless `float32`."""
     data = few_reviews(sentences, batch_size)
     network, small = finished(teacher, 2), build_student(student)
     trainer = plain_trainer(epochs)

@@ -1,7 +1,7 @@
 """Whether time and memory per example stay the same from a thousand examples to a million.
 
 A CSV file of sentences of 6 to 14 words and two classes, read by `TextFiles`; a teacher (transformer, 1 layer x 32)
-answers every example once; a student (BiLSTM, 16 each way) learns from labels and these answers for one epoch at batch
+predicts every example once; a student (BiLSTM, 16 each way) learns from labels and these outputs for one epoch at batch
 size 256. Each size runs in a process of its own, without anything cached. Timed apart: getting the data ready (reading,
 tokenising), the teacher's pass, the epoch. Memory: the most the process ever held, less what it held after the imports.
 """
@@ -110,7 +110,7 @@ def one(folder: str, size: int) -> dict[str, Any]:
 
 
 def cached(data: TextData, network: nn.Module, folder: Path) -> Teacher:
-    """Have the teacher answer every example once, and return it answering from what was stored."""
+    """Have the teacher predict every example once, and return it with what was stored."""
     cache = TeacherCache.create(folder, {"data": data.teacher_key}, data.num_examples)
     fill(cache, FrozenTeacher(network), data.all_dataloader())
     return CachedTeacher(cache)

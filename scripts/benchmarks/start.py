@@ -1,6 +1,6 @@
-"""How long a command takes to answer: `kd-train --help`, `--cfg job`, and to the first training step on warm caches.
+"""How long a command takes to react: `kd-train --help`, `--cfg job`, and to the first training step on warm caches.
 
-The first step is that of `experiment=quickstart` with a finished teacher whose answers are stored: imports, reading the
+The first step is that of `experiment=quickstart` with a finished teacher whose outputs are stored: imports, reading the
 data and the teacher, preflight, and setting up the training come before it.
 """
 
@@ -41,7 +41,7 @@ def run() -> list[Measure]:
         save_teacher(folder / "teacher")
         quickstart = [
             "experiment=quickstart", f"teacher.checkpoint={folder / 'teacher'}", "stages=[distill]",
-            "data.views=0", "data.transfer=[]",  # fewer answers to store beforehand; nothing else depends on them
+            "data.views=0", "data.transfer=[]",  # fewer outputs to store beforehand; nothing else depends on them
         ]  # fmt: skip
         subprocess.run(
             [KD_TRAIN.replace("kd-train", "kd-cache"), "build", *quickstart, f"run_dir={folder / 'run'}"], check=True,

@@ -1,6 +1,6 @@
 """A sweep of 12 points, temperature x alpha, against 12 trainings of the same student from labels alone.
 
-Each round starts without any stored answer of the teacher, so the teacher's pass is in the sweep's time. Both sides run
+Each round starts without any stored output of the teacher, so the teacher's pass is in the sweep's time. Both sides run
 in one process, as the points of `kd-train -m` do, without the comparison that follows a run. A point is 5 epochs of 700
 sentences.
 """
@@ -40,7 +40,7 @@ def run() -> list[Measure]:
 
         def sweep() -> None:
             number = next(rounds)
-            cold = f"teacher.cache={folder / f'answers_{number}'}"
+            cold = f"teacher.cache={folder / f'outputs_{number}'}"
             for temperature, alpha in itertools.product(TEMPERATURES, ALPHAS):
                 point = [f"temperature={temperature}", f"alpha={alpha}", cold, "stages=[distill]"]
                 _train(folder, f"sweep_{number}/{temperature}_{alpha}", point)

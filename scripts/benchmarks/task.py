@@ -174,7 +174,7 @@ def silence() -> None:
 
 
 def cache_of(teacher: Teacher, folder: Path) -> CachedTeacher:
-    """Have a teacher answer everything and return its answers."""
+    """Have a teacher predict everything and return its outputs."""
     data = reviews()
     cache = TeacherCache.create(folder / "cache", {"teacher": "benchmark"}, data.num_examples)
     fill(cache, teacher, data.select(tokens="teacher").all_dataloader())

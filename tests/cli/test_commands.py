@@ -1,4 +1,4 @@
-"""The commands as a user types them: quick to answer, one line for a mistake."""
+"""The commands as a user types them: quick to react, one line for a mistake."""
 
 from __future__ import annotations
 

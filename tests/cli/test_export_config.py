@@ -67,14 +67,14 @@ class Capture(L.Callback):
         }  # fmt: skip
         if isinstance(module, DistillationModule):
             objective = module.objective
-            answer = None if module.teacher is None else module._expected(batch, module._tap(batch))
+            output = None if module.teacher is None else module._expected(batch, module._tap(batch))
             found |= {
                 "terms": str(objective),
                 "balance": type(objective.balance).__name__,
                 "needs": (objective.needs_student, objective.needs_teacher),
                 "settings": [objective.settings(progress) for progress in (0.0, 0.3, 0.8, 1.0)],
                 "attributes": [_plain(term) for term in objective.modules()],
-                "answer": None if answer is None else {"logits": answer.logits, **answer.features},
+                "teacher": None if output is None else {"logits": output.logits, **output.features},
             }
         folder = Path(trainer.default_root_dir)
         stage = "/".join(folder.parts[folder.parts.index("run") + 1 :])
@@ -176,7 +176,7 @@ def both_ways(overrides: list[str], composed: Composed, tmp_path: Path, monkeypa
 def test_every_experiment_trains_to_the_same_weights_both_ways(
     experiment: str, composed: Composed, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over more than two epochs: the first one fills the cache of the teacher's answers."""
+    """Over more than two epochs: the first one fills the cache of the teacher's outputs."""
     both_ways(brief(experiment, 12), composed, tmp_path, monkeypatch)
 
 

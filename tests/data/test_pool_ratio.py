@@ -97,7 +97,7 @@ def test_views_of_images(tmp_path: Path) -> None:
     assert len({int(i) for turn in turns for i in turn}) == 4 * train
 
 
-def test_the_teachers_answers_do_not_depend_on_it(make: Callable[..., TextFiles]) -> None:
+def test_the_teachers_outputs_do_not_depend_on_it(make: Callable[..., TextFiles]) -> None:
     made = [make(pool_ratio=ratio) for ratio in (None, 0.5, 1)]
     for data in made:
         data.prepare()

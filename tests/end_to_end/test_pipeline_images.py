@@ -92,7 +92,7 @@ def test_every_stage_and_the_commands_on_a_finished_run(
     assert models["distilled"]["test"]["accuracy"]["mean"] > 0.5
     assert report["data"]["splits"] == {"train": 270, "views": 270, "transfer": 0, "validation": 30, "test": 60}
     assert report["data"]["chance_score"] == pytest.approx(0.1)
-    assert "teacher  predicted 90 examples" in output, "the rest of its answers were kept while the first epoch trained"
+    assert "teacher  predicted 90 examples" in output, "the rest of its outputs were kept while the first epoch trained"
 
     folder = pipeline.folder
     model = load_run(folder / "seed_0" / "distill")

@@ -62,7 +62,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["teacher.cache={}/x", "run_dir={}", "shared_dir={}/x"])
-def test_answers_are_not_asked_for_where_they_cannot_be_kept(override: str, tmp_path: Path) -> None:
+def test_outputs_are_not_computed_where_they_cannot_be_kept(override: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     place = str(tmp_path / "file")
     with pytest.raises(SystemExit, match=rf"^kd-cache: {override.format(place)}: nothing can be written [^\n]*$"):

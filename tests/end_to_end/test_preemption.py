@@ -475,7 +475,7 @@ def goes_on_to_the_same_weights(folder: Path, signals: str, *more: str) -> str:
     )  # fmt: skip
     done = kd_train(folder, "home", *whole)
     assert done.returncode == 0, done.stderr
-    home = "home of the stopped"  # else it would read the answers that the other run has kept
+    home = "home of the stopped"  # else it would read the outputs that the other run has kept
     ended = kd_train(folder, home, *stopped, signals=signals)
     assert ended.returncode == 1
     places = [folder / name / "seed_0" / "distill" for name in ("whole", "stopped")]

@@ -47,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("step", "more"),
     [
-        (11, ()),  # in the first epoch, which fills the cache of the teacher's answers
+        (11, ()),  # in the first epoch, which fills the cache of the teacher's outputs
         (26, ()),  # in the middle of the second epoch, after the checkpoint of step 21 = the end of the first
         (33, ("checkpoint_every_n_steps=31",)),  # the checkpoint falls on a step that also looks at validation
         (17, ("trainer.accumulate_grad_batches=2", "checkpoint_every_n_steps=5")),

@@ -84,7 +84,7 @@ def test_each_assistant_learns_from_the_one_before_and_the_students_from_the_las
     caches = [Manifest.read(path) for path in own_home.glob("teacher_outputs/*/manifest.json")]
     assert {cache.key["teacher"]["weights"] for cache in caches} == {
         file_digest(link / "model.safetensors") for link in links
-    }, "the answers of each are kept under its own weights"
+    }, "the outputs of each are kept under its own weights"
     assert list(report["models"]) == ["teacher", "assistant_1", "assistant_2", "baseline", "distilled"]
     link = report["models"]["assistant_1"]
     assert link["title"] == "assistant 1"
@@ -219,7 +219,7 @@ def test_peers_learn_from_each_other_and_the_first_is_saved_alone(
     assert all(torch.equal(value, start[name]) for name, value in again.state_dict().items())
 
 
-def test_a_cohort_answers_with_its_first_peer_and_peers_differ() -> None:
+def test_a_cohort_predicts_as_its_first_peer_and_peers_differ() -> None:
     torch.manual_seed(0)
     networks = [BiLSTM(3, 20, hidden_size=size) for size in (8, 4)]
     cohort = joined(networks[0], networks[1:]).eval()
@@ -331,7 +331,7 @@ def test_where_every_weight_is_zero_the_loss_is_a_zero_with_a_graph() -> None:
             ["assistants=[{_target_: kd_lightning.models.bilstm.BiLSTM, hidden: 3}]"],
             "assistants[0].hidden: kd_lightning.models.bilstm.BiLSTM takes no 'hidden'; did you mean 'hidden_size'",
         ),
-        (["assistants=['${student}']", "teacher.cache=./answers"], "assistants: a path in teacher.cache keeps one"),
+        (["assistants=['${student}']", "teacher.cache=./outputs"], "assistants: a path in teacher.cache keeps one"),
         (["+assistant=[]"], "assistant: there is no such key; did you mean 'assistants'"),
         (["teacher.device=cudaa"], "teacher.device='cudaa' is no device"),
         (["distillation=mgd_pooled", "distillation.terms.mgd.ratio=2"], "terms.mgd: "),
@@ -424,7 +424,7 @@ def test_each_process_has_an_average_of_its_own() -> None:
     assert torch.equal(teacher.network.weight, student.weight)  # type: ignore[arg-type]
 
 
-def test_assistants_answer_for_themselves_where_the_teachers_answers_are_required(
+def test_assistants_predict_themselves_where_the_teachers_outputs_are_required(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:
     run(composed(*overrides, "stages=[teacher]"))

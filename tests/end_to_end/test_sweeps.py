@@ -174,7 +174,7 @@ def test_a_failing_point_does_not_stop_the_rest_and_finished_ones_are_kept(kd_tr
     assert {file: file.stat().st_mtime_ns for file in shared} == shared, (
         "neither teacher nor baseline was trained again"
     )
-    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps, "nothing was read or answered again"
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps, "nothing was read or predicted again"
     now = [folder.name.split("-")[0] for folder in (sweep / "shared").iterdir() if folder.is_dir()]
     assert sorted(now) == ["baseline", "baseline", "teacher"], "one baseline for each seed"
     document = record(sweep, "sweep.json")

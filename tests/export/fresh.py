@@ -33,13 +33,13 @@ def example(word: str) -> str:
     return next(text for text in EXAMPLES if f"import {word}" in text or f"from {word}" in text)
 
 
-def answers(
+def predictions(
     script: str, folders: Sequence[Path], sentences: Sequence[str], without: Sequence[str], work: Path
 ) -> list[list[Any]]:
     """Run an example on export folders, in one process, and return what it prints on each, read."""
-    (work / "answer.py").write_text(script, encoding="utf-8")
+    (work / "predict.py").write_text(script, encoding="utf-8")
     places = ":".join(map(str, folders))
-    command = [sys.executable, "-c", WITHOUT.format(names=set(without)), "answer.py", places, *sentences]
+    command = [sys.executable, "-c", WITHOUT.format(names=set(without)), "predict.py", places, *sentences]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(work), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Each format answers as the student did, in this process and in one that has nothing but the format's runtime."""
+"""Each format predicts as the student did, in this process and in one that has nothing but the format's runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import load_run
 from tests.export.conftest import Exports
-from tests.export.fresh import OURS, ROOT, answers, example
+from tests.export.fresh import OURS, ROOT, example, predictions
 from tests.export.runs import Bag, bilstm_run, cnn_run, own_run, pooled_run, text_cnn_run, transformer_run
 from tests.whole_split import image_logits, text_logits
 
@@ -49,7 +49,7 @@ def expected(run: Path) -> list[tuple[str, float]]:
     ("format", "quantize"),
     [(format, quantize) for format in FORMATS for quantize in format_named(format).QUANTIZE if format != "huggingface"],
 )
-def test_a_bilstm_answers_alike(
+def test_a_bilstm_predicts_alike(
     bilstm: Path, exports: Exports, capsys: pytest.CaptureFixture[str], format: str, quantize: str
 ) -> None:
     out = exports(bilstm, format, quantize)
@@ -80,7 +80,7 @@ def test_a_bilstm_answers_alike(
         (pooled_run, "onnx", "none"),
     ],
 )
-def test_our_other_networks_answer_alike(
+def test_our_other_networks_predict_alike(
     home: Path, tmp_path: Path, write: Callable[[Path], Path], format: str, quantize: str
 ) -> None:
     run = write(tmp_path / "run" / "own")
@@ -102,10 +102,19 @@ def test_our_other_networks_answer_alike(
             [
                 ("bilstm", "onnx", "none"), ("bilstm", "onnx", "int8-dynamic"), ("bilstm", "onnx", "int8-static"),
                 ("bilstm", "onnx", "fp16"), ("bert", "onnx", "none"), ("bert", "onnx", "int8-static"),
+                ("rating", "onnx", "none"),
             ],
         ),
-        ("torch", (*OURS, "transformers", "onnxruntime"), [("bilstm", "pt2", "none"), ("bert", "pt2", "none")]),
-        ("transformers", OURS, [("bert", "huggingface", quantize) for quantize in ("none", "fp16", "bf16")]),
+        (
+            "torch",
+            (*OURS, "transformers", "onnxruntime"),
+            [(student, "pt2", "none") for student in ("bilstm", "bert", "rating")],
+        ),
+        (
+            "transformers",
+            OURS,
+            [*(("bert", "huggingface", kind) for kind in ("none", "fp16", "bf16")), ("rating", "huggingface", "none")],
+        ),
     ],
     ids=["onnx", "pt2", "huggingface"],
 )  # fmt: skip
@@ -115,8 +124,14 @@ def test_a_format_needs_its_own_runtime_alone(
 ) -> None:  # fmt: skip
     runs = [request.getfixturevalue(student) for student, _, _ in students]
     folders = [exports(run, format, quantize) for run, (_, format, quantize) in zip(runs, students, strict=True)]
-    found = answers(example(word), folders, SENTENCES, without, tmp_path)
-    for run, (student, _, quantize), lines in zip(runs, students, found, strict=True):
+    found = predictions(example(word), folders, SENTENCES, without, tmp_path)
+    for run, (student, format, quantize), lines in zip(runs, students, found, strict=True):
+        if student == "rating":  # of a score: a pipeline would put a sigmoid before it, if it took it for a class's
+            scores = text_logits(load_run(run), [(text,) for text in SENTENCES]).reshape(-1).tolist()
+            assert [one["p" if format == "huggingface" else "score"] for one in lines] == pytest.approx(
+                scores, abs=2e-4
+            )
+            continue
         assert [one["label"] for one in lines] == [label for label, _ in expected(run)], (student, quantize)
         if quantize == "none":
             np.testing.assert_allclose([one["p"] for one in lines], [p for _, p in expected(run)], atol=2e-4)
@@ -149,7 +164,7 @@ def test_images_need_onnxruntime_and_pillow_alone(pictures: Path, exports: Expor
     without = (*OURS, "torch", "transformers", "tokenizers", "onnx")
     folders = [exports(run, "onnx") for run in runs]
     for run, found in zip(
-        runs, answers(example("PIL"), folders, list(map(str, files)), without, tmp_path), strict=True
+        runs, predictions(example("PIL"), folders, list(map(str, files)), without, tmp_path), strict=True
     ):
         model = load_run(run)
         probabilities = image_logits(model, files).softmax(1)

@@ -14,28 +14,15 @@ from kd_lightning.export.exported import read_exported
 from kd_lightning.export.load import load_export
 from kd_lightning.training.run_folder import load_run
 from tests.export.conftest import Exports
-from tests.export.fresh import OURS, answers, example
 from tests.export.test_refusals import refusal
 from tests.whole_split import text_logits
 
 SENTENCES = ["a superb film, lovely actor", "an awful battery", "the senate again"]
 
 
-@pytest.mark.parametrize(
-    ("format", "word"), [("onnx", "onnxruntime"), ("pt2", "torch"), ("huggingface", "transformers")]
-)
-def test_the_examples_print_the_score_of_a_regression(
-    rating: Path, exports: Exports, tmp_path: Path, format: str, word: str
-) -> None:
-    out = exports(rating, format)
-    scores = text_logits(load_run(rating), [(text,) for text in SENTENCES]).reshape(-1).tolist()
-    [found] = answers(example(word), [out], SENTENCES, OURS, tmp_path)
-    name = "score"
-    if format == "huggingface":
-        assert json.loads((out / "config.json").read_text(encoding="utf-8"))["problem_type"] == "regression"
-        name = "p"  # of a pipeline, which would put a sigmoid before a score that is no regression's
-    assert [one[name] for one in found] == pytest.approx(scores, abs=2e-4)
-    assert name == "p" or not any("p" in one for one in found)
+def test_a_regression_is_one_to_transformers(rating: Path, exports: Exports) -> None:
+    config = json.loads((exports(rating, "huggingface") / "config.json").read_text(encoding="utf-8"))
+    assert config["problem_type"] == "regression"
 
 
 @pytest.mark.parametrize("student", ["rating", "several"])

@@ -235,11 +235,11 @@ def test_more_padding_changes_nothing(sequences: tuple[Tensor, Tensor, Tensor], 
     torch.testing.assert_close(padded, bare)
 
 
-def test_causal_position_t_answers_for_token_t_plus_one(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_causal_position_t_predicts_token_t_plus_one(sequences: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, _ = sequences
     student.requires_grad_()
     labels = torch.full((3, 6), IGNORE)
-    labels[0, 0], labels[0, 3], labels[1, 5] = 4, 0, 6  # the first token has nobody before it who could answer
+    labels[0, 0], labels[0, 3], labels[1, 5] = 4, 0, 6  # the first token has nothing before it that could predict it
     value = loss(student, teacher, next_tokens({"input_ids": labels, "labels": labels}))
     assert value.item() == pytest.approx(by_token(student.detach(), teacher, [(0, 2), (1, 4)]))
     value.backward()

@@ -23,7 +23,6 @@ from kd_lightning.tasks.metrics import (
     RootMeanSquare,
     TeacherStudentKL,
     agreement,
-    distillation_ratio,
     expected_calibration_error,
     teacher_student_kl,
 )
@@ -274,16 +273,3 @@ def test_sums_stay_wide_where_a_trainer_narrows_all_it_holds() -> None:
         scores.update(torch.eye(3)[:1], torch.tensor([0]), {})
     assert float(scores.compute()["accuracy"]) == 1.0
     assert float(scores.metrics["cross_entropy"].count) == 1000
-
-
-def test_ratio() -> None:
-    assert distillation_ratio(0.9403, 0.8314, 0.9048) == pytest.approx(0.67, abs=0.005)  # neural-compressor, SST-2
-    assert distillation_ratio(0.9, 0.8, 0.75) == pytest.approx(-0.5)
-    assert distillation_ratio(0.9, 0.8, 0.95) == pytest.approx(1.5)
-
-
-@pytest.mark.parametrize(
-    "scores", [(0.8, 0.8, 0.9), (0.7, 0.8, 0.75), (math.nan, 0.8, 0.9), (0.9, math.nan, 0.9), (0.9, 0.8, math.nan)]
-)
-def test_ratio_is_nan_where_it_means_nothing(scores: tuple[float, float, float]) -> None:
-    assert math.isnan(distillation_ratio(*scores))

@@ -1,4 +1,4 @@
-"""Rows of token-level logits: what a training on kept rows is, and which row answers for which token."""
+"""Rows of token-level logits: what a training on kept rows is, and which row predicts which token."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_is_not_kept_may_be_no_number() -> None:
         assert all(torch.isfinite(value) for value in scores.compute().values())
 
 
-def test_row_t_answers_for_token_t_plus_one() -> None:
+def test_row_t_predicts_token_t_plus_one() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     rows = next_tokens({"input_ids": ids, "labels": ids})
     assert rows["labels"].tolist() == [[6, 7, 8, IGNORE]]
@@ -115,12 +115,12 @@ def test_row_t_answers_for_token_t_plus_one() -> None:
     ("mask", "expected"),
     [
         ([1, 1, 1, 0, 0], [1, 1, 0, 0, 0]),  # padding on the right
-        ([0, 0, 1, 1, 1], [0, 0, 1, 1, 0]),  # on the left: it has read nothing, and answers for no first token
+        ([0, 0, 1, 1, 1], [0, 0, 1, 1, 0]),  # on the left: it has read nothing, and predicts no first token
         ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
         ([1, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
     ],
 )
-def test_padding_neither_answers_nor_is_answered_for(mask: list[int], expected: list[int]) -> None:
+def test_padding_neither_predicts_nor_is_predicted(mask: list[int], expected: list[int]) -> None:
     end = torch.full((1, 5), 2)  # every token, padding too, is the one that ends a text
     for labels in ({}, {"labels": end}):
         rows = next_tokens({"input_ids": end, "attention_mask": torch.tensor([mask])} | labels)

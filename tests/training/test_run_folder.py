@@ -62,7 +62,7 @@ def run(tmp_path: Path, data: TextFiles) -> Path:
     return tmp_path / "run"
 
 
-def test_a_network_is_read_back_with_its_weights_and_answers_alike(run: Path, data: TextFiles) -> None:
+def test_a_network_is_read_back_with_its_weights_and_predicts_alike(run: Path, data: TextFiles) -> None:
     model = load_run(run, seed=0)
     again = load_run(run / "seed_0" / "distill")
     assert network_digest(model.network) == network_digest(again.network)

@@ -84,10 +84,29 @@ def _difference(
     return {**per_seed, "standard_error": math.sqrt(variance), "paired": paired}
 
 
+def distillation_ratio(teacher: float, baseline: float, distilled: float) -> float:
+    r"""Part of the gap between student and teacher that distillation closed.
+
+    $$ (S_{kd} - S) / (T - S) $$ for the scores of the teacher, of the student from labels and of the distilled student.
+    1 is the teacher reached, 0 is no gain, negative is harm.
+
+    Returns:
+        The ratio. nan when the teacher is no better than the baseline (T <= S): there is no gap to close, and dividing
+        by it would call a distilled student that got worse a success. nan too when a score is not finite.
+
+    >>> round(distillation_ratio(teacher=0.846, baseline=0.759, distilled=0.824), 3)
+    0.747
+    >>> distillation_ratio(teacher=0.70, baseline=0.75, distilled=0.72)
+    nan
+    """
+    gap = teacher - baseline
+    if not gap > 0 or not math.isfinite(gap) or not math.isfinite(distilled):
+        return math.nan
+    return (distilled - baseline) / gap
+
+
 def ratios(scores: Mapping[str, list[float]], name: str, baseline: str, direction: int) -> dict[str, Any]:
     """Return a student's share of the gap between a baseline and the teacher, seed by seed."""
-    from kd_lightning.tasks.metrics import distillation_ratio
-
     if not {"teacher", baseline, name} <= set(scores):
         return {**describe([]), "of_means": math.nan}
     (teacher, *_), below, student = ([direction * x for x in scores[own]] for own in ("teacher", baseline, name))

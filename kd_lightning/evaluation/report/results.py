@@ -119,7 +119,7 @@ class DataSummary:
         fingerprint: Hash of content and preprocessing.
         monitor: The score by which checkpoints are selected and models compared.
         specs: How each score is to be read, by name.
-        calibration: The score that says how wrong probabilities are; None where there is none.
+        calibration: The score that measures how wrong probabilities are; None where there is none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Images as batches: parts, views, order, resume, and what a teacher's answers depend on."""
+"""Images as batches: parts, views, order, resume, and what a teacher's outputs depend on."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_damaged_pictures_are_read_again(make: Callable[..., FashionMNIST], tmp_
     assert torch.equal(before["pixel_values"], after["pixel_values"])
 
 
-def test_teacher_key_is_what_decides_a_teachers_answers(make: Callable[..., FashionMNIST], tmp_path: Path) -> None:
+def test_teacher_key_is_what_decides_a_teachers_outputs(make: Callable[..., FashionMNIST], tmp_path: Path) -> None:
     def key(**options: Any) -> dict[str, Any]:
         data = make(**options)
         data.prepare()

@@ -1,4 +1,4 @@
-"""Views that change from epoch to epoch, and what a teacher's answers depend on."""
+"""Views that change from epoch to epoch, and what a teacher's outputs depend on."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_ranks_share_the_views_of_an_epoch(make: Callable[..., TextFiles], sets:
             assert sorted(np.concatenate(parts)) == sorted(whole)  # type: ignore[arg-type]
 
 
-def test_teacher_key_is_what_decides_a_teachers_answers(
+def test_teacher_key_is_what_decides_a_teachers_outputs(
     make: Callable[..., TextFiles], toy_csv: Callable[..., Path], tmp_path: Path
 ) -> None:
     def key(**options: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_a_chain_ends_in_a_report_and_runs_again_only_what_failed(tmp_path: Path
     log = (point / "slurm" / f"{jobs['sweep']}_0.out").read_text()
     assert f"SLURM job {jobs['sweep']}_0 on " in log
     assert "teacher  finished before" in log
-    assert "answered" not in log, "the cache's job has asked the teacher"
+    assert "teacher  predicted" not in log, "the cache's job has run the teacher"
     assert "for all runs" in (sweep / "slurm" / f"{jobs['cache']}.out").read_text()
     times = subprocess.run(
         ["sacct", "-XnP", "--format=Start,End", f"--jobs={','.join(jobs.values())}"], capture_output=True, text=True,

@@ -11,6 +11,7 @@ import pytest
 
 from kd_lightning.evaluation.profiling import environment
 from kd_lightning.evaluation.report import Curve, DataSummary, findings, summary, write_report
+from kd_lightning.evaluation.report.differences import distillation_ratio
 from kd_lightning.evaluation.report.pictures import curves_figure, tradeoff_figure
 from kd_lightning.evaluation.report.table import markdown_table
 from kd_lightning.tasks import ScoreSpec
@@ -263,3 +264,16 @@ def test_less_of_a_loss_is_better() -> None:
     assert has(bad, "teacher: loss 3.500 is no better than that of the best constant prediction (3.000)")
     assert "Distillation closed 50% of the gap" in summary(good)
     assert "accuracy" not in summary(good) + markdown_table(good)
+
+
+def test_ratio() -> None:
+    assert distillation_ratio(0.9403, 0.8314, 0.9048) == pytest.approx(0.67, abs=0.005)  # neural-compressor, SST-2
+    assert distillation_ratio(0.9, 0.8, 0.75) == pytest.approx(-0.5)
+    assert distillation_ratio(0.9, 0.8, 0.95) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    "scores", [(0.8, 0.8, 0.9), (0.7, 0.8, 0.75), (math.nan, 0.8, 0.9), (0.9, math.nan, 0.9), (0.9, 0.8, math.nan)]
+)
+def test_ratio_is_nan_where_it_means_nothing(scores: tuple[float, float, float]) -> None:
+    assert math.isnan(distillation_ratio(*scores))

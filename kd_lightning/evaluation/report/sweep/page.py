@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.evaluation.report.sweep.pictures import LETTERS, baseline_of, label
+from kd_lightning.evaluation.report.sweep.axes import LETTERS, baseline_of, label
 from kd_lightning.evaluation.report.sweep.points import better_of, title_of
 from kd_lightning.evaluation.report.table import spread
 from kd_lightning.runtime.borders import visible
