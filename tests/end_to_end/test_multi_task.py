@@ -13,21 +13,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
 
 from kd_lightning.cli.evaluate import score_split
 from kd_lightning.cli.predict import main as predict
-from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.sources.files import FileReader
 from kd_lightning.evaluation.evaluator import score_file
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.objectives import run_objective
 from kd_lightning.pipeline.prepare import prepare
-from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import score, train_all
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.pipeline.validation import validate
@@ -84,13 +81,12 @@ def overrides(toy: Path, tmp_path: Path, archive: None) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(toy: Path) -> Path:
+def trained(toy: Path, composed: Composed) -> Path:
     """A finished run of short trainings. Read only."""
-    register_resolvers()
-    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_LIGHTNING_HOME", str(toy / "home"))
         patch.setattr("kd_lightning.data.sources.reviews.fetch", lambda name: toy / "archive")
-        run(compose("config", [*small(toy, toy / "run"), *SHORT, "trainer.max_steps=12"]))
+        run(composed(*small(toy, toy / "run"), *SHORT, "trainer.max_steps=12"))
     return toy / "run"
 
 

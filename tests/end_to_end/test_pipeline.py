@@ -13,18 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd_lightning.cli.predict import main as predict
-from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import network_digest
@@ -51,12 +48,11 @@ def overrides(toy: Path, tmp_path: Path, own_home: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(toy: Path) -> Path:
+def trained(toy: Path, composed: Composed) -> Path:
     """A finished run with all stages of the default and its report. Read only."""
-    register_resolvers()
-    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_LIGHTNING_HOME", str(toy.parent / "home"))
-        run(compose("config", tiny_overrides(toy, toy.parent / "run")))
+        run(composed(*tiny_overrides(toy, toy.parent / "run")))
     return toy.parent / "run"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
@@ -19,12 +18,10 @@ from safetensors.torch import load_file
 
 from kd_lightning.cli.evaluate import main as evaluate
 from kd_lightning.cli.predict import main as predict
-from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data import FashionMNIST
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import read_json
@@ -65,13 +62,12 @@ Ran = tuple[Run, dict[str, Any], str]
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path) -> Ran:
+def trained(pictures: Path, composed: Composed) -> Ran:
     """A finished run with all stages. Read only."""
-    register_resolvers()
-    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_LIGHTNING_HOME", str(pictures.parent / "home"))
         overrides = small(pictures, pictures.parent / "run")
-        return run(compose("config", [*overrides, "stages=[teacher,baseline,distill,finetune]"]))
+        return run(composed(*overrides, "stages=[teacher,baseline,distill,finetune]"))
 
 
 def run(cfg: DictConfig) -> Ran:

@@ -12,18 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich.console import Console
 
 from kd_lightning.cli.cache import main as kd_cache
-from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.models.adapt import run_network
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.preflight import preflight
-from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime import memoize
@@ -61,26 +58,25 @@ def nothing_shared() -> Iterator[None]:
     memoize._KEPT.clear()
 
 
-def teacher(folder: Path, *more: str) -> Path:
+def teacher(composed: Composed, folder: Path, *more: str) -> Path:
     """A run of one trained teacher, on what `toy_csv` holds."""
     base = tiny_overrides(write_toy_csv(folder / "toy.csv"), folder / "teacher_run")
-    register_resolvers()
-    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_LIGHTNING_HOME", str(folder / "home"))
-        train_all(Run(compose("config", [*base, "stages=[teacher]", *more]), Console(file=StringIO())))
+        train_all(Run(composed(*base, "stages=[teacher]", *more), Console(file=StringIO())))
     return folder / "teacher_run"
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught(composed: Composed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained teacher. Copied by who uses it."""
-    return teacher(tmp_path_factory.mktemp("taught"))
+    return teacher(composed, tmp_path_factory.mktemp("taught"))
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(composed: Composed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another one, which reads other tokens. Read only."""
-    return teacher(tmp_path_factory.mktemp("other"), "data.tokenizer=wordpiece:150")
+    return teacher(composed, tmp_path_factory.mktemp("other"), "data.tokenizer=wordpiece:150")
 
 
 @pytest.fixture
