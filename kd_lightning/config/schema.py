@@ -34,6 +34,7 @@ Count = Annotated[int, Range(1)]
 StageName = Literal["teacher", "baseline", "distill", "finetune"]
 Balance = Literal["fixed", "unit_initial", "gradnorm", "uncertainty"]
 Combine = Literal["probabilities", "logits"]
+Calibrate = bool | Literal["auto"]
 Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -75,9 +76,10 @@ class TeacherConfig:
     weights: list[float] | Literal["learned", "confidence"] | None
     """Of an ensemble's members: null (equal), one number each, learned (on the validation split) or confidence (each
     example's own, by how sure a member is)."""
-    calibrate: bool
+    calibrate: Calibrate
     """Whether its logits are divided by the temperature that fits them to the validation split; of folds: to the
-    training examples, each predicted by the teacher that has not seen it."""
+    training examples, each predicted by the teacher that has not seen it. auto: where its calibration error (ECE)
+    is above 0.1, and the temperature lowers the cross-entropy by more than chance does."""
     ema: Annotated[float | None, Range(0, 1)]
     """Decay of a mean teacher, such as 0.99: the moving average of the student's own weights, and no other teacher is
     trained (experiment=mean_teacher); null: none."""

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from kd_lightning.config.schema import Calibrate
 from kd_lightning.data import IndexedData, MultiTaskData
 from kd_lightning.pipeline.teacher_loading import load_teacher
 from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
@@ -138,7 +139,8 @@ class FinishedTeacher(_LateTeacher):
         weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
         device: A GPU of its own for it, when `cache=off`.
         compile: Whether to compile it.
-        calibrate: Divide its logits by the temperature that fits them to the validation split.
+        calibrate: Divide its logits by the temperature that fits them to the validation split; auto: where its
+            probabilities are badly wrong.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class FinishedTeacher(_LateTeacher):
         weights: list[float] | Literal["learned", "confidence"] | None = None,
         device: str | None = None,
         compile: bool = False,
-        calibrate: bool = False,
+        calibrate: Calibrate = False,
     ) -> None:
         self.checkpoint, self.ahead = checkpoint, ahead
         self.serving = Serving(

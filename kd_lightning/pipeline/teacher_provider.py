@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from kd_lightning.config.schema import CACHE_MODES, CACHED, Combine, Precision, StoredDtype
+from kd_lightning.config.schema import CACHE_MODES, CACHED, Calibrate, Combine, Precision, StoredDtype
+from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
 from kd_lightning.tasks.evaluation import labelled_rows
+from kd_lightning.tasks.metrics import CalibrationError
 from kd_lightning.teachers import (
     AheadTeacher,
     CachedTeacher,
@@ -69,7 +71,8 @@ class Serving:
         device: A GPU of its own, when `cache=off`.
         compile: Whether to compile it.
         sharded: Whether the processes of a training share its weights out.
-        calibrate: Whether its logits are divided by the temperature that fits them.
+        calibrate: Whether its logits are divided by the temperature that fits them; `auto`: where its probabilities
+            are badly wrong.
     """
 
     members: int = 1
@@ -85,7 +88,7 @@ class Serving:
     device: str | None = None
     compile: bool = False
     sharded: bool = False
-    calibrate: bool = False
+    calibrate: Calibrate = False
 
     @classmethod
     def of(cls, teacher: TeacherConfig) -> Self:
@@ -118,6 +121,7 @@ class TeacherProvider:
     ) -> None:
         self.serving, self.data, self._load = serving, data, load
         self.device, self.console, self.needs = device, console, needs
+        self._temperature: float | None = None
 
     @cached_property
     def loaded(self) -> LoadedTeacher:
@@ -157,7 +161,7 @@ class TeacherProvider:
             self._check_cache(loaded)
         if serving.members > 1 and task.classes is None:
             check_scores(serving.weights, serving.combine)
-        if serving.calibrate and task.classes is None:
+        if serving.calibrate is True and task.classes is None:
             raise ConfigError("teacher.calibrate: a teacher that gives scores has no probabilities to calibrate")
         if serving.members > 1 and self.features:
             raise ConfigError(
@@ -207,21 +211,37 @@ class TeacherProvider:
         return self.calibrated(self._ensemble() if several else self._single(self.loaded))
 
     def calibrated(self, teacher: Teacher) -> Teacher:
-        """Return a teacher with the temperature that fits its outputs, if that is wanted.
+        """Return a teacher with the temperature that fits its outputs, if it needs one.
 
-        It is fitted to the validation split; of cross-fitted teachers, whose students read what one of them predicts,
-        and not what all predict for the validation split, to the training examples. Of many a part counts
+        It is fitted once, to the validation split; of cross-fitted teachers, whose students read what one of them
+        predicts, and not what all predict for the validation split, to the training examples. Of many a part counts
         (`labelled_rows`).
         """
-        if not self.serving.calibrate:
+        wanted, whole = self.serving.calibrate, not self.serving.sharded and self.serving.cache_top_k is None
+        if not wanted or (wanted == "auto" and (self.data.task.classes is None or not whole)):
             return teacher
-        unseen = self.data.val_dataloader() if self.serving.folds == 1 else self.data.labelled_dataloader()
-        (logits,), labels = labelled_rows(self.data.task, [teacher.to(self.device)], unseen, self.device)
-        temperature = fit_temperature(logits, labels)
+        if self._temperature is None:
+            unseen = self.data.val_dataloader() if self.serving.folds == 1 else self.data.labelled_dataloader()
+            (logits,), labels = labelled_rows(self.data.task, [teacher.to(self.device)], unseen, self.device)
+            self._temperature = self._fitted(logits, labels)
+        return teacher if self._temperature == 1.0 else CalibratedTeacher(teacher, self._temperature)
+
+    def _fitted(self, logits: Tensor, labels: Tensor) -> float:
+        """Return the temperature; 1 where it is `auto` and there is nothing badly wrong."""
+        if self.serving.calibrate == "auto" and not len(labels):
+            return 1.0
+        measured = CalibrationError()
+        measured.update(logits, labels)
+        error, temperature = float(measured.compute()), fit_temperature(logits, labels)
         before, after = (float(F.cross_entropy(logits / t, labels)) for t in (1.0, temperature))
+        # of few examples a good teacher's error is above the bound, too; a likelihood ratio of 4 is two standard errors
+        by_chance = 2 * len(labels) * (before - after) <= 4
+        if self.serving.calibrate == "auto" and (error <= BADLY_CALIBRATED or by_chance):
+            return 1.0
         effect = f"its cross-entropy goes from {before:.3f} to {after:.3f}"
-        say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {effect}")
-        return CalibratedTeacher(teacher, temperature)
+        why = f"its calibration error (ECE) is {error:.3f}, {effect}"
+        say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {why}")
+        return temperature
 
     def _single(self, member: LoadedTeacher) -> Teacher:
         serving = self.serving

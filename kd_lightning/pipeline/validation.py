@@ -125,7 +125,7 @@ def _check_schemes(cfg: RunConfig) -> None:
         "stages": "teacher" in cfg.stages, "teacher.checkpoint": teacher.checkpoint is not None,
         "assistants": bool(cfg.assistants), "teacher.features": bool(teacher.features),
         "teacher.cache": teacher.cache not in ("auto", "off"), "teacher.compile": teacher.compile,
-        "teacher.calibrate": teacher.calibrate,
+        "teacher.calibrate": teacher.calibrate is True,
         "teacher.device": teacher.device is not None, "teacher.sharded": teacher.sharded,
     }):  # fmt: skip
         raise ConfigError(
@@ -171,7 +171,7 @@ def _check_sharded(cfg: RunConfig) -> None:
             f"teacher.sharded=true with teacher.cache={teacher.cache}: what is stored the first process computes "
             "alone, with a whole teacher; set teacher.cache=off, or teacher.sharded=false"
         )
-    if teacher.calibrate:
+    if teacher.calibrate is True:
         raise ConfigError(
             "teacher.sharded=true: a temperature is fitted to a whole teacher's outputs; set teacher.calibrate=false"
         )

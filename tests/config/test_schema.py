@@ -150,7 +150,7 @@ def test_what_follows_from_the_keys(composed: Composed) -> None:
     assert (cfg.finetune_trainer["max_epochs"], cfg.finetune_trainer["max_steps"]) == (7, -1)
     assert cfg.teacher.chosen(OUTPUTS) == {
         "precision": cfg.teacher.precision, "cache_dtype": "float32", "cache_top_k": None,
-        "combine": "probabilities", "weights": None, "folds": 1, "calibrate": False,
+        "combine": "probabilities", "weights": None, "folds": 1, "calibrate": "auto",
     }  # fmt: skip
     several = RunConfig.parse(composed("teacher.checkpoint=[a,b]", "teacher.cache=require")).teacher
     assert several.number == 2
