@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from kd_lightning.losses.crd import CRDLoss, crd
 from kd_lightning.types import Batch, ModelOutput
 from tests.losses.conformance import Case, Conformance, randn, title
-from tests.pair import in_two
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -316,19 +314,3 @@ def test_features_with_positions_are_averaged_over_those_that_count(shape: tuple
     vectors = ModelOutput(torch.zeros(2, 2), {"x": mean})
     torch.manual_seed(1)
     torch.testing.assert_close(term(vectors, vectors, {"index": batch["index"]}), value)
-
-
-def _process(rank: int) -> dict[str, Tensor]:
-    term = connected()
-    index = [[0, 1], [2, 1]][rank]
-    term(output(2, 3, 5 + rank), output(2, 6, 7 + rank), batch_of(index, [rank, rank]))
-    return dict(term.named_buffers())
-
-
-@pytest.mark.slow
-def test_processes_keep_the_same_banks(tmp_path: Path) -> None:
-    found = in_two(_process, tmp_path)
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    start = connected().bank_s
-    moved = [i for i in range(EXAMPLES) if not torch.equal(start[i], found[0]["bank_s"][i])]
-    assert moved == [0, 1, 2]
