@@ -73,7 +73,7 @@ def test_rows_of_tokens_count_as_the_batch_says() -> None:
     [({"labels": torch.zeros(2, 3)}, "no `keep`"), ({"keep": torch.ones(2, 2).bool()}, r"`keep` \(2, 2\)")],
 )
 def test_token_logits_need_to_know_their_rows(batch: Batch, given: str) -> None:
-    with pytest.raises(ValueError, match=rf"logits \(2, 3, 5\) have a row for each position.* {given} to say"):
+    with pytest.raises(ValueError, match=rf"logits \(2, 3, 5\) have a row for each position.* {given} for which count"):
         kept_rows(torch.zeros(2, 3, 5), batch)
 
 

@@ -162,6 +162,8 @@ def test_a_finished_run_of_other_keys_or_settings_is_refused_in_a_line(composed:
     kept = cfg.as_dict()
     write_config(tmp_path, OmegaConf.to_yaml(kept | {"seeds": 1, "logger": {}, "resume": "never"}))
     check_folder(tmp_path, cfg)  # more seeds are welcome, and what decides no result may differ
+    write_config(tmp_path, OmegaConf.to_yaml(kept | {"alpha": 0.5, "stages": ["teacher"]}))
+    check_folder(tmp_path, cfg)  # its report compares no students
     write_config(tmp_path, OmegaConf.to_yaml(kept | {"alpha": 0.5}))
     with pytest.raises(ConfigError, match=r"finished run with other settings \(alpha was 0.5, now 0.9\)"):
         check_folder(tmp_path, cfg)
