@@ -25,7 +25,7 @@ from tests.names import HOSTILE
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
 
-GRID = "temperature=1,4 alpha=0.5,0.9"
+GRID, PAIR = "temperature=1,4 alpha=0.5,0.9", "alpha=0.5,0.9"
 Program = Callable[[str, str], Path]
 
 
@@ -120,7 +120,7 @@ def test_a_task_of_the_array_runs_its_point(
 
 def test_tasks_nodes_and_gpus_are_the_trainers(capsys: pytest.CaptureFixture[str], program: Program) -> None:
     more = ["trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2", "trainer.accelerator=gpu"]
-    jobs = {name: options(script) for name, (_, script) in dry_run(capsys, *more, "--sweep", GRID).items()}
+    jobs = {name: options(script) for name, (_, script) in dry_run(capsys, *more, "--sweep", PAIR).items()}
     for name in ("teacher", "sweep"):
         assert [jobs[name][key] for key in ("nodes", "ntasks-per-node", "gpus-per-node")] == ["2", "4", "4"]
     assert [jobs["cache"][key] for key in ("nodes", "ntasks-per-node", "gpus-per-node")] == ["1", "1", "1"]
@@ -139,7 +139,7 @@ def test_tasks_nodes_and_gpus_are_the_trainers(capsys: pytest.CaptureFixture[str
 def test_a_job_that_has_nothing_to_do_is_left_out(
     overrides: list[str], names: list[str], capsys: pytest.CaptureFixture[str], program: Program
 ) -> None:
-    assert list(dry_run(capsys, *overrides, "--sweep", GRID)) == names
+    assert list(dry_run(capsys, *overrides, "--sweep", PAIR)) == names
 
 
 @pytest.mark.parametrize(
@@ -207,11 +207,11 @@ def test_what_cannot_be_written_is_not_submitted_and_what_cannot_be_noted_does_n
         (tmp_path / name).mkdir()
     (tmp_path / "file" / "slurm").touch()
     with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*file/slurm[^\n]*something of that name exists[^\n]*$"):
-        main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'file'}", "--sweep", GRID])
+        main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'file'}", "--sweep", PAIR])
     assert not asked.exists()
     (tmp_path / "noted" / JOBS).mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"^kd-slurm: [^\n]*that is a folder, not a file[^\n]*$"):
-        main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'noted'}", "--sweep", GRID])
+        main(["pipeline", "name=grid", f"hydra.sweep.dir={tmp_path / 'noted'}", "--sweep", PAIR])
     assert asked.read_text().count("\n") == 4
     assert cancelled.read_text().split() == ["7"] * 4
 
@@ -220,7 +220,7 @@ def test_where_sbatch_refuses_a_job_none_stays(tmp_path: Path, program: Program)
     program("sbatch", 'case "$*" in *cache*) echo "sbatch: error: no such partition" >&2; exit 1;; esac; echo 7')
     cancelled = program("scancel", "")
     with pytest.raises(SystemExit, match="kd-slurm: sbatch refuses the job: sbatch: error: no such partition"):
-        main(["pipeline", f"hydra.sweep.dir={tmp_path}/sweep", "--sweep", GRID])
+        main(["pipeline", f"hydra.sweep.dir={tmp_path}/sweep", "--sweep", PAIR])
     assert cancelled.read_text() == "7\n"
     assert not (tmp_path / "sweep/slurm/jobs.json").exists()
 
