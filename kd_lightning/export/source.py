@@ -113,8 +113,8 @@ def run_data(stage: Path, remedy: str = "restore them, or train again") -> Index
     root = run_root(stage)
     if root is None:
         raise KDError(
-            f"{stage}: no folder above it has the config.yaml of a finished run, which names its data: run the "
-            "same kd-train again to its end"
+            f"{stage}: no folder above it has the config.yaml of its run, which names its data: run the same kd-train "
+            "again, which writes it again"
         )
     cfg = read_config(root)
     settings = _without_caches(found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root))

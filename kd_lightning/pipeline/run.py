@@ -35,13 +35,13 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
     preflight(run, stages)
     if begin is not None:
         begin()
-    for stage in stages:
-        train(prepare(run, stage), run.console)
-    if rank() == 0:
+    if rank() == 0:  # before the first stage: one that is finished can be used while the others are trained
         whole = {part.folder: part.cfg for part in run.parts.values() if part.name and run.has_teacher}
         for folder, cfg in {run.folder: run.cfg, **whole}.items():
             kept = cfg.as_dict() | {"run_dir": str(folder.absolute())}
             write_config(folder, OmegaConf.to_yaml(OmegaConf.create(kept)))
+    for stage in stages:
+        train(prepare(run, stage), run.console)
 
 
 def score(run: Run) -> float:

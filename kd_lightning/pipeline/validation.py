@@ -20,7 +20,7 @@ from kd_lightning.runtime.files import check_place
 from kd_lightning.runtime.fingerprints import differences
 from kd_lightning.teachers.ensemble import shares_of
 from kd_lightning.training.objective import Objective
-from kd_lightning.training.run_folder import check_stage, read_config
+from kd_lightning.training.run_folder import check_stage, is_finished, read_config
 
 
 def validate(settings: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -244,8 +244,9 @@ def check_folder(folder: Path, cfg: RunConfig) -> None:
         raise ConfigError(
             f"{folder} holds a run of another version ({error}): choose another name=... or remove it"
         ) from error
-    if not set(old.stages) - {"teacher"}:
-        return
+    students = [folder / f"seed_{seed}" / stage for seed in old.seed_list for stage in old.stages if stage != "teacher"]
+    if not students or not all(map(is_finished, students)):
+        return  # none, or killed: a stage that has begun refuses other settings of its own
     more = {"seeds": max(old.seeds, cfg.seeds)}  # more seeds are welcome
     if changed := sorted(differences(old.deciding() | more, cfg.deciding())):
         raise ConfigError(

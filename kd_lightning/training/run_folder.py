@@ -220,19 +220,19 @@ def _unfinished(folder: Path, seeds: Sequence[Path], seed: int | None) -> list[P
         if seeds and seed is None and "seed" in cfg and "seeds" in cfg:
             known = {folder / f"seed_{cfg['seed'] + number}" for number in range(cfg["seeds"])}
             seeds = sorted({*seeds, *known})
-    else:  # it is written at the end of a run
+    else:
         requested = {"distill"}
     wanted = [(root / stage, stage in requested) for root in seeds for stage in reversed(TAUGHT)]
     return [place for place, is_requested in wanted if not is_finished(place) and (is_requested or place.is_dir())]
 
 
 def write_config(folder: Path, text: str) -> None:
-    """Write the configuration of a finished run, `config.yaml`, with a checksum in its first line."""
+    """Write the configuration of a run, `config.yaml`, with a checksum in its first line."""
     write_file(folder / "config.yaml", f"{CONFIG_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the configuration of a finished run as plain values, without resolving or importing.
+    """Read the configuration of a run as plain values, without resolving or importing.
 
     Raises:
         KDError: It is missing or damaged.

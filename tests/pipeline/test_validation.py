@@ -14,7 +14,7 @@ from kd_lightning.pipeline.validation import check_folder, validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training import schedules
 from kd_lightning.training.objective import Objective
-from kd_lightning.training.run_folder import write_config
+from kd_lightning.training.run_folder import finish_stage, write_config
 
 Composed = Callable[..., DictConfig]
 CONF = conf_dir()
@@ -159,8 +159,12 @@ def test_a_users_mistake_inside_a_constructor_is_not_wrapped() -> None:
 
 def test_a_finished_run_of_other_keys_or_settings_is_refused_in_a_line(composed: Composed, tmp_path: Path) -> None:
     cfg = validate(composed("seeds=3"))
-    kept = cfg.as_dict()
-    write_config(tmp_path, OmegaConf.to_yaml(kept | {"seeds": 1, "logger": {}, "resume": "never"}))
+    kept = cfg.as_dict() | {"seeds": 1}
+    write_config(tmp_path, OmegaConf.to_yaml(kept | {"alpha": 0.5}))
+    finish_stage(tmp_path / "seed_0/baseline", {})
+    check_folder(tmp_path, cfg)  # it was killed before its distillation
+    finish_stage(tmp_path / "seed_0/distill", {})
+    write_config(tmp_path, OmegaConf.to_yaml(kept | {"logger": {}, "resume": "never"}))
     check_folder(tmp_path, cfg)  # more seeds are welcome, and what decides no result may differ
     write_config(tmp_path, OmegaConf.to_yaml(kept | {"alpha": 0.5, "stages": ["teacher"]}))
     check_folder(tmp_path, cfg)  # its report compares no students
