@@ -22,13 +22,14 @@ def score_split(model: TrainedModel, run: Path, split: str) -> Evaluation:
     """Score a model on the validation or test split of the run it came from."""
     from kd_lightning.export.exported import is_export
     from kd_lightning.export.source import role_of, run_data
-    from kd_lightning.tasks.evaluation import evaluate, of_network
+    from kd_lightning.tasks.evaluation import evaluate
+    from kd_lightning.training.run_folder import model_of
 
     if is_export(model.folder):
         raise ConfigError(f"{run} is an export, which knows no data: give the run folder, or --file")
     data = run_data(model.folder, "score the file with --file").select(tokens=role_of(model.folder))
     loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
-    return evaluate(data.task, of_network(model.network), loader)
+    return evaluate(data.task, model_of(model), loader)
 
 
 @command("kd-eval", "nothing was changed")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.runtime.errors import ConfigError, DataError
+from kd_lightning.training.run_folder import model_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,19 +69,18 @@ def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict
     """
     import torch
 
-    from kd_lightning.models.adapt import run_network
-
     given = [one for one in inputs if one is not None]
     if not given:
         raise DataError("no sentences: every line is empty")
     reads_images = model.images is not None
     paths = [Path(one[0]).expanduser() for one in given] if reads_images else []
     found: dict[int, dict[str, Any]] = {}
+    network = model_of(model)
     with torch.inference_mode():
         if model.task.per_token:
             found |= enumerate(entities(model, [one[0] for one in given]))
         for batch in () if found else image_batches(model, paths) if reads_images else text_batches(model, given):
-            logits = run_network(model.network, batch).logits.float()
+            logits = network(batch).logits.float()
             read = model.task.read(logits, batch, model.class_names)
             found |= dict(zip(batch["index"].tolist(), read, strict=True))
     records = iter([found[place] for place in range(len(given))])
@@ -102,7 +102,6 @@ def entities(model: TrainedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
 
     from kd_lightning.data.text.tagged import Place, TaggedText, split_words
     from kd_lightning.data.text.words import WordDataset, encode_words
-    from kd_lightning.models.adapt import run_network
 
     if model.tokenizer is None or model.max_length is None:
         raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
@@ -111,11 +110,11 @@ def entities(model: TrainedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
     windows = encode_words(tokenizer, tagged, model.max_length, model.max_length // 4)
     unknown = np.zeros(len(windows.tokens), np.int64)
     data = WordDataset(windows, unknown, False, range(len(windows)), int(tokenizer.pad_token_id))
-    of_window: dict[int, Tensor] = {}
+    network, of_window = model_of(model), dict[int, Tensor]()
     order = np.argsort(windows.lengths, kind="stable")
     for start in range(0, len(order), BATCH):
         batch = data[order[start : start + BATCH]]
-        logits = run_network(model.network, batch).logits.float()
+        logits = network(batch).logits.float()
         kept = [row[keep] for row, keep in zip(logits, batch["keep"], strict=True)]
         of_window |= dict(zip(batch["index"].tolist(), kept, strict=True))
     found = []
@@ -147,7 +146,7 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
     import torch
 
     from kd_lightning.data.text.corpus import encode_labels
-    from kd_lightning.tasks.evaluation import evaluate, of_network
+    from kd_lightning.tasks.evaluation import evaluate
 
     if model.tokenizer is None:
         raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
@@ -159,7 +158,7 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
     examples = encode_labels(reader.examples(file), model.class_names, numbered)
     labels = torch.tensor(examples.labels)
     batches = ({**batch, "labels": labels[batch["index"]]} for batch in text_batches(model, examples.texts))
-    return evaluate(model.task, of_network(model.network), batches)
+    return evaluate(model.task, model_of(model), batches)
 
 
 def read_inputs(model: TrainedModel, file: Path, reader: FileReader) -> list[Sentence | None]:

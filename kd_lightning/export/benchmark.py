@@ -42,6 +42,7 @@ class Subject:
         file: Its weights.
         model: The loaded model.
         role: Whose tokens it uses.
+        run: The run that it was found in; None for an export.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Subject:
     file: Path
     model: TrainedModel
     role: Any
+    run: Path | None = None
 
 
 def benchmark(
@@ -109,8 +111,8 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
         if teacher is None:
             tell(f"{run}: its teacher is in no run folder here and is not measured")
         elif teacher.resolve() not in [subject.folder.resolve() for subject in found]:  # runs may share one
-            found.append(_trained(f"{prefix}teacher", "teacher", teacher))
-        found.append(_trained(f"{prefix}student", "student", stage))
+            found.append(_trained(f"{prefix}teacher", "teacher", teacher, run))
+        found.append(_trained(f"{prefix}student", "student", stage, run))
     found += [_exported(folder, threads, found) for folder in folders if is_export(folder)]
     return found, students[0]
 
@@ -128,10 +130,10 @@ def _teacher_of(run: Path) -> Path | None:
     return teacher_stage(located(given, run)) if isinstance(given, str) else None
 
 
-def _trained(name: str, kind: str, stage: Path) -> Subject:
+def _trained(name: str, kind: str, stage: Path, run: Path) -> Subject:
     from kd_lightning.training.run_folder import load_run
 
-    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage), role_of(stage))
+    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage), role_of(stage), run)
 
 
 def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
@@ -163,6 +165,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     from kd_lightning.evaluation.profiling import measure_latency, measure_throughput
     from kd_lightning.tasks.evaluation import Model, evaluate_all, of_network
     from kd_lightning.teachers import FrozenTeacher
+    from kd_lightning.training.run_folder import teacher_precision
 
     torch.set_num_threads(threads)
     whole = run_data(stage)
@@ -183,8 +186,10 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         for name, one in measured.items():
             throughput[name][size] = one.examples_per_second
     models: dict[str, Model] = {
-        s.name: FrozenTeacher(s.model.network) if s.role == "teacher" else of_network(s.model.network) for s in subjects
-    }
+        s.name: FrozenTeacher(s.model.network, teacher_precision(s.folder, s.run)) if s.role == "teacher"
+        else of_network(s.model.network)
+        for s in subjects
+    }  # fmt: skip
     student = next(subject.name for subject in subjects if subject.kind == "student")
     read = whole.select(tokens="both" if "teacher" in data else "student")
     evaluated = evaluate_all(task, models, read.val_dataloader(), reference=student)

@@ -13,7 +13,8 @@ from kd_lightning.pipeline.prepare import prepare
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.processes import rank
-from kd_lightning.tasks.evaluation import evaluate, of_network
+from kd_lightning.tasks.evaluation import evaluate
+from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.fit import train
 from kd_lightning.training.run_folder import read_stage, validation_score, write_config
 
@@ -58,8 +59,8 @@ def _teacher_score(run: Run, part: Part) -> float:
     provider = run.provider_of(part)
     data, task = part.data.select(tokens="teacher"), part.data.task
     loaded = provider.loaded
-    model = provider.teacher().to(run.device) if loaded.members else of_network(loaded.network, run.device)
-    return evaluate(task, model, data.val_dataloader(), run.device).scores[task.monitor]
+    teacher = provider.teacher() if loaded.members else FrozenTeacher(loaded.network, part.cfg.teacher.precision)
+    return evaluate(task, teacher.to(run.device), data.val_dataloader(), run.device).scores[task.monitor]
 
 
 def build_caches(run: Run) -> list[Path]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from kd_lightning.data.image.store import ImageFormat
     from kd_lightning.tasks import Task
+    from kd_lightning.tasks.evaluation import Model
+    from kd_lightning.teachers.frozen import Precision
 
 NETWORK = ("model.json", "model.safetensors", "task.json", "tokenizer")
 """The files of a finished stage's network."""
@@ -171,6 +173,29 @@ def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -
     return TrainedModel(
         network.eval(), tokenizer, names, task.get("max_length"), task.get("texts"), stage, predicts, images
     )
+
+
+def teacher_precision(stage: Path, run: Path | None = None) -> Precision:
+    """Return the precision in which a run's report scores its teacher, as it predicts on a CPU.
+
+    Args:
+        stage: The teacher's stage folder.
+        run: The run that it teaches, where another one trained it.
+    """
+    root = run_root(run or stage)
+    given = None if root is None else (read_config(root).get("teacher") or {}).get("precision")
+    return "float32" if given in (None, "float16") else given  # CPUs have no float16
+
+
+def model_of(trained: TrainedModel) -> Model:
+    """Return a loaded network as a model on the CPU: a teacher in the precision in which its run's report scores it."""
+    from kd_lightning.tasks.evaluation import of_network
+
+    if not is_finished(trained.folder) or read_task(trained.folder)["role"] != "teacher":
+        return of_network(trained.network)
+    from kd_lightning.teachers import FrozenTeacher
+
+    return FrozenTeacher(trained.network, teacher_precision(trained.folder))
 
 
 def find_stage(folder: Path, seed: int | None = None) -> Path:

@@ -18,14 +18,25 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from kd_lightning.cli.evaluate import main as kd_eval
 from kd_lightning.cli.predict import main as predict
+from kd_lightning.evaluation.evaluator import predict as predict_records
+from kd_lightning.evaluation.evaluator import text_batches
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import network_digest
-from kd_lightning.training.run_folder import finish_stage, load_run, read_stage
+from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.training.run_folder import (
+    finish_stage,
+    load_run,
+    model_of,
+    read_stage,
+    teacher_precision,
+    write_config,
+)
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.runs import student_of
 
@@ -94,6 +105,30 @@ def test_every_stage_leaves_a_network_and_the_report_compares_them(
     assert model.class_names == ["food", "science", "运动"]
     predict([str(tmp_path / "run" / "teacher"), "球赛 goal team match, today", "--json"])
     assert json.loads(capsys.readouterr().out)["label"] == "运动"
+
+
+def test_every_command_scores_a_teacher_in_the_precision_of_its_run(
+    composed: Composed, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = ["teacher.precision=bf16", "stages=[teacher,baseline]", "teacher.trainer.max_epochs=1"]
+    pipeline, report, _ = run(composed(*overrides, *stages))
+    kd_eval([str(tmp_path / "run/teacher"), "--json"])
+    evaluated = json.loads(capsys.readouterr().out)
+    scores = {name: described["mean"] for name, described in report["models"]["teacher"]["test"].items()}
+    assert scores["cross_entropy"] == evaluated["cross_entropy"], "to the bit"
+    assert scores["accuracy"] == evaluated["accuracy"]
+    batch = next(iter(pipeline.data.val_dataloader()))
+    trained = load_run(tmp_path / "run/teacher")
+    expected = {precision: FrozenTeacher(trained.network, precision)(batch).logits for precision in ("bf16", "float32")}
+    assert not torch.equal(expected["bf16"], expected["float32"])
+    assert torch.equal(model_of(trained)(batch).logits, expected["bf16"])
+    sentences = [("球赛 goal team match, today",)]
+    (one,) = text_batches(trained, sentences)
+    logits = FrozenTeacher(trained.network, "bf16")(one).logits
+    assert predict_records(trained, sentences) == trained.task.read(logits, one, trained.class_names)
+    write_config(tmp_path / "other", "teacher: {precision: float32}\n")
+    assert teacher_precision(trained.folder) == "bf16"
+    assert teacher_precision(trained.folder, tmp_path / "other") == "float32", "a teacher of another run's students"
 
 
 def test_a_second_run_reuses_everything_and_reads_the_test_split_no_more(
