@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,19 @@ from kd_lightning.evaluation.report import (
     Curve,
     DataSummary,
     ModelResult,
+    OutputsTime,
     build_report,
     load_report,
     print_table,
     read_curve,
+    role,
     write_report,
 )
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate_all, labels_of, of_network
+from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.run_folder import is_finished, load_run, read_stage
 from kd_lightning.types import Batch
 
@@ -98,6 +102,7 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     data, cfg = run.data, run.cfg
     students = {stage: found for stage, found in folders.items() if stage != "teacher"}
     networks = {folder: load_run(folder).network for found in students.values() for folder in found}
+    before = PREDICTING.seconds - _stored_seconds(run, 0)
     evaluated, speeds = (
         _evaluated(run, networks),
         _speeds(run, {s: networks[found[0]] for s, found in students.items()}),
@@ -106,9 +111,11 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, speeds[stage])
         for stage, found in students.items()
     ]
-    if run.has_teacher:
-        results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
+    if run.has_teacher:
+        live = PREDICTING.seconds - _stored_seconds(run, 0) - before
+        results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
+        results = [_with_outputs(run, result, records, live) for result in results]
     return build_report(
         results,
         run=str(run.folder),
@@ -167,6 +174,35 @@ def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
         curves=[_curve(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
         correct=[test.correct] if test.correct else [],
     )
+
+
+def _stored_seconds(run: Run, number: int, own: bool = False) -> float:
+    """Return how long teacher 0, 1, ... predicted what its caches hold, or only for this run."""
+    if number >= len(run.providers) or "distill" not in run.cfg.stages or not run.has_teacher:
+        return 0.0  # nobody has opened a cache
+    return sum(cache.manifest.seconds(cache.run if own else None) for cache in run.providers[number].caches())
+
+
+def _with_outputs(
+    run: Run, result: ModelResult, records: Mapping[str, list[dict[str, Any]]], live: float
+) -> ModelResult:
+    """Return a result with the time that its predictions took, if it is a teacher's or an assistant's.
+
+    Args:
+        run: The run.
+        result: The result.
+        records: Of the trainings, by stage.
+        live: What the teacher took for this report and stored nowhere.
+    """
+    if role(result.name) not in ("teacher", "assistant"):
+        return result
+    number = int(result.name.removeprefix("assistant_")) if role(result.name) == "assistant" else 0
+    taught = records.get("distill" if number == len(run.cfg.assistants) else f"assistant_{number + 1}", [])
+    training = sum(record.get("teacher_seconds", 0.0) for record in taught)
+    stored, kept = _stored_seconds(run, number), bool(taught and run.providers[number].caches())
+    total = stored + (0.0 if kept else training) + (live if number == 0 else 0.0)
+    reused = stored - _stored_seconds(run, number, own=True)
+    return replace(result, outputs_seconds=OutputsTime(total, reused, training))
 
 
 def _student(

@@ -160,7 +160,7 @@ class Run:
         own = [
             TeacherProvider(
                 Serving.of(part.cfg.teacher), part.data.select(tokens="teacher", pool=True),
-                partial(part.load, self.console), self.device, self.console,
+                partial(part.load, self.console), self.device, self.console, run=self._name,
             )
             for part in self.parts.values()
         ]  # fmt: skip
@@ -168,6 +168,10 @@ class Run:
         if isinstance(self.data, MultiTaskData):
             teacher = JointProvider(dict(zip(self.parts, own, strict=True)), self.data)
         return [teacher, *(self._assistant(number) for number in range(1, len(self.cfg.assistants) + 1))]
+
+    @property
+    def _name(self) -> str:
+        return str(self.folder.absolute())
 
     def provider_of(self, part: Part) -> TeacherProvider:
         """Return what gives the outputs of one task's own teacher."""
@@ -179,6 +183,7 @@ class Run:
         return TeacherProvider(
             Serving.of(self.cfg.teacher.of_assistant()), data.select(tokens="teacher", pool=True),
             lambda: read_teachers([self.folder / f"assistant_{number}"], data), self.device, self.console,
+            run=self._name,
         )  # fmt: skip
 
     @property

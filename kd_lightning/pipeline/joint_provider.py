@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kd_lightning.data import MultiTaskData
+    from kd_lightning.teachers.cache.store import TeacherCache
 
 
 class JointProvider:
@@ -53,9 +53,9 @@ class JointProvider:
         for provider in self.providers.values():
             provider.complete()
 
-    def caches(self) -> list[Path]:
-        """Return the folders of all teachers' caches."""
-        return [folder for provider in self.providers.values() for folder in provider.caches()]
+    def caches(self) -> list[TeacherCache]:
+        """Return all teachers' caches."""
+        return [cache for provider in self.providers.values() for cache in provider.caches()]
 
     @property
     def reads_other_tokens(self) -> bool:

@@ -20,7 +20,8 @@ from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.networks import build_network, has_start, start_of, takes_from_teacher
 from kd_lightning.pipeline.objectives import loss_settings, own_average, run_objective
 from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
-from kd_lightning.training.callbacks import CacheFilling, MeanTeacher
+from kd_lightning.teachers.clock import PREDICTING
+from kd_lightning.training.callbacks import CacheFilling, MeanTeacher, TeacherTime
 from kd_lightning.training.distillation import DistillationModule, SupervisedModule
 from kd_lightning.training.run_folder import load_run
 from kd_lightning.training.stage import VERSION, Training
@@ -140,10 +141,13 @@ def _add_teacher(run: Run, stage: Stage, training: Training, peers: Sequence[nn.
     """Have a training learn from its teacher, with its peers."""
     teacher = above = None
     if stage.teacher is not None:
+        begun = PREDICTING.seconds
         teacher, provider = run.teacher_for_training(stage.teacher), run.providers[stage.teacher]
+        unstored = 0.0 if provider.caches() else PREDICTING.seconds - begun
         above = provider.loaded.network
         training.data.around = teacher.around
         training.notes = dict(teacher.notes)
+        training.more_callbacks.append(TeacherTime(training.notes, unstored))
         if not run.shares(stage.teacher):
             training.more_callbacks.append(CacheFilling(teacher.flush, provider.complete))
     if run.cfg.teacher.ema is not None:

@@ -73,4 +73,4 @@ def build_caches(run: Run) -> list[Path]:
         if stage.kind == "teacher":
             train(prepare(run, stage), run.console)
     run.providers[0].complete()
-    return run.providers[0].caches()
+    return [cache.folder for cache in run.providers[0].caches()]

@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kd_lightning.config.schema import CACHE_MODES, CACHED, Calibrate, Combine, Precision, StoredDtype
 from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
-from kd_lightning.runtime.console import say
+from kd_lightning.runtime.console import Pace, say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
@@ -108,6 +108,7 @@ class TeacherProvider:
         console: The output for progress and sizes.
         needs: The features that the students' losses read. What the teacher outputs are these and `serving.features`,
             so that strategies that read different ones can share one cache.
+        run: For which run, as noted with what is stored.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class TeacherProvider:
         device: torch.device,
         console: Console,
         needs: tuple[str, ...] = (),
+        run: str = "",
     ) -> None:
         self.serving, self.data, self._load = serving, data, load
-        self.device, self.console, self.needs = device, console, needs
+        self.device, self.console, self.needs, self.run = device, console, needs, run
         self._temperature: float | None = None
 
     @cached_property
@@ -296,9 +298,9 @@ class TeacherProvider:
             for member in self.members:
                 self._complete(member)
 
-    def caches(self) -> list[Path]:
-        """Return the folder of the teacher's cache, or of each member's of an ensemble."""
-        return [self.cache(member).folder for member in self.members]
+    def caches(self) -> list[TeacherCache]:
+        """Return the teacher's cache, or each member's of an ensemble; none where outputs are not kept."""
+        return [self.cache(member) for member in self.members] if self.serving.cache != "off" else []
 
     def cache(self, member: LoadedTeacher) -> TeacherCache:
         """Return a teacher's cache: opened, begun or, with `cache=refresh`, built anew."""
@@ -309,7 +311,9 @@ class TeacherProvider:
             folder = Path(mode).expanduser()
             if self.serving.members > 1 and self.serving.folds == 1:
                 folder /= digest(key)  # each member's own
-        return shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, member))
+        cache = shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, member))
+        cache.run = self.run
+        return cache
 
     def _open(self, folder: Path, key: dict[str, Any], member: LoadedTeacher) -> TeacherCache:
         examples, mode, there = self.data.num_examples, self.serving.cache, (folder / MANIFEST).exists()
@@ -324,6 +328,7 @@ class TeacherProvider:
             return cache
         if mode == "refresh":
             with TeacherCache.refreshing(folder, key, examples, self._storage, teacher=title, data=data) as cache:
+                cache.run = self.run
                 self._fill(cache, member)
             return cache
         if there:
@@ -335,13 +340,29 @@ class TeacherProvider:
             self._fill(cache, member)
 
     def _fill(self, cache: TeacherCache, member: LoadedTeacher) -> None:
-        started, hidden = time.monotonic(), not self.console.is_terminal
+        started = time.monotonic()
         data = self.data_of(member).with_batches(eval_batch_size=self.serving.predict_batch_size)
-        batches: Iterable[Batch] = track(data.all_dataloader(), "teacher", console=self.console, disable=hidden)
+        batches: Iterable[Batch] = data.all_dataloader()
+        if self.console.is_terminal:
+            batches = track(batches, "teacher", console=self.console)
+        else:
+            batches = self._told(batches, cache.missing(), self._lengths(member))
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         teacher = self._running(member).to(self.device)
         count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say)
         self._say(f"teacher  predicted {count} examples in {time.monotonic() - started:.0f} s, for all runs")
+
+    def _told(self, batches: Iterable[Batch], missing: Tensor, lengths: Tensor) -> Iterator[Batch]:
+        """Yield batches, and print now and then how many of the missing examples were in them."""
+        waiting = torch.zeros(len(lengths), dtype=torch.long)
+        waiting[missing] = lengths[missing].long().clamp(min=1)
+        examples, done, total, pace = 0, 0.0, float(waiting.sum()), Pace()
+        for batch in batches:
+            yield batch
+            tokens = waiting[batch["index"]]
+            examples, done = examples + int((tokens > 0).sum()), done + float(tokens.sum())
+            if pace.due:
+                self._say(f"teacher  predicted {examples:,} of {len(missing):,} examples, {pace.left(done, total)}")
 
     def _lengths(self, member: LoadedTeacher) -> Tensor:
         return torch.from_numpy(self.data_of(member).lengths)

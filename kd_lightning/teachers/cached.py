@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from kd_lightning.runtime.console import Pace
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, check_room, estimate
 from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.teachers.frozen import Teacher
 from kd_lightning.types import Batch, ModelOutput
 
@@ -33,7 +34,7 @@ class CachedTeacher(Teacher):
         teacher: Runs on missing examples; None if the cache must be complete.
         lengths: The teacher's tokens of every example, `(N,)`, to estimate the size of the cache; None uses the first
             batch's.
-        say: Receives that estimate.
+        say: Receives that estimate, and how far it is filled.
         features: The stored features to return; None: all.
 
     >>> import tempfile
@@ -55,6 +56,7 @@ class CachedTeacher(Teacher):
         features: Sequence[str] | None = None,
     ) -> None:
         self.cache, self.teacher, self.lengths, self.say, self.features = cache, teacher, lengths, say, features
+        self._pace: Pace | None = None
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the stored outputs for the batch, after running the teacher if some are missing.
@@ -70,7 +72,7 @@ class CachedTeacher(Teacher):
     def _fill(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
         if self.teacher is None:
             raise CacheError(f"{self.cache.folder} lacks outputs for this batch, and there is no teacher to run")
-        started = time.monotonic()
+        before = PREDICTING.seconds
         if self.cache.manifest.specs:
             output = self.teacher(batch)
         else:
@@ -78,7 +80,13 @@ class CachedTeacher(Teacher):
             size = estimate(self.cache, output, mask, self.lengths, batch.get("keep"))
             self.say(f"teacher  outputs are cached as they are computed: {size}, in {self.cache.folder}")
             check_room(self.cache, size)
-        self.cache.add(index, output, mask, time.monotonic() - started, batch.get("keep"))
+        self.cache.add(index, output, mask, PREDICTING.seconds - before, batch.get("keep"))
+        if self._pace is None:
+            self._pace = Pace(self.cache.stored)
+        elif self._pace.due:
+            number = self.cache.manifest.num_examples
+            left = self._pace.left(self.cache.stored, number)
+            self.say(f"teacher  outputs of {self.cache.stored:,} of {number:,} examples are cached, {left}")
 
     def flush(self) -> None:
         """Write what was added since the last shard: before a checkpoint, and when training ends."""

@@ -16,6 +16,7 @@ from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.features import FeatureTap
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.runtime.sharding import shard
+from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class FrozenTeacher(nn.Module, Teacher):
         self.check(device)
         half = _HALF.get(self.precision, torch.bfloat16)
         # Disabled, it also keeps the student's autocast out.
-        with torch.inference_mode(), torch.autocast(device.type, half, enabled=self.precision in _HALF):
+        running, autocast = PREDICTING.running(device), torch.autocast(device.type, half, self.precision in _HALF)
+        with running, torch.inference_mode(), autocast:
             output = self._tap(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
         features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher, fit_weights
 from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.teachers.ensemble import check_scores
 from kd_lightning.training.run_folder import load_run
 from kd_lightning.types import Batch, ModelOutput
@@ -141,6 +143,58 @@ def test_seeds_share_one_pass_before_the_first_of_them(distil: Callable[..., Run
     assert "for all runs" in said(pipeline)
     assert set(asked) == set(range(pipeline.data.num_examples))
     assert len(asked) <= pipeline.data.num_examples + 128 + 4
+
+
+def outputs_time(pipeline: Run) -> dict[str, float]:
+    """Train, and return what the report says that the teacher's outputs took."""
+    before: list[float] = []
+    train_all(pipeline, begin=lambda: before.append(PREDICTING.seconds))  # after the preflight's four examples
+    found: dict[str, float] = compare(pipeline, "")["models"]["teacher"]["outputs_seconds"]
+    assert found["total"] == pytest.approx(PREDICTING.seconds - before[0] + found["reused"])
+    return found
+
+
+def test_the_report_has_the_time_of_the_outputs_whoever_asked_for_them(distil: Callable[..., Run]) -> None:
+    first = distil()
+    while_training = outputs_time(first)
+    assert while_training["reused"] == 0
+    assert 0 < while_training["training"] <= while_training["total"]
+    assert re.search(rf"teacher outputs, s +{while_training['total']:.1f} ", said(first))
+    text = (first.folder / "report.md").read_text(encoding="utf-8")
+    assert f"The outputs of the teacher took {while_training['total']:.1f} s: 0.0 s in other runs" in text
+
+    later = distil("seeds=2")
+    found = outputs_time(later)
+    assert found == {"total": while_training["total"], "reused": while_training["total"], "training": 0.0}
+    assert re.search(rf"teacher outputs, s +{found['total']:.1f} \({found['total']:.1f} reused\) ", said(later))
+
+    ahead = outputs_time(distil("seeds=2", "teacher.cache_dtype=float16"))
+    assert (ahead["reused"], ahead["training"]) == (0, 0)
+    assert ahead["total"] > 0
+
+    live = outputs_time(distil("teacher.cache=off"))
+    assert live["reused"] == 0
+    assert live["total"] > live["training"] > 0, "validation and test, too"
+
+    cut = outputs_time(distil("teacher.cache_top_k=1"))
+    assert cut["total"] > cut["training"] > 0, "the report scores the running teacher"
+
+
+def test_a_filling_cache_says_how_far_it_is_without_a_terminal(
+    distil: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd_lightning.runtime.console.EVERY", 0.0)
+    ahead = distil("seeds=2")
+    train_all(ahead)
+    number = ahead.data.num_examples
+    found = re.findall(r"teacher  predicted (\d+) of (\d+) examples, (\d+) s left\n", said(ahead))
+    assert len(found) == math.ceil(number / 128)
+    assert found[-1] == (str(number), str(number), "0")
+    meanwhile = distil("teacher.cache_dtype=float16")
+    train_all(meanwhile)
+    found = re.findall(r"teacher  outputs of (\d+) of (\d+) examples are cached, \d+ s left\n", said(meanwhile))
+    assert len(found) > 2
+    assert [int(stored) for stored, _ in found] == sorted({int(stored) for stored, _ in found})
 
 
 def test_points_of_one_process_share_data_teacher_and_open_cache(distil: Callable[..., Run]) -> None:

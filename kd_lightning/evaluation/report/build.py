@@ -141,6 +141,7 @@ def _model_entry(result: ModelResult, shares: Sequence[str], n_test: int) -> dic
         "latency_ms": asdict(result.latency) if result.latency else None,
         "throughput": asdict(result.throughput) if result.throughput else None,
         "training_seconds": describe(result.training_seconds) if result.training_seconds else None,
+        "outputs_seconds": asdict(result.outputs_seconds) if result.outputs_seconds else None,
         "curves": [_curve_entry(curve) for curve in result.curves],
     }
 

@@ -74,6 +74,21 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class OutputsTime:
+    """For how long a teacher predicted what its students learn from and are compared with.
+
+    Attributes:
+        total: Seconds, whoever asked: before, during and after trainings.
+        reused: The part of it that other runs spent, whose stored outputs this one read.
+        training: The part of it within the training time of this run's students.
+    """
+
+    total: float
+    reused: float = 0.0
+    training: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelResult:
     """One model of the comparison.
 
@@ -91,6 +106,7 @@ class ModelResult:
         curves: Learning curves; empty for a model that was loaded.
         correct: For each seed, whether each test example was predicted correctly, in the same order for all models. It
             allows a paired comparison of two models, which detects smaller differences.
+        outputs_seconds: What its predictions took, of one that teaches.
     """
 
     name: str
@@ -103,6 +119,7 @@ class ModelResult:
     training_seconds: Sequence[float] = ()
     curves: Sequence[Curve] = ()
     correct: Sequence[Sequence[bool]] = ()
+    outputs_seconds: OutputsTime | None = None
 
 
 @dataclass(frozen=True)

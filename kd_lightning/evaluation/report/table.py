@@ -16,6 +16,9 @@ from kd_lightning.runtime.borders import markdown, shown, visible
 
 MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
 
+OUTPUTS = "teacher outputs, s"
+"""The row of what a teacher's predictions took."""
+
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Return the table as text: a heading row of model titles, then one row per measure, its name first.
@@ -33,6 +36,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
         "latency p50 / p95, ms": lambda m: _latency(m["latency_ms"]),
         throughput: lambda m: _part(m["throughput"], "examples_per_second", short),
         "training time, s": lambda m: spread(m["training_seconds"], lambda value: f"{value:.1f}"),
+        **({OUTPUTS: _outputs} if any(model.get("outputs_seconds") for model in models.values()) else {}),
         "gap closed": lambda m: spread(m.get("distillation_ratio"), _two_digits),
     }
     rows = [[name, *(cell(model) for model in models.values())] for name, cell in cells.items()]
@@ -170,6 +174,15 @@ def _scaled(value: float, units: tuple[tuple[str, int], ...]) -> str:
 def _part(measured: Mapping[str, Any] | None, key: str, number: Callable[[float], str]) -> str:
     """Format one number of an optional measurement."""
     return MISSING if measured is None or measured[key] is None else number(measured[key])
+
+
+def _outputs(model: Mapping[str, Any]) -> str:
+    """Format the seconds that a teacher's predictions took, and how many of them another run spent."""
+    spent = model.get("outputs_seconds")
+    if spent is None:
+        return MISSING
+    reused = f" ({spent['reused']:.1f} reused)" if spent["reused"] else ""
+    return f"{spent['total']:.1f}{reused}"
 
 
 def _latency(measured: Mapping[str, Any] | None) -> str:

@@ -60,6 +60,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
         + _chance_text(data),
         _difference_text(report, title),
         _speed_text(report),
+        _outputs_text(report),
         "## How to reproduce it",
         f"{(marks := fence(report['command']))}\n{visible(report['command'])}\n{marks}",
         as_markdown(
@@ -145,6 +146,19 @@ def _difference_text(report: Mapping[str, Any], title: str) -> str:
             sentences.append(
                 f"Distilled minus {report['models'][baseline]['title']}: {difference['mean']:+.3f} {title}, standard "
                 f"error {difference['standard_error']:.3f} ({method}, variation over seeds included)."
+            )
+    return markdown(" ".join(sentences))
+
+
+def _outputs_text(report: Mapping[str, Any]) -> str:
+    """Return what the teachers' predictions took, and where these seconds are."""
+    sentences = []
+    for model in report["models"].values():
+        if (spent := model.get("outputs_seconds")) is not None:
+            sentences.append(
+                f"The outputs of the {model['title']} took {spent['total']:.1f} s: {spent['reused']:.1f} s in other "
+                f"runs, whose stored outputs were read, and {spent['training']:.1f} s within the students' training "
+                "time."
             )
     return markdown(" ".join(sentences))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from kd_lightning.teachers.cache.manifest import LESS_ROOM
 from kd_lightning.teachers.cache.outputs import named, specs_of
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.cache.upkeep import Say, log
+from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.types import Batch, ModelOutput
 
 Run = Callable[[Batch], ModelOutput]
@@ -140,9 +140,9 @@ def fill(
             if not fresh.any():
                 continue
             part = batch if fresh.all() else {name: value[fresh.to(value.device)] for name, value in batch.items()}
-            started = time.monotonic()
+            before = PREDICTING.seconds
             output = teacher(part) if begun else check_repeatable(teacher, part)
-            seconds = time.monotonic() - started
+            seconds = PREDICTING.seconds - before
             mask = attention_mask(part)
             if not begun:
                 size = estimate(cache, output, mask, lengths, part.get("keep"))

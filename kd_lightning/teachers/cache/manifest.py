@@ -16,7 +16,7 @@ from kd_lightning.runtime.files import write_file
 from kd_lightning.runtime.fingerprints import differences, digest
 from kd_lightning.teachers.cache.outputs import Spec, Storage
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the file format changes, so that older files are refused."""
 
 MANIFEST = "manifest.json"
@@ -39,6 +39,8 @@ class ShardRecord:
         examples: How many examples it holds.
         bytes: Of the file.
         sha256: Of the file.
+        seconds: How long the teacher predicted for them.
+        run: The run that had it predict; empty outside of runs.
 
     Raises:
         ValueError: The file could not be a shard of this cache.
@@ -48,6 +50,8 @@ class ShardRecord:
     examples: int
     bytes: int
     sha256: str
+    seconds: float = 0.0
+    run: str = ""
 
     def __post_init__(self) -> None:
         if not SHARD_NAME.fullmatch(self.file):
@@ -67,7 +71,6 @@ class Manifest:
         teacher: Its name, for people.
         data: Its name, for people.
         created: When the cache was created, ISO 8601, UTC.
-        seconds: How long the teacher has run so far.
     """
 
     key: dict[str, Any]
@@ -78,7 +81,6 @@ class Manifest:
     teacher: str = ""
     data: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.key = json.loads(json.dumps(self.key, default=str))  # as `read` returns it
@@ -92,6 +94,10 @@ class Manifest:
     def known(self) -> int:
         """How many examples are stored."""
         return sum(record.examples for record in self.shards)
+
+    def seconds(self, run: str | None = None) -> float:
+        """Return how long the teacher has predicted for what is stored, or only on behalf of one run."""
+        return sum(record.seconds for record in self.shards if run in (None, record.run))
 
     def write(self, path: Path) -> None:
         """Write the manifest in one step, with a checksum of itself.

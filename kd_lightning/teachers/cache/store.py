@@ -49,6 +49,9 @@ class TeacherCache:
         limits: When shards are written and what is held in memory.
         manifest_name: `refresh.json` while an older cache in the same folder is still valid.
         in_use: Held since before the manifest was read, so that nobody removes the files.
+
+    Attributes:
+        run: The run that has the teacher predict what is added, noted with it; empty outside of runs.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TeacherCache:
     ) -> None:
         self.folder, self.manifest, self.limits = folder, manifest, limits
         self._manifest_name, self._in_use = manifest_name, in_use
+        self.run = ""
         self._device = torch.device("cpu")
         self._segments: dict[int, Segment] = {}
         self._mapped: set[str] = set()  # names of the shards among them
@@ -207,6 +211,11 @@ class TeacherCache:
         """Whether the outputs of all N examples are stored."""
         return self._known == self.manifest.num_examples
 
+    @property
+    def stored(self) -> int:
+        """How many examples' outputs are stored."""
+        return self._known
+
     def known(self, index: Tensor) -> Tensor:
         """Return whether each example is stored, `(B,)` bool on the CPU."""
         return torch.from_numpy(self._places.known(index.cpu().numpy()))
@@ -315,7 +324,7 @@ class TeacherCache:
             index: The examples, `(B,)` int64.
             output: The teacher's output, on any device.
             mask: `(B, L)`, nonzero at real tokens; None for a network without one.
-            seconds: How long the teacher ran.
+            seconds: How long the teacher predicted.
             keep: `(B, L)`, the kept rows of logits per token; None: those of all real tokens.
 
         Raises:
@@ -372,9 +381,8 @@ class TeacherCache:
 
     def _write_shard(self, tensors: dict[str, Tensor]) -> None:
         record = write_shard(self.folder, tensors, self.manifest.fingerprint)
-        manifest = dataclasses.replace(
-            self.manifest, shards=[*self.manifest.shards, record], seconds=self.manifest.seconds + self._seconds
-        )
+        record = dataclasses.replace(record, seconds=self._seconds, run=self.run)
+        manifest = dataclasses.replace(self.manifest, shards=[*self.manifest.shards, record])
         try:
             manifest.write(self.folder / self._manifest_name)
         except CacheError:

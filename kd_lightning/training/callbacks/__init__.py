@@ -9,7 +9,7 @@
 
 from kd_lightning.training.callbacks.compilation import Compilation
 from kd_lightning.training.callbacks.divergence import Divergence
-from kd_lightning.training.callbacks.filling import CacheFilling
+from kd_lightning.training.callbacks.filling import CacheFilling, TeacherTime
 from kd_lightning.training.callbacks.mean_teacher import MeanTeacher
 from kd_lightning.training.callbacks.predictions import PredictionWriter
 from kd_lightning.training.callbacks.preemption import Preemption
@@ -27,4 +27,5 @@ __all__ = [
     "ResumeCheckpoint",
     "StageFolder",
     "StageProgress",
+    "TeacherTime",
 ]

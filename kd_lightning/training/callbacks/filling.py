@@ -1,4 +1,4 @@
-"""Keeps a teacher cache consistent with the training that fills it."""
+"""Keeps a teacher cache consistent with the training that fills it, and counts what the teacher takes of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+
+from kd_lightning.teachers.clock import PREDICTING
 
 
 class CacheFilling(L.Callback):
@@ -33,3 +35,36 @@ class CacheFilling(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Complete the cache."""
         self.complete()
+
+
+class TeacherTime(L.Callback):
+    """Notes in a training's record for how long teachers predicted meanwhile, over all attempts.
+
+    Args:
+        notes: What the record says; it gets `teacher_seconds`.
+        earlier: What they took for this training before it began.
+    """
+
+    def __init__(self, notes: dict[str, Any], earlier: float = 0.0) -> None:
+        self.notes, self.earlier, self.begun = notes, earlier, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Their seconds so far, of this attempt and of those that it resumes."""
+        return self.earlier + PREDICTING.seconds - self.begun
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        self.begun = PREDICTING.seconds
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the note."""
+        self.notes["teacher_seconds"] = self.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the training goes on counting from."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.earlier = float(state_dict["seconds"])

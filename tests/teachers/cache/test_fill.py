@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.runtime.errors import CacheError
+from kd_lightning.teachers import CachedTeacher, FrozenTeacher
 from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, estimate, fill
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.types import Batch, ModelOutput
 from tests.teachers.cache.examples import KEY, SMALL, Known, reads_back
 
@@ -42,7 +45,31 @@ def test_every_example_is_asked_about_once_and_the_first_batch_twice(cache: Teac
     reads_back(cache.folder, known)
     assert fill(cache, Asked(known), batches, say=said.append) == 0
     assert len(said) == 1
-    assert cache.manifest.seconds > 0
+
+
+def test_what_the_teacher_takes_is_noted_with_who_had_it_predict(tmp_path: Path) -> None:
+    network = nn.Linear(4, 3)
+
+    def slow(pixel_values: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return nn.functional.linear(pixel_values, network.weight)
+
+    network.forward = slow
+    teacher, cache = FrozenTeacher(network), TeacherCache.create(tmp_path / "cache", KEY, 6)
+    cache.run = "first"
+    index = torch.arange(6)
+    batches = [{"pixel_values": torch.ones(2, 4), "index": rows} for rows in index.split(2)]
+    before = PREDICTING.seconds
+    CachedTeacher(cache, teacher)(batches[0])
+    cache.flush()
+    assert 0.04 <= cache.manifest.seconds() == PREDICTING.seconds - before, "twice, to see that it repeats itself"
+    again = TeacherCache.open(tmp_path / "cache")
+    again.run = "second"
+    fill(again, teacher, batches)
+    found = TeacherCache.open(tmp_path / "cache").manifest
+    assert found.seconds() == pytest.approx(PREDICTING.seconds - before)
+    assert found.seconds("first") == cache.manifest.seconds()
+    assert found.seconds("second") >= 0.06
 
 
 def test_only_missing_rows_are_asked_about(cache: TeacherCache) -> None:
