@@ -41,7 +41,7 @@ from kd_lightning.teachers import (
     frozen,
 )
 from kd_lightning.teachers.cache.fill import fill
-from kd_lightning.teachers.cache.manifest import MANIFEST, Manifest
+from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.ensemble import check_scores
@@ -389,7 +389,7 @@ class TeacherProvider:
         return {
             "teacher": {
                 "weights": member.fingerprint, "network": network, "source": source, **settings,
-                "versions": {"pass": frozen.VERSION, **versions(member.network)},
+                "versions": {"pass": frozen.VERSION, "cache": FORMAT, **versions(member.network)},
             },
             "data": self.data_of(member).teacher_key,
         }  # fmt: skip
