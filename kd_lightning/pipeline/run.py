@@ -16,7 +16,7 @@ from kd_lightning.runtime.processes import rank
 from kd_lightning.tasks.evaluation import evaluate
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.fit import train
-from kd_lightning.training.run_folder import read_stage, validation_score, write_config
+from kd_lightning.training.run_folder import is_finished, read_stage, validation_score, write_config
 
 if TYPE_CHECKING:
     from kd_lightning.pipeline.context import Part, Run
@@ -36,13 +36,21 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
     preflight(run, stages)
     if begin is not None:
         begin()
-    if rank() == 0:  # before the first stage: one that is finished can be used while the others are trained
+    for stage in stages:
+        fresh = not is_finished(run.folder / stage.path)
+        train(prepare(run, stage), run.console)
+        if fresh:  # it can be used while the others are trained
+            _keep_config(run)
+    _keep_config(run)
+
+
+def _keep_config(run: Run) -> None:
+    """Write the run's configuration, and each task's own; no finished stage has refused it."""
+    if rank() == 0:
         whole = {part.folder: part.cfg for part in run.parts.values() if part.name and run.has_teacher}
         for folder, cfg in {run.folder: run.cfg, **whole}.items():
             kept = cfg.as_dict() | {"run_dir": str(folder.absolute())}
             write_config(folder, OmegaConf.to_yaml(OmegaConf.create(kept)))
-    for stage in stages:
-        train(prepare(run, stage), run.console)
 
 
 def score(run: Run) -> float:

@@ -7,9 +7,9 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kd_lightning.config.schema import CACHE_MODES, CACHED, Calibrate, Combine, Precision, StoredDtype
 from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
-from kd_lightning.runtime.console import Pace, say
+from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
@@ -40,9 +40,10 @@ from kd_lightning.teachers import (
     fit_weights,
     frozen,
 )
-from kd_lightning.teachers.cache.fill import fill
+from kd_lightning.teachers.cache.fill import fill, told
 from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
 from kd_lightning.teachers.cache.outputs import Storage
+from kd_lightning.teachers.cache.reuse import Copying, contents_of, write_contents
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.ensemble import check_scores
 from kd_lightning.types import Batch
@@ -327,13 +328,26 @@ class TeacherProvider:
                 raise CacheError(f"teacher.cache=require, but {folder} lacks {missing} of {examples} outputs")
             return cache
         if mode == "refresh":
-            with TeacherCache.refreshing(folder, key, examples, self._storage, teacher=title, data=data) as cache:
+            begin = partial(self._begin, member, ())
+            with TeacherCache.refreshing(
+                folder, key, examples, self._storage, teacher=title, data=data, begin=begin
+            ) as cache:
                 cache.run = self.run
                 self._fill(cache, member)
             return cache
         if there:
             return TeacherCache.open(folder, key, examples, repair=True, say=self._say)
-        return TeacherCache.create(folder, key, examples, self._storage, teacher=title, data=data)
+        begin = partial(self._begin, member, [path.parent for path in sorted(_home().glob(f"*/{MANIFEST}"))])
+        return TeacherCache.create(folder, key, examples, self._storage, teacher=title, data=data, begin=begin)
+
+    def _begin(self, member: LoadedTeacher, others: Sequence[Path], folder: Path, manifest: Manifest) -> None:
+        """Note what the teacher reads of each example, and copy what other caches hold for it."""
+        if member.members:  # what cross-fitted teachers predict depends on the fold, too
+            return
+        data = self.data_of(member).with_batches(eval_batch_size=self.serving.predict_batch_size)
+        contents = contents_of(data.all_dataloader(), data.num_examples)
+        manifest.contents = write_contents(folder, contents)
+        Copying(folder, manifest, contents, self._say).take_all(others)
 
     def _complete(self, member: LoadedTeacher) -> None:
         if not (cache := self.cache(member)).complete:
@@ -346,23 +360,11 @@ class TeacherProvider:
         if self.console.is_terminal:
             batches = track(batches, "teacher", console=self.console)
         else:
-            batches = self._told(batches, cache.missing(), self._lengths(member))
+            batches = told(batches, cache.missing(), self._lengths(member), self._say)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         teacher = self._running(member).to(self.device)
         count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say)
         self._say(f"teacher  predicted {count} examples in {time.monotonic() - started:.0f} s, for all runs")
-
-    def _told(self, batches: Iterable[Batch], missing: Tensor, lengths: Tensor) -> Iterator[Batch]:
-        """Yield batches, and print now and then how many of the missing examples were in them."""
-        waiting = torch.zeros(len(lengths), dtype=torch.long)
-        waiting[missing] = lengths[missing].long().clamp(min=1)
-        examples, done, total, pace = 0, 0.0, float(waiting.sum()), Pace()
-        for batch in batches:
-            yield batch
-            tokens = waiting[batch["index"]]
-            examples, done = examples + int((tokens > 0).sum()), done + float(tokens.sum())
-            if pace.due:
-                self._say(f"teacher  predicted {examples:,} of {len(missing):,} examples, {pace.left(done, total)}")
 
     def _lengths(self, member: LoadedTeacher) -> Tensor:
         return torch.from_numpy(self.data_of(member).lengths)

@@ -180,6 +180,29 @@ def test_the_report_has_the_time_of_the_outputs_whoever_asked_for_them(distil: C
     assert cut["total"] > cut["training"] > 0, "the report scores the running teacher"
 
 
+def test_a_grown_set_asks_about_what_is_new_and_its_report_says_what_the_rest_took(
+    distil: Callable[..., Run], asked: list[int]
+) -> None:
+    first = outputs_time(distil("seeds=2"))
+    asked.clear()
+    grown = distil("seeds=2", "data.views=2", "data.mask_probability=0.5")
+    found = outputs_time(grown)
+    views = grown.data.sizes["views"]
+    assert views < len(asked) <= views + 128 + 4, "the first batch twice, and the preflight's"
+    assert found["reused"] == first["total"]
+    assert found["total"] > found["reused"]
+    (cache,) = grown.providers[0].caches()
+    loader = grown.data.select(tokens="teacher").all_dataloader()
+    running = outputs_of(FrozenTeacher(grown.teacher.network), loader)
+    kept = cache.lookup(torch.arange(grown.data.num_examples)).logits
+    torch.testing.assert_close(kept, running.logits, rtol=1e-5, atol=1e-6)
+    copied = rf"teacher  outputs of \d+ of {grown.data.num_examples} examples are copied from "
+    assert re.search(copied, said(grown))
+    asked.clear()
+    train_all(distil("seeds=2", "data.views=2", "data.mask_probability=0.5", "teacher.cache=refresh"))
+    assert len(set(asked)) == grown.data.num_examples, "a refresh copies nothing"
+
+
 def test_a_filling_cache_says_how_far_it_is_without_a_terminal(
     distil: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

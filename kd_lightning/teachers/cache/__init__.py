@@ -10,5 +10,6 @@ Arrow's columns and schemas have no use.
 * `places`: where each example's outputs are, and copying them into a batch
 * `upkeep`: locks, checks, and cleaning up after killed processes
 * `store`: `TeacherCache`, the class for all of this
+* `reuse`: copying what other caches hold for the same inputs
 * `fill`: running a teacher on the missing examples
 """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from rich.filesize import decimal
 from torch import Tensor
 
+from kd_lightning.runtime.console import Pace
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers.cache.manifest import LESS_ROOM
 from kd_lightning.teachers.cache.outputs import named, specs_of
@@ -157,6 +158,26 @@ def fill(
             "them, numbered from 0 in `index`"
         )
     return wanted
+
+
+def told(batches: Iterable[Batch], missing: Tensor, lengths: Tensor, say: Say) -> Iterator[Batch]:
+    """Yield batches, and say now and then how many of the missing examples were in them.
+
+    Args:
+        batches: Batches that together contain every example.
+        missing: The examples that the teacher runs on.
+        lengths: The real tokens of every example.
+        say: Receives the lines.
+    """
+    waiting = torch.zeros(len(lengths), dtype=torch.long)
+    waiting[missing] = lengths[missing].long().clamp(min=1)
+    examples, done, total, pace = 0, 0.0, float(waiting.sum()), Pace()
+    for batch in batches:
+        yield batch
+        tokens = waiting[batch["index"]]
+        examples, done = examples + int((tokens > 0).sum()), done + float(tokens.sum())
+        if pace.due:
+            say(f"teacher  predicted {examples:,} of {len(missing):,} examples, {pace.left(done, total)}")
 
 
 def _same(value: Tensor, other: Tensor) -> bool:

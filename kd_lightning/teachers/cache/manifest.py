@@ -16,18 +16,23 @@ from kd_lightning.runtime.files import write_file
 from kd_lightning.runtime.fingerprints import differences, digest
 from kd_lightning.teachers.cache.outputs import Spec, Storage
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the file format changes, so that older files are refused."""
 
 MANIFEST = "manifest.json"
 REFRESH = "refresh.json"
 """The manifest of a cache that is being rebuilt; it replaces `MANIFEST` when complete."""
+CONTENTS = "contents.bin"
+"""A digest of what the teacher reads of each example."""
 
 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,12})\.safetensors")
 """Names of a cache's files. The manifest may name no others, since those files are read and deleted."""
 
-_OURS = re.compile(rf"(manifest|refresh)\.json|{SHARD_NAME.pattern}|\.(manifest|refresh|shard-[0-9]+)\.\w+\.[\w-]+")
+_OURS = re.compile(
+    rf"(manifest|refresh)\.json|contents\.bin|{SHARD_NAME.pattern}"
+    r"|\.(manifest|refresh|contents|shard-[0-9]+)\.\w+\.[\w-]+"
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Manifest:
         teacher: Its name, for people.
         data: Its name, for people.
         created: When the cache was created, ISO 8601, UTC.
+        contents: The sha256 of `CONTENTS`; empty without that file.
     """
 
     key: dict[str, Any]
@@ -81,6 +87,7 @@ class Manifest:
     teacher: str = ""
     data: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    contents: str = ""
 
     def __post_init__(self) -> None:
         self.key = json.loads(json.dumps(self.key, default=str))  # as `read` returns it
@@ -94,6 +101,11 @@ class Manifest:
     def known(self) -> int:
         """How many examples are stored."""
         return sum(record.examples for record in self.shards)
+
+    def of_same_teacher(self, other: Manifest) -> bool:
+        """Return whether outputs for the same inputs are the same in both, and stored alike."""
+        one, two = ({name: part for name, part in made.key.items() if name != "data"} for made in (self, other))
+        return one == two and self.storage == other.storage
 
     def seconds(self, run: str | None = None) -> float:
         """Return how long the teacher has predicted for what is stored, or only on behalf of one run."""

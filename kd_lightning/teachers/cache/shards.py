@@ -21,7 +21,7 @@ from kd_lightning.runtime.files import half_saved, replacing
 from kd_lightning.teachers.cache.manifest import SHARD_NAME, ShardRecord, cannot_write, remedy
 from kd_lightning.teachers.cache.outputs import Spec
 
-_TEMPORARY = (".shard-*.safetensors.*", ".manifest.json.*", ".refresh.json.*")
+_TEMPORARY = (".shard-*.safetensors.*", ".manifest.json.*", ".refresh.json.*", ".contents.bin.*")
 
 Raw = NDArray[Any]
 """Numbers as in the file; bfloat16, which numpy does not support, as int16."""
@@ -135,19 +135,33 @@ def join(specs: Sequence[Spec], segments: Sequence[tuple[Segment, NDArray[np.boo
     index = np.concatenate([segment.index for segment, _ in segments])
     rows = np.flatnonzero(np.concatenate([keep for _, keep in segments]))
     rows = rows[index[rows].argsort()]
-    found = {"index": torch.from_numpy(index[rows])}
+    return gather(specs, [segment for segment, _ in segments], rows, index[rows])
+
+
+def gather(
+    specs: Sequence[Spec], segments: Sequence[Segment], rows: NDArray[np.int64], index: NDArray[np.int64]
+) -> dict[str, Tensor]:
+    """Return the tensors of one shard.
+
+    Args:
+        specs: The stored outputs.
+        segments: Where they are.
+        rows: Which places of all segments together it takes, one more than once or not at all.
+        index: Which example each of them is then, ascending.
+    """
+    found = {"index": torch.from_numpy(index)}
     if any(spec.kind != "example" for spec in specs):
-        lengths = np.concatenate([segment.lengths for segment, _ in segments if segment.lengths is not None])
+        lengths = np.concatenate([segment.lengths for segment in segments if segment.lengths is not None])
         found["length"] = torch.from_numpy(lengths[rows])
     if any(spec.kind == "row" for spec in specs):
-        kept = np.concatenate([segment.rows for segment, _ in segments if segment.rows is not None])
+        kept = np.concatenate([segment.rows for segment in segments if segment.rows is not None])
         found["rows"] = torch.from_numpy(kept[rows])
     for spec in specs:
-        units = np.concatenate([segment.units(spec) for segment, _ in segments])
+        units = np.concatenate([segment.units(spec) for segment in segments])
         begin, wanted = (units.cumsum() - units)[rows], units[rows]
         places = np.repeat(begin - (wanted.cumsum() - wanted), wanted) + np.arange(wanted.sum())
         for name, (_, dtype) in spec.parts.items():
-            found[name] = cooked(np.concatenate([segment.parts[name] for segment, _ in segments])[places], dtype)
+            found[name] = cooked(np.concatenate([segment.parts[name] for segment in segments])[places], dtype)
     return found
 
 

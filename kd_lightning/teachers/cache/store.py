@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ from kd_lightning.types import ModelOutput, SparseLogits
 
 DEFAULT_STORAGE = Storage()
 DEFAULT_LIMITS = Limits()
+Begin = Callable[[Path, Manifest], None]
 
 
 class TeacherCache:
@@ -80,7 +81,7 @@ class TeacherCache:
     @classmethod
     def create(
         cls, folder: Path, key: dict[str, Any], num_examples: int, storage: Storage = DEFAULT_STORAGE, *,
-        teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS,
+        teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS, begin: Begin | None = None,
     ) -> Self:  # fmt: skip
         """Create a cache, or open an existing one with this key and storage.
 
@@ -93,6 +94,8 @@ class TeacherCache:
             teacher: A name for people, shown by `kd-cache info`.
             data: Likewise.
             limits: When shards are written and what is held in memory.
+            begin: Called with the folder and the manifest of a cache that is new, before it exists for others; what it
+                writes and adds to the manifest is part of it from the beginning, or not at all after a kill.
 
         Raises:
             CacheError: The folder cannot be written, or holds a cache that is damaged or of something else.
@@ -103,6 +106,8 @@ class TeacherCache:
         if not (folder / MANIFEST).exists():
             with locked(folder):
                 if not (folder / MANIFEST).exists():
+                    if begin is not None:
+                        begin(folder, manifest)
                     manifest.write(folder / MANIFEST)
         found = cls.open(folder, key, num_examples, limits=limits, in_use=in_use)
         if found.manifest.storage != storage:
@@ -158,6 +163,7 @@ class TeacherCache:
     def refreshing(
         cls, folder: Path, key: dict[str, Any], num_examples: int, storage: Storage = DEFAULT_STORAGE, *,
         teacher: str = "", data: str = "", limits: Limits = DEFAULT_LIMITS, say: Say = log.info,
+        begin: Begin | None = None,
     ) -> Iterator[Self]:  # fmt: skip
         """Rebuild a cache while the old one in the folder, if any, stays valid until the new one is complete.
 
@@ -172,6 +178,8 @@ class TeacherCache:
         with locked(folder, say):
             in_use = InUse(folder, make=True)
             sweep(folder)
+            if begin is not None:
+                begin(folder, manifest)
             manifest.write(folder / REFRESH)
             cache = cls(folder, manifest, limits, REFRESH, in_use=in_use)
             try:

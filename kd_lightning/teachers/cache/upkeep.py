@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.runtime.files import Busy, alone
-from kd_lightning.teachers.cache.manifest import MANIFEST, REFRESH, Manifest, ShardRecord, own_files
+from kd_lightning.teachers.cache.manifest import CONTENTS, MANIFEST, REFRESH, Manifest, ShardRecord, own_files, remedy
 from kd_lightning.teachers.cache.shards import leftovers, shard_problem
 
 Say = Callable[[str], None]
@@ -131,6 +132,23 @@ def problems(folder: Path, manifest: Manifest) -> dict[ShardRecord, str]:
     return {record: wrong for record, wrong in found.items() if wrong is not None}
 
 
+def read_contents(folder: Path, manifest: Manifest) -> bytes:
+    """Return the digests of what the teacher reads of each example; none where the cache has none.
+
+    Raises:
+        CacheError: They are missing, or not what was written.
+    """
+    if not manifest.contents:
+        return b""
+    try:
+        found = (folder / CONTENTS).read_bytes()
+    except OSError as error:
+        raise CacheError(f"{folder / CONTENTS} cannot be read ({error.strerror}); {remedy(folder)}") from error
+    if hashlib.sha256(found).hexdigest() != manifest.contents:
+        raise CacheError(f"{folder / CONTENTS} is damaged: it is not what was written; {remedy(folder)}")
+    return found
+
+
 def shard_files(folder: Path) -> list[Path]:
     """Return the files of a cache's shards; none if the manifest is missing or damaged."""
     manifest = _read(folder / MANIFEST)
@@ -143,7 +161,12 @@ def verify(folder: Path) -> list[str]:
         manifest = Manifest.read(folder / MANIFEST)
     except CacheError as error:
         return [str(error)]
-    return list(problems(folder, manifest).values())
+    found = list(problems(folder, manifest).values())
+    try:
+        read_contents(folder, manifest)
+    except CacheError as error:
+        found.append(str(error))
+    return found
 
 
 def remains(folder: Path, refreshing: bool = False) -> list[Path]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers.cache import manifest, shards
-from kd_lightning.teachers.cache.manifest import Manifest
+from kd_lightning.teachers.cache.manifest import FORMAT, Manifest
 from kd_lightning.teachers.cache.shards import Limits
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.cache.upkeep import verify
@@ -136,12 +136,12 @@ def test_repair_asks_again_only_about_what_was_damaged(folder: Path) -> None:
 def test_an_older_format_is_named(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
-    with pytest.raises(CacheError, match="has format 0, this version reads 2"):
+    with pytest.raises(CacheError, match=r"has format 0, this version reads \d+;"):
         TeacherCache.open(folder)
 
 
 def test_a_manifest_that_is_no_manifest_is_named(folder: Path) -> None:
-    for content in ("[]", "null", "{}", '{"format": 2}', "\udcff"):
+    for content in ("[]", "null", "{}", f'{{"format": {FORMAT}}}', "\udcff"):
         (folder / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
         with pytest.raises(CacheError, match=r"manifest.json (is damaged|cannot be read)"):
             TeacherCache.open(folder)
