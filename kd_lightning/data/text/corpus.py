@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kd_lightning.data.classification import check_fractions
+from kd_lightning.data.datamodule import stratified_order
 from kd_lightning.data.labels import (
     NO_LABEL,
     ClassNames,
@@ -18,7 +20,7 @@ from kd_lightning.data.labels import (
     given_names,
     positions_in,
 )
-from kd_lightning.runtime.errors import ConfigError, DataError
+from kd_lightning.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,43 @@ def assemble(
     return Corpus(names, examples, parts["validation"], parts["test"], kept)
 
 
+def assemble_groups(
+    rows: Iterable[tuple[Sentence, str, str]],
+    *,
+    class_names: list[str],
+    fractions: Sequence[float],
+    split_seed: int,
+    source: str,
+    transfer: Sequence[Sentence],
+) -> Corpus:
+    """Build the corpus of sentences, labels and groups; no group and no sentence is in two splits.
+
+    Validation and test splits get the two `fractions` of the groups, stratified by the label of their first sentence.
+
+    Raises:
+        ConfigError: Impossible fractions.
+    """
+    check_fractions(fractions, source)
+    kept: dict[str, tuple[Sentence, str, str]] = {}
+    for row in rows:
+        kept.setdefault(normalise(row[0]), row)
+    labels: dict[str, int] = {}
+    for _, label, group in kept.values():
+        labels.setdefault(group, class_names.index(label))
+    groups = np.array(list(labels))[stratified_order(np.array(list(labels.values())), split_seed)]
+    sizes = [max(1, round(fraction * len(groups))) for fraction in fractions]
+    runs = np.split(groups, np.cumsum(sizes))
+    part_of = {str(group): part for part, run in enumerate(runs) for group in run}
+    validation, test, train = (
+        RawExamples([text for text, _, _ in part], [label for _, label, _ in part], source, str)
+        for part in ([row for row in kept.values() if part_of[row[2]] == number] for number in range(3))
+    )
+    return assemble(
+        train, validation, test, class_names=class_names, validation_fraction=fractions[0],
+        test_fraction=fractions[1], split_seed=split_seed, transfer=transfer,
+    )  # fmt: skip
+
+
 def _set_apart(train: RawExamples) -> tuple[RawExamples, list[Sentence]]:
     """Return the labelled examples, and the unlabelled sentences."""
     labelled = [i for i, label in enumerate(train.labels) if label != NO_LABEL]
@@ -175,10 +214,7 @@ def stratified_split(
         ConfigError: A fraction outside (0, 1), or fractions that leave nothing.
         DataError: A class with fewer examples than splits.
     """
-    if any(not 0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
-        given = ", ".join(f"{fraction:g}" for fraction in fractions)
-        message = f"cannot hold out the fractions {given} of {source}: each must lie between 0 and 1, their sum below 1"
-        raise ConfigError(f"{message}; change data.validation_fraction or data.test_fraction")
+    check_fractions(fractions, source)
     generator = np.random.default_rng(seed)
     parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
     all_labels = np.asarray(labels)
