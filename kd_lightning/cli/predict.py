@@ -1,16 +1,25 @@
-"""`kd-predict`: predict the class or the score of sentences or images with a finished student."""
+"""`kd-predict`: run a finished student on sentences or images; a language model generates text."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kd_lightning.cli.runner import command, run_parser, trusting_folders
 from kd_lightning.evaluation.evaluator import inputs_of, predict, read_inputs
 from kd_lightning.evaluation.run_files import data_settings, file_options, flag, reader_for
-from kd_lightning.runtime.borders import json_line, shown
+from kd_lightning.runtime.borders import json_line, shown, visible
 from kd_lightning.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kd_lightning.data.text.corpus import Sentence
+    from kd_lightning.training.run_folder import TrainedModel
+
+DECODING = ("max_new_tokens", "temperature", "top_p", "sampling_seed", "chat")
+"""The options of generation."""
 
 
 def read_given(texts: Sequence[str], encoding: str) -> list[str]:
@@ -36,15 +45,17 @@ def read_given(texts: Sequence[str], encoding: str) -> list[str]:
 @command("kd-predict", "nothing was changed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kd-predict`."""
-    parser = run_parser("kd-predict", "Classify sentences or images with a distilled student.")
+    parser = run_parser("kd-predict", "Run a distilled student on sentences, images or prompts.")
     parser.add_argument(
-        "texts", nargs="*", metavar="text", help="sentences, or image files; none: one a line from standard input"
-    )
+        "texts", nargs="*", metavar="text",
+        help="sentences, image files, or prompts; none: one a line from standard input",
+    )  # fmt: skip
     parser.add_argument(
         "--file", type=Path,
         help="a CSV, TSV, JSON or Parquet file; or any other with one sentence, or the path of one image, a line",
     )  # fmt: skip
     file_options(parser, labelled=False)
+    decoding_options(parser)
     given = parser.parse_intermixed_args(arguments)  # options may stand before the sentences
     with trusting_folders(given.trust):
         if given.texts and given.file:
@@ -59,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             inputs = read_inputs(model, given.file, reader_for(data_settings(given.run), given))
         else:
             inputs = inputs_of(model, lines)
+        chosen = {name: value for name in DECODING if (value := getattr(given, name)) is not None}
+        if model.task.generates:
+            print_generated(model, inputs, chosen, given.json)
+            return
+        if chosen:
+            raise ConfigError(f"{flag(next(iter(chosen)))}: the model in {given.run} generates no text: leave it out")
         records = predict(model, inputs)
     kind = "text" if model.images is None else "image"
     texts = ["\t".join(text or ("",)) for text in inputs]
@@ -69,6 +86,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [{} if one is None else model.task.cells(record, model.class_names)
              for one, record in zip(inputs, records, strict=True)]  # fmt: skip
     print_table(kind, texts, cells)
+
+
+def decoding_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of language models."""
+    group = parser.add_argument_group("language models, which generate text after a prompt")
+    group.add_argument("--max-new-tokens", type=int, help="where a text that does not end is cut; default: 128")
+    group.add_argument("--temperature", type=float, help="draw tokens; default: 0, the likeliest, or 1 with --top-p")
+    group.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
+    group.add_argument("--sampling-seed", type=int, help="seed of the draw of each prompt's text; default: 0")
+    group.add_argument(
+        "--chat", action="store_const", const=True, help="a prompt is a user's turn in the tokenizer's chat template"
+    )
+
+
+def print_generated(
+    model: TrainedModel, inputs: Sequence[Sentence | None], chosen: Mapping[str, Any], as_json: bool
+) -> None:
+    """Print what is generated after each prompt, word by word or as JSON; nothing of an empty prompt.
+
+    Args:
+        model: A language model.
+        inputs: The prompts.
+        chosen: Those of the options `DECODING` that were given.
+        as_json: Whether to print an object a prompt.
+    """
+    from kd_lightning.evaluation.generation import RECORD, Decoding, generate
+
+    options = {"temperature": 1.0} if "top_p" in chosen else {}
+    options |= {"seed" if name == "sampling_seed" else name: value for name, value in chosen.items()}
+    decoding = Decoding(**options)
+    if as_json:
+        for prompt in (one and one[0] for one in inputs):
+            found = generate(model, prompt, decoding) if prompt else dict.fromkeys(RECORD)
+            print(json_line({"prompt": prompt or "", **found}), flush=True)
+        return
+    for number, prompt in enumerate(one[0] for one in inputs if one is not None):
+        print_piece("\n" * (number > 0))  # an empty line between two texts
+        print_piece("" if decoding.chat else prompt)
+        generate(model, prompt, decoding, print_piece)
+        print_piece("\n")
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of a text at once, with control characters escaped but for line breaks and tabs."""
+    print(visible(text, keep="\n\t"), end="", flush=True)
 
 
 def print_table(kind: str, texts: Sequence[str], cells: Sequence[Mapping[str, str]]) -> None:

@@ -40,6 +40,7 @@ class Task(ABC):
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
         per_token: Whether a network predicts for each token of a text, and not for the text.
+        generates: Whether what it predicts of a text is how it goes on (`kd_lightning.evaluation.generation`).
     """
 
     monitor: str
@@ -48,6 +49,7 @@ class Task(ABC):
     outputs: int
     classes: int | None = None
     per_token: bool = False
+    generates: bool = False
 
     @property
     def mode(self) -> Mode:

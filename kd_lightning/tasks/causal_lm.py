@@ -31,7 +31,7 @@ class CausalLanguageModeling(Task):
         vocabulary: V, how many tokens there are.
     """
 
-    monitor = "cross_entropy"
+    monitor, generates = "cross_entropy", True
     specs: Mapping[str, ScoreSpec] = {
         "cross_entropy": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
         "perplexity": ScoreSpec("perplexity", "min"),

@@ -179,8 +179,8 @@ class CorpusData(IndexedData):
 
     @property
     def input_format(self) -> dict[str, Any]:
-        """The longest input in tokens."""
-        return {"max_length": self.block_size}
+        """The longest input in tokens, and that it is one text."""
+        return {"max_length": self.block_size, "texts": 1}
 
     def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast:
         """Return the tokenizer, teacher's and student's."""

@@ -140,7 +140,7 @@ def test_what_networks_need_to_know(tmp_path: Path) -> None:
     tokenizer = module.tokenizer_of("student")
     arguments = module.model_arguments("student")
     assert arguments == {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "block_size": 16}
-    assert module.input_format == {"max_length": 16}
+    assert module.input_format == {"max_length": 16, "texts": 1}
     assert module.task.outputs == len(tokenizer)
 
 
