@@ -168,7 +168,7 @@ def _ends(network: CausalLM, tokenizer: Any, chat: bool) -> list[int]:
 
 
 def _turn_end(tokenizer: Any) -> int | None:
-    """Return the special token by which the chat template ends a reply; it is not always the one that ends texts."""
+    """Return the special token that ends a reply in the chat template, often another than that of texts."""
     from jinja2 import TemplateError
 
     reply = "reply"
