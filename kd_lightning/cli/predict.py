@@ -113,7 +113,7 @@ def print_generated(
     """
     from kd_lightning.evaluation.generation import RECORD, Decoding, generate
 
-    options = {"temperature": 1.0} if "top_p" in chosen else {}
+    options: dict[str, Any] = {"temperature": 1.0} if "top_p" in chosen else {}
     options |= {"seed" if name == "sampling_seed" else name: value for name, value in chosen.items()}
     decoding = Decoding(**options)
     if as_json:

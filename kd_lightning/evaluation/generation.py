@@ -85,7 +85,7 @@ def generate(model: TrainedModel, prompt: str, decoding: Decoding, emit: Emit | 
         )
     ids = _chat_ids(model, tokenizer, prompt) if decoding.chat else _text_ids(tokenizer, prompt)
     ends = _ends(network, tokenizer, decoding.chat)
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=_room(network, ids, decoding.max_new_tokens), eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id, use_cache=True, repetition_penalty=1.0,
         **({"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
@@ -191,4 +191,4 @@ def _room(network: CausalLM, ids: list[int], wanted: int) -> int:
         return wanted
     if len(ids) >= positions:
         raise DataError(f"a prompt has {len(ids)} tokens, and the network positions for {positions}: shorten it")
-    return min(wanted, positions - len(ids))
+    return min(wanted, int(positions) - len(ids))
