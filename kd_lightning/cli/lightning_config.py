@@ -113,7 +113,7 @@ class _Converter:
 
     def supervised(self, stage: Stage) -> Node:
         """Return a training from labels."""
-        if stage.kind == "finetune":
+        if stage.start is not None:
             start = self.folder(stage.start)
             network = class_path("kd_lightning.pipeline.checkpoint_teacher.finished_network", checkpoint=start)
         else:

@@ -120,10 +120,10 @@ def subjects_of(folders: Sequence[Path], threads: int, seed: int | None = None) 
 def _teacher_of(run: Path) -> Path | None:
     """Return the stage folder of a run's teacher: its own, or the one that `teacher.checkpoint` names."""
     from kd_lightning.export.history import located
-    from kd_lightning.training.run_folder import is_finished, read_config, teacher_stage
+    from kd_lightning.training.run_folder import best_training, is_finished, read_config, teacher_stage
 
     if is_finished(run / "teacher"):
-        return run / "teacher"
+        return best_training(run / "teacher")
     given = None
     if (run / "config.yaml").is_file():
         given = (read_config(run).get("teacher") or {}).get("checkpoint")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.runtime.borders import code, markdown
-from kd_lightning.training.run_folder import find_stage, is_finished, read_config, read_stage, run_root, teacher_stage
+from kd_lightning.training.run_folder import (
+    FURTHER,
+    find_stage,
+    is_finished,
+    read_config,
+    read_stage,
+    run_root,
+    teacher_stage,
+)
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
@@ -222,7 +230,7 @@ def followed(checkpoint: str, root: Path) -> Origin:
     if stage is None:
         return Origin(*_named(checkpoint))
     network = _built(_network(stage))
-    if stage.name.startswith("teacher"):
+    if stage.name.startswith(("teacher", FURTHER)):
         return Origin(f"{checkpoint}, which is {network.text}", network.names)
     own = run_root(stage.parent)
     above = None if own is None or stage.name.startswith("baseline") else teacher_of(read_config(own), own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,27 +12,28 @@ from torch import nn
 
 from kd_lightning.evaluation import profiling
 from kd_lightning.evaluation.report import (
-    Curve,
     DataSummary,
     ModelResult,
     OutputsTime,
     build_report,
     load_report,
     print_table,
-    read_curve,
+    read_curves,
     role,
     write_report,
 )
+from kd_lightning.pipeline.teacher_check import findings_of
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate_all, labels_of, of_network
 from kd_lightning.teachers.clock import PREDICTING
-from kd_lightning.training.run_folder import is_finished, load_run, read_stage
+from kd_lightning.training.run_folder import FURTHER, is_finished, load_run, read_stage, trainings_of
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.pipeline.context import Run
+    from kd_lightning.pipeline.teacher_loading import LoadedTeacher
 
 TITLES: dict[str, tuple[str, str]] = {
     "baseline": ("baseline", "student from labels"),
@@ -94,8 +95,15 @@ def _finished(run: Run) -> dict[str, list[Path]]:
             found[stage] = folders
     if "teacher" in run.cfg.stages:
         teachers = run.teacher.members or [run.teacher]
-        found["teacher"] = [teacher.folder for teacher in teachers if teacher.folder is not None]
+        found["teacher"] = [folder for teacher in teachers for folder in _trainings(teacher)]
     return {stage: folders for stage, folders in found.items() if folders}
+
+
+def _trainings(teacher: LoadedTeacher) -> list[Path]:
+    """Return the folders of a teacher's trainings; none where it was not trained in a run."""
+    if teacher.folder is None:
+        return []
+    return trainings_of(teacher.folder.parent if teacher.folder.name.startswith(FURTHER) else teacher.folder)
 
 
 def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:
@@ -140,7 +148,22 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             calibration=run.task.calibration,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
+        notes=_notes(run, records.get("distill", [])),
     )  # fmt: skip
+
+
+def _notes(run: Run, distilled: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was found of the teachers before students were trained."""
+    own = [part for part in run.parts.values() if part.cfg.teacher.checkpoint is None]
+    folders = [folder for part in own for folder in part.teacher_folders]
+    lines = [f"{folder.relative_to(run.folder)}: {line}." for folder in folders for line in findings_of(folder)]
+    temperature = next((one["teacher_temperature"] for one in distilled if "teacher_temperature" in one), None)
+    if temperature is not None and run.cfg.teacher.calibrate == "auto":
+        lines.append(
+            f"The teacher's probabilities were badly calibrated: its logits are divided by {temperature:.3f}, which "
+            "fits them to the validation split (teacher.calibrate=auto)."
+        )
+    return lines
 
 
 def _evaluated(run: Run, students: Mapping[Path, nn.Module]) -> Evaluated:
@@ -161,6 +184,7 @@ def _evaluated(run: Run, students: Mapping[Path, nn.Module]) -> Evaluated:
 def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
     teachers, task = run.teacher.members or [run.teacher], run.task
     folders = [teacher.folder for teacher in teachers if teacher.folder is not None]
+    seconds = [read_stage(folder)["seconds"] for teacher in teachers for folder in _trainings(teacher)]
     test = evaluated["test"][TEACHER]
     return ModelResult(
         name="teacher",
@@ -170,8 +194,8 @@ def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
         size=profiling.size(run.teacher.network),
         latency=speed[0],
         throughput=speed[1],
-        training_seconds=[sum(read_stage(folder)["seconds"] for folder in folders)] if folders else [],
-        curves=[_curve(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
+        training_seconds=[sum(seconds)] if seconds else [],
+        curves=[read_curves(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
         correct=[test.correct] if test.correct else [],
     )
 
@@ -220,22 +244,9 @@ def _student(
         latency=speed[0],
         throughput=speed[1],
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
-        curves=[_curve(folder, seed, run.task.monitor) for seed, folder in zip(run.seeds, folders, strict=False)],
+        curves=[read_curves(folder, seed, run.task.monitor) for seed, folder in zip(run.seeds, folders, strict=False)],
         correct=[one.correct for one in test if one.correct],
     )
-
-
-def _curve(folder: Path, seed: int, score: str) -> Curve:
-    """Read a stage's learning curve; a resumed training has one log per attempt, the later counts."""
-    curve = Curve(seed, {}, {})
-    for log in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
-        part = read_curve(log, seed, score_key=f"val/{score}")
-        curve.score.update(part.score)
-        curve.loss.update(part.loss)
-        for known, new in ((curve.loss_share, part.loss_share), (curve.gradient_share, part.gradient_share)):
-            for term, values in new.items():
-                known.setdefault(term, {}).update(values)
-    return curve
 
 
 def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:

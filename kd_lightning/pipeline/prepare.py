@@ -23,7 +23,7 @@ from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.callbacks import CacheFilling, MeanTeacher, TeacherTime
 from kd_lightning.training.distillation import DistillationModule, SupervisedModule
-from kd_lightning.training.run_folder import load_run
+from kd_lightning.training.run_folder import load_stage
 from kd_lightning.training.stage import VERSION, Training
 
 if TYPE_CHECKING:
@@ -64,14 +64,16 @@ def prepare(run: Run, stage: Stage) -> Training:
 
 def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Module]]:
     """Return the network that is trained, its settings, and its peers: alike in every run of these seeds."""
-    if stage.kind == "finetune":
-        start = run.folder / stage.start
-        return load_run(start).network.train(), read_json(start / "model.json"), []
+    start = None if stage.start is None else run.folder / stage.start
+    if start is not None and stage.role == "student":
+        return load_stage(start).network.train(), read_json(start / "model.json"), []
     data = data_read_by(run, stage)
     taking = stage.role == "student" and any(map(takes_from_teacher, (stage.network, *stage.peers)))
     source = run.source.network if taking else None
     torch.manual_seed(stage.seed)
     network, settings = build_network(stage.network, data, stage.role, source)
+    if start is not None:  # built anew, so that what its settings freeze stays frozen
+        network.load_state_dict(load_stage(start).network.state_dict())
     return network, settings, [build_network(peer, data, "student", source)[0] for peer in stage.peers]
 
 
@@ -101,10 +103,10 @@ def _deciding(run: Run, stage: Stage, data: IndexedData) -> dict[str, Any]:
 
 def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
     """Return the other trainings that determine a stage: its initial weights and its teacher."""
+    if stage.start is not None:
+        return {"start": file_digest(run.folder / stage.start / "model.safetensors")}
     if stage.kind == "teacher":
         return {}
-    if stage.kind == "finetune":
-        return {"start": file_digest(run.folder / stage.start / "model.safetensors")}
     taking, start = takes_from_teacher(stage.network), start_of(stage.network)
     if stage.kind == "baseline":
         more = {"architecture": describe(network)} if taking else {}  # its settings do not have its sizes
@@ -120,8 +122,8 @@ def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
 def _kept(run: Run, stage: Stage, settings: dict[str, Any]) -> Path:
     """Return a stage's folder; for stages shared by `shared_dir`, the run's folder links to it."""
     folder, shared_dir = run.folder / stage.path, run.cfg.shared_dir
-    if shared_dir is None or stage.kind in ("distill", "finetune"):
-        return folder
+    if shared_dir is None or stage.kind == "distill" or stage.start is not None:
+        return folder  # a teacher's further training is inside the teacher's
     if not folder.exists():
         place = Path(shared_dir).absolute() / f"{folder.name}-{digest(settings)}"
         place.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from kd_lightning.pipeline.preflight import preflight
 from kd_lightning.pipeline.prepare import prepare
-from kd_lightning.pipeline.stages import plan
+from kd_lightning.pipeline.stages import Stage, plan
+from kd_lightning.pipeline.teacher_check import finish_teacher
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.processes import rank
 from kd_lightning.tasks.evaluation import evaluate
@@ -38,7 +39,7 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
         begin()
     for stage in stages:
         fresh = not is_finished(run.folder / stage.path)
-        train(prepare(run, stage), run.console)
+        _train(run, stage)
         if fresh:  # it can be used while the others are trained
             _keep_config(run)
     _keep_config(run)
@@ -51,6 +52,13 @@ def _keep_config(run: Run) -> None:
         for folder, cfg in {run.folder: run.cfg, **whole}.items():
             kept = cfg.as_dict() | {"run_dir": str(folder.absolute())}
             write_config(folder, OmegaConf.to_yaml(OmegaConf.create(kept)))
+
+
+def _train(run: Run, stage: Stage) -> None:
+    """Train one stage; a teacher until it has learned."""
+    train(prepare(run, stage), run.console)
+    if stage.kind == "teacher":
+        finish_teacher(run, stage)
 
 
 def score(run: Run) -> float:
@@ -79,6 +87,6 @@ def build_caches(run: Run) -> list[Path]:
     preflight(run, stages)
     for stage in stages:
         if stage.kind == "teacher":
-            train(prepare(run, stage), run.console)
+            _train(run, stage)
     run.providers[0].complete()
     return [cache.folder for cache in run.providers[0].caches()]

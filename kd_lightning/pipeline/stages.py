@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_lightning.config.schema import Node
@@ -39,6 +38,7 @@ class Stage:
         teacher: Which of the run's teachers it learns from: 0 the teacher, 1 the first assistant, ...; None: from none,
             or from the average of its own weights.
         peers: The settings of the networks that it trains with.
+        start: The path of the training that it goes on from; None: from none.
     """
 
     kind: Kind
@@ -55,6 +55,7 @@ class Stage:
     member: int = 0
     teacher: int | None = None
     peers: tuple[Node, ...] = ()
+    start: str | None = None
 
     @property
     def role(self) -> Role:
@@ -65,11 +66,6 @@ class Stage:
     def distils(self) -> bool:
         """True where it learns from a teacher, on the transfer set too."""
         return self.kind in ("assistant", "distill")
-
-    @property
-    def start(self) -> str:
-        """The path of the distillation that a fine-tuning goes on from."""
-        return str(Path(self.path).with_name("distill"))
 
     @property
     def rate(self) -> str:
@@ -92,7 +88,7 @@ def plan(run: Run) -> list[Stage]:
             found.append(_distillation(run, seed))
         if "finetune" in cfg.stages:
             own: dict[str, Any] = {"optimizer": cfg.finetune_optimizer, "trainer": cfg.finetune_trainer, "steps": None}
-            found.append(_student(run, "finetune", seed, **own))
+            found.append(_student(run, "finetune", seed, start=f"seed_{seed}/distill", **own))
     return found
 
 

@@ -16,7 +16,7 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import digest, file_digest, network_digest
 from kd_lightning.runtime.memoize import shared, stamps
 from kd_lightning.teachers.ensemble import EnsembleNetwork
-from kd_lightning.training.run_folder import LOGS, check_stage, is_finished, load_run, teacher_stage
+from kd_lightning.training.run_folder import LOGS, best_training, check_stage, is_finished, load_stage, teacher_stage
 
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
@@ -49,7 +49,7 @@ def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Consol
         return ensemble([_load_member(one, data, console) for one in checkpoint])
     stage = teacher_stage(Path(checkpoint))
     if stage is not None:
-        if stage == Path(checkpoint, "teacher") and is_finished(Path(checkpoint, "teacher_1")):
+        if stage.is_relative_to(Path(checkpoint, "teacher")) and is_finished(Path(checkpoint, "teacher_1")):
             say(
                 console,
                 f"teacher  {checkpoint} holds several: this is the first, a list takes all of them",
@@ -88,9 +88,10 @@ def read_teachers(folders: Sequence[Path], data: IndexedData) -> LoadedTeacher:
 
 def read_teacher(folder: Path, data: IndexedData) -> LoadedTeacher:
     """Load a teacher that a run trained, after verifying its files and learning curves."""
-    check_stage(folder, LOGS)  # `load_run` checks the others
+    folder = best_training(folder)
+    check_stage(folder, LOGS)  # `load_stage` checks the others
     fingerprint = file_digest(folder / "model.safetensors")
-    model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_run(folder))
+    model = shared("teacher", (folder.resolve(), fingerprint), lambda: load_stage(folder))
     if model.class_names != data.class_names:
         raise ConfigError(
             f"the teacher in {folder} knows the classes {model.class_names}, the data has {data.class_names}: "

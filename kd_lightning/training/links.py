@@ -25,6 +25,7 @@ def check_links(folder: Path, shared_dir: str | None) -> None:
             if stage.name in ("distill", "finetune") or stage.resolve().parent != shared:
                 _refuse([stage])
             check_stage_links(stage)
+            _refuse(stage.glob("further_*"))
 
 
 def check_stage_links(stage: Path) -> None:

@@ -34,6 +34,9 @@ NETWORK = ("model.json", "model.safetensors", "task.json", "tokenizer")
 LOGS = ("csv",)
 """The files of its learning curves."""
 
+FURTHER = "further_"
+"""The folders, in a teacher's, of the trainings that go on from it."""
+
 BASELINES = ("baseline_initialised", "baseline")
 TAUGHT = ("finetune", "distill")
 """The stages of a student, in order."""
@@ -141,12 +144,16 @@ def load_run(folder: str | Path, seed: int | None = None, trust: bool = False) -
     Raises:
         KDError: The folder holds no finished network, a damaged one, or one that needs `trust`.
     """
+    return load_stage(find_stage(Path(folder), seed), trust)
+
+
+def load_stage(stage: Path, trust: bool = False) -> TrainedModel:
+    """Load the network of one finished training; see `load_run`."""
     from safetensors.torch import load_file
 
     from kd_lightning.config.trust import build_saved, trusting
     from kd_lightning.models.rebuild import from_description, is_description
 
-    stage = find_stage(Path(folder), seed)
     check_stage(stage, NETWORK)
     settings = read_json(stage / "model.json")
     with trusting(trust):
@@ -209,7 +216,7 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
         KDError: The run is unfinished.
     """
     if is_finished(folder):
-        return folder
+        return best_training(folder)
     if (folder / "settings.json").is_file():
         raise KDError(f"{folder} is unfinished, it has no stage.json: {GO_ON}")
     seeds = [root for root in sorted(folder.glob("seed_*" if seed is None else f"seed_{seed}")) if root.is_dir()]
@@ -301,10 +308,21 @@ def teacher_stage(folder: Path) -> Path | None:
     """
     for place in (folder / "teacher", folder):
         if is_finished(place):
-            return place
+            return best_training(place)
         if (place / "settings.json").is_file():
             raise KDError(f"{place} is unfinished, it has no stage.json: {GO_ON}")
     return None
+
+
+def trainings_of(folder: Path) -> list[Path]:
+    """Return a finished stage and the trainings in it that went on from its weights, in order."""
+    return [folder, *(place for place in sorted(folder.glob(f"{FURTHER}[0-9]")) if is_finished(place))]
+
+
+def best_training(folder: Path) -> Path:
+    """Return that of a stage's trainings that is best on validation, of equal ones the first."""
+    found = trainings_of(folder)
+    return max(found, key=_goodness) if len(found) > 1 else folder
 
 
 def validation_score(record: dict[str, Any]) -> float:

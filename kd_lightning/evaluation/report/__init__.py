@@ -7,7 +7,15 @@ so a report can be printed or drawn again without the run. Nothing here imports 
 from kd_lightning.evaluation.report.build import SCHEMA_VERSION, build_report
 from kd_lightning.evaluation.report.files import load_report, write_report
 from kd_lightning.evaluation.report.findings import findings
-from kd_lightning.evaluation.report.results import Curve, DataSummary, ModelResult, OutputsTime, read_curve, role
+from kd_lightning.evaluation.report.results import (
+    Curve,
+    DataSummary,
+    ModelResult,
+    OutputsTime,
+    read_curve,
+    read_curves,
+    role,
+)
 from kd_lightning.evaluation.report.table import comparison_rows, markdown_table, print_table
 from kd_lightning.evaluation.report.text import report_markdown, summary
 
@@ -24,6 +32,7 @@ __all__ = [
     "markdown_table",
     "print_table",
     "read_curve",
+    "read_curves",
     "report_markdown",
     "role",
     "summary",

@@ -39,6 +39,7 @@ def build_report(
     data: DataSummary,
     stages_seconds: Mapping[str, float],
     selection: str | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Assemble the report, schema version 3 (docs/report_schema.md).
 
@@ -53,6 +54,7 @@ def build_report(
         data: The data.
         stages_seconds: Wall time by stage.
         selection: How checkpoints were selected, if not by `data.monitor` on validation.
+        notes: What was found before the comparison; the first of the warnings.
 
     Returns:
         Plain JSON data; NaN and infinities become None.
@@ -94,7 +96,7 @@ def build_report(
         "environment": dict(environment),
     }
     plain: dict[str, Any] = to_plain(report)
-    plain["warnings"] = findings(plain)
+    plain["warnings"] = [*notes, *findings(plain)]
     return plain
 
 

@@ -199,3 +199,16 @@ def read_curve(path: str | Path, seed: int, *, score_key: str, loss_key: str = "
         for prefix in (LOSS_SHARE, GRADIENT_SHARE)
     ]
     return Curve(seed, found[score_key], found[loss_key], *by_term)
+
+
+def read_curves(folder: Path, seed: int, score: str) -> Curve:
+    """Read a stage's learning curve; a resumed training has one log per attempt, the later counts."""
+    curve = Curve(seed, {}, {})
+    for log in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
+        part = read_curve(log, seed, score_key=f"val/{score}")
+        curve.score.update(part.score)
+        curve.loss.update(part.loss)
+        for known, new in ((curve.loss_share, part.loss_share), (curve.gradient_share, part.gradient_share)):
+            for term, values in new.items():
+                known.setdefault(term, {}).update(values)
+    return curve
