@@ -68,8 +68,8 @@ def from_teacher(
     teacher = unwrap(teacher)
     source = _hugging_face_part(teacher)
     stack = layer_stack(source)
-    chosen = _chosen_layers(layers, source.config.num_hidden_layers)
-    config = _student_config(source.config, chosen, num_classes)
+    chosen = chosen_layers(layers, source.config.num_hidden_layers)
+    config = student_config(source.config, chosen, num_classes)
     cut = None
     if width is not None:
         narrow_config(config, width)
@@ -84,7 +84,7 @@ def from_teacher(
     renamed = {prefix + new: prefix + old for new, old in renamed.items()}
     fresh = () if copy_head and _num_classes(teacher) == num_classes else _head_names(teacher)
     fresh += tuple(f"{name}." for name, module in student.named_modules() if module is embedding)
-    _copy_weights(student, teacher, renamed, fresh, cut)
+    copy_weights(student, teacher, renamed, fresh, cut)
     if embedding is not None:
         table = _word_embeddings(teacher)
         kept = embedding.approximate(table if cut is None else table[:, cut.hidden])
@@ -186,7 +186,7 @@ def _hugging_face_part(network: nn.Module) -> PreTrainedModel:
     return part
 
 
-def _chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:
+def chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:
     """Return the teacher's layer numbers, counted from 0, of the student's layers."""
     if isinstance(layers, int):
         if not 1 <= layers <= available:
@@ -203,7 +203,8 @@ def _chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:
     return [layer % available for layer in layers]
 
 
-def _student_config(config: PreTrainedConfig, chosen: list[int], num_classes: int) -> PreTrainedConfig:
+def student_config(config: PreTrainedConfig, chosen: list[int], num_classes: int) -> PreTrainedConfig:
+    """Return a teacher's configuration with these layers only."""
     config = copy.deepcopy(config)
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list) and len(kinds) == config.num_hidden_layers:  # local and global attention, for example
@@ -248,8 +249,12 @@ def _head_names(network: nn.Module) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _copy_weights(
-    student: nn.Module, teacher: nn.Module, renamed: dict[str, str], fresh: tuple[str, ...], cut: Cut | None
+def copy_weights(
+    student: nn.Module,
+    teacher: nn.Module,
+    renamed: dict[str, str],
+    fresh: tuple[str, ...] = (),
+    cut: Cut | None = None,
 ) -> None:
     """Copy the teacher's weights, cut, to the student's; skip factorised embeddings and `fresh` ones."""
     source = teacher.state_dict()

@@ -10,6 +10,7 @@ from torch import nn
 from kd_lightning.config.instantiate import build, lookup, parameters
 from kd_lightning.config.schema import Node
 from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.models.causal_lm_from_teacher import causal_lm_from_teacher
 from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.rebuild import describe
@@ -42,7 +43,7 @@ def build_network(
     if role == "student" and takes_from_teacher(settings):
         assert teacher is not None
         given = {"teacher": source_of(teacher)}
-        if lookup(target) in (from_teacher, embeddings_from_teacher):
+        if lookup(target) in (from_teacher, embeddings_from_teacher, causal_lm_from_teacher):
             _check_tokens(data)
     takes = parameters(lookup(target))
     known = {**settings, **sizes, **given}

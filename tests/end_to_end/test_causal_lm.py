@@ -123,6 +123,16 @@ def test_stored_outputs_train_the_same_student_as_the_running_teacher(
         assert one == pytest.approx(other, rel=1e-3)
 
 
+def test_layers_of_the_teacher_are_trained_to_its_hidden_states_first(composed: Composed, overrides: list[str]) -> None:
+    """And compared with the same network from labels, from random weights and from the teacher's."""
+    own = [one for one in overrides if not one.startswith(("model@student", "student.", "trainer.max_epochs"))]
+    student = ["model@student=causal_lm_from_teacher", "student.layers=1", "distillation=hidden_then_logits"]
+    report = run(composed(*own, *student, "teacher.cache=off", "trainer.max_epochs=3"))
+    scores = {name: model["test"]["perplexity"]["mean"] for name, model in report["models"].items()}
+    assert set(scores) == {"teacher", "baseline", "baseline_initialised", "distilled"}
+    assert scores["distilled"] < 300  # as many as there are tokens
+
+
 def test_a_checkpoint_of_hugging_face_teaches_with_its_own_tokenizer(
     composed: Composed, overrides: list[str], tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom") 
 FILLED_IN = {"num_classes", "vocab_size", "block_size", "pad_token_id", "channels", "teacher", "per_token"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}
 VISION = ("cnn", "resnet", "timm", "simkd_cnn")
-LANGUAGE = ("causal_lm", "causal_lm_small")
+LANGUAGE = ("causal_lm", "causal_lm_small", "causal_lm_from_teacher")
 __all__ = ["stand_in"]  # a fixture: timm is not installed
 
 
@@ -96,7 +96,8 @@ def test_language_models_build_and_run(name: str, tmp_path: Path) -> None:
     if name == "causal_lm":
         causal_lm_small(VOCABULARY, 8, 8, 1, 2).network.save_pretrained(tmp_path)
         node["name"] = str(tmp_path)
-    network = instantiate(node, vocab_size=VOCABULARY, block_size=8, _convert_="all")
+    given = {"teacher": causal_lm_small(VOCABULARY, 8, 8, 4, 2)} if name == "causal_lm_from_teacher" else {}
+    network = instantiate(node, vocab_size=VOCABULARY, block_size=8, _convert_="all", **given)
     assert run_network(network, batch()).logits.shape == (2, 5, VOCABULARY)
 
 

@@ -167,9 +167,9 @@ def test_student_of_a_half_precision_teacher_trains_in_float32() -> None:
 def test_per_layer_config_lists_follow_the_layers() -> None:
     source = tiny("bert")
     source.config.layer_types = ["a", "b", "c", "d"]
-    from kd_lightning.models.from_teacher import _student_config
+    from kd_lightning.models.from_teacher import student_config
 
-    assert _student_config(source.config, [3, 1], 2).layer_types == ["d", "b"]
+    assert student_config(source.config, [3, 1], 2).layer_types == ["d", "b"]
     assert source.config.layer_types == ["a", "b", "c", "d"]
 
 
