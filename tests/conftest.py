@@ -63,6 +63,7 @@ def tiny_overrides(csv_file: Path, run_dir: Path) -> list[str]:
     """An offline run of seconds: the LSTM pair, shrunk, on a toy file with a vocabulary learned from it."""
     return [
         "data=text_files", f"data.train_file={csv_file}", "data.tokenizer=wordpiece:400", "data.batch_size=16",
+        "data.views=0",
         "model@teacher.network=lstm_teacher", "teacher.network.embedding_size=16", "teacher.network.hidden_size=16",
         "model@student=lstm_student", "student.embedding_size=8", "student.hidden_size=8",
         "teacher.trainer.max_epochs=6", "teacher.trainer.precision=32-true", "teacher.precision=float32",

@@ -18,7 +18,7 @@ from kd_lightning.pipeline.prepare import data_read_by, new_networks, task_of_st
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import teacher_stage
-from kd_lightning.training.stage import averages, planned_steps, validate_every
+from kd_lightning.training.stage import averages, validate_every
 
 
 def class_path(name: str, /, **arguments: Any) -> Node:
@@ -87,11 +87,10 @@ class _Converter:
         model, callbacks = self.distilled(stage) if stage.distils else (self.supervised(stage), [])
         data = training_data(self.run, stage)
         batches = len(data.train_dataloader())
-        steps = stage.steps or planned_steps(stage.trainer, batches)
         trainer = {
             **{key: _of_cli(value) for key, value in stage.trainer.items() if key != "_target_"},
-            "max_steps": steps, "max_epochs": -1, "check_val_every_n_epoch": None,
-            "val_check_interval": validate_every(batches, steps, stage.validations, stage.trainer),
+            "max_steps": stage.steps, "max_epochs": -1, "check_val_every_n_epoch": None,
+            "val_check_interval": validate_every(batches, stage.steps, stage.validations, stage.trainer),
             "num_sanity_val_steps": 0, "use_distributed_sampler": False, "default_root_dir": self.folder(stage.path),
             **self.callbacks(stage, callbacks),
         }  # fmt: skip

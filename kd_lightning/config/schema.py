@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.config.budget import Budget
 from kd_lightning.config.instantiate import to_dict
 from kd_lightning.config.numbers import check_numbers
 from kd_lightning.config.values import Range, check_value
@@ -33,6 +34,7 @@ Count = Annotated[int, Range(1)]
 
 StageName = Literal["teacher", "baseline", "distill", "finetune"]
 Balance = Literal["fixed", "unit_initial", "gradnorm", "uncertainty"]
+Goal = Literal["small", "fast", "accurate"]
 Combine = Literal["probabilities", "logits"]
 Calibrate = bool | Literal["auto"]
 Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
@@ -91,8 +93,8 @@ class TeacherConfig:
     """How outputs are stored: float32, float16 or bfloat16."""
     cache_top_k: Annotated[int | None, Range(1)]
     """Store each example's K largest logits and the mass of the rest; null: all of them."""
-    cache_views: Count
-    """Sets of views (data.views) that the epochs take turns with."""
+    cache_views: Annotated[int | Literal["auto"], Range(1)]
+    """Sets of views (data.views) that the epochs take turns with; auto: by `budget`."""
     precision: Precision
     """In what the teacher computes, whatever the student trains in: float32, bf16, float16 (GPU) or int8-dynamic
     (CPU)."""
@@ -177,6 +179,13 @@ class RunConfig:
     shared_dir: str | None
     """Where teachers, assistants and baselines are kept that several runs have in common; null: in each run's own
     folder. In a sweep it is the folder `shared` beside the points."""
+    budget: Budget
+    """How much work is done where nothing else is set: quick, standard or best; about 5, 20 and 60 minutes for 10,000
+    short texts on two cores. It decides what is auto: trainer.max_epochs, teacher.trainer.max_epochs, data.views and
+    teacher.cache_views. The estimated time is printed before any training."""
+    goal: Goal
+    """What the student is for, where none is chosen: small (a BiLSTM, or a small CNN), fast (half of the teacher's
+    layers) or accurate (two thirds of them)."""
     stages: list[StageName]
     """Which stages run, in this order: teacher, baseline, distill, finetune."""
     seed: int
@@ -238,9 +247,9 @@ class RunConfig:
             ConfigError: A key is unknown, missing, of the wrong type or out of its range; it is named, with the nearest
                 valid one.
         """
-        if OmegaConf.is_config(settings) and (missing := sorted(map(str, OmegaConf.missing_keys(settings)))):
-            raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
         plain: dict[str, Any] = to_dict(settings) if OmegaConf.is_config(settings) else dict(settings)
+        if isinstance(settings, DictConfig):
+            _refuse_missing(settings, plain)
         cfg = _read(cls, "", plain)
         check_numbers(cfg.as_dict())  # in the order of the fields: what others are made from comes first
         _check_stages(cfg.stages)
@@ -304,6 +313,17 @@ class RunConfig:
 
 
 Group = TypeVar("Group", RunConfig, TeacherConfig, FinetuneConfig, TaskConfig)
+
+
+def _refuse_missing(settings: DictConfig, plain: dict[str, Any]) -> None:
+    """Refuse keys that have no value yet; a network that `teacher.checkpoint` replaces does without them."""
+    missing, unused = sorted(map(str, OmegaConf.missing_keys(settings))), "teacher.network."
+    if OmegaConf.select(settings, "teacher.checkpoint") is not None:
+        for key in [key for key in missing if key.startswith(unused) and "." not in key.removeprefix(unused)]:
+            del plain["teacher"]["network"][key.removeprefix(unused)]
+            missing.remove(key)
+    if missing:
+        raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
 
 
 def _read(kind: type[Group], prefix: str, node: dict[str, Any]) -> Group:

@@ -43,7 +43,7 @@ def check_value(key: str, value: Any, expected: Any) -> None:
         near = did_you_mean(str(value), map(str, get_args(kind))) if get_origin(kind) is Literal else ""
         raise ConfigError(f"{key}={value!r} is not {words(expected)}{near if 'did you mean' in near else ''}")
     for limits in more:
-        if isinstance(limits, Range) and value is not None and value not in limits:
+        if isinstance(limits, Range) and isinstance(value, int | float) and value not in limits:
             raise ConfigError(f"{key}={value} must be {limits}")
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.config.budget import Budget, views_and_sets
 from kd_lightning.data.datamodule import Dataset_, IndexedData, check_least
 from kd_lightning.data.sampler import Share
-from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.tasks import Classification, Regression, Task
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,11 @@ class ClassificationData(IndexedData):
     Args:
         batch_size: As for `IndexedData`.
         eval_batch_size: As for `IndexedData`.
-        views: Augmented views (altered copies) of each training example.
+        views: Augmented views (altered copies) of each training example; `auto`: as many as `budget` allows.
         view_sets: How many different sets of views there are: epoch e trains on set `e % view_sets`. All have an
-            `index`. None: a new set for every epoch, created on the fly with index -1, which cannot be cached.
+            `index`. None: a new set for every epoch, created on the fly with index -1, which cannot be cached. `auto`:
+            as many as `budget` allows, where it decides the views too, else 1.
+        budget: How much work `auto` stands for: `quick`, `standard` or `best`.
         pool_ratio: Views and transfer examples per training example in an epoch: others in each epoch, until all have
             been used. None: all of them in every epoch.
         train_examples: Train on this many labelled examples, evenly over the classes; drawn by `split_seed`, a smaller
@@ -50,26 +53,38 @@ class ClassificationData(IndexedData):
         self,
         batch_size: int = 32,
         eval_batch_size: int = 128,
-        views: int = 0,
-        view_sets: int | None = 1,
+        views: int | Literal["auto"] = 0,
+        view_sets: int | Literal["auto"] | None = 1,
+        budget: Budget = "standard",
         pool_ratio: float | None = None,
         train_examples: int | None = None,
         transfer_examples: int | None = 0,
         **options: Any,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, **options)
-        check_least(1, view_sets=1 if view_sets is None else view_sets)
+        check_least(1, view_sets=1 if view_sets is None or view_sets == "auto" else view_sets)
         check_least(1, train_examples=1 if train_examples is None else train_examples)
-        check_least(0, views=views, transfer_examples=transfer_examples or 0)
+        check_least(0, views=0 if views == "auto" else views, transfer_examples=transfer_examples or 0)
+        if budget not in get_args(Budget):
+            raise ConfigError(f"data.budget={budget!r} is unknown{did_you_mean(str(budget), get_args(Budget))}")
         if pool_ratio is not None and not (pool_ratio > 0 and math.isfinite(pool_ratio)):
             raise ConfigError(f"data.pool_ratio={pool_ratio:g}: expected a positive number, or null for all")
-        self.views = views
-        self.view_sets = view_sets
+        self._given_views, self._given_sets, self.budget = views, view_sets, budget
+        self.views = 0 if views == "auto" else views
+        self.view_sets = 1 if view_sets == "auto" else view_sets
         self.pool_ratio = pool_ratio
         self.train_examples = train_examples
         self.transfer_examples = transfer_examples
         self._without_pool = ("train", "validation", "test")
         self._labels: NDArray[Any]  # int64; float32 for a regression
+
+    def _decide_views(self, labelled: int, transfer: int) -> None:
+        """Settle the numbers of views and of their sets, where the budget decides them."""
+        views, sets = views_and_sets(self.budget, self.modality, labelled, transfer)
+        if self._given_views == "auto":
+            self.views = views
+            if self._given_sets == "auto":
+                self.view_sets = sets
 
     def _lay_out(self, sizes: Sequence[int]) -> None:
         super()._lay_out(sizes)

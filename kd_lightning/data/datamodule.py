@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from kd_lightning.config.budget import Modality
 from kd_lightning.data.sampler import BucketBatchSampler, Share, Turn, position, rank_and_world
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import Task
@@ -116,10 +117,12 @@ class IndexedData(L.LightningDataModule, ABC):
         teacher_key: What determines a teacher's outputs for each `index`, as readable values; set by `prepare`.
         around: Wraps the loader of training batches (`AheadTeacher.around`), if given.
         image_format: The preprocessing of images; None for other data.
+        modality: What an example is, which decides how much of it a budget is.
     """
 
     parts: tuple[str, ...] = ("train", "validation", "test")
     image_format: ImageFormat | None = None
+    modality: Modality = "text"
 
     def __init__(
         self,
@@ -224,6 +227,12 @@ class IndexedData(L.LightningDataModule, ABC):
     def sizes(self) -> dict[str, int]:
         """Number of examples in each split."""
         return {name: len(span) for name, span in self._spans.items()}
+
+    @property
+    def labelled_examples(self) -> int:
+        """Number of labelled examples that are trained on: an epoch, as settings count them."""
+        left_out = 0 if self._left_out is None else int(self._left_out[: self.sizes["train"]].sum())
+        return self.sizes["train"] - left_out
 
     @abstractmethod
     def model_arguments(self, role: Role) -> dict[str, int]:

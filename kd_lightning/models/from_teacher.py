@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def from_teacher(
     teacher: nn.Module,
     num_classes: int,
-    layers: int | Sequence[int] = 2,
+    layers: int | float | Sequence[int] = 2,
     embedding_rank: int | None = None,
     copy_head: bool = True,
     initialise: Initialise = "teacher",
@@ -49,7 +49,8 @@ def from_teacher(
         teacher: A sequence classifier of `transformers`, or a `PooledClassifier`.
         num_classes: Number of classes of the student.
         layers: Which layers, in this order, counted from 0; negative ones from the end. A number k takes k layers
-            evenly spaced up to the last: layer `(i + 1) n // k - 1` for i = 0..k-1, so 3 of 6 are layers 1, 3 and 5.
+            evenly spaced up to the last: layer `(i + 1) n // k - 1` for i = 0..k-1, so 3 of 6 are layers 1, 3 and 5. A
+            share below 1 takes so much of the n layers, at least one.
         embedding_rank: Rank r of factorised word embeddings: the best approximation of the teacher's table by a (V, r)
             table times an (r, H) projection, from a truncated singular value decomposition; the log reports the share
             of the squared norm that is kept. None: the full table.
@@ -186,8 +187,12 @@ def _hugging_face_part(network: nn.Module) -> PreTrainedModel:
     return part
 
 
-def chosen_layers(layers: int | Sequence[int], available: int) -> list[int]:
+def chosen_layers(layers: int | float | Sequence[int], available: int) -> list[int]:
     """Return the teacher's layer numbers, counted from 0, of the student's layers."""
+    if isinstance(layers, float):
+        if not 0 < layers < 1:
+            raise ConfigError(f"layers={layers}: a share of the teacher's layers is between 0 and 1, such as 0.5")
+        layers = max(round(layers * available), 1)
     if isinstance(layers, int):
         if not 1 <= layers <= available:
             raise ConfigError(

@@ -22,13 +22,21 @@ from kd_lightning.evaluation.report import (
     role,
     write_report,
 )
+from kd_lightning.pipeline.stages import SHORT
 from kd_lightning.pipeline.teacher_check import findings_of
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate_all, labels_of, of_network
 from kd_lightning.teachers.clock import PREDICTING
-from kd_lightning.training.run_folder import FURTHER, is_finished, load_run, read_stage, trainings_of
+from kd_lightning.training.run_folder import (
+    FURTHER,
+    is_finished,
+    load_run,
+    read_stage,
+    trainings_of,
+    validation_score,
+)
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
@@ -90,7 +98,7 @@ def _finished(run: Run) -> dict[str, list[Path]]:
     names = [f"assistant_{number}" for number in range(1, len(run.cfg.assistants) + 1)]
     found = {name: [folder] for name in names if is_finished(folder := run.folder / name)}
     for stage in TITLES:
-        folders = [run.folder / f"seed_{seed}" / stage for seed in run.seeds]
+        folders = [_longest_or_best(run, run.folder / f"seed_{seed}" / stage) for seed in run.seeds]
         if all(map(is_finished, folders)):
             found[stage] = folders
     if "teacher" in run.cfg.stages:
@@ -104,6 +112,16 @@ def _trainings(teacher: LoadedTeacher) -> list[Path]:
     if teacher.folder is None:
         return []
     return trainings_of(teacher.folder.parent if teacher.folder.name.startswith(FURTHER) else teacher.folder)
+
+
+def _longest_or_best(run: Run, folder: Path) -> Path:
+    """Return a stage's folder, or that of its shorter training where that is better on validation."""
+    short = folder.with_name(folder.name + SHORT)
+    if not (is_finished(folder) and is_finished(short)):
+        return folder
+    better = 1 if run.task.mode == "max" else -1
+    gain = validation_score(read_stage(short)) - validation_score(read_stage(folder))
+    return short if better * gain > 0 else folder
 
 
 def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:
@@ -133,9 +151,10 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         environment=profiling.environment(),
         settings={
             "temperature": cfg.temperature, "alpha": cfg.alpha, "balance": cfg.balance,
-            "steps": run.steps, "batch_size": data.batch_size, "learning_rate": cfg.optimizer.get("lr"),
+            "steps": run.steps, "baseline_steps": _steps(records) or "none", "budget": cfg.budget,
+            "batch_size": data.batch_size, "learning_rate": cfg.optimizer.get("lr"),
             "precision": cfg.trainer["precision"], "teacher_precision": cfg.teacher.precision,
-            "trainings": trainings,
+            "trainings": trainings, **_time(run),
         },
         data=DataSummary(
             name=type(data).__name__,
@@ -164,6 +183,16 @@ def _notes(run: Run, distilled: Sequence[Mapping[str, Any]]) -> list[str]:
             "fits them to the validation split (teacher.calibrate=auto)."
         )
     return lines
+
+
+def _time(run: Run) -> dict[str, float]:
+    """Return the seconds that the run was expected to take, and has taken, if it was estimated."""
+    return {} if run.clock is None else {"estimated_seconds": run.clock.total, "seconds": run.clock.passed}
+
+
+def _steps(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[int]]:
+    """Return how long the baselines were trained that are reported, seed by seed."""
+    return {stage: [one["steps"] for one in found] for stage, found in records.items() if stage.startswith("baseline")}
 
 
 def _evaluated(run: Run, students: Mapping[Path, nn.Module]) -> Evaluated:

@@ -11,11 +11,13 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from kd_lightning.config.budget import student_examples, teacher_epochs
 from kd_lightning.config.instantiate import build, in_sweep, processes
 from kd_lightning.config.schema import RunConfig
 from kd_lightning.data import MultiTaskData
 from kd_lightning.data.sources.places import absolute
 from kd_lightning.pipeline.joint_provider import JointProvider
+from kd_lightning.pipeline.networks import starts_trained
 from kd_lightning.pipeline.sources import check_sources
 from kd_lightning.pipeline.teacher_loading import LoadedTeacher, load_teacher, read_teachers
 from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
@@ -33,6 +35,7 @@ from kd_lightning.training.stage import planned_steps
 
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
+    from kd_lightning.runtime.clock import Clock
     from kd_lightning.tasks import Task
 
 Provider = TeacherProvider | JointProvider
@@ -58,6 +61,21 @@ class Part:
     def teacher_folders(self) -> list[Path]:
         """The folders of the teacher that is fine-tuned, or of an ensemble's members."""
         return [self.folder / teacher_name(number) for number in range(self.cfg.teacher.number)]
+
+    def teacher_data(self, number: int) -> IndexedData:
+        """Return the training data of the teacher, or of an ensemble's member `number`."""
+        teacher = self.cfg.teacher
+        data = self.data.select(tokens="teacher", pool=False).with_batches(
+            teacher.batch_size, seed=teacher.seed + number
+        )
+        return data.without_fold(number, teacher.folds) if teacher.folds > 1 else data
+
+    def teacher_steps(self, number: int) -> int:
+        """Return the optimizer steps of the fine-tuning of teacher `number`."""
+        labelled, trainer = self.teacher_data(number).labelled_examples, self.cfg.teacher_trainer
+        if trainer["max_epochs"] == "auto":
+            trainer = trainer | {"max_epochs": teacher_epochs(self.cfg.budget, self.data.modality, labelled)}
+        return planned_steps(trainer, labelled, self.cfg.teacher.batch_size)
 
     @property
     def has_teacher(self) -> bool:
@@ -85,6 +103,7 @@ class Run:
         folder: The run's folder.
         seeds: The students' seeds.
         data: The data of all tasks.
+        clock: The time it is expected to take, once that is estimated.
         parts: What each task has of its own, by its name; of one task one part, under the empty name.
 
     Raises:
@@ -108,6 +127,7 @@ class Run:
         check_sources(self.cfg)
         key = [digest(self.cfg.data), stamps(self.cfg.data)]
         self.data: IndexedData = data or shared("data", key, lambda: _prepared(self.cfg.data))
+        self.clock: Clock | None = None
         self.parts = {"": Part("", self.cfg, self.data, self.folder)}
         if isinstance(self.data, MultiTaskData):
             self.parts = {name: self._part(name, own) for name, own in self.data.tasks.items()}
@@ -138,8 +158,14 @@ class Run:
     @cached_property
     def steps(self) -> int:
         """Optimizer steps of the distillation, and so of its baselines."""
-        batches = len(self.student_data(self.seeds[0], transfer=True).train_dataloader())
-        return planned_steps(self.cfg.trainer, batches)
+        labelled, started = self.data.labelled_examples, starts_trained(self.cfg.student)
+        examples = student_examples(self.cfg.budget, self.data.modality, labelled, started)
+        return planned_steps(self.cfg.trainer, labelled, self.data.batch_size, examples)
+
+    @property
+    def finetune_steps(self) -> int:
+        """Optimizer steps of a distilled student's fine-tuning."""
+        return planned_steps(self.cfg.finetune_trainer, self.data.labelled_examples, self.data.batch_size)
 
     @property
     def device(self) -> torch.device:

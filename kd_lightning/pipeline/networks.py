@@ -13,6 +13,7 @@ from kd_lightning.data.text.tokens import tokenizer_fingerprint
 from kd_lightning.models.causal_lm_from_teacher import causal_lm_from_teacher
 from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
+from kd_lightning.models.hf import pretrained
 from kd_lightning.models.rebuild import describe
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.errors import ConfigError, KDError
@@ -80,6 +81,11 @@ def has_start(settings: Node) -> bool:
     """Return whether a network of these settings starts from trained weights, and could do without them."""
     takes = parameters(lookup(settings["_target_"]))
     return "initialise" in takes and settings.get("initialise", "teacher") == "teacher"
+
+
+def starts_trained(settings: Node) -> bool:
+    """Return whether a network of these settings starts from trained layers."""
+    return lookup(settings["_target_"]) in (from_teacher, from_run, pretrained)
 
 
 def start_of(settings: Node) -> dict[str, str]:

@@ -13,6 +13,7 @@ from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.features import FeatureTap
 from kd_lightning.models.fits import check_length, check_single
+from kd_lightning.pipeline.estimate import Trial
 from kd_lightning.pipeline.joint_provider import JointProvider
 from kd_lightning.pipeline.networks import build_network, takes_from_teacher
 from kd_lightning.pipeline.objectives import own_average, run_objective
@@ -21,22 +22,24 @@ from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.teachers import EnsembleNetwork, SideBySide, Teacher
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.optim import parameter_groups
-from kd_lightning.types import Batch
+from kd_lightning.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
     from kd_lightning.config.schema import Node, RunConfig
     from kd_lightning.data import IndexedData
-    from kd_lightning.data.datamodule import Role
     from kd_lightning.pipeline.context import Part, Run
     from kd_lightning.pipeline.stages import Stage
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
     from kd_lightning.tasks import Task
 
 
-def preflight(run: Run, stages: Sequence[Stage]) -> None:
+def preflight(run: Run, stages: Sequence[Stage]) -> list[Trial]:
     """Build a run's networks, compare students with teachers on a batch, and try a training step.
 
     It settles which features each teacher's provider keeps.
+
+    Returns:
+        What was tried, a network of each kind.
 
     Raises:
         ConfigError: What does not fit, before any training.
@@ -49,9 +52,10 @@ def preflight(run: Run, stages: Sequence[Stage]) -> None:
             "a task lacks its teacher: add teacher to stages, or set tasks.NAME.teacher.checkpoint"
         )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        teachers = [_teacher(run, part) for part in run.parts.values()] if run.has_teacher else []
+        trials: list[Trial] = []
+        teachers = [_teacher(run, part, stages, trials) for part in run.parts.values()] if run.has_teacher else []
         if cfg.stages == ["teacher"]:
-            return
+            return trials
         check_monitors(cfg.callbacks, run.task)
         several = len(teachers) > 1
         first = SideBySide([network for network, _ in teachers]) if several else next((t for t, _ in teachers), None)
@@ -60,11 +64,12 @@ def preflight(run: Run, stages: Sequence[Stage]) -> None:
             network = build_network(stage.network, run.data, "student", first)[0]
             _check_batches(run, stage, network)
             if stage.kind == "baseline":
-                _step_alone("student", run.data, run.task, network, stage.optimizer)
+                trials.append(_step_alone(stage, run.data, run.task, network))
                 continue
             peers = [build_network(peer, run.data, "student", first)[0] for peer in stage.peers]
-            _compare(run, stage, joined(network, peers), chain[-1], teachers)
+            trials.append(_compare(run, stage, joined(network, peers), chain[-1], teachers))
             chain.append(network)
+    return trials
 
 
 def _of_one_seed(stages: Sequence[Stage]) -> list[Stage]:
@@ -76,7 +81,9 @@ def _of_one_seed(stages: Sequence[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-def _teacher(run: Run, part: Part) -> tuple[nn.Module, LoadedTeacher | None]:
+def _teacher(
+    run: Run, part: Part, stages: Sequence[Stage], trials: list[Trial]
+) -> tuple[nn.Module, LoadedTeacher | None]:
     """Return a task's teacher, finished or an untrained one like it, after a training step."""
     teacher = part.cfg.teacher
     if teacher.checkpoint is not None:
@@ -90,7 +97,8 @@ def _teacher(run: Run, part: Part) -> tuple[nn.Module, LoadedTeacher | None]:
         data = part.data.select(tokens="teacher", pool=False).with_batches(batch_size=teacher.batch_size)
         workers = processes(part.cfg.teacher_trainer)
         check_single(network, data.few(), data.smallest_batch(workers), data.batch_size, "teacher.batch_size")
-        _step_alone("teacher", part.data, part.data.task, network, teacher.optimizer)
+        stage = next(stage for stage in stages if stage.kind == "teacher" and stage.part == part.name)
+        trials.append(_step_alone(stage, part.data, part.data.task, network))
     return network if teacher.number == 1 else EnsembleNetwork([network] * teacher.number), None
 
 
@@ -108,7 +116,7 @@ def _check_batches(run: Run, stage: Stage, network: nn.Module) -> None:
 def _compare(
     run: Run, stage: Stage, student: nn.Module, above: nn.Module | None,
     teachers: Sequence[tuple[nn.Module, LoadedTeacher | None]],
-) -> None:  # fmt: skip
+) -> Trial:  # fmt: skip
     """Compare student and teacher on one batch, take a step, and select the teacher's features.
 
     Every term is compared, whatever its weight, so that models that do not fit are refused at once.
@@ -128,7 +136,7 @@ def _compare(
     data = run.data_of(stage.teacher or 0).select(tokens="both")
     batch = run.task.compared(data.few())
     _try_out(objective, student, teacher, batch, run.task, data.num_examples)
-    _step_taught(objective, student, teacher, batch, stage.optimizer)
+    return _step_taught(stage, objective, student, teacher, batch, run.task)
 
 
 def check_monitors(callbacks: dict[str, Any], task: Task) -> None:
@@ -184,33 +192,57 @@ def _needs_teacher(run: Run) -> bool:
     return taught and any(build(part.cfg.distillation).uses_teacher for part in run.parts.values())
 
 
-def _step_alone(role: Role, data: IndexedData, task: Task, network: nn.Module, optimizer: Node) -> None:
+def _step_alone(stage: Stage, data: IndexedData, task: Task, network: nn.Module) -> Trial:
     """Take one training step from labels on the CPU, with a network that is thrown away.
 
     Raises:
         ConfigError: The network cannot read the data, predicts something else, or cannot be trained.
     """
-    batch = task.compared(data.select(tokens=role, pool=False).few())
+    batch = task.compared(data.select(tokens=stage.role, pool=False).few())
     objective = Objective(*task.terms())
-    with named(role):
+
+    def loss(batch: Batch, expected: ModelOutput | None) -> Tensor:
+        output = run_network(network, batch)
+        value: Tensor = objective(output, output, task.compared(batch))[0]
+        return value
+
+    with named(stage.role):
         output = run_network(network.train(), batch)
         task.check_logits(output.logits, batch)
-        _step(network, objective(output, output, batch)[0], optimizer)
+        _step(network, objective(output, output, batch)[0], stage.optimizer)
+    return Trial(stage=stage, network=network, module=network, weights=_trained(network), loss=loss)
 
 
 def _step_taught(
-    objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, optimizer: Node
-) -> None:
+    stage: Stage, objective: Objective, student: nn.Module, teacher: Teacher | None, batch: Batch, task: Task
+) -> Trial:
     """Take one training step with a teacher on the CPU; student and objective are discarded.
 
     Raises:
         ConfigError: As `_step_alone`.
     """
+    tap, module = FeatureTap(student, objective.needs_student), nn.ModuleList([student, objective])
+
+    def loss(batch: Batch, expected: ModelOutput | None) -> Tensor:
+        output = tap(batch)
+        value: Tensor = objective(output, output if expected is None else expected, task.compared(batch))[0]
+        return value
+
+    if not objective.uses_teacher:
+        teacher = None
     with named("distillation"):
-        output = FeatureTap(student.train(), objective.needs_student)(batch)
-        expected = output if teacher is None or not objective.uses_teacher else teacher(batch)
-        loss, _ = objective.train()(output, expected, batch)
-        _step(nn.ModuleList([student, objective]), loss, optimizer)
+        objective.train()
+        student.train()
+        output = tap(batch)
+        expected = output if teacher is None else teacher(batch)
+        _step(module, objective(output, expected, batch)[0], stage.optimizer)
+    return Trial(
+        stage=stage, network=student, module=module, weights=_trained(module), loss=loss, teacher=teacher
+    )  # fmt: skip
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 def _step(module: nn.Module, loss: Tensor, optimizer: Node) -> None:

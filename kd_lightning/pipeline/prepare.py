@@ -38,11 +38,7 @@ def training_data(run: Run, stage: Stage) -> IndexedData:
     """Return the data with the examples of a stage's training selected."""
     if stage.kind != "teacher":
         return run.student_data(stage.seed, transfer=stage.distils, teacher=stage.teacher or 0)
-    part = run.parts[stage.part]
-    data = part.data.select(tokens="teacher", pool=False)
-    data = data.with_batches(batch_size=part.cfg.teacher.batch_size, seed=stage.seed)
-    folds = part.cfg.teacher.folds
-    return data.without_fold(stage.member, folds) if folds > 1 else data
+    return run.parts[stage.part].teacher_data(stage.member)
 
 
 def prepare(run: Run, stage: Stage) -> Training:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.resolvers import ddp_strategy, fast_inference, fast_precision, folder_name, one_minus
+from kd_lightning.config.suited import LAYERS, network_for, of_reviews, suited_precision, suited_rate
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import find_stage
 
@@ -22,6 +23,11 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("keys_help", lambda _root_: keys_help(_root_), replace=True)
+    OmegaConf.register_new_resolver("network_for", network_for, replace=True)
+    OmegaConf.register_new_resolver("layers_for", LAYERS.__getitem__, replace=True)
+    OmegaConf.register_new_resolver("suited_rate", suited_rate, replace=True)
+    OmegaConf.register_new_resolver("suited_precision", suited_precision, replace=True)
+    OmegaConf.register_new_resolver("of_reviews", of_reviews, replace=True)
     OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
     OmegaConf.register_new_resolver("ddp_strategy", ddp_strategy, replace=True)
     OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(map(int, numbers)), replace=True)

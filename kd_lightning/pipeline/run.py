@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+from kd_lightning.pipeline.estimate import estimate
 from kd_lightning.pipeline.preflight import preflight
 from kd_lightning.pipeline.prepare import prepare
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.pipeline.teacher_check import finish_teacher
+from kd_lightning.runtime.clock import duration
+from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.processes import rank
 from kd_lightning.tasks.evaluation import evaluate
@@ -34,7 +37,9 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
         ConfigError: Before any training, for what does not fit.
     """
     stages = plan(run)
-    preflight(run, stages)
+    trials = preflight(run, stages)
+    if rank() == 0:
+        run.clock = estimate(run, stages, trials)
     if begin is not None:
         begin()
     for stage in stages:
@@ -42,6 +47,8 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
         _train(run, stage)
         if fresh:  # it can be used while the others are trained
             _keep_config(run)
+        if run.clock is not None and stage.path in run.clock.parts:
+            say(run.console, f"about {duration(run.clock.left(stage.path))} left")
     _keep_config(run)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from kd_lightning.config.instantiate import processes
 from kd_lightning.config.schema import Node
 from kd_lightning.pipeline.context import Part, Run, teacher_name
 from kd_lightning.pipeline.networks import has_start
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from kd_lightning.data.datamodule import Role
 
 Kind = Literal["teacher", "assistant", "baseline", "distill", "finetune"]
+SHORT = "_short"
+"""Ends the name of a baseline that is trained for a quarter of the steps."""
+LONG = 8
+"""Epochs of the labelled examples from which labels alone may overfit."""
 ASSISTANTS = 2000
 """Assistants' seeds begin so far above the students': alike in architecture, they start unlike."""
 
@@ -32,7 +38,7 @@ class Stage:
         scheduler: Those of its learning-rate schedule.
         trainer: Those of `lightning.Trainer`.
         validations: How many looks at the validation split.
-        steps: Optimizer steps; None: the trainer's `max_steps` or `max_epochs`.
+        steps: Optimizer steps.
         part: The name of the task whose teacher it is; empty for all else.
         member: Which of an ensemble's teachers it is, from 0; with folds, the fold that it does not see.
         teacher: Which of the run's teachers it learns from: 0 the teacher, 1 the first assistant, ...; None: from none,
@@ -50,7 +56,7 @@ class Stage:
     scheduler: Node
     trainer: Node
     validations: int
-    steps: int | None = None
+    steps: int
     part: str = ""
     member: int = 0
     teacher: int | None = None
@@ -87,7 +93,11 @@ def plan(run: Run) -> list[Stage]:
             found += _assistants(run) if run.has_teacher and seed == run.seeds[0] else []
             found.append(_distillation(run, seed))
         if "finetune" in cfg.stages:
-            own: dict[str, Any] = {"optimizer": cfg.finetune_optimizer, "trainer": cfg.finetune_trainer, "steps": None}
+            own: dict[str, Any] = {
+                "optimizer": cfg.finetune_optimizer,
+                "trainer": cfg.finetune_trainer,
+                "steps": run.finetune_steps,
+            }
             found.append(_student(run, "finetune", seed, start=f"seed_{seed}/distill", **own))
     return found
 
@@ -101,7 +111,7 @@ def _teachers(part: Part) -> Iterator[Stage]:
             kind="teacher", path=f"tasks/{part.name}/{name}" if part.name else name,
             name=f"{part.name}: {name}" if part.name else name, seed=teacher.seed + number,
             network=teacher.network, optimizer=teacher.optimizer, scheduler=teacher.scheduler,
-            trainer=part.cfg.teacher_trainer, validations=teacher.validations,
+            trainer=part.cfg.teacher_trainer, validations=teacher.validations, steps=part.teacher_steps(number),
             part=part.name, member=number,
         )  # fmt: skip
 
@@ -118,12 +128,22 @@ def _student(run: Run, kind: Kind, seed: int, **other: Any) -> Stage:
 
 
 def _baselines(run: Run, seed: int) -> Iterator[Stage]:
-    """Return the baselines from labels: as many steps as the distillation, also from the trained start."""
-    if not has_start(run.cfg.student):
-        yield _student(run, "baseline", seed)
-        return
-    for name, initialise in (("baseline", "random"), ("baseline_initialised", "teacher")):
-        yield _student(run, "baseline", seed, label=name, network={**run.cfg.student, "initialise": initialise})
+    """Return the baselines from labels: as many steps as the distillation, also from the trained start.
+
+    Labels alone overfit where steps are many, and a distillation is not to be credited with what stopping early gives.
+    Beyond `LONG` epochs each baseline is trained once more for a quarter of the steps, with its learning rate decayed
+    by their end; the report has the one that is better on validation.
+    """
+    starts = (
+        {"baseline": "random", "baseline_initialised": "teacher"} if has_start(run.cfg.student) else {"baseline": ""}
+    )
+    long = run.steps * run.data.batch_size * processes(run.cfg.trainer) > LONG * run.data.labelled_examples
+    for name, initialise in starts.items():
+        network = {**run.cfg.student, "initialise": initialise} if initialise else run.cfg.student
+        yield _student(run, "baseline", seed, label=name, network=network)
+        if long:
+            label, steps = f"{name}{SHORT}", math.ceil(run.steps / 4)
+            yield _student(run, "baseline", seed, label=label, network=network, steps=steps)
 
 
 def _assistants(run: Run) -> Iterator[Stage]:

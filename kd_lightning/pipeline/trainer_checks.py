@@ -60,7 +60,7 @@ def check_trainers(cfg: RunConfig) -> None:
         if steps in (-1, None) and epochs in (-1, None):
             raise ConfigError(f"{path}.max_epochs or {path}.max_steps must be set: the baseline gets the same budget")
         for key, value in (("max_steps", steps), ("max_epochs", epochs)):
-            if value is not None and value != -1 and value < 1:
+            if value not in (None, -1) and not (key == "max_epochs" and value == "auto") and value < 1:
                 raise ConfigError(f"{path}.{key}={value} must be at least 1, or -1 for no limit")
         if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError(f"{path}.accelerator={trainer['accelerator']} needs a GPU, and torch finds none here")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from kd_lightning.config.instantiate import build, first_line, processes
 from kd_lightning.config.nodes import check_node, nodes
-from kd_lightning.config.schema import CACHE_MODES, RunConfig, TeacherConfig
+from kd_lightning.config.schema import CACHE_MODES, Node, RunConfig, TeacherConfig
 from kd_lightning.config.trust import trust_own
 from kd_lightning.pipeline.trainer_checks import check_trainers, named, shards, try_trainers
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
@@ -48,8 +48,9 @@ def _check(cfg: RunConfig) -> None:
     _check_tasks(cfg)
     _check_sharded(cfg)
     for path, node in nodes(cfg.as_dict()):
-        check_node(path, node, whole=not path.startswith(_FILLED_IN) and ".teacher.network" not in path)
-    check_node("teacher.trainer", {"_target_": cfg.trainer["_target_"], **cfg.teacher.trainer})
+        given = _without_auto(node) if path == "trainer" else node
+        check_node(path, given, whole=not path.startswith(_FILLED_IN) and ".teacher.network" not in path)
+    check_node("teacher.trainer", {"_target_": cfg.trainer["_target_"], **_without_auto(cfg.teacher.trainer)})
     check_trainers(cfg)
     _check_losses(cfg)
     _check_places(cfg)
@@ -58,6 +59,11 @@ def _check(cfg: RunConfig) -> None:
 
 _FILLED_IN = ("student", "teacher.network", "assistants", "peers", "logger")
 """Nodes that the pipeline gives further arguments (number of classes, vocabulary, teacher; the folder to log in)."""
+
+
+def _without_auto(trainer: Node) -> Node:
+    """Return a trainer's arguments without the number of epochs that the budget decides."""
+    return {key: value for key, value in trainer.items() if (key, value) != ("max_epochs", "auto")}
 
 
 def _given(excluded: dict[str, bool]) -> str:

@@ -32,7 +32,7 @@ from kd_lightning.training.callbacks.checkpoints import (
 from kd_lightning.training.callbacks.divergence import put_away
 from kd_lightning.training.links import check_stage_links
 from kd_lightning.training.run_folder import check_fingerprint, read_stage
-from kd_lightning.training.stage import Training, averages, keep, planned_steps, validate_every
+from kd_lightning.training.stage import Training, averages, keep, validate_every
 
 if TYPE_CHECKING:
     pass
@@ -96,7 +96,6 @@ def _clean_up(training: Training, console: Console) -> None:
 
 def _fit(training: Training, console: Console) -> None:
     """Train, in all processes; then keep the best weights, in the first."""
-    steps = training.steps or planned_steps(training.trainer, len(training.data.train_dataloader()))
     resume = training.folder / "checkpoints" / RESUME
     best, timer, started = _best(training), Timer(), time.monotonic()
     watch = Divergence(training.folder, training.name, training.rate)
@@ -104,7 +103,7 @@ def _fit(training: Training, console: Console) -> None:
     if training.compile:
         callbacks.append(Compilation())
     module = training.module(training.network)
-    trainer = _trainer(training, steps, callbacks, resume)
+    trainer = _trainer(training, callbacks, resume)
     with naming(training.folder):  # loggers do not name the file that did not fit
         trainer.fit(module, datamodule=training.data, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     if trainer.interrupted:
@@ -118,7 +117,8 @@ def _fit(training: Training, console: Console) -> None:
         if rank() == 0:
             # The timer counts what a killed attempt took, too; it stays in spawned processes where there are several.
             seconds = max(timer.time_elapsed("train"), time.monotonic() - started)
-            keep(training, module, Path(best.best_model_path), steps, seconds, trainer.strategy.root_device)
+            device = trainer.strategy.root_device
+            keep(training, module, Path(best.best_model_path), training.steps, seconds, device)
             remove_checkpoints(training.folder / "checkpoints")
 
 
@@ -130,18 +130,19 @@ def _best(training: Training) -> ModelCheckpoint:
     )  # fmt: skip
 
 
-def _trainer(training: Training, steps: int, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
+def _trainer(training: Training, callbacks: list[L.Callback], resume: Path) -> L.Trainer:
     """Build the trainer; the callbacks that the pipeline relies on come before the user's."""
     callbacks = [*callbacks, Preemption(resume, training.checkpoint_every, training.name)]
     callbacks += [build(node) for node in training.callbacks.values()]
     loggers = [build(node, save_dir=str(training.folder)) for node in training.loggers.values()]
-    every = validate_every(len(training.data.train_dataloader()), steps, training.validations, training.trainer)
+    batches = len(training.data.train_dataloader())
+    every = validate_every(batches, training.steps, training.validations, training.trainer)
     return make_trainer(
         training.trainer,
         callbacks,
         loggers,
         str(training.folder),
-        steps,
+        training.steps,
         every,
         [SealedCheckpoints(training.fingerprint)],
     )

@@ -70,7 +70,7 @@ class Training(TrainingRecord):
         checkpoint_every: Optimizer steps between checkpoints to resume from.
         callbacks: Settings of further callbacks by name.
         loggers: Settings of loggers by name.
-        steps: Optimizer steps; None: the trainer's `max_steps` or `max_epochs`.
+        steps: Optimizer steps.
         compile: Whether to `torch.compile` the network and its peers, for batches of any shape.
         more_callbacks: Callbacks that the stage itself needs.
     """
@@ -82,17 +82,33 @@ class Training(TrainingRecord):
     checkpoint_every: int
     callbacks: dict[str, Any]
     loggers: dict[str, Any]
-    steps: int | None = None
+    steps: int
     compile: bool = False
     more_callbacks: list[L.Callback] = field(default_factory=list)
 
 
-def planned_steps(trainer: dict[str, Any], batches: int) -> int:
-    """Return the optimizer steps of a trainer's settings, for epochs of this many batches of one process."""
+def planned_steps(trainer: dict[str, Any], labelled: int, batch_size: int, examples: int = 0) -> int:
+    """Return the optimizer steps of a trainer's settings; views and transfer sets do not change them.
+
+    Args:
+        trainer: With `max_steps`, or `max_epochs`: epochs of the labelled examples, or `auto`.
+        labelled: How many labelled examples there are.
+        batch_size: Examples in a batch of one process.
+        examples: How many examples `auto` stands for.
+
+    >>> trainer = {"max_epochs": 3, "devices": 1}
+    >>> planned_steps(trainer, labelled=100, batch_size=32)
+    12
+    >>> planned_steps(trainer | {"max_epochs": "auto"}, labelled=100, batch_size=32, examples=640)
+    20
+    """
     if trainer.get("max_steps") not in (-1, None):
         return int(trainer["max_steps"])
-    batches = math.ceil(batches / processes(trainer))
-    return int(trainer["max_epochs"]) * math.ceil(batches / int(trainer.get("accumulate_grad_batches", 1)))
+    accumulate, workers = int(trainer.get("accumulate_grad_batches", 1)), processes(trainer)
+    if trainer["max_epochs"] == "auto":
+        return max(math.ceil(examples / (batch_size * accumulate * workers)), 1)
+    batches = math.ceil(math.ceil(labelled / batch_size) / workers)
+    return int(trainer["max_epochs"]) * math.ceil(batches / accumulate)
 
 
 def keep(

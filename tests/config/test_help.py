@@ -33,7 +33,7 @@ def test_every_key_is_there_with_its_value_type_and_doc(composed: Composed) -> N
     assert "  teacher.cache_top_k=3  (a whole number or null, at least 1)" in lines
     assert "  stages=[distill]  (a list of teacher, baseline, distill, finetune)" in lines
     assert "  run_dir=runs/${name}  (a text)" in lines
-    assert "      data.views=0" in lines
+    assert "      data.views=auto" in lines
     assert "      data.tokenizer=${tokenizer_of:student}" in lines
     assert [f"  tasks.NAME.{one.name}" in text for one in fields(TaskConfig)] == [True] * 3
     assert max(map(len, lines)) <= 120

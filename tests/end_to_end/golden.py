@@ -37,13 +37,26 @@ ASSISTANT = "assistants=[{_target_: kd_lightning.models.bilstm.BiLSTM, embedding
 TRANSFORMER = [f"teacher.network.{size}" for size in ("hidden_size=16", "num_layers=2", "num_heads=2")]
 ALL = "stages=[teacher,baseline,distill,finetune]"
 TOY = {
-    "all stages": [ALL, "seeds=2", "student.dropout=0.2", "data.views=1", "finetune.max_epochs=1"],
+    "all stages": [
+        ALL,
+        "seeds=2",
+        "student.dropout=0.2",
+        "data.views=1",
+        "trainer.max_steps=22",
+        "finetune.max_epochs=1",
+    ],
     "from the teacher": ["model@student=embeddings_from_teacher", "student.network.embedding_size=8"],
     "ensemble": ["teacher.seeds=2", "teacher.weights=learned"],
     "cross-fitted": ["teacher.folds=2", "teacher.calibrate=true"],
     "assistants": [ASSISTANT, "distillation=hint", "seeds=2"],
     "peers": ["distillation=deep_mutual", "peers=['${student}']", "stages=[baseline,distill]"],
-    "mean teacher": ["teacher.ema=0.9", "stages=[distill]", "data.views=1", "student.dropout=0.3"],
+    "mean teacher": [
+        "teacher.ema=0.9",
+        "stages=[distill]",
+        "data.views=1",
+        "trainer.max_steps=22",
+        "student.dropout=0.3",
+    ],
     "contrastive": ["distillation=crd", "balance=gradnorm", "trainer.accumulate_grad_batches=2"],
     "one pass ahead": ["teacher.cache=off", "teacher.optimizer.weight_decay=0.1"],
 }
@@ -77,7 +90,13 @@ def overrides_of(name: str, folder: Path) -> list[str]:
         ]
     budget = ["trainer.max_steps=8", "teacher.trainer.max_steps=8", "data.batch_size=16", "validations=2"]
     if name == "regression":
-        own = ["data=reviews", "data.labels=rating", "distillation=regression", f"data.tokenizer={tokenizer}"]
+        own = [
+            "data=reviews",
+            "data.labels=rating",
+            "data.views=0",
+            "distillation=regression",
+            f"data.tokenizer={tokenizer}",
+        ]
         return [*(one for one in NETWORKS if not one.startswith(("~", "validations"))), *own, *budget, run]
     teacher = ["model@teacher.network=transformer", "~teacher.network.frozen_layers", *TRANSFORMER]
     return [
@@ -86,6 +105,7 @@ def overrides_of(name: str, folder: Path) -> list[str]:
         f"data.tokenizer={tokenizer}",
         *budget,
         "student.hidden_size=8",
+        "teacher.optimizer.lr=5e-5",
         ALL,
         run,
     ]

@@ -53,7 +53,7 @@ def overrides(tmp_path: Path, own_home: Path) -> list[str]:
         "student.hidden_size=16", "student.num_layers=1", "student.num_heads=2", "teacher.trainer.max_epochs=6",
         "teacher.trainer.precision=32-true", "teacher.precision=float32", "teacher.batch_size=4",
         "teacher.optimizer.lr=0.01", "trainer.max_epochs=2", "optimizer.lr=0.01", "teacher.validations=2",
-        "validations=2", "temperature=1", f"run_dir={tmp_path / 'run'}",
+        "trainer.precision=32-true", "validations=2", "temperature=1", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from tests.runs import student_of
 
 Composed = Callable[..., DictConfig]
 ASSISTANT = "assistants=[{_target_: kd_lightning.models.bilstm.BiLSTM, embedding_size: 12, hidden_size: 12}]"
-MEAN_TEACHER = ["teacher.ema=0.9", "stages=[distill]", "data.views=1", "student.dropout=0.3"]
+MEAN_TEACHER = ["teacher.ema=0.9", "stages=[distill]", "data.views=1", "trainer.max_epochs=4", "student.dropout=0.3"]
 
 
 @pytest.fixture

@@ -313,7 +313,9 @@ def test_every_training_is_looked_at(batches: int, steps: int, validations: int,
     trainer = {"accumulate_grad_batches": accumulate}
     found = validate_every(batches, steps, validations, trainer)
     assert found == every
-    epochs, rest = divmod(steps, planned_steps({**trainer, "max_epochs": 1}, batches))
+    epochs, rest = divmod(
+        steps, planned_steps({**trainer, "max_epochs": 1}, labelled=batches, batch_size=1, examples=0)
+    )
     assert found <= epochs * batches + rest * accumulate  # the first look comes before the end
 
 

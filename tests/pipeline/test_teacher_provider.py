@@ -449,7 +449,7 @@ def test_views_that_are_new_in_each_epoch_cannot_be_kept(distil: Callable[..., R
 
 
 def test_sets_of_views_are_all_answered(distil: Callable[..., Run], asked: list[int]) -> None:
-    pipeline = distil("data.views=1", "teacher.cache_views=3", "trainer.max_epochs=3")
+    pipeline = distil("data.views=1", "teacher.cache_views=3", "trainer.max_epochs=6")
     train_all(pipeline)
     sizes = pipeline.data.sizes
     assert sizes["views"] == 3 * sizes["train"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,7 +184,9 @@ def test_predict_reads_a_file_and_prints_a_table(run: Path, tmp_path: Path, caps
         ({"max_steps": 7, "max_epochs": 3}, 10, 7),
         ({"max_steps": -1, "max_epochs": 3}, 10, 30),
         ({"max_epochs": 3, "accumulate_grad_batches": 4}, 10, 9),
+        ({"max_epochs": "auto"}, 10, 7),
+        ({"max_epochs": "auto", "accumulate_grad_batches": 2, "devices": 2}, 10, 2),
     ],
 )
-def test_planned_steps_are_those_the_trainer_takes(trainer: dict[str, int], batches: int, steps: int) -> None:
-    assert planned_steps(trainer, batches) == steps
+def test_planned_steps_are_those_the_trainer_takes(trainer: dict[str, Any], batches: int, steps: int) -> None:
+    assert planned_steps(trainer, labelled=16 * batches - 5, batch_size=16, examples=100) == steps

@@ -318,6 +318,7 @@ class ImageData(ClassificationData):
         corpus = self.read()
         rows = self._split(corpus)
         count = len(rows["train"])
+        self._decide_views(count, len(rows["transfer"]))
         self._views = ImageViews(
             count, self.views, self.split_seed, self.crop_padding, self.flip_probability, self.mixing
         )

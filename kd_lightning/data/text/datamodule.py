@@ -110,6 +110,7 @@ class TextData(TokenizedData, ClassificationData):
         if self.fingerprint:
             return
         corpus = self._drawn(self.read())
+        self._decide_views(len(corpus.train), len(corpus.transfer))
         self._changes = self._changes_for(corpus)
         views = Views(
             corpus.train.texts, self.views, self.split_seed, self.mask_probability, self.ngram_probability,

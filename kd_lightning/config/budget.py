@@ -1,0 +1,86 @@
+"""How much work a run does where nothing else is set: by `budget`, and by how much data there is.
+
+All amounts are counts of examples, so that a run does the same work on every machine and with every batch size. For
+10,000 short texts on two cores `quick` is meant to take about 5 minutes, `standard` 20 and `best` 60.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Budget = Literal["quick", "standard", "best"]
+Modality = Literal["text", "image", "corpus"]
+
+MOST_VIEW_SETS = 16
+"""More views of an example than six times as many say little more about it."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What a budget allows, in examples.
+
+    Attributes:
+        teacher: How many the teacher is fine-tuned on, every repetition counted.
+        epochs: The fewest and the most epochs of its fine-tuning.
+        fresh: How many a student of fresh weights is trained on.
+        started: How many a student is trained on that starts from trained layers.
+        outputs: How many the teacher predicts for its students: the labelled ones, views and the transfer set.
+    """
+
+    teacher: int
+    epochs: tuple[int, int]
+    fresh: int
+    started: int
+    outputs: int
+
+
+AMOUNTS: dict[tuple[Modality, Budget], Amounts] = {
+    ("text", "quick"): Amounts(14_000, (1, 12), 48_000, 24_000, 25_000),
+    ("text", "standard"): Amounts(22_000, (2, 20), 192_000, 64_000, 120_000),
+    ("text", "best"): Amounts(37_000, (3, 30), 512_000, 192_000, 300_000),
+    ("image", "quick"): Amounts(150_000, (2, 40), 64_000, 64_000, 60_000),
+    ("image", "standard"): Amounts(430_000, (4, 60), 192_000, 192_000, 120_000),
+    ("image", "best"): Amounts(1_000_000, (8, 90), 512_000, 512_000, 360_000),
+}
+CORPUS_EPOCHS: dict[Budget, int] = {"quick": 1, "standard": 3, "best": 6}
+"""How often language models go through their text."""
+
+
+def teacher_epochs(budget: Budget, modality: Modality, labelled: int) -> int:
+    """Return how often the teacher's fine-tuning goes through its labelled examples.
+
+    >>> teacher_epochs("standard", "text", 10_000), teacher_epochs("standard", "text", 1_500)
+    (3, 20)
+    """
+    if modality == "corpus":
+        return CORPUS_EPOCHS[budget]
+    amounts = AMOUNTS[modality, budget]
+    least, most = amounts.epochs
+    return min(max(math.ceil(amounts.teacher / labelled), least), most)
+
+
+def student_examples(budget: Budget, modality: Modality, labelled: int, started: bool) -> int:
+    """Return how many examples a student is trained on; `started`: it starts from trained layers.
+
+    >>> student_examples("standard", "text", 10_000, started=False)
+    192000
+    """
+    if modality == "corpus":
+        return CORPUS_EPOCHS[budget] * labelled
+    amounts = AMOUNTS[modality, budget]
+    return amounts.started if started else amounts.fresh
+
+
+def views_and_sets(budget: Budget, modality: Modality, labelled: int, transfer: int) -> tuple[int, int]:
+    """Return how many augmented views each labelled example has in a set, and how many sets there are.
+
+    >>> views_and_sets("standard", "text", 10_000, 0), views_and_sets("standard", "text", 1_000, 10_000)
+    ((5, 2), (6, 16))
+    """
+    each = (AMOUNTS[modality, budget].outputs - labelled - transfer) // labelled
+    if each < 1:
+        return 0, 1
+    sets = min(max(round(each / 6), 1), MOST_VIEW_SETS)
+    return min(each // sets, 6), sets

@@ -1,0 +1,196 @@
+"""How long a run takes: a few steps of each network are timed before any training."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.config.instantiate import build, in_sweep, processes
+from kd_lightning.evaluation.profiling import single_examples
+from kd_lightning.models.adapt import evaluating, run_network
+from kd_lightning.runtime.clock import Clock, duration
+from kd_lightning.runtime.console import say
+from kd_lightning.teachers import Teacher
+from kd_lightning.training.optim import parameter_groups
+from kd_lightning.training.run_folder import is_finished
+from kd_lightning.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    from kd_lightning.pipeline.context import Run
+    from kd_lightning.pipeline.stages import Stage
+
+TIMED = 4
+"""Batches that a step is timed on: of typical sizes, after one that is not counted."""
+SEEN = 40
+"""Batches among which those are chosen."""
+LEAST = 200
+"""Steps from which a run is worth estimating; fewer are soon done."""
+PROFILED = 220
+"""How often the report has each network predict a single example, and what it takes besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A network that the preflight has tried.
+
+    Attributes:
+        stage: The stage that trains one like it.
+        network: The network; it is thrown away.
+        module: What is trained: the network and the loss's own weights.
+        weights: Those of its weights that are trained, whatever froze them since.
+        loss: The loss of a batch, given what the teacher predicts for it; None: what the network predicts itself.
+        teacher: What a distilled student learns from, as its cache would give it.
+    """
+
+    stage: Stage
+    network: nn.Module
+    module: nn.Module
+    weights: Sequence[nn.Parameter]
+    loss: Callable[[Batch, ModelOutput | None], Tensor]
+    teacher: Teacher | None = None
+
+
+def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Clock | None:
+    """Print how long the unfinished stages take, and return the clock; None where it is unknown.
+
+    It is unknown for several processes, and left out in a sweep, whose points are many.
+    """
+    todo = [stage for stage in stages if not is_finished(run.folder / stage.path)]
+    if sum(stage.steps for stage in todo) < LEAST or in_sweep() or processes(run.cfg.trainer) > 1:
+        return None
+    found = {(trial.stage.kind, trial.stage.part, trial.stage.teacher): trial for trial in trials}
+    parts: dict[str, float] = {}
+    costs: dict[int, float] = {}
+    outputs = 0.0
+    with torch.random.fork_rng(devices=[]):
+        for stage in todo:
+            trial = found.get((stage.kind, stage.part, stage.teacher))
+            if trial is None:  # a fine-tuning: the network that was distilled
+                trial = next((one for one in trials if one.stage.kind == "distill"), None)
+            if trial is None:
+                return None
+            if id(trial) not in costs:
+                costs[id(trial)] = _training(run, trial)
+            parts[stage.path] = costs[id(trial)] * stage.steps / trial.stage.steps
+            if stage.distils and trial.teacher is not None and not outputs:
+                outputs = _outputs(run, trial.teacher)
+                parts[stage.path] += outputs
+        parts["report"] = sum(_profile(run, trial) for trial in found.values())
+    clock = Clock(parts, outputs)
+    say(run.console, _line(run, todo, clock))
+    return clock
+
+
+def _line(run: Run, stages: Sequence[Stage], clock: Clock) -> str:
+    """Return what is done, and how long it takes."""
+    teachers = [stage for stage in stages if stage.kind == "teacher"]
+    students = [stage for stage in stages if stage.kind != "teacher"]
+    shares = []
+    if teachers:
+        seconds = sum(clock.parts[stage.path] for stage in teachers)
+        shares.append(f"{_number(teachers, 'teacher')} {duration(seconds)}")
+    if clock.outputs:
+        shares.append(f"its outputs for {run.data.num_examples:,} examples {duration(clock.outputs)}")
+    if students:
+        seconds = sum(clock.parts[stage.path] for stage in students) - clock.outputs
+        shares.append(f"{_number(students, 'student')} {duration(seconds)}")
+    return f"about {duration(clock.total)} (budget={run.cfg.budget}): {', '.join(shares)}"
+
+
+def _number(stages: Sequence[Stage], name: str) -> str:
+    """Return how many trainings there are, and of how many steps."""
+    steps = sorted({stage.steps for stage in stages})
+    several = f"{len(stages)} {name}s" if len(stages) > 1 else name
+    return f"{several} of {' to '.join(f'{number:,}' for number in {steps[0]: 0, steps[-1]: 0})} steps"
+
+
+def _training(run: Run, trial: Trial) -> float:
+    """Return the seconds of a stage's steps and of its looks at the validation split."""
+    from kd_lightning.pipeline.prepare import training_data
+
+    stage, data = trial.stage, training_data(run, trial.stage)
+    device = run.device
+    for weight in trial.weights:
+        weight.requires_grad_()
+    optimizer = build(stage.optimizer)(parameter_groups(trial.module.to(device).train()))
+    teacher = None if trial.teacher is None else trial.teacher.to(device)
+    live = stage.teacher is None or run.cfg.teacher.cache == "off"
+    chosen = [on(batch, device) for batch in _typical(data.train_dataloader())]
+    expected = {id(batch): teacher(batch) for batch in chosen} if teacher is not None and not live else {}
+
+    def step(batch: Batch) -> None:
+        with _precision(stage.trainer.get("precision"), device):
+            loss = trial.loss(batch, teacher(batch) if teacher is not None and live else expected.get(id(batch)))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trial.module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = _seconds(step, chosen)
+    looks = (stage.validations + 1) * _evaluation(trial.network, data.val_dataloader(), device)
+    return stage.steps * int(stage.trainer.get("accumulate_grad_batches", 1)) * seconds + looks
+
+
+def _evaluation(network: nn.Module, loader: Iterable[Batch], device: torch.device) -> float:
+    """Return the seconds in which a network predicts a split."""
+    batches = list(loader)
+    with evaluating(network), torch.inference_mode():
+        chosen = [on(batch, device) for batch in _typical(batches)]
+        each = _seconds(lambda batch: run_network(network, batch), chosen)
+    return each * len(batches)
+
+
+def _outputs(run: Run, teacher: Teacher) -> float:
+    """Return the seconds in which the teacher predicts all examples."""
+    size = run.cfg.teacher.predict_batch_size
+    data = run.data.select(tokens="both", pool=True).with_batches(batch_size=size)
+    device = run.device
+    each = _seconds(teacher.to(device), [on(batch, device) for batch in _typical(data.train_dataloader())])
+    return each * data.num_examples / size
+
+
+def _profile(run: Run, trial: Trial) -> float:
+    """Return the seconds in which the report scores a network and measures its speed."""
+    data = run.data.select(tokens=trial.stage.role)
+    device, network = run.device, trial.network
+    test = 0.0 if trial.stage.kind == "teacher" else _evaluation(network, data.test_dataloader(), device)
+    with evaluating(network.cpu()), torch.inference_mode():
+        singles = single_examples(_typical(data.val_dataloader()), TIMED)
+        each = _seconds(lambda batch: run_network(network, batch), singles)
+    return test + PROFILED * each
+
+
+def _typical(loader: Iterable[Batch]) -> list[Batch]:
+    """Return some batches of typical sizes."""
+    batches = sorted(islice(loader, SEEN), key=lambda batch: max(value.numel() for value in batch.values()))
+    return [batches[(2 * number + 1) * len(batches) // (2 * TIMED)] for number in range(TIMED)]
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _seconds(call: Callable[[Batch], object], batches: Sequence[Batch]) -> float:
+    """Return the mean time of a call; the first one is not counted."""
+    found = []
+    for batch in [batches[0], *batches]:
+        begun = time.perf_counter()
+        call(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return statistics.fmean(found[1:])
+
+
+def _precision(name: object, device: torch.device) -> torch.autocast:
+    """Return the context in which a trainer of this precision computes."""
+    dtype = torch.float16 if str(name).startswith("16") else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled="16" in str(name))

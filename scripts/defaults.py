@@ -1,0 +1,95 @@
+"""Measure what the defaults are worth on several sets: `kd-train` with nothing set but data, goal and budget.
+
+python scripts/defaults.py                       every set and goal; writes results/defaults.json
+python scripts/defaults.py reviews/small         this one; what is trained already is kept
+python scripts/defaults.py --budget quick        the quick budget
+
+Each is one `kd-train` of its own process, as a user runs it: weights are selected on validation, and its report reads
+the test split once. The defaults were chosen on validation splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainings import ROOT
+
+RUNS, RESULT = ROOT / "runs" / "defaults", ROOT / "results" / "defaults.json"
+SETS: dict[str, list[str]] = {
+    "reviews": ["data=reviews"],
+    "reviews, 1,000 labels": ["data=reviews", "data.train_examples=1000", "data.transfer_examples=null"],
+    "debian_sections, 10,000 labels": ["data=debian_sections", "data.train_examples=10000"],
+    "debian_sections, 1,000 labels": [
+        "data=debian_sections", "data.train_examples=1000", "data.transfer_examples=10000",
+    ],
+    "sotu_eras": ["data=sotu_eras"],
+    "fashion_mnist": ["data=fashion_mnist"],
+}  # fmt: skip
+GOALS = {name: ("small",) if name == "fashion_mnist" else ("small", "fast") for name in SETS}
+SEEDS = {"small": 5, "fast": 3}
+LIMIT = 6 * 3600
+"""Seconds that a run may take."""
+MODELS = ("teacher", "baseline", "baseline_initialised", "distilled")
+
+
+def names() -> list[str]:
+    """Return what there is to measure: SET/GOAL."""
+    return [f"{name}/{goal}" for name in SETS for goal in GOALS[name]]
+
+
+def train(name: str, budget: str, seeds: int) -> Path:
+    """Train a set for a goal, and return the run's folder."""
+    data, goal = name.rsplit("/", 1)
+    folder = RUNS / budget / name.replace(", ", "_").replace(" ", "_").replace("/", "_")
+    command = [
+        sys.executable, "-m", "kd_lightning.cli.train", *SETS[data], f"goal={goal}", f"budget={budget}",
+        f"seeds={seeds}", f"run_dir={folder}",
+    ]  # fmt: skip
+    print("$", " ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return folder
+
+
+def row(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report says of the defaults."""
+    monitor, models = report["data"]["monitor"], report["models"]
+    scores = {name: models[name]["test"][monitor] for name in MODELS if name in models}
+    kept = scores["distilled"]["mean"] / scores["teacher"]["mean"]
+    settings = report["settings"]
+    return {
+        "monitor": monitor, **scores, "share_of_teacher": kept, "ratio": report["distillation_ratio"],
+        "ratio_same_start": report["distillation_ratio_same_start"],
+        "differences": report["differences"]["distilled"], "seeds": len(report["seeds"]),
+        "calibration": models["teacher"]["validation"].get(report["data"]["calibration"], {}).get("mean"),
+        **{key: settings.get(key) for key in ("steps", "baseline_steps", "estimated_seconds", "seconds")},
+        "stages_seconds": report["stages"], "splits": report["data"]["splits"], "warnings": report["warnings"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Train and write the results after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="SET/GOAL", help=", ".join(names()))
+    parser.add_argument("--budget", default="standard", choices=("quick", "standard", "best"))
+    parser.add_argument("--seeds", type=int, help="fewer or more seeds than the goal's")
+    given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in names()]:
+        sys.exit(f"defaults: there is no {unknown[0]!r}; there are {', '.join(names())}")
+    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    for name in given.names or names():
+        folder = train(name, given.budget, given.seeds or SEEDS[name.rsplit("/", 1)[1]])
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        document.setdefault(given.budget, {})[name] = row(report) | {
+            "command": report["command"], "environment": report["environment"],
+        }  # fmt: skip
+        RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
