@@ -40,7 +40,7 @@ from kd_lightning.teachers import (
     fit_weights,
     frozen,
 )
-from kd_lightning.teachers.cache.fill import fill, told
+from kd_lightning.teachers.cache.fill import fill, reported
 from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.reuse import Copying, contents_of, write_contents
@@ -360,7 +360,7 @@ class TeacherProvider:
         if self.console.is_terminal:
             batches = track(batches, "teacher", console=self.console)
         else:
-            batches = told(batches, cache.missing(), self._lengths(member), self._say)
+            batches = reported(batches, cache.missing(), self._lengths(member), self._say)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         teacher = self._running(member).to(self.device)
         count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say)

@@ -21,17 +21,17 @@ class Pace:
 
     def __init__(self, first: float = 0.0) -> None:
         self.first = first
-        self._begun = self._told = time.monotonic()
+        self._begun = self._printed = time.monotonic()
 
     @property
     def due(self) -> bool:
         """Whether `EVERY` seconds have passed since the last line."""
-        return time.monotonic() - self._told >= EVERY
+        return time.monotonic() - self._printed >= EVERY
 
     def left(self, done: float, total: float) -> str:
         """Return the end of a line, the time left, after which the next line is not due for a while."""
-        self._told = time.monotonic()
-        seconds = (self._told - self._begun) / max(done - self.first, 1.0) * (total - done)
+        self._printed = time.monotonic()
+        seconds = (self._printed - self._begun) / max(done - self.first, 1.0) * (total - done)
         return f"{seconds:.0f} s left"
 
 

@@ -195,7 +195,7 @@ def teacher_precision(stage: Path, run: Path | None = None) -> Precision:
 
 
 def model_of(trained: TrainedModel) -> Model:
-    """Return a loaded network as a model on the CPU: a teacher in the precision in which its run's report scores it."""
+    """Return a loaded network as a model on the CPU: a teacher in its run's precision."""
     from kd_lightning.tasks.evaluation import of_network
 
     if not is_finished(trained.folder) or read_task(trained.folder)["role"] != "teacher":

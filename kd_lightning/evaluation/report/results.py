@@ -78,7 +78,7 @@ class OutputsTime:
     """For how long a teacher predicted what its students learn from and are compared with.
 
     Attributes:
-        total: Seconds, whoever asked: before, during and after trainings.
+        total: Seconds: before, during and after trainings.
         reused: The part of it that other runs spent, whose stored outputs this one read.
         training: The part of it within the training time of this run's students.
     """

@@ -160,7 +160,7 @@ def fill(
     return wanted
 
 
-def told(batches: Iterable[Batch], missing: Tensor, lengths: Tensor, say: Say) -> Iterator[Batch]:
+def reported(batches: Iterable[Batch], missing: Tensor, lengths: Tensor, say: Say) -> Iterator[Batch]:
     """Yield batches, and say now and then how many of the missing examples were in them.
 
     Args:

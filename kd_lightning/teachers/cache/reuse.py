@@ -1,4 +1,4 @@
-"""Outputs that other caches of the same teacher hold for the same inputs, whatever set these belong to.
+"""Outputs that other caches of the same teacher hold for the same inputs, of any set.
 
 Beside its shards a cache keeps a digest of what the teacher reads of each example, `contents`. A new cache copies the
 outputs of every example whose digest another cache of this teacher has, before the teacher predicts the others.

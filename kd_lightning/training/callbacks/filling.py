@@ -1,4 +1,4 @@
-"""Keeps a teacher cache consistent with the training that fills it, and counts what the teacher takes of it."""
+"""Keeps a teacher cache consistent with the training that fills it, and counts its time."""
 
 from __future__ import annotations
 
