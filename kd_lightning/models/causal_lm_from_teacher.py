@@ -23,7 +23,7 @@ def causal_lm_from_teacher(
     teacher: nn.Module,
     vocab_size: int,
     block_size: int | None = None,
-    layers: int | Sequence[int] = 4,
+    layers: int | float | Sequence[int] = 4,
     width: int | None = None,
     initialise: Initialise = "teacher",
     logits_in_training: bool = True,
