@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from kd_lightning.cli.export import main
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
+from kd_lightning.evaluation.generation import Decoding
+from kd_lightning.evaluation.generation import generate as generated
+from kd_lightning.export.load import load_export
 from kd_lightning.models.causal_lm import CausalLM, causal_lm_small
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
@@ -97,6 +100,8 @@ def check_exported(tmp_path: Path, trained: TrainedModel) -> None:
         with torch.no_grad():
             ids = torch.cat([ids, trained.network(ids).logits[:, -1:].argmax(-1)], 1)
     assert found["generated_text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+    went_on = generated(load_export(tmp_path / "folder"), "some words", Decoding(max_new_tokens=5))
+    assert went_on == generated(trained, "some words", Decoding(max_new_tokens=5))
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card
     assert "AutoModelForCausalLM" in card
