@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -199,6 +200,33 @@ def causal_lm_small(
         **options,
     )  # fmt: skip
     return CausalLM(LlamaForCausalLM(config), vocab_size, logits_in_training)
+
+
+@torch.no_grad()
+def trimmed(model: CausalLM, ids: Sequence[int]) -> CausalLM:
+    """Return a model, changed in place, that reads and predicts these of its tokens only, under new numbers.
+
+    Its logits are those of the whole model for a text of such tokens, so its probabilities are the whole model's, given
+    that no other token comes.
+
+    Args:
+        model: The whole model.
+        ids: The old number of each token.
+    """
+    network: Any = model.network
+    rows, config = torch.tensor(ids), network.config.get_text_config()
+    new: dict[int, nn.Parameter] = {}  # one where embedding and output layer share it
+    for layer in (network.get_input_embeddings(), _head(network)):
+        old = layer.weight
+        layer.weight = new.setdefault(id(old), nn.Parameter(old[rows].clone()))
+        if getattr(layer, "bias", None) is not None:
+            layer.bias = nn.Parameter(layer.bias[rows].clone())
+        setattr(layer, "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features", len(ids))
+    config.vocab_size = len(ids)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # old numbers; the tokenizer has the new ones
+        setattr(config, name, None)
+        setattr(network.generation_config, name, None)
+    return CausalLM(network, len(ids), model.logits_in_training)
 
 
 # -- probes of a network's predictions ---------------------------------------------------------------------------------

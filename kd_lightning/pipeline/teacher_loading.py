@@ -61,7 +61,7 @@ def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Consol
         network = data.task.finished(checkpoint, sizes).eval()
         return LoadedTeacher(network, network_digest(network), checkpoint, None)
 
-    key = (checkpoint, type(data.task), data.task.outputs, sorted(sizes.items()), stamps(checkpoint))
+    key = (checkpoint, type(data.task), data.task.outputs, data.task.kept, sorted(sizes.items()), stamps(checkpoint))
     teacher = shared("teacher", key, load)
     if data.class_names:
         _check_class_order(checkpoint, teacher.network, data, console)

@@ -41,6 +41,7 @@ class Task(ABC):
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
         per_token: Whether a network predicts for each token of a text, and not for the text.
         generates: Whether what it predicts of a text is how it goes on (`kd_lightning.evaluation.generation`).
+        kept: Which of a checkpoint's classes there are, where it has more; None: all.
     """
 
     monitor: str
@@ -50,6 +51,7 @@ class Task(ABC):
     classes: int | None = None
     per_token: bool = False
     generates: bool = False
+    kept: Any = None
 
     @property
     def mode(self) -> Mode:

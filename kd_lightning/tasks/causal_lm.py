@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,24 @@ MOST_SHOWN = 5
 """Of the likeliest next tokens."""
 
 
+class Kept(NamedTuple):
+    """The tokens of a trimmed vocabulary.
+
+    Attributes:
+        ids: Each token's number in the whole vocabulary.
+        size: How many tokens that has.
+    """
+
+    ids: tuple[int, ...]
+    size: int
+
+
 class CausalLanguageModeling(Task):
     """The token after each token of a text, from those before it.
 
     Args:
         vocabulary: V, how many tokens there are.
+        kept: Which tokens of a checkpoint of Hugging Face these are; None: all.
     """
 
     monitor, generates = "cross_entropy", True
@@ -41,8 +54,9 @@ class CausalLanguageModeling(Task):
         "kl_to_teacher": ScoreSpec("KL to teacher, nats a token", "min"),
     }
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, kept: Kept | None = None) -> None:
         self.outputs = self.classes = vocabulary
+        self.kept = kept
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -67,9 +81,11 @@ class CausalLanguageModeling(Task):
 
     def finished(self, checkpoint: str, sizes: Mapping[str, int]) -> nn.Module:
         """Load a causal language model of Hugging Face."""
-        from kd_lightning.models.causal_lm import causal_lm  # imports the models of transformers
+        from kd_lightning.models.causal_lm import causal_lm, trimmed  # imports the models of transformers
 
-        return causal_lm(checkpoint, self.outputs, sizes.get("block_size"))
+        if self.kept is None:
+            return causal_lm(checkpoint, self.outputs, sizes.get("block_size"))
+        return trimmed(causal_lm(checkpoint, self.kept.size, sizes.get("block_size")), self.kept.ids)
 
     def pipeline(self, reads: str) -> str:
         """Return the hub's name."""

@@ -153,3 +153,30 @@ def test_a_checkpoint_of_hugging_face_teaches_with_its_own_tokenizer(
     assert report["models"]["teacher"]["test"]["perplexity"]["mean"] == pytest.approx(len(tokenizer), rel=0.1)
     with pytest.raises(ConfigError, match=r"data\.block_size=64: .*llama has positions for 32 tokens"):
         run(composed(*without, *teacher, "data.block_size=64", f"run_dir={tmp_path / 'other'}"))
+
+
+def test_a_trimmed_vocabulary_teaches_with_the_tokens_of_the_training_text(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    words = [*WORDS, "zebra", "quartz", "jumbo"]
+    tokenizer = load_tokenizer("bpe:400", [f"{one} {other}" for one in words for other in words])
+    torch.manual_seed(0)
+    network = causal_lm_small(len(tokenizer) + 4, 32, hidden_size=16, num_layers=2, num_heads=2).network
+    network.save_pretrained(tmp_path / "llama")
+    write_tokenizer(tokenizer, tmp_path / "llama")
+    without = [
+        one for one in overrides if not one.startswith(("data.tokenizer", "model@", "teacher.network", "student"))
+    ]
+    teacher = [f"teacher.checkpoint={tmp_path / 'llama'}", "stages=[distill]", "trainer.max_epochs=1", "validations=1"]
+    trims = [f"data.tokenizer=trimmed:{tmp_path / 'llama'}", "model@student=causal_lm_from_teacher", "student.layers=1"]
+    prepared = Run(composed(*without, *teacher, *trims), Console(file=StringIO(), width=120))
+    train_all(prepared)
+    report = compare(prepared, "kd-train ...")
+    trained = load_run(tmp_path / "run")
+    size = len(trained.tokenizer)  # type: ignore[arg-type]
+    assert size < len(tokenizer)
+    assert trained.network.network.get_input_embeddings().num_embeddings == size  # type: ignore[operator, union-attr]
+    assert report["models"]["teacher"]["test"]["perplexity"]["mean"] == pytest.approx(size, rel=0.1)
+    assert generated(trained, "the people, and a zebra", Decoding(max_new_tokens=3))["tokens"]
+    main([str(tmp_path / "run"), "--format", "huggingface", "--out", str(tmp_path / "folder")])
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "folder")) == size

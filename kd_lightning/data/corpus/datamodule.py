@@ -15,10 +15,12 @@ from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, mixed, s
 from kd_lightning.data.corpus.store import VERSION, CorpusStore, Source, encode_corpus
 from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
 from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
+from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
 from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
 from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.tasks import CausalLanguageModeling, Task
+from kd_lightning.tasks.causal_lm import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +41,8 @@ class CorpusData(IndexedData):
 
     Args:
         tokenizer: A folder, a Hugging Face name, or `"bpe:8000"` to learn one from the training documents. Teacher and
-            student read the same tokens.
+            student read the same tokens. `"trimmed:NAME"` keeps those of NAME that the training text uses, and what
+            writes any other text; a checkpoint of Hugging Face then teaches with these tokens alone.
         block_size: Tokens of a block.
         packing: What stands in a block: `documents` one after the other, of which none sees another; the same as one
             text (`concat`); or `none` but a single document.
@@ -77,6 +80,7 @@ class CorpusData(IndexedData):
                 "lie between 0 and 1, their sum below 1"
             )
         self.tokenizer_name = tokenizer
+        self._kept: Kept | None = None
         self.block_size = block_size
         self.packing: Packing = packing
         self.end_of_text = end_of_text
@@ -96,9 +100,16 @@ class CorpusData(IndexedData):
             return
         sources = self.sources()
         texts = itertools.islice(sources["train"].documents(), LEARNED_FROM)
-        self._tokenizer = load_tokenizer(self.tokenizer_name, texts)
+        self._tokenizer = load_tokenizer(self.tokenizer_name.removeprefix(PREFIX), texts)
         store = encode_corpus(self._tokenizer, sources, self.cache_dir, self._end())
         documents = self._split(store)
+        self._whole = tokenizer_fingerprint(self._tokenizer)
+        if self.tokenizer_name.startswith(PREFIX):
+            size, used = len(self._tokenizer), self._used(store, documents["train"])
+            self._tokenizer, ids = trim_tokenizer(self._tokenizer, used)
+            self._kept = Kept(ids, size)
+            log.info("vocabulary trimmed from %d to %d tokens", size, len(ids))
+            store = encode_corpus(self._tokenizer, sources, self.cache_dir, self._end())  # the same documents
         limits = {} if self.train_tokens is None else {"train": self.train_tokens}
         pad = int(self._tokenizer.pad_token_id)
         self._blocks, counts = cut(store, documents, self.block_size, self.packing, pad, limits)
@@ -111,6 +122,14 @@ class CorpusData(IndexedData):
             "train_tokens": self.train_tokens, "version": VERSION,
         }  # fmt: skip
         self.fingerprint = self._labelled = digest(self.teacher_key)
+
+    def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
+        """Return the tokens of the training text."""
+        found, left = np.zeros(len(self._tokenizer), bool), self.train_tokens or int(store.offsets[-1])
+        for begin, end in zip(store.offsets[documents], store.offsets[documents + 1], strict=True):
+            found[store.tokens[begin : min(end, begin + left)]] = True
+            left = max(left - int(end - begin), 0)
+        return [int(number) for number in np.flatnonzero(found)]
 
     def _end(self) -> int | None:
         """Return the token that ends a document."""
@@ -156,7 +175,7 @@ class CorpusData(IndexedData):
     @property
     def task(self) -> Task:
         """The next token."""
-        return CausalLanguageModeling(len(self._tokenizer))
+        return CausalLanguageModeling(len(self._tokenizer), self._kept)
 
     @property
     def title(self) -> str:
@@ -197,7 +216,7 @@ class CorpusData(IndexedData):
             ConfigError: It reads others.
         """
         self.prepare()
-        if tokenizer_fingerprint(load_tokenizer(tokenizer, [])) != self.teacher_key["tokenizer"]:
+        if tokenizer_fingerprint(load_tokenizer(tokenizer, [])) != self._whole:
             raise ConfigError(
                 f"the teacher reads with {tokenizer}, the student with data.tokenizer={self.tokenizer_name}: their "
                 "tokens cannot be compared one by one; give the data the teacher's tokenizer"
