@@ -204,7 +204,7 @@ def causal_lm_small(
 
 @torch.no_grad()
 def trimmed(model: CausalLM, ids: Sequence[int]) -> CausalLM:
-    """Return a model, changed in place, that reads and predicts these of its tokens only, under new numbers.
+    """Return a model, changed in place, that reads and predicts these of its tokens only, renumbered.
 
     Its logits are those of the whole model for a text of such tokens, so its probabilities are the whole model's, given
     that no other token comes.

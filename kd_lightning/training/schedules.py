@@ -96,6 +96,8 @@ class Times:
     """
 
     def __init__(self, factor: float, value: Callable[[float], float]) -> None:
+        if callable(factor):
+            raise ConfigError("Times: its factor is a schedule; expected a number (an alpha that is one, for example)")
         self.factor, self.value = factor, value
 
     def __call__(self, progress: float) -> float:

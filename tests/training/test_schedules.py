@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.training.schedules import Cosine, Linear, OneMinus, Step
+from kd_lightning.training.schedules import Cosine, Linear, OneMinus, Step, Times
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,8 @@ def test_refuses_values_that_do_not_fit_their_boundaries() -> None:
 def test_refuses_boundaries_that_do_not_rise_inside_the_training(boundaries: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"must rise inside \(0, 1\)"):
         Step(values=[1.0, 2.0, 3.0], boundaries=boundaries)
+
+
+def test_a_schedule_times_a_schedule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Times: its factor is a schedule"):
+        Times(Linear(0.0, 1.0), Linear(1.0, 0.0))  # type: ignore[arg-type]
