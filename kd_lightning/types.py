@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
   -1 at padding; a token attends within its document
 * `token_bytes`: `(B, L)` int64, how many bytes of text each token stands for
 * `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label; scores to regress are float32, NaN where none
-* `keep`: `(B, L)` bool, which tokens are predicted, or after `Task.compared` which rows of logits count
+* `keep`: `(B, L)` bool, which rows of logits count
 * `index`: `(B,)` int64, each example's stable position in its data set
 * `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
 * `begins`: `(B, L)` bool, which kept tokens begin a word; absent where each does

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.data.corpus import chat
 from kd_lightning.data.corpus import store as corpus
 from kd_lightning.data.corpus.blocks import Packing, cut
+from kd_lightning.data.corpus.conversations import Conversation
 from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
 from kd_lightning.data.text import augment, tokens, words
@@ -94,12 +96,31 @@ def make_corpus() -> Any:
     tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
     with tempfile.TemporaryDirectory() as folder:
         source = corpus.Source("", lambda: iter(TEXTS))
-        stored = corpus.encode_corpus(tokenizer, {"train": source}, Path(folder), tokenizer.sep_token_id)
+        stored = corpus.encode_corpus(
+            corpus.TextEncoder(tokenizer, tokenizer.sep_token_id), {"train": source}, Path(folder)
+        )
         found: list[Any] = [getattr(stored, name).tolist() for name in ("tokens", "widths", "offsets", "hashes")]
         for packing in get_args(Packing):
             blocks, _ = cut(stored, {"train": np.array([0, 2, 1, 4])}, 6, packing, int(tokenizer.pad_token_id))
             found.append({name: entry.tolist() for name, entry in blocks.batch(np.arange(len(blocks))).items()})
         return found
+
+
+def make_chat() -> Any:
+    """Return conversations by a template with marks and one without, whole and cut: tokens, bytes, what counts."""
+    tokenizer = tokens.load_tokenizer("wordpiece:60", [*TEXTS, "user assistant :"])
+    names = ("user", "assistant", "user", "assistant")
+    contents = (TEXTS[i] for i in (0, 1, 2, 4))
+    messages = [{"role": role, "content": text} for role, text in zip(names, contents, strict=True)]
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + ' [SEP] ' }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.eos_token = "[SEP]"  # type: ignore[assignment]
+    ways = ((plain, "all", 99), (plain, "last", 99), (chat.PLAIN, "all", 99), (plain, "all", 20))
+    return [
+        [None if entry is None else entry.tolist() for entry in encoded]
+        for template, turns, size in ways
+        for encoded in chat.ChatEncoder(tokenizer, template, turns, size)([Conversation.of(messages, "here")])  # type: ignore[arg-type]
+    ]
 
 
 def make_views() -> Any:
@@ -197,6 +218,7 @@ PIXELS = {"pixel_values": (torch.arange(2 * 3 * 64) * 0.37).sin().view(2, 3, 8, 
 COMPONENTS = {
     "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
     "words": Component(words.VERSION, "data/text/words.py", make_words),
+    "chat": Component(chat.VERSION, "data/corpus/chat.py", make_chat),
     "corpus": Component(corpus.VERSION, "data/corpus/store.py", make_corpus),
     "views": Component(augment.VERSION, "data/text/augment.py", make_views),
     "pixels": Component(store.VERSION, "data/image/store.py", make_pixels, 1e-6),

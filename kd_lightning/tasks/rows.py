@@ -14,9 +14,9 @@ def next_tokens(batch: Batch) -> Batch:
     Masks determine which tokens count, never token ids: padding may be the token that ends a text.
 
     Args:
-        batch: Tokens `(B, L)`. `attention_mask`, absent where none is padding. `keep` where only some are predicted (a
-            prompt or the first token of a packed text is not); without it, those whose `labels` are not `IGNORE`.
-            `labels`, the tokens themselves.
+        batch: Tokens `(B, L)`. `attention_mask`, absent where none is padding. `labels`, the tokens themselves, or
+            `IGNORE` where they are not predicted (a prompt, the first token of a packed text). `keep`, if given, are
+            the rows that predict one, as a teacher's outputs are stored; by default they follow from the labels.
 
     Returns:
         The batch with `labels` and `keep` `(B, L)` one position to the left, at the rows that predict. The last row
@@ -34,7 +34,7 @@ def next_tokens(batch: Batch) -> Batch:
     if "labels" in batch:
         rows["labels"] = _left(batch["labels"], IGNORE)
         counts = batch["labels"] != IGNORE
-    rows["keep"] = _left(batch.get("keep", counts) & read, False) & read
+    rows["keep"] = batch["keep"] & read if "keep" in batch else _left(counts & read, False) & read
     return rows
 
 

@@ -180,3 +180,24 @@ def test_a_trimmed_vocabulary_teaches_with_the_tokens_of_the_training_text(
     assert generated(trained, "the people, and a zebra", Decoding(max_new_tokens=3))["tokens"]
     main([str(tmp_path / "run"), "--format", "huggingface", "--out", str(tmp_path / "folder")])
     assert len(AutoTokenizer.from_pretrained(tmp_path / "folder")) == size
+
+
+def test_from_conversations_to_a_student(composed: Composed, overrides: list[str], tmp_path: Path) -> None:
+    """Only the assistant's turns are learned, and stored outputs teach as the running teacher does."""
+    rng = random.Random(0)
+    chats = []
+    for number in range(60):
+        start = rng.randrange(len(WORDS))
+        content = " ".join(WORDS[(start + i) % len(WORDS)] for i in range(rng.randint(3, 8)))
+        chats.append({"prompt": f"{number} {WORDS[start]}", "response": content})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    ours = [one for one in overrides if not one.startswith(("data=", "data.train_file", "data.block_size"))]
+    ours += ["data=chat", f"data.train_file={tmp_path / 'chats.jsonl'}", "data.block_size=96"]
+    ours += ["data.chat_template=plain", "distillation=sparse_kd", "distillation.terms.kd.top_k=16"]
+    ours += ["stages=[teacher,distill]", "teacher.trainer.max_epochs=2"]
+    live = run(composed(*ours, "teacher.cache=off"))
+    stored = run(composed(*ours, "teacher.cache_top_k=16", f"run_dir={tmp_path / 'stored'}"))
+    one, other = (report["models"]["distilled"]["test"]["cross_entropy"]["mean"] for report in (live, stored))
+    assert one == pytest.approx(other, rel=1e-3)
+    trained = load_run(tmp_path / "stored" / "seed_0" / "distill")
+    assert "generation" in str(trained.tokenizer.chat_template)  # type: ignore[union-attr]

@@ -131,10 +131,11 @@ def test_padding_neither_predicts_nor_is_predicted(mask: list[int], expected: li
 def test_only_some_tokens_are_predicted() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8, 2]]), torch.tensor([[1, 1, 1, 1, 0]])
     prompt = torch.tensor([[False, False, True, True, True]])
-    rows = next_tokens({"input_ids": ids, "labels": ids, "attention_mask": mask, "keep": prompt})
+    batch = {"input_ids": ids, "labels": ids.masked_fill(~prompt, IGNORE), "attention_mask": mask}
+    rows = next_tokens(batch)
     assert rows["keep"].int().tolist() == [[0, 1, 1, 0, 0]]
-    ignored = next_tokens({"input_ids": ids, "labels": ids.masked_fill(~prompt, IGNORE), "attention_mask": mask})
-    assert torch.equal(ignored["keep"], rows["keep"])
+    given = next_tokens(batch | {"keep": rows["keep"]})  # by these rows a teacher's outputs are stored: not shifted
+    assert torch.equal(given["keep"], rows["keep"])
 
 
 def test_a_shifted_loss_is_that_of_cut_logits() -> None:

@@ -26,6 +26,9 @@ from 0; the same documents as one text (`concat`); or one document alone (`none`
 class Blocks:
     """Blocks of all splits, one after the other.
 
+    Where only some tokens of the documents count, no others are labels, and a batch says also which rows of logits
+    predict one (`keep`), so that no others need to be stored of a teacher.
+
     Attributes:
         store: The documents.
         documents: Which of them stand one after the other, `(M,)`: a row of tokens of which blocks are runs.
@@ -67,8 +70,8 @@ class Blocks:
             which begin at 0 where a document does, where a block does, and at every padding.
 
             A label is the token itself. It is `IGNORE` where the block holds nothing to predict it from: at padding, at
-            a block's first token and, with `packing="documents"`, at each document's first one. What is padding follows
-            from lengths, never from ids.
+            a block's first token and, with `packing="documents"`, at each document's first one; and where it does not
+            count. What is padding and what counts follows from where tokens stand, never from ids.
         """
         begin, end = self.begins[index, None], self.ends[index, None]
         place = begin + np.arange((end - begin).max())
@@ -85,8 +88,13 @@ class Blocks:
             number = np.where(mask, self.documents[document], -1)
             predicted[:, 1:] &= number[:, 1:] == number[:, :-1]
             found |= {"document_ids": number, "position_ids": np.where(mask, place - np.maximum(start, begin), 0)}
+        if self.store.counted is not None:
+            predicted &= self.store.counted[source]
+            found["keep"] = np.pad(predicted[:, 1:], ((0, 0), (0, 1)))
         found["labels"] = np.where(predicted, ids, IGNORE)
-        return {name: torch.from_numpy(entry.astype(np.int64)) for name, entry in found.items()}
+        return {
+            name: torch.from_numpy(entry if name == "keep" else entry.astype(np.int64)) for name, entry in found.items()
+        }
 
 
 def cut(
@@ -95,7 +103,8 @@ def cut(
 ) -> tuple[Blocks, list[int]]:  # fmt: skip
     """Cut documents into blocks.
 
-    A block of one token, in which there is nothing to predict, is left out.
+    A block of one token, in which there is nothing to predict, is left out. Documents of which only some tokens count
+    (conversations, none longer than a block) are never cut: a block has as many as fit.
 
     Args:
         store: The documents.
@@ -116,7 +125,10 @@ def cut(
         lengths = store.lengths[documents]
         size = int(lengths.sum())
         stop = min(size, (limits or {}).get(name, size))
-        if packing == "none":
+        if store.counted is not None:
+            begin, end = _whole(lengths, 1 if packing == "none" else block_size)
+            begin, end = begin[end <= stop], end[end <= stop]
+        elif packing == "none":
             first = np.cumsum(lengths) - lengths
             pieces = -(-lengths // block_size)
             number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -128,13 +140,27 @@ def cut(
         end = np.minimum(end, stop)
         kept = end - begin > 1
         if not kept.any():
-            raise DataError(f"the {name} split has {size} tokens: a language model needs two or more to predict one")
+            raise DataError(
+                f"the {name} split has {size} tokens{f', of which {stop} make no block' * (stop < size)}: a language "
+                "model needs two or more to predict one"
+            )
         begins.append(begin[kept] + total)
         ends.append(end[kept] + total)
         counts.append(int(kept.sum()))
         total += size
     everything = np.concatenate(list(parts.values()))
     return Blocks(store, everything, np.concatenate(begins), np.concatenate(ends), packing, pad_token_id), counts
+
+
+def _whole(lengths: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where blocks begin and end that have as many whole documents as `most` tokens hold, or one."""
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[lengths > 0])])
+    places = [0]
+    while places[-1] < len(starts) - 1:
+        fits = int(np.searchsorted(starts, starts[places[-1]] + most, side="right")) - 1
+        places.append(max(fits, places[-1] + 1))
+    found = starts[places]
+    return found[:-1], found[1:]
 
 
 class BlockDataset(BatchDataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, mixed, split_documents
-from kd_lightning.data.corpus.store import VERSION, CorpusStore, Source, encode_corpus
+from kd_lightning.data.corpus.store import VERSION, CorpusStore, Encoder, Source, TextEncoder, encode_corpus
 from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
 from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
 from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
@@ -99,9 +99,12 @@ class CorpusData(IndexedData):
         if self.fingerprint:
             return
         sources = self.sources()
-        texts = itertools.islice(sources["train"].documents(), LEARNED_FROM)
+        texts = itertools.islice(self._learned_from(sources["train"]), LEARNED_FROM)
         self._tokenizer = load_tokenizer(self.tokenizer_name.removeprefix(PREFIX), texts)
-        store = encode_corpus(self._tokenizer, sources, self.cache_dir, self._end())
+        encoder = self._encoder()
+        store = encode_corpus(encoder, sources, self.cache_dir)
+        if store.note:
+            log.warning("%s", store.note)
         documents = self._split(store)
         self._whole = tokenizer_fingerprint(self._tokenizer)
         if self.tokenizer_name.startswith(PREFIX):
@@ -109,7 +112,8 @@ class CorpusData(IndexedData):
             self._tokenizer, ids = trim_tokenizer(self._tokenizer, used)
             self._kept = Kept(ids, size)
             log.info("vocabulary trimmed from %d to %d tokens", size, len(ids))
-            store = encode_corpus(self._tokenizer, sources, self.cache_dir, self._end())  # the same documents
+            encoder = self._encoder()
+            store = encode_corpus(encoder, sources, self.cache_dir)  # the same documents
         limits = {} if self.train_tokens is None else {"train": self.train_tokens}
         pad = int(self._tokenizer.pad_token_id)
         self._blocks, counts = cut(store, documents, self.block_size, self.packing, pad, limits)
@@ -118,18 +122,18 @@ class CorpusData(IndexedData):
             "corpus": digest({name: source.key for name, source in sources.items()}),
             "documents": digest({name: store.hashes[chosen].tolist() for name, chosen in documents.items()}),
             "examples": len(self._blocks), "tokenizer": tokenizer_fingerprint(self._tokenizer),
-            "end": self._end(), "block_size": self.block_size, "packing": self.packing,
+            "encoding": encoder.key, "block_size": self.block_size, "packing": self.packing,
             "train_tokens": self.train_tokens, "version": VERSION,
         }  # fmt: skip
         self.fingerprint = self._labelled = digest(self.teacher_key)
 
-    def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
-        """Return the tokens of the training text."""
-        found, left = np.zeros(len(self._tokenizer), bool), self.train_tokens or int(store.offsets[-1])
-        for begin, end in zip(store.offsets[documents], store.offsets[documents + 1], strict=True):
-            found[store.tokens[begin : min(end, begin + left)]] = True
-            left = max(left - int(end - begin), 0)
-        return [int(number) for number in np.flatnonzero(found)]
+    def _learned_from(self, source: Source) -> Iterator[str]:
+        """Return the texts that a tokenizer is learned from."""
+        return source.documents()
+
+    def _encoder(self) -> Encoder:
+        """Return what turns documents into tokens."""
+        return TextEncoder(self._tokenizer, self._end())
 
     def _end(self) -> int | None:
         """Return the token that ends a document."""

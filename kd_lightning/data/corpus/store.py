@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ CHUNK = 2**19
 """Characters that are encoded in one call: bounds the memory, long before it costs any time."""
 
 FILES = ("tokens.bin", "widths.bin", "offsets.npy", "hashes.npy")
+COUNTED = "counted.bin"
+"""The file that a store has besides where only some tokens count."""
 
 
 class Source(NamedTuple):
@@ -42,6 +45,70 @@ class Source(NamedTuple):
 
     key: str
     documents: Callable[[], Iterator[str]]
+
+
+class Encoded(NamedTuple):
+    """A document as tokens.
+
+    Attributes:
+        ids: `(L,)`.
+        widths: How many bytes of its text each token stands for, `(L,)`.
+        counted: Which of them a model learns to predict, `(L,)` bool; None: all.
+    """
+
+    ids: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    counted: NDArray[np.bool_] | None = None
+
+
+class Encoder(Protocol):
+    """Turns documents into tokens.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        masks: Whether only some of the tokens count.
+        key: What decides the tokens beside the texts, as JSON values.
+        note: What there is to say about the documents encoded so far; empty for nothing.
+    """
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...  # noqa: D102
+
+    @property
+    def masks(self) -> bool: ...  # noqa: D102
+
+    @property
+    def key(self) -> list[Any]: ...  # noqa: D102
+
+    @property
+    def note(self) -> str: ...  # noqa: D102
+
+    def __call__(self, documents: Sequence[str]) -> list[Encoded]:
+        """Return each document's tokens."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encodes plain text.
+
+    Attributes:
+        tokenizer: With the special tokens that it adds by itself.
+        end: The token that ends a document, put there if it does not stand there; None for none.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    end: int | None
+    masks = False
+    note = ""
+
+    @property
+    def key(self) -> list[Any]:
+        """The tokenizer and the end."""
+        return [tokenizer_fingerprint(self.tokenizer), self.end]
+
+    def __call__(self, documents: Sequence[str]) -> list[Encoded]:
+        """Return each document's tokens."""
+        return encode_documents(self.tokenizer, documents, self.end)
 
 
 @dataclass(frozen=True)
@@ -57,6 +124,8 @@ class CorpusStore:
         offsets: Where each document begins and the last one ends, `(N + 1,)` int64.
         hashes: Of each document's text, `(N,)` uint64.
         counts: How many documents each source has, by its name, in their order.
+        counted: Which tokens a model learns to predict, `(T,)` bool; None: all.
+        note: What its encoder had to say.
     """
 
     folder: Path
@@ -65,6 +134,8 @@ class CorpusStore:
     offsets: NDArray[np.int64]
     hashes: NDArray[np.uint64]
     counts: dict[str, int]
+    counted: NDArray[np.bool_] | None
+    note: str
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_corpus, (self.folder, False)  # processes share the files, not copies of the arrays
@@ -93,17 +164,17 @@ def open_corpus(folder: Path, checked: bool = True) -> CorpusStore:
         check_seal(folder, meta["files"], meta["files"], "it is written anew")
     if meta["fingerprint"] != folder.name:
         raise KDError(f"{folder} holds the corpus {meta['fingerprint']}: it is written anew")
-    tokens, widths = (  # as plain arrays they are indexed faster
-        np.asarray(np.memmap(folder / name, dtype, "r"))
-        for name, dtype in (("tokens.bin", np.dtype(meta["dtype"])), ("widths.bin", np.dtype(np.uint16)))
-    )
+
+    def mapped(name: str, dtype: str | type[np.generic]) -> NDArray[Any]:
+        return np.asarray(np.memmap(folder / name, np.dtype(dtype), "r"))  # as plain arrays they are indexed faster
+
+    tokens, widths = mapped("tokens.bin", meta["dtype"]), mapped("widths.bin", np.uint16)
+    counted = mapped(COUNTED, np.bool_) if COUNTED in meta["files"] else None
     offsets, hashes = np.load(folder / "offsets.npy"), np.load(folder / "hashes.npy")
-    return CorpusStore(folder, tokens, widths, offsets, hashes, meta["counts"])
+    return CorpusStore(folder, tokens, widths, offsets, hashes, meta["counts"], counted, meta["note"])
 
 
-def encode_corpus(
-    tokenizer: PreTrainedTokenizerFast, sources: Mapping[str, Source], cache: Path, end: int | None
-) -> CorpusStore:
+def encode_corpus(encoder: Encoder, sources: Mapping[str, Source], cache: Path) -> CorpusStore:
     """Return documents encoded: from the cache, or encoded now and put there.
 
     The cache folder is named after everything that decides its content, so that another text or tokenizer never finds
@@ -111,16 +182,14 @@ def encode_corpus(
     16 bytes a document.
 
     Args:
-        tokenizer: What encodes them, with the special tokens that it adds by itself.
+        encoder: What encodes them.
         sources: The documents, by a name of the source; in this order they stand in the store.
         cache: The folder of all stored corpora.
-        end: The token that ends a document, put there if it does not stand there; None for none.
 
     Raises:
         DataError: A source without a document.
     """
-    keys = {name: source.key for name, source in sources.items()}
-    deciding = [VERSION, keys, tokenizer_fingerprint(tokenizer), end]
+    deciding = [VERSION, {name: source.key for name, source in sources.items()}, *encoder.key]
     folder = cache / hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     try:
         return open_corpus(folder)
@@ -129,32 +198,34 @@ def encode_corpus(
             log.warning("%s; tokenising again", error)
             discard_folder(folder)
     with new_folder(folder) as temporary:
-        _write(tokenizer, sources, end, temporary, folder.name)
+        _write(encoder, sources, temporary, folder.name)
     return open_corpus(folder)
 
 
-def _write(
-    tokenizer: PreTrainedTokenizerFast, sources: Mapping[str, Source], end: int | None, folder: Path, fingerprint: str
-) -> None:
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+def _write(encoder: Encoder, sources: Mapping[str, Source], folder: Path, fingerprint: str) -> None:
+    dtype = np.dtype(np.uint16 if len(encoder.tokenizer) <= 2**16 else np.int32)
     lengths, hashes = [np.zeros(1, np.int64)], []
     counts = dict.fromkeys(sources, 0)
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "widths.bin").open("wb") as widths:
+    names = (*FILES, COUNTED) if encoder.masks else FILES
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in names if name.endswith(".bin")}
         for name, source in sources.items():
             for texts in _chunks(source.documents()):
-                encoded = encode_documents(tokenizer, texts, end)
-                for ids, sizes in encoded:
-                    tokens.write(ids.astype(dtype).tobytes())
-                    widths.write(np.minimum(sizes, 2**16 - 1).astype(np.uint16).tobytes())
-                lengths.append(np.array([len(ids) for ids, _ in encoded]))
+                encoded = encoder(texts)
+                for ids, sizes, counted in encoded:
+                    files["tokens.bin"].write(ids.astype(dtype).tobytes())
+                    files["widths.bin"].write(np.minimum(sizes, 2**16 - 1).astype(np.uint16).tobytes())
+                    if counted is not None:
+                        files[COUNTED].write(counted.tobytes())
+                lengths.append(np.array([len(one.ids) for one in encoded]))
                 hashes.append(np.array([text_hash(text) for text in texts], np.uint64))
                 counts[name] += len(texts)
             if not counts[name]:
                 raise DataError(f"data.{name}_file: there are no documents in it")
     np.save(folder / "offsets.npy", np.cumsum(np.concatenate(lengths)))
     np.save(folder / "hashes.npy", np.concatenate(hashes))
-    meta = {"fingerprint": fingerprint, "dtype": dtype.str, "counts": counts}
-    write_sealed(folder / "meta.json", {**meta, "files": seal(folder, FILES)})
+    meta = {"fingerprint": fingerprint, "dtype": dtype.str, "counts": counts, "note": encoder.note}
+    write_sealed(folder / "meta.json", {**meta, "files": seal(folder, names)})
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -171,9 +242,7 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], end: int | None
-) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], end: int | None) -> list[Encoded]:
     """Return each document's token ids, and how many bytes of its text each of them stands for."""
     encoded = tokenizer(
         list(texts), return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False,
@@ -185,13 +254,13 @@ def encode_documents(
         if end is not None and (not ids or ids[-1] != end):
             ids, ends = [*ids, end], np.append(ends, 0)
         if ids:
-            found.append((np.array(ids, np.int64), _widths(text, ends)))
+            found.append(Encoded(np.array(ids, np.int64), widths_of(text, ends)))
         else:  # a text of which the tokenizer knows nothing, and no token to end it
-            found.append((np.zeros(0, np.int64), np.zeros(0, np.int64)))
+            found.append(Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64)))
     return found
 
 
-def _widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+def widths_of(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the bytes between the ends of successive tokens; the rest belongs to the last one."""
     reached = np.maximum.accumulate(ends)
     total = len(text) if text.isascii() else len(text.encode())

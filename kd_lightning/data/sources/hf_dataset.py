@@ -195,6 +195,19 @@ def load_splits(name: str, config_name: str | None) -> Mapping[str, Any]:
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
+def usual_splits(splits: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Return which splits are for training, validation and test; the last two where there are any.
+
+    Raises:
+        DataError: It has no `train` split.
+    """
+    if "train" not in splits:
+        raise DataError(f"data.name={name}: there is no split 'train'; it has {', '.join(splits)}")
+    validation = next((split for split in VALIDATION if split in splits), None)
+    found = {"train": "train", "validation": validation, "test": "test" if "test" in splits else None}
+    return {part: split for part, split in found.items() if split is not None}
+
+
 def _is_labelled(table: Any, label_column: str) -> bool:
     return label_column in table.column_names and not all(map(is_missing, table[label_column]))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kd_lightning.data.sources.records import format_of
 
-_KEYS = ("name", "folder", "tokenizer", "teacher_tokenizer", "transfer")
+_KEYS = ("name", "folder", "tokenizer", "chat_template", "teacher_tokenizer", "transfer")
 _ENDINGS = ("_file", "_dir", "_folder", "path")
 _HUB = "hf:"
 

@@ -81,6 +81,25 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
     return "line", _objects(path, "line", _json_lines(path, everything), columns, manner)
 
 
+def column_names(path: Path, kind: Format, manner: Manner) -> list[str]:
+    """Return the columns of a table, or the keys of the first record; of an empty file none.
+
+    Raises:
+        DataError: The file cannot be read in this format.
+    """
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        check_file(path)
+        try:
+            return list(pyarrow.parquet.read_schema(path).names)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    _, records = records_of(path, kind, {}, manner)
+    return list(next(records, (0, {}))[1])
+
+
 def check_file(path: Path) -> None:
     """Refuse a path without a file; the message suggests the nearest name.
 
@@ -243,7 +262,7 @@ def _objects(
 ) -> Iterator[Record]:
     for number, record in found:
         if not isinstance(record, dict):
-            shown, column = json.dumps(record, ensure_ascii=False)[:40], next(iter(columns.values()))
+            shown, column = json.dumps(record, ensure_ascii=False)[:40], next(iter(columns.values()), "name")
             raise DataError(f"{path}: {word} {number}: expected an object like {{{column!r}: ...}}, got {shown}")
         check_columns(list(record), columns, f"{path}: {word} {number}: ", manner.key)
         yield number, record

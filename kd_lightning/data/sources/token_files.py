@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kd_lightning.data.sources.hf_dataset import VALIDATION, load_splits
+from kd_lightning.data.sources.hf_dataset import load_splits, usual_splits
 from kd_lightning.data.sources.tagged_dataset import tagged_split
 from kd_lightning.data.sources.tagged_files import TaggedFormat, TaggedReader
 from kd_lightning.data.text.tagged import TaggedCorpus, TaggedText, assemble_tagged
@@ -90,12 +90,8 @@ class TokenFiles(TaggedData):
 
     def _from_dataset(self, name: str) -> dict[str, list[TaggedText] | None]:
         splits = load_splits(name, self.config_name)
-        chosen = {
-            "train": "train",
-            "validation": next((split for split in VALIDATION if split in splits), None),
-            "test": "test" if "test" in splits else None,
-        }
+        chosen = usual_splits(splits, name)
         return {
-            part: None if split is None else tagged_split(splits, split, name, self.reader)
-            for part, split in chosen.items()
+            part: tagged_split(splits, chosen[part], name, self.reader) if part in chosen else None
+            for part in ("train", "validation", "test")
         }

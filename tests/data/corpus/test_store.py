@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_lightning.data.corpus import store as module
-from kd_lightning.data.corpus.store import Source, encode_corpus, encode_documents, open_corpus
+from kd_lightning.data.corpus.store import Source, TextEncoder, encode_corpus, encode_documents, open_corpus
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.runtime.errors import DataError, KDError
 from tests.data.corpus.texts import made, source, stored
@@ -42,7 +42,7 @@ def test_bytes_of_the_tokens_add_up_to_the_texts(tmp_path: Path) -> None:
 def test_bytes_of_a_tokenizer_that_leaves_things_out_add_up_too() -> None:
     texts = ["Ärger  und\n\nFreude ", "plain words here"]
     tokenizer = load_tokenizer("wordpiece:60", texts)
-    for text, (ids, widths) in zip(texts, encode_documents(tokenizer, texts, tokenizer.sep_token_id), strict=True):
+    for text, (ids, widths, _) in zip(texts, encode_documents(tokenizer, texts, tokenizer.sep_token_id), strict=True):
         assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
         assert widths.sum() == len(text.encode())
         assert widths[0] == 0
@@ -65,7 +65,7 @@ def test_a_damaged_file_is_written_anew(tmp_path: Path, name: str, caplog: pytes
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     with pytest.raises(KDError, match=f"{name} is damaged"):
         open_corpus(store.folder)
-    again = encode_corpus(tokenizer, {"train": source(texts)}, tmp_path, tokenizer.eos_token_id)
+    again = encode_corpus(TextEncoder(tokenizer, tokenizer.eos_token_id), {"train": source(texts)}, tmp_path)
     assert "tokenising again" in caplog.text
     assert (again.folder / name).read_bytes() == before
 
@@ -76,14 +76,14 @@ def test_a_reader_that_breaks_off_leaves_no_store(tmp_path: Path) -> None:
         raise DataError("line 2 is bad")
 
     with pytest.raises(DataError, match="line 2"):
-        encode_corpus(load_tokenizer("bpe:300", ["one"]), {"train": Source("x", breaks)}, tmp_path, None)
+        encode_corpus(TextEncoder(load_tokenizer("bpe:300", ["one"]), None), {"train": Source("x", breaks)}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_documents_are_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bpe:300", ["one"])
     with pytest.raises(DataError, match=r"data\.train_file: there are no documents"):
-        encode_corpus(tokenizer, {"train": source([])}, tmp_path, None)
+        encode_corpus(TextEncoder(tokenizer, None), {"train": source([])}, tmp_path)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
     def peak(count: int) -> int:
         source = Source(str(count), lambda: (f"{number} " + "of this union " * 60 for number in range(count)))
         tracemalloc.start()
-        encode_corpus(tokenizer, {"train": source}, tmp_path, None)
+        encode_corpus(TextEncoder(tokenizer, None), {"train": source}, tmp_path)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

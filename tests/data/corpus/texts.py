@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.data import LMTextData
-from kd_lightning.data.corpus.store import CorpusStore, Source, encode_corpus
+from kd_lightning.data.corpus.store import CorpusStore, Source, TextEncoder, encode_corpus
 from kd_lightning.data.text.tokens import load_tokenizer
 
 TEXT = "the people of this country have built a great union and its laws protect every citizen in peace"
@@ -31,9 +31,8 @@ def source(texts: Sequence[str]) -> Source:
 def stored(texts: Sequence[str], folder: Path, end: bool = True) -> tuple[CorpusStore, Any]:
     """Return documents encoded by byte pairs that are learned from them, and the tokenizer."""
     tokenizer = load_tokenizer("bpe:300", texts)
-    return encode_corpus(
-        tokenizer, {"train": source(texts)}, folder, tokenizer.eos_token_id if end else None
-    ), tokenizer
+    encoder = TextEncoder(tokenizer, tokenizer.eos_token_id if end else None)
+    return encode_corpus(encoder, {"train": source(texts)}, folder), tokenizer
 
 
 def written(folder: Path, texts: Sequence[str]) -> Path:

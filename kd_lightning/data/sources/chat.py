@@ -1,0 +1,87 @@
+"""The user's own conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from kd_lightning.data.corpus.chat import ChatEncoder, Turns, template_of
+from kd_lightning.data.corpus.conversations import ROLES, Conversation, ConversationReader
+from kd_lightning.data.corpus.store import Source
+from kd_lightning.data.sources.lm_text import OwnDocuments
+from kd_lightning.data.sources.records import Format
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
+
+
+class ChatData(OwnDocuments):
+    """Conversations in JSON, Parquet, CSV or TSV files, or folders of them, for language models.
+
+    Each record is one: a list of messages, or a prompt and its response. They become tokens by the tokenizer's chat
+    template, and only assistant's turns count, in losses, scores and what is stored of a teacher
+    (`kd_lightning.data.corpus.chat.ChatEncoder`). No conversation is cut at the end of a block.
+
+    Args:
+        train_file: A file or a folder, or several, of the conversations to train on.
+        validation_file: Those to select on; None holds out some of the others.
+        test_file: Those to report on; None holds out some of the others.
+        turns: Which tokens count: those of `all` assistant turns, of the `last` one, or `everything`.
+        chat_template: A file with a chat template, or its text; `plain` for one that needs no chat tokens; by default
+            the tokenizer's.
+        messages_column: The key or column with the messages.
+        prompt_column: That with a prompt, a text or messages, where there are no messages.
+        response_column: That with its response.
+        role_key: In a message, the key of its role.
+        content_key: The key of its text.
+        roles: Roles by the names that the files have for them, such as `{"gpt": "assistant"}`.
+        packing: `documents`, conversations one after the other, of which none sees another; or `none`, one a block.
+        format: The files' format; by default from the suffix.
+        encoding: Of the text formats.
+        options: Those of `OwnDocuments`.
+
+    Raises:
+        ConfigError: An option out of its range.
+    """
+
+    def __init__(
+        self,
+        train_file: str | Sequence[str] | None = None,
+        validation_file: str | Sequence[str] | None = None,
+        test_file: str | Sequence[str] | None = None,
+        turns: Turns = "all",
+        chat_template: str | None = None,
+        messages_column: str = "messages",
+        prompt_column: str = "prompt",
+        response_column: str = "response",
+        role_key: str = "role",
+        content_key: str = "content",
+        roles: Mapping[str, str] | None = None,
+        packing: Literal["documents", "none"] = "documents",
+        format: Format | None = None,
+        encoding: str = "utf-8",
+        **options: Any,
+    ) -> None:
+        reader = ConversationReader(
+            messages_column, prompt_column, response_column, role_key, content_key, dict(roles or {}), format, encoding
+        )
+        super().__init__(
+            reader=reader, train_file=train_file, validation_file=validation_file, test_file=test_file,
+            end_of_text=False, packing=packing, **options,
+        )  # fmt: skip
+        if self.packing == "concat":
+            raise ConfigError("data.packing=concat: a conversation would see others; expected documents or none")
+        if turns not in get_args(Turns):
+            raise ConfigError(f"data.turns={turns!r} is unknown{did_you_mean(str(turns), get_args(Turns))}")
+        if unknown := sorted(set(reader.roles.values()) - set(ROLES)):
+            raise ConfigError(f"data.roles: {unknown[0]!r} is no role{did_you_mean(unknown[0], ROLES)}")
+        self.turns: Turns = turns
+        self.chat_template = chat_template
+
+    def _learned_from(self, source: Source) -> Iterator[str]:
+        for one in source.documents():
+            if isinstance(one, Conversation):
+                yield "\n".join(message["content"] for message in one.messages)
+
+    def _encoder(self) -> ChatEncoder:
+        template = template_of(self._tokenizer, self.tokenizer_name, self.chat_template)
+        self._tokenizer.chat_template = template  # it is saved with the run
+        return ChatEncoder(self._tokenizer, template, self.turns, self.block_size)
