@@ -194,9 +194,13 @@ def test_from_conversations_to_a_student(composed: Composed, overrides: list[str
     ours = [one for one in overrides if not one.startswith(("data=", "data.train_file", "data.block_size"))]
     ours += ["data=chat", f"data.train_file={tmp_path / 'chats.jsonl'}", "data.block_size=96"]
     ours += ["data.chat_template=plain", "distillation=sparse_kd", "distillation.terms.kd.top_k=16"]
-    ours += ["stages=[teacher,distill]", "teacher.trainer.max_epochs=2"]
+    ours += ["stages=[teacher,distill]", "teacher.calibrate=false"]
     live = run(composed(*ours, "teacher.cache=off"))
-    stored = run(composed(*ours, "teacher.cache_top_k=16", f"run_dir={tmp_path / 'stored'}"))
+    again = Path(shutil.copytree(tmp_path / "run", tmp_path / "stored"))
+    shutil.rmtree(again / "seed_0")  # the same teacher teaches again
+    (again / "config.yaml").unlink()
+    stored = run(composed(*ours, "teacher.cache_top_k=16", f"run_dir={again}"))
+    assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]
     one, other = (report["models"]["distilled"]["test"]["cross_entropy"]["mean"] for report in (live, stored))
     assert one == pytest.approx(other, rel=1e-3)
     trained = load_run(tmp_path / "stored" / "seed_0" / "distill")

@@ -63,10 +63,8 @@ class ChatData(OwnDocuments):
         reader = ConversationReader(
             messages_column, prompt_column, response_column, role_key, content_key, dict(roles or {}), format, encoding
         )
-        super().__init__(
-            reader=reader, train_file=train_file, validation_file=validation_file, test_file=test_file,
-            end_of_text=False, packing=packing, **options,
-        )  # fmt: skip
+        super().__init__(train_file, validation_file, test_file, end_of_text=False, packing=packing, **options)
+        self.reader = reader
         if self.packing == "concat":
             raise ConfigError("data.packing=concat: a conversation would see others; expected documents or none")
         if turns not in get_args(Turns):

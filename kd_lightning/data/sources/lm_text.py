@@ -16,8 +16,9 @@ from kd_lightning.runtime.errors import ConfigError
 class OwnDocuments(CorpusData):
     """Documents of the user's own files, or of a data set that `datasets` can load.
 
+    A subclass sets `reader`, which knows how the files are written.
+
     Args:
-        reader: How the files are written.
         train_file: A file or a folder, or several, of the documents to train on.
         validation_file: Those to select on; None holds out some of the others.
         test_file: Those to report on; None holds out some of the others.
@@ -30,9 +31,10 @@ class OwnDocuments(CorpusData):
         ConfigError: Files and a data set, or neither.
     """
 
+    reader: FileDocuments
+
     def __init__(
         self,
-        reader: FileDocuments,
         train_file: str | Sequence[str] | None = None,
         validation_file: str | Sequence[str] | None = None,
         test_file: str | Sequence[str] | None = None,
@@ -47,7 +49,7 @@ class OwnDocuments(CorpusData):
         }
         if ("train" in self.files) == (name is not None) or (name is not None and self.files):
             raise ConfigError("give data.train_file (and validation_file, test_file) or data.name, one of the two")
-        self.reader, self.dataset_name, self.config_name = reader, name, config_name
+        self.dataset_name, self.config_name = name, config_name
 
     def sources(self) -> Mapping[str, Source]:
         """Return the documents of the files, or of the data set."""
@@ -86,7 +88,5 @@ class LMTextData(OwnDocuments):
         encoding: str = "utf-8",
         **options: Any,
     ) -> None:
-        super().__init__(
-            reader=DocumentReader(text_column, format, encoding), train_file=train_file,
-            validation_file=validation_file, test_file=test_file, **options,
-        )  # fmt: skip
+        super().__init__(train_file, validation_file, test_file, **options)
+        self.reader = DocumentReader(text_column, format, encoding)
