@@ -127,6 +127,14 @@ class CorpusData(IndexedData):
         }  # fmt: skip
         self.fingerprint = self._labelled = digest(self.teacher_key)
 
+    def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
+        """Return the tokens of the training text."""
+        found, left = np.zeros(len(self._tokenizer), bool), self.train_tokens or int(store.offsets[-1])
+        for begin, end in zip(store.offsets[documents], store.offsets[documents + 1], strict=True):
+            found[store.tokens[begin : min(end, begin + left)]] = True
+            left = max(left - int(end - begin), 0)
+        return [int(number) for number in np.flatnonzero(found)]
+
     def _learned_from(self, source: Source) -> Iterator[str]:
         """Return the texts that a tokenizer is learned from."""
         return source.documents()
