@@ -319,3 +319,18 @@ def test_the_yaml_lists_every_option() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(ChatData)
     assert options == set(parser.get_defaults().keys())
+
+
+def test_data_sets_are_read_as_files_are(tmp_path: Path, tokenizer: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": messages} for messages in [TALK, *talks(9)]]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "set")
+    assert counted(data(tmp_path, tokenizer, train_file=None, name=str(tmp_path / "set"))) == ANSWERS
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([*rows, {"messages": [USER]}])}).save_to_disk(
+        tmp_path / "b"
+    )
+    with pytest.raises(DataError, match=r"split 'train': row 11, column 'messages': there is no assistant's turn"):
+        data(tmp_path, tokenizer, train_file=None, name=str(tmp_path / "b")).prepare()
+    datasets.DatasetDict({"dev": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "c")
+    with pytest.raises(DataError, match=r"there is no split 'train'; it has dev"):
+        data(tmp_path, tokenizer, train_file=None, name=str(tmp_path / "c")).prepare()
