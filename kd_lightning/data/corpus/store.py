@@ -222,7 +222,12 @@ def _write(encoder: Encoder, sources: Mapping[str, Source], folder: Path, finger
                 counts[name] += len(texts)
             if not counts[name]:
                 raise DataError(f"data.{name}_file: there are no documents in it")
-    np.save(folder / "offsets.npy", np.cumsum(np.concatenate(lengths)))
+    offsets = np.cumsum(np.concatenate(lengths))
+    if not offsets[-1]:
+        raise DataError(
+            f"data.train_file: no document has a token; {encoder.note or 'data.tokenizer knows none of it'}"
+        )
+    np.save(folder / "offsets.npy", offsets)
     np.save(folder / "hashes.npy", np.concatenate(hashes))
     meta = {"fingerprint": fingerprint, "dtype": dtype.str, "counts": counts, "note": encoder.note}
     write_sealed(folder / "meta.json", {**meta, "files": seal(folder, names)})

@@ -334,3 +334,9 @@ def test_data_sets_are_read_as_files_are(tmp_path: Path, tokenizer: Path) -> Non
     datasets.DatasetDict({"dev": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "c")
     with pytest.raises(DataError, match=r"there is no split 'train'; it has dev"):
         data(tmp_path, tokenizer, train_file=None, name=str(tmp_path / "c")).prepare()
+
+
+def test_prompts_that_all_fill_a_block_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    long = [[{"role": "user", "content": f"{i} " + "the people " * 99}, BOT] for i in range(9)]
+    with pytest.raises(DataError, match=r"no document has a token; .*data\.block_size=128 tokens: 9 are left out"):
+        data(tmp_path, tokenizer, long).prepare()
