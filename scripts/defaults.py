@@ -72,6 +72,37 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table() -> str:
+    """Return docs/levers.md's table of the defaults, from results/defaults.json."""
+    if not RESULT.is_file():
+        return "Not measured yet: `python scripts/defaults.py`.\n"
+    lines = [
+        "| data, goal | budget | seeds | teacher | from labels | same start | distilled | gap closed | "
+        "from the same start | minutes (estimated) |",
+        "| :-- | :-- |" + " --: |" * 8,
+    ]
+    for budget, rows in json.loads(RESULT.read_text(encoding="utf-8")).items():
+        for name, one in rows.items():
+            scores = [_percent(one.get(model)) for model in MODELS]
+            took = f"{one['seconds'] / 60:.0f} ({one['estimated_seconds'] / 60:.0f})" if one["seconds"] else ""
+            shares = [_share(one["ratio"]), _share(one["ratio_same_start"])]
+            lines.append(
+                f"| {name.replace('/', ', ')} | {budget} | {one['seeds']} | {' | '.join([*scores, *shares, took])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _percent(score: dict[str, Any] | None) -> str:
+    """Return a score in percent, with its deviation over seeds."""
+    if score is None or score["mean"] is None:
+        return ""
+    return f"{100 * score['mean']:.1f}" + (f" ± {100 * score['std']:.1f}" if score["std"] is not None else "")
+
+
+def _share(ratio: dict[str, Any]) -> str:
+    return "" if ratio["mean"] is None else f"{ratio['mean']:.2f}"
+
+
 def main() -> None:
     """Train and write the results after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import advice
+import defaults
 from faults.page import table as fault_table
 from kd_lightning.evaluation.report import load_report, markdown_table, summary
 from kd_lightning.export.benchmark import markdown
@@ -317,7 +318,7 @@ def picture() -> None:
 TABLES = {
     "benchmarks": benchmarks, "gpu": gpu, "strategies": strategies, "export": exports, "sweep": sweep,
     "recipes": recipes, "recipe_goals": recipe_goals, "recipe_details": recipe_details, "recipe_tasks": recipe_tasks,
-    "recipe_minutes": recipe_minutes, "faults": faults, "advice": advice.table,
+    "recipe_minutes": recipe_minutes, "faults": faults, "advice": advice.table, "defaults": defaults.table,
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 
