@@ -221,7 +221,7 @@ class TeacherProvider:
         (`labelled_rows`).
         """
         wanted, whole = self.serving.calibrate, not self.serving.sharded and self.serving.cache_top_k is None
-        if not wanted or (wanted == "auto" and (self.data.task.classes is None or not whole)):
+        if not wanted or (wanted == "auto" and (self.data.task.calibration is None or not whole)):
             return teacher
         if self._temperature is None:
             unseen = self.data.val_dataloader() if self.serving.folds == 1 else self.data.labelled_dataloader()
