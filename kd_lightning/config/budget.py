@@ -52,7 +52,7 @@ def teacher_epochs(budget: Budget, modality: Modality, labelled: int) -> int:
     """Return how often the teacher's fine-tuning goes through its labelled examples.
 
     >>> teacher_epochs("standard", "text", 10_000), teacher_epochs("standard", "text", 1_500)
-    (3, 20)
+    (3, 15)
     """
     if modality == "corpus":
         return CORPUS_EPOCHS[budget]

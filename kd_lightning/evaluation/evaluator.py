@@ -10,8 +10,6 @@ from kd_lightning.runtime.errors import ConfigError, DataError
 from kd_lightning.training.run_folder import model_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kd_lightning.data.sources.files import FileReader
     from kd_lightning.data.text.corpus import Sentence
     from kd_lightning.tasks.evaluation import Evaluation
@@ -110,7 +108,7 @@ def entities(model: TrainedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
     windows = encode_words(tokenizer, tagged, model.max_length, model.max_length // 4)
     unknown = np.zeros(len(windows.tokens), np.int64)
     data = WordDataset(windows, unknown, False, range(len(windows)), int(tokenizer.pad_token_id))
-    network, of_window = model_of(model), dict[int, Tensor]()
+    network, of_window = model_of(model), {}
     order = np.argsort(windows.lengths, kind="stable")
     for start in range(0, len(order), BATCH):
         batch = data[order[start : start + BATCH]]

@@ -26,7 +26,7 @@ SETTINGS = (
 TIMES = {
     "seconds", "training_seconds", "latency_ms", "latency", "throughput", "environment", "date", "created",
     "examples_per_second", "peak_memory_bytes", "times_faster", "command", "run", "stages",
-    "checksum", "files",
+    "checksum", "files", "teacher_seconds", "outputs_seconds", "estimated_seconds",
 }  # fmt: skip
 """Keys of JSON files whose values are times, name the place, or are digests of what has times in it."""
 LOGGED = (".csv", ".png", ".md", ".html", ".lock", ".log")

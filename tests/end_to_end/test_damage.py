@@ -20,8 +20,8 @@ from kd_lightning.cli import evaluate, predict
 from kd_lightning.cli.benchmark import main as benchmark
 from kd_lightning.cli.export import main as export
 from kd_lightning.config.instantiate import conf_dir
-from kd_lightning.evaluation.report import load_report
-from kd_lightning.pipeline.compare import _curve, compare
+from kd_lightning.evaluation.report import load_report, read_curves
+from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.pipeline.run import train_all
@@ -363,7 +363,7 @@ def add_a_row(log: Path) -> None:
 
 
 def curves(stage: Path) -> dict[str, object]:
-    curve = asdict(_curve(stage, 0, "accuracy"))
+    curve = asdict(read_curves(stage, 0, "accuracy"))
     assert len(curve["loss"]) > 5
     assert len(curve["score"]) > 1
     return curve

@@ -16,7 +16,7 @@ from tests import forks
 from tests.conftest import tiny_overrides, write_toy_csv
 
 SETTINGS = [
-    "stages=[teacher,distill]", "trainer.max_epochs=3", "data.views=1", "student.dropout=0.3",
+    "stages=[teacher,distill]", "trainer.max_steps=63", "data.views=1", "student.dropout=0.3",
     "checkpoint_every_n_steps=7", "+callbacks.kill={_target_: tests.killer.KillAt, stage: distill}",
 ]  # fmt: skip
 """21 steps an epoch of the pool, 63 in all; validation at 31 and 62."""

@@ -13,6 +13,7 @@ from torch import nn
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.causal_lm import causal_lm_small
+from kd_lightning.pipeline.resolvers import register_resolvers
 from tests import ROOT
 from tests.models.test_timm import stand_in
 from tests.models.tiny import VOCABULARY, batch, tiny
@@ -22,7 +23,7 @@ FOLDER = ROOT / "conf" / "model"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom")  # the user names its target
 FILLED_IN = {"num_classes", "vocab_size", "block_size", "pad_token_id", "channels", "teacher", "per_token"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}
-VISION = ("cnn", "resnet", "timm", "simkd_cnn")
+VISION = ("cnn", "resnet", "resnet_small", "timm", "simkd_cnn")
 LANGUAGE = ("causal_lm", "causal_lm_small", "causal_lm_from_teacher")
 __all__ = ["stand_in"]  # a fixture: timm is not installed
 
@@ -49,6 +50,7 @@ def test_the_promised_models_are_there() -> None:
 
 def composed(path: Path) -> Any:
     """A file, with those in it that its defaults list names."""
+    register_resolvers()
     node: Any = OmegaConf.load(path)
     for entry in node.pop("defaults", []):
         if entry != "_self_":

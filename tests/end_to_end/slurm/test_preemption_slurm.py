@@ -21,8 +21,8 @@ from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(2400)]
 
-EVERY, EPOCHS = 25, 20
-SHORT = [f"trainer.max_epochs={EPOCHS}", f"checkpoint_every_n_steps={EVERY}", "validations=5"]
+EVERY, STEPS = 25, 220
+SHORT = [f"trainer.max_steps={STEPS}", f"checkpoint_every_n_steps={EVERY}", "validations=5"]
 """220 steps of milliseconds, in epochs of 11."""
 MIDDLE = 60
 """A step in mid-epoch that lies between two checkpoints."""
@@ -47,7 +47,7 @@ def whole(folder: Path, teacher: Path) -> Path:
     """The stage that a job leaves which nothing interrupts."""
     job = Job(folder, "whole", teacher, SHORT)
     assert job.wait_until_over() == "COMPLETED", job.log.read_text()
-    assert [event.step for event in job.events() if event.what == "step"] == list(range(1, 11 * EPOCHS + 1))
+    assert [event.step for event in job.events() if event.what == "step"] == list(range(1, STEPS + 1))
     return job.stage
 
 
@@ -67,7 +67,7 @@ def same(stage: Path, whole: Path) -> None:
 def resumed_where_it_stopped(first: list[Event], second: list[Event]) -> None:
     """Check that a rank left in mid-training, and went on with the step after its last."""
     assert (first[0].step, first[-1].what) == (0, "leaves")
-    assert MIDDLE <= first[-1].step < 11 * EPOCHS
+    assert MIDDLE <= first[-1].step < STEPS
     assert (second[0].what, second[0].step) == ("begins", first[-1].step)
 
 
