@@ -108,7 +108,8 @@ def entities(model: TrainedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
     windows = encode_words(tokenizer, tagged, model.max_length, model.max_length // 4)
     unknown = np.zeros(len(windows.tokens), np.int64)
     data = WordDataset(windows, unknown, False, range(len(windows)), int(tokenizer.pad_token_id))
-    network, of_window = model_of(model), {}
+    network = model_of(model)
+    of_window: dict[int, Tensor] = {}
     order = np.argsort(windows.lengths, kind="stable")
     for start in range(0, len(order), BATCH):
         batch = data[order[start : start + BATCH]]

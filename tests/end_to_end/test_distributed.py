@@ -166,5 +166,5 @@ def test_a_shared_teacher_teaches_what_a_whole_one_does_with_half_of_it_on_each(
 def test_every_strategy_trains_alike_with_student_and_teacher_sharded(
     name: str, kind: str, apart: dict[tuple[str, str], float]
 ) -> None:
-    # What has no gradient in the first of two steps is left out by Adam where it is whole, and counted where it is shared.
+    # Adam leaves out what has no gradient in a step where it is whole, and counts the step where it is shared out.
     assert apart[name, kind] < (1e-3 if name == "hidden_then_logits" else 2e-6)
