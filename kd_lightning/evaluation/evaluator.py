@@ -10,6 +10,8 @@ from kd_lightning.runtime.errors import ConfigError, DataError
 from kd_lightning.training.run_folder import model_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kd_lightning.data.sources.files import FileReader
     from kd_lightning.data.text.corpus import Sentence
     from kd_lightning.tasks.evaluation import Evaluation
