@@ -31,11 +31,11 @@ from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate_all, label
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.run_folder import (
     FURTHER,
+    best_stage,
     is_finished,
     load_run,
     read_stage,
     trainings_of,
-    validation_score,
 )
 from kd_lightning.types import Batch
 
@@ -98,7 +98,7 @@ def _finished(run: Run) -> dict[str, list[Path]]:
     names = [f"assistant_{number}" for number in range(1, len(run.cfg.assistants) + 1)]
     found = {name: [folder] for name in names if is_finished(folder := run.folder / name)}
     for stage in TITLES:
-        folders = [_longest_or_best(run, run.folder / f"seed_{seed}" / stage) for seed in run.seeds]
+        folders = [_longest_or_best(run.folder / f"seed_{seed}" / stage) for seed in run.seeds]
         if all(map(is_finished, folders)):
             found[stage] = folders
     if "teacher" in run.cfg.stages:
@@ -114,14 +114,10 @@ def _trainings(teacher: LoadedTeacher) -> list[Path]:
     return trainings_of(teacher.folder.parent if teacher.folder.name.startswith(FURTHER) else teacher.folder)
 
 
-def _longest_or_best(run: Run, folder: Path) -> Path:
+def _longest_or_best(folder: Path) -> Path:
     """Return a stage's folder, or that of its shorter training where that is better on validation."""
     short = folder.with_name(folder.name + SHORT)
-    if not (is_finished(folder) and is_finished(short)):
-        return folder
-    better = 1 if run.task.mode == "max" else -1
-    gain = validation_score(read_stage(short)) - validation_score(read_stage(folder))
-    return short if better * gain > 0 else folder
+    return best_stage([folder, short]) if is_finished(folder) and is_finished(short) else folder
 
 
 def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def find_stage(folder: Path, seed: int | None = None) -> Path:
     if not found:
         which = "" if seed is None else f" of seed {seed}"
         raise ConfigError(f"{folder} holds no finished student{which}: expected a folder that kd-train wrote")
-    return max(found, key=_goodness)
+    return best_stage(found)
 
 
 GO_ON = "run the same kd-train again to resume it"
@@ -322,7 +322,12 @@ def trainings_of(folder: Path) -> list[Path]:
 def best_training(folder: Path) -> Path:
     """Return that of a stage's trainings that is best on validation, of equal ones the first."""
     found = trainings_of(folder)
-    return max(found, key=_goodness) if len(found) > 1 else folder
+    return best_stage(found) if len(found) > 1 else folder
+
+
+def best_stage(stages: Sequence[Path]) -> Path:
+    """Return that of finished stages that is best on validation, of equal ones the first."""
+    return max(stages, key=_goodness)
 
 
 def validation_score(record: dict[str, Any]) -> float:
