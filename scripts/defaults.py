@@ -5,7 +5,7 @@ python scripts/defaults.py reviews/small         this one; what is trained alrea
 python scripts/defaults.py --budget quick        the quick budget
 
 Each is one `kd-train` of its own process, as a user runs it: weights are selected on validation, and its report reads
-the test split once. The defaults were chosen on validation splits.
+the test split once. The goals of a set have its teacher in common. The defaults were chosen on validation splits.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def names() -> list[str]:
 def train(name: str, budget: str, seeds: int) -> Path:
     """Train a set for a goal, and return the run's folder."""
     data, goal = name.rsplit("/", 1)
-    folder = RUNS / budget / name.replace(", ", "_").replace(" ", "_").replace("/", "_")
+    folder = RUNS / budget / data.replace(",", "").replace(" ", "_")
     command = [
         sys.executable, "-m", "kd_lightning.cli.train", *SETS[data], f"goal={goal}", f"budget={budget}",
-        f"seeds={seeds}", f"run_dir={folder}",
+        f"seeds={seeds}", f"run_dir={folder / goal}", f"shared_dir={folder / 'shared'}",
     ]  # fmt: skip
     print("$", " ".join(command[1:]), flush=True)
     subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return folder
+    return folder / goal
 
 
 def row(report: dict[str, Any]) -> dict[str, Any]:

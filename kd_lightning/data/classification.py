@@ -80,7 +80,7 @@ class ClassificationData(IndexedData):
 
     def _decide_views(self, labelled: int, transfer: int) -> None:
         """Settle the numbers of views and of their sets, where the budget decides them."""
-        views, sets = views_and_sets(self.budget, self.modality, labelled, transfer)
+        views, sets = views_and_sets(self.budget, self.modality, labelled, transfer, self.worth)
         if self._given_views == "auto":
             self.views = views
             if self._given_sets == "auto":

@@ -118,11 +118,13 @@ class IndexedData(L.LightningDataModule, ABC):
         around: Wraps the loader of training batches (`AheadTeacher.around`), if given.
         image_format: The preprocessing of images; None for other data.
         modality: What an example is, which decides how much of it a budget is.
+        worth: For how many short texts, or images, an example counts there; set by `prepare`.
     """
 
     parts: tuple[str, ...] = ("train", "validation", "test")
     image_format: ImageFormat | None = None
     modality: Modality = "text"
+    worth: float = 1.0
 
     def __init__(
         self,

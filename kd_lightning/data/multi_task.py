@@ -76,6 +76,7 @@ class MultiTaskData(ClassificationData):
         self.class_names = [f"{name}: {one}" for name, data in self.tasks.items() for one in data.class_names]
         sizes = [data.num_examples for data in self.tasks.values()]
         self.firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+        self.worth = max(data.worth for data in self.tasks.values())
         self.fingerprint = self._name()
 
     def _name(self) -> str:

@@ -74,7 +74,8 @@ class Part:
         """Return the optimizer steps of the fine-tuning of teacher `number`."""
         labelled, trainer = self.teacher_data(number).labelled_examples, self.cfg.teacher_trainer
         if trainer["max_epochs"] == "auto":
-            trainer = trainer | {"max_epochs": teacher_epochs(self.cfg.budget, self.data.modality, labelled)}
+            epochs = teacher_epochs(self.cfg.budget, self.data.modality, labelled, self.data.worth)
+            trainer = trainer | {"max_epochs": epochs}
         return planned_steps(trainer, labelled, self.cfg.teacher.batch_size)
 
     @property
@@ -159,7 +160,7 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps of the distillation, and so of its baselines."""
         labelled, started = self.data.labelled_examples, starts_trained(self.cfg.student)
-        examples = student_examples(self.cfg.budget, self.data.modality, labelled, started)
+        examples = student_examples(self.cfg.budget, self.data.modality, labelled, started, self.data.worth)
         return planned_steps(self.cfg.trainer, labelled, self.data.batch_size, examples)
 
     @property

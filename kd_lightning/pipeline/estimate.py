@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kd_lightning.pipeline.stages import Stage
 
 TIMED = 4
-"""Batches that a step is timed on: of typical sizes, after one that is not counted."""
+"""Batches that a step is timed on, of typical sizes."""
 SEEN = 40
 """Batches among which those are chosen."""
 LEAST = 200
@@ -179,15 +179,16 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 
 def _seconds(call: Callable[[Batch], object], batches: Sequence[Batch]) -> float:
-    """Return the mean time of a call; the first one is not counted."""
+    """Return the mean time of a call; a batch's first one, which prepares the kernels for its shape, is not counted."""
     found = []
-    for batch in [batches[0], *batches]:
+    for batch in batches:
+        call(batch)
         begun = time.perf_counter()
         call(batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - begun)
-    return statistics.fmean(found[1:])
+    return statistics.fmean(found)
 
 
 def _precision(name: object, device: torch.device) -> torch.autocast:

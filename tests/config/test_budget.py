@@ -6,7 +6,17 @@ import itertools
 
 import pytest
 
-from kd_lightning.config.budget import AMOUNTS, Budget, Modality, student_examples, teacher_epochs, views_and_sets
+from kd_lightning.config.budget import (
+    AMOUNTS,
+    BYTES_PER_TOKEN,
+    SHORT,
+    Budget,
+    Modality,
+    student_examples,
+    teacher_epochs,
+    views_and_sets,
+    worth,
+)
 
 BUDGETS: list[Budget] = ["quick", "standard", "best"]
 SIZES = [50, 700, 2_000, 7_400, 10_000, 40_000, 500_000]
@@ -53,3 +63,14 @@ def test_students_of_trained_layers_need_fewer_examples() -> None:
     for budget in BUDGETS:
         assert student_examples(budget, "text", 1000, True) < student_examples(budget, "text", 1000, False)
     assert student_examples("standard", "corpus", 1000, True) == 3000
+
+
+def test_long_texts_get_fewer_examples_of_everything() -> None:
+    long = worth(size=4 * SHORT * BYTES_PER_TOKEN, max_length=512)
+    assert long == 2.0
+    assert teacher_epochs("standard", "text", 2_000, long) < teacher_epochs("standard", "text", 2_000)
+    assert student_examples("standard", "text", 2_000, False, long) * 2 == student_examples(
+        "standard", "text", 2_000, False
+    )
+    assert views_and_sets("standard", "text", 2_000, 0, long) < views_and_sets("standard", "text", 2_000, 0)
+    assert worth(size=4 * SHORT * BYTES_PER_TOKEN, max_length=SHORT) == 1.0  # cut to be short

@@ -7,11 +7,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.config.budget import worth
 from kd_lightning.data.classification import ClassificationData, check_probabilities
 from kd_lightning.data.datamodule import Role, stratified_order
 from kd_lightning.data.text import augment, tokens
@@ -110,6 +112,8 @@ class TextData(TokenizedData, ClassificationData):
         if self.fingerprint:
             return
         corpus = self._drawn(self.read())
+        size = fmean(sum(len(text.encode()) for text in sentence) for sentence in corpus.train.texts)
+        self.worth = worth(size, self.max_length)
         self._decide_views(len(corpus.train), len(corpus.transfer))
         self._changes = self._changes_for(corpus)
         views = Views(
