@@ -37,27 +37,40 @@ def is_labelled(labels: Tensor) -> Tensor:
 
 
 class SparseLogits(NamedTuple):
-    """The K largest logits of each row and the mass of the others, for large vocabularies.
+    """K logits of each row, for large vocabularies: the largest and the others' mass, or drawn ones.
 
     Attributes:
-        values: The K largest logits, or these less one number for each row, `(..., K)`.
+        values: The K largest logits, or these less one number for each row, `(..., K)`. Drawn: log probabilities.
         ids: Their classes, `(..., K)` int64, no class twice in a row that counts.
         rest: The logarithm of the sum of exp of all other logits, less the same number, `(...)`. Not read where K = V.
+            Drawn: that of the threshold of probability below which a class has it as its weight (`weights`).
         classes: V.
+        drawn: Whether the classes were drawn (`kd_lightning.teachers.sampled`).
     """
 
     values: Tensor
     ids: Tensor
     rest: Tensor
     classes: int
+    drawn: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of all logits, `(..., V)`."""
+        return torch.Size([*self.rest.shape, self.classes])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.rest.device
 
     def to(self, device: torch.device) -> SparseLogits:
         """Return it on a device."""
-        return SparseLogits(self.values.to(device), self.ids.to(device), self.rest.to(device), self.classes)
+        return self._replace(values=self.values.to(device), ids=self.ids.to(device), rest=self.rest.to(device))
 
     def at(self, places: Tensor) -> SparseLogits:
-        """Return the rows where `places` is True."""
-        return SparseLogits(self.values[places], self.ids[places], self.rest[places], self.classes)
+        """Return the rows where `places` is True, or that it numbers."""
+        return self._replace(values=self.values[places], ids=self.ids[places], rest=self.rest[places])
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> SparseLogits:

@@ -30,7 +30,7 @@ from kd_lightning.data.text.substitutes import ClassWords, Neighbours
 from kd_lightning.data.text.tagged import Place, TaggedText, split_words
 from kd_lightning.models import bilstm, causal_lm, cnn, embedding, hf, simkd, text_cnn
 from kd_lightning.models.adapt import run_network
-from kd_lightning.teachers import frozen
+from kd_lightning.teachers import frozen, sampled
 from kd_lightning.teachers.cache import manifest
 from kd_lightning.teachers.cache.outputs import Storage, decode, encode, specs_of
 from kd_lightning.types import ModelOutput
@@ -193,6 +193,14 @@ def make_stored() -> Any:
     return found
 
 
+def make_drawn() -> Any:
+    """Return which tokens are drawn, with what is kept of them."""
+    logits = (torch.arange(2 * 4 * 20) * 0.7).sin().view(2, 4, 20) * 3
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    found = sampled.drawn(logits, 5, sampled.starts_of(ids, mask))
+    return [found.ids.tolist(), found.values.tolist(), found.rest.tolist()]
+
+
 def of_network(network: Callable[[], nn.Module], **inputs: Tensor) -> Callable[[], Any]:
     """Return what makes a network's output for inputs."""
     return lambda: run_network(filled(network()), inputs or BATCH).logits.tolist()
@@ -226,6 +234,7 @@ COMPONENTS = {
     "teacher outputs": Component(frozen.VERSION, "teachers/frozen.py", make_outputs, 1e-4),
     "teacher precisions": Component(frozen.VERSION, "teachers/frozen.py", make_halves, 0.03),
     "stored outputs": Component(manifest.FORMAT, "teachers/cache/manifest.py (FORMAT)", make_stored, 1e-6),
+    "drawn tokens": Component(sampled.VERSION, "teachers/sampled.py", make_drawn, 1e-4),
     "BiLSTM": Component(
         bilstm.BiLSTM.VERSION, "models/bilstm.py", of_network(lambda: bilstm.BiLSTM(3, 30, 4, 5, 2)), 1e-4
     ),

@@ -48,7 +48,7 @@ STAGES: tuple[str, ...] = get_args(StageName)
 """All stages, in the order in which they run."""
 CACHE_MODES = ("auto", "off", "require", "refresh")
 """Values of `teacher.cache` that are no path."""
-CACHED = ("precision", "cache_dtype", "cache_top_k")
+CACHED = ("precision", "cache_dtype", "cache_top_k", "cache_samples")
 """The keys below `teacher` that decide what is stored of a teacher's outputs."""
 OUTPUTS = (*CACHED, "combine", "weights", "folds", "calibrate")
 """The keys below `teacher` that decide which outputs a student learns from."""
@@ -93,6 +93,9 @@ class TeacherConfig:
     """How outputs are stored: float32, float16 or bfloat16."""
     cache_top_k: Annotated[int | None, Range(1)]
     """Store each example's K largest logits and the mass of the rest; null: all of them."""
+    cache_samples: Annotated[int | None, Range(1)]
+    """Of a language model, instead: store so many drawn tokens and their weights, for a forward KL without bias; with
+    cache=off they are drawn in every step."""
     cache_views: Annotated[int | Literal["auto"], Range(1)]
     """Sets of views (data.views) that the epochs take turns with; auto: by `budget`."""
     precision: Precision
@@ -122,6 +125,11 @@ class TeacherConfig:
     """The optimizer of the fine-tuning: optimizer@teacher.optimizer=NAME chooses one."""
     scheduler: Node
     """The learning rate's schedule of the fine-tuning: scheduler@teacher.scheduler=NAME chooses one."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all logits are kept."""
+        return self.cache_top_k is None and self.cache_samples is None
 
     @property
     def number(self) -> int:

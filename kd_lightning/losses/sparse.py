@@ -11,6 +11,13 @@ K = V it is the dense one. The tail is not optional: without it the student is f
 which reverse KL even rewards. Its log mass is a log-sum-exp over the other logits, never the logarithm of a difference.
 
 At another temperature the tail's mass does not follow from what is kept, so there is none here.
+
+Of classes that were drawn (`kd_lightning.teachers.sampled`) with weights w there is forward KL alone,
+
+.. math:: \sum_{i \in S} w_i (\log p_i - \log q_i),
+
+whose mean over draws is that over all V classes, and so is its gradient's. The other divergences are no sum over the
+teacher's distribution: an estimate of them from drawn classes would be biased.
 """
 
 from __future__ import annotations
@@ -53,7 +60,7 @@ def sparse_kd(
 
     Args:
         student_logits: `(N, V)` or `(B, L, V)`, finite.
-        teacher: The same rows in sparse form. It gets no gradient.
+        teacher: The same rows in sparse form. It gets no gradient. Of drawn classes, `forward_kl` is the estimate.
         divergence: `forward_kl`, KL(p || q), as `soft_target`; `reverse_kl`, KL(q || p); `jsd` as `generalized_jsd`;
             `skew_kl` and `skew_reverse_kl` as `skew_kl` in both directions; `total_variation`.
         beta: Of `jsd` the teacher's share of the mixture, in (0, 1); of the skew divergences their skew, in [0, 1).
@@ -61,7 +68,8 @@ def sparse_kd(
         reduction: `mean` over what counts, `sum`, or `none` for one value a row.
 
     Raises:
-        ValueError: Rows or classes that do not fit, an unknown divergence, or a beta out of its range.
+        ValueError: Rows or classes that do not fit, an unknown divergence, one that drawn classes do not give, or a
+            beta out of its range.
 
     Example:
         >>> import torch
@@ -70,11 +78,12 @@ def sparse_kd(
         [0.344, 0.4255, 0.4388]
     """
     check_divergence(divergence, beta)
-    check_rows(student_logits.shape, teacher)
+    check_rows(student_logits.shape, teacher, divergence)
     check_mask(mask, student_logits.shape[:-1])
     log_s = bucketed(only_counted(student_logits, mask), teacher.ids)
     log_t = teacher_buckets(teacher, mask).to(log_s.dtype)
-    return reduce(compare(log_s, log_t, divergence, beta), mask, reduction)
+    values = expected_kl(log_s, log_t) if teacher.drawn else compare(log_s, log_t, divergence, beta)
+    return reduce(values, mask, reduction)
 
 
 def sparse_linear_kd(
@@ -120,14 +129,14 @@ def sparse_linear_kd(
         1.3862943649291992
     """
     check_divergence(divergence, beta)
-    check_rows(torch.Size([*student_hidden.shape[:-1], len(student_matrix)]), teacher)
+    check_rows(torch.Size([*student_hidden.shape[:-1], len(student_matrix)]), teacher, divergence)
     check_mask(mask, student_hidden.shape[:-1])
     if ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight is {ce_weight}, but there are no labels; without labels it must be 0")
     buckets = teacher_buckets(teacher, mask)
     flat = SparseTeacher(
         buckets.reshape(-1, buckets.shape[-1]), teacher.ids.reshape(-1, teacher.ids.shape[-1]), ce_weight, kd_weight,
-        lambda log_s, log_t: compare(log_s, log_t, divergence, beta),
+        expected_kl if teacher.drawn else lambda log_s, log_t: compare(log_s, log_t, divergence, beta),
     )  # fmt: skip
     student = student_hidden, student_matrix, student_bias
     return FusedLoss(*chunked_sums(student, flat, labels if ce_weight != 0 else None, mask, count))
@@ -146,6 +155,19 @@ def compare(log_s: Tensor, log_t: Tensor, divergence: Divergence, beta: float) -
     return skewed(log_s, log_t, beta) if divergence == "skew_reverse_kl" else half_distance(log_t, log_s)
 
 
+def expected_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Return the estimate of KL(p || q) of each row from drawn classes.
+
+    Args:
+        log_s: The student's log probabilities of these classes and, last, of all others.
+        log_t: The teacher's and, last, the logarithm of the threshold, as `teacher_buckets` returns them.
+    """
+    log_p, threshold = log_t[..., :-1], log_t[..., -1:]
+    # they sum to 1; what is stored is rounded
+    weights = torch.maximum(log_p, threshold).softmax(-1)
+    return (weights * (log_p - log_s[..., :-1])).sum(-1)
+
+
 def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
     """Return log probabilities of some classes and of the tail of all others, `(..., K + 1)`."""
     values = logits.gather(-1, ids)
@@ -156,11 +178,15 @@ def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def teacher_buckets(teacher: SparseLogits, mask: Tensor | None) -> Tensor:
-    """Return a sparse teacher's log probabilities with the tail, `(..., K + 1)`, or `(..., V)`."""
+    """Return a sparse teacher's log probabilities with the tail, `(..., K + 1)`, or `(..., V)`.
+
+    Of drawn classes they are as they were stored, and the last one is the threshold's.
+    """
     values = teacher.values.detach()
     if values.shape[-1] < teacher.classes:
         values = torch.cat([at_least_float32(values), at_least_float32(teacher.rest.detach())[..., None]], dim=-1)
-    return only_counted(at_least_float32(values), mask).log_softmax(-1)
+    values = only_counted(at_least_float32(values), mask)
+    return values if teacher.drawn else values.log_softmax(-1)
 
 
 def check_divergence(divergence: str, beta: float) -> None:
@@ -171,8 +197,13 @@ def check_divergence(divergence: str, beta: float) -> None:
         raise ValueError(f"beta must be in [0, 1), for jsd in (0, 1), got {beta}")
 
 
-def check_rows(shape: torch.Size, teacher: SparseLogits) -> None:
-    """Refuse a sparse teacher of other rows or classes than a student's logits of this shape."""
+def check_rows(shape: torch.Size, teacher: SparseLogits, divergence: Divergence) -> None:
+    """Refuse a sparse teacher of other rows or classes than a student's logits, or without a divergence."""
+    if teacher.drawn and divergence != "forward_kl":
+        raise ValueError(
+            f"divergence={divergence} is no mean over the teacher's distribution, and drawn classes would give a "
+            "biased one: use forward_kl, or keep the likeliest and the tail (teacher.cache_top_k)"
+        )
     if teacher.ids.shape[:-1] != shape[:-1]:
         raise ValueError(
             f"the student has rows {tuple(shape[:-1])} and the sparse teacher {tuple(teacher.ids.shape[:-1])}: they "
@@ -186,7 +217,9 @@ def check_rows(shape: torch.Size, teacher: SparseLogits) -> None:
 
 
 class SparseKDLoss(Term):
-    """Distillation from a teacher's K largest log probabilities and the tail; see `sparse_kd`.
+    """Distillation from K log probabilities of a teacher: the largest with the tail, or drawn ones.
+
+    See `sparse_kd`.
 
     The teacher's output has them in `sparse`. One that has logits is cut to `top_k` of them here, so that a running
     teacher teaches what a stored one does. A student that leaves out its output layer (logits `(B, L, 0)`) is compared

@@ -18,7 +18,8 @@ class SparseTeacher:
     """A teacher's log probabilities of some classes and of all others together.
 
     Attributes:
-        log_probs: `(N, K + 1)`, the last of the others; `(N, V)` where there are none.
+        log_probs: `(N, K + 1)`, the last of the others, or of drawn classes the threshold; `(N, V)` where there are
+            no others.
         ids: Which classes, `(N, K)`.
         ce_weight: Weight of the cross-entropy.
         kd_weight: Weight of the divergence.

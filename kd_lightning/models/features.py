@@ -115,7 +115,7 @@ class FeatureTap:
             self._open = False
             found, self._read = self._read, {}
         features = {name: self._feature(name, found) for name in self.names}
-        return ModelOutput(output.logits, {**output.features, **features})
+        return ModelOutput(output.logits, {**output.features, **features}, output.sparse)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; registers our attention in a new process."""

@@ -14,8 +14,9 @@ from torch import nn
 
 from kd_lightning.config.schema import Calibrate
 from kd_lightning.data import IndexedData, MultiTaskData
+from kd_lightning.pipeline.serving import Serving
 from kd_lightning.pipeline.teacher_loading import load_teacher
-from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
+from kd_lightning.pipeline.teacher_provider import TeacherProvider
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers import MultiTaskTeacher, SideBySide, Teacher
 from kd_lightning.teachers.ensemble import Combine
@@ -132,6 +133,7 @@ class FinishedTeacher(_LateTeacher):
         cache: auto, require, refresh, off or a path: see `teacher.cache` in `conf/config.yaml`.
         cache_dtype: How outputs are stored.
         cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
+        cache_samples: Store so many drawn tokens and their weights instead.
         features: What is stored besides logits and what the objective reads.
         predict_batch_size: Examples in a batch when it predicts before a training.
         ahead: Predict every example before the training, as where several trainings or processes share the outputs.
@@ -150,6 +152,7 @@ class FinishedTeacher(_LateTeacher):
         cache: str = "auto",
         cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         cache_top_k: int | None = None,
+        cache_samples: int | None = None,
         features: Sequence[str] = (),
         predict_batch_size: int = 128,
         ahead: bool = False,
@@ -162,8 +165,9 @@ class FinishedTeacher(_LateTeacher):
         self.checkpoint, self.ahead = checkpoint, ahead
         self.serving = Serving(
             members=len(checkpoint) if isinstance(checkpoint, list) else 1, precision=precision, cache=cache,
-            cache_dtype=cache_dtype, cache_top_k=cache_top_k, features=features, predict_batch_size=predict_batch_size,
-            combine=combine, weights=weights, device=device, compile=compile, calibrate=calibrate,
+            cache_dtype=cache_dtype, cache_top_k=cache_top_k, cache_samples=cache_samples, features=features,
+            predict_batch_size=predict_batch_size, combine=combine, weights=weights, device=device, compile=compile,
+            calibrate=calibrate,
         )  # fmt: skip
 
     def load(self, data: IndexedData) -> nn.Module:

@@ -18,9 +18,10 @@ from kd_lightning.data import MultiTaskData
 from kd_lightning.data.sources.places import absolute
 from kd_lightning.pipeline.joint_provider import JointProvider
 from kd_lightning.pipeline.networks import starts_trained
+from kd_lightning.pipeline.serving import Serving
 from kd_lightning.pipeline.sources import check_sources
 from kd_lightning.pipeline.teacher_loading import LoadedTeacher, load_teacher, read_teachers
-from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
+from kd_lightning.pipeline.teacher_provider import TeacherProvider
 from kd_lightning.pipeline.validation import check_folder, validate
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.files import remove_temporary
@@ -242,7 +243,7 @@ class Run:
     @cached_property
     def predicting_teacher(self) -> Teacher:
         """The teacher for evaluation: as its students use it, but never cut to its top K."""
-        provider, taught = self.providers[0], "distill" in self.cfg.stages and self.cfg.teacher.cache_top_k is None
+        provider, taught = self.providers[0], "distill" in self.cfg.stages and self.cfg.teacher.keeps_all
         if isinstance(provider, JointProvider) or taught or self.teacher.members:
             return self.teacher_for_training(0)
         return provider.calibrated(FrozenTeacher(self.teacher.network, self.cfg.teacher.precision))

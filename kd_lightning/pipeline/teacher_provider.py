@@ -8,10 +8,9 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from kd_lightning.config.schema import CACHE_MODES, CACHED, Calibrate, Combine, Precision, StoredDtype
+from kd_lightning.config.schema import CACHE_MODES, CACHED
 from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
+from kd_lightning.pipeline.serving import Serving
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
@@ -35,67 +35,23 @@ from kd_lightning.teachers import (
     CrossFittedTeacher,
     EnsembleTeacher,
     FrozenTeacher,
+    SampledTeacher,
     Teacher,
     fit_temperature,
     fit_weights,
     frozen,
+    sampled,
 )
 from kd_lightning.teachers.cache.fill import fill, reported
 from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
-from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.reuse import Copying, contents_of, write_contents
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.ensemble import check_scores
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
-    from kd_lightning.config.schema import TeacherConfig
     from kd_lightning.data import IndexedData
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """How a teacher's outputs are computed and kept.
-
-    Attributes:
-        members: How many teachers predict together.
-        folds: How many of them were each trained without a fold; 1: none.
-        precision: As for `FrozenTeacher`.
-        cache: auto, require, refresh, off or a path: see `teacher.cache` in `conf/config.yaml`.
-        cache_dtype: How outputs are stored.
-        cache_top_k: Store so many of an example's largest logits and the mass of the rest; None: all.
-        features: What is stored besides logits and what the objective reads.
-        predict_batch_size: Examples in a batch when it predicts before a training.
-        combine: What an ensemble averages.
-        weights: An ensemble's: None (equal), one a member, `learned` (on validation) or `confidence`.
-        device: A GPU of its own, when `cache=off`.
-        compile: Whether to compile it.
-        sharded: Whether the processes of a training share its weights out.
-        calibrate: Whether its logits are divided by the temperature that fits them; `auto`: where its probabilities
-            are badly wrong.
-    """
-
-    members: int = 1
-    folds: int = 1
-    precision: Precision = "float32"
-    cache: str = "auto"
-    cache_dtype: StoredDtype = "float32"
-    cache_top_k: int | None = None
-    features: Sequence[str] = ()
-    predict_batch_size: int = 128
-    combine: Combine = "probabilities"
-    weights: Sequence[float] | Literal["learned", "confidence"] | None = None
-    device: str | None = None
-    compile: bool = False
-    sharded: bool = False
-    calibrate: Calibrate = False
-
-    @classmethod
-    def of(cls, teacher: TeacherConfig) -> Self:
-        """Return the settings below `teacher`."""
-        names = cls.__dataclass_fields__.keys() - {"members"}
-        return cls(members=teacher.number, **{name: getattr(teacher, name) for name in names})
 
 
 class TeacherProvider:
@@ -152,7 +108,7 @@ class TeacherProvider:
 
     # -- before any training ------------------------------------------------------------------------------------------
 
-    def check(self, network: nn.Module, loaded: LoadedTeacher | None) -> FrozenTeacher:
+    def check(self, network: nn.Module, loaded: LoadedTeacher | None) -> Teacher:
         """Refuse what cannot be kept or predicted; return a teacher for the preflight.
 
         Args:
@@ -183,14 +139,15 @@ class TeacherProvider:
         frozen = self._frozen(network, compile=False)
         frozen.check(torch.device(serving.device or self.device))
         if serving.precision == "float16":  # the preflight is on a CPU, which does not compute in it
-            return FrozenTeacher(network, "bf16", self.features)
-        return frozen
+            frozen = FrozenTeacher(network, "bf16", self.features)
+        return self._drawing(frozen)
 
     def _check_cache(self, loaded: LoadedTeacher | None) -> None:
         self._check_repeatable()
-        top_k, outputs = self._storage.top_k, self.data.task.outputs
+        top_k, outputs = self.serving.storage.top_k, self.data.task.outputs
         if top_k is not None and top_k >= outputs:
-            raise ConfigError(f"teacher.cache_top_k={top_k} must be below the number of classes, {outputs}")
+            key = "cache_top_k" if self.serving.cache_samples is None else "cache_samples"
+            raise ConfigError(f"teacher.{key}={top_k} must be below the number of classes, {outputs}")
         if loaded is not None and self.serving.cache == "require":
             for member in self.members:
                 self.cache(member)
@@ -220,7 +177,7 @@ class TeacherProvider:
         predicts, and not what all predict for the validation split, to the training examples. Of many a part counts
         (`labelled_rows`).
         """
-        wanted, whole = self.serving.calibrate, not self.serving.sharded and self.serving.cache_top_k is None
+        wanted, whole = self.serving.calibrate, not self.serving.sharded and self.serving.storage.top_k is None
         if not wanted or (wanted == "auto" and (self.data.task.calibration is None or not whole)):
             return teacher
         if self._temperature is None:
@@ -249,7 +206,8 @@ class TeacherProvider:
     def _single(self, member: LoadedTeacher) -> Teacher:
         serving = self.serving
         if serving.sharded:  # each training shares a copy of its own: it cannot be made whole again
-            return FrozenTeacher(member.network, serving.precision, self.features, sharded=True)
+            frozen = FrozenTeacher(member.network, serving.precision, self.features, sharded=True)
+            return self._drawing(frozen)
         if serving.cache == "off":
             own = torch.device(serving.device) if serving.device else None
             return AheadTeacher(self._running(member), own)
@@ -274,12 +232,17 @@ class TeacherProvider:
             self._say(f"teacher  weights of its members, learned on the validation split: {shares}")
         return EnsembleTeacher(teachers, weights, combine)
 
-    def _running(self, member: LoadedTeacher) -> FrozenTeacher | CrossFittedTeacher:
+    def _running(self, member: LoadedTeacher) -> Teacher:
         if not member.members:
-            return self._frozen(member.network, self.serving.compile)
+            return self._drawing(self._frozen(member.network, self.serving.compile))
         teachers = [self._frozen(one.network, self.serving.compile) for one in member.members]
         folds = torch.from_numpy(self.data.folds(self.serving.folds))
         return CrossFittedTeacher(teachers, folds, self.serving.combine)
+
+    def _drawing(self, teacher: FrozenTeacher) -> Teacher:
+        """Return a teacher that draws tokens from another's logits, if it is to."""
+        count = self.serving.cache_samples
+        return teacher if count is None else SampledTeacher(teacher, count)
 
     def _frozen(self, network: nn.Module, compile: bool) -> FrozenTeacher:
         """Return the network as a teacher; one copy in another precision serves a whole sweep."""
@@ -330,7 +293,7 @@ class TeacherProvider:
         if mode == "refresh":
             begin = partial(self._begin, member, ())
             with TeacherCache.refreshing(
-                folder, key, examples, self._storage, teacher=title, data=data, begin=begin
+                folder, key, examples, self.serving.storage, teacher=title, data=data, begin=begin
             ) as cache:
                 cache.run = self.run
                 self._fill(cache, member)
@@ -338,7 +301,7 @@ class TeacherProvider:
         if there:
             return TeacherCache.open(folder, key, examples, repair=True, say=self._say)
         begin = partial(self._begin, member, [path.parent for path in sorted(_home().glob(f"*/{MANIFEST}"))])
-        return TeacherCache.create(folder, key, examples, self._storage, teacher=title, data=data, begin=begin)
+        return TeacherCache.create(folder, key, examples, self.serving.storage, teacher=title, data=data, begin=begin)
 
     def _begin(self, member: LoadedTeacher, others: Sequence[Path], folder: Path, manifest: Manifest) -> None:
         """Note what the teacher reads of each example, and copy what other caches hold for it."""
@@ -369,10 +332,6 @@ class TeacherProvider:
     def _lengths(self, member: LoadedTeacher) -> Tensor:
         return torch.from_numpy(self.data_of(member).lengths)
 
-    @property
-    def _storage(self) -> Storage:
-        return Storage(self.serving.cache_dtype, self.serving.cache_top_k)
-
     def _say(self, line: str) -> None:
         say(self.console, line)
 
@@ -388,6 +347,10 @@ class TeacherProvider:
             network = read_json(member.folder / "model.json") if member.folder is not None else None
             source = digest(ast.dump(ast.parse(inspect.getsource(sys.modules[type(member.network).__module__]))))
         settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}
+        if settings["cache_samples"] is None:
+            del settings["cache_samples"]  # as before there was any, so that caches stay valid
+        else:
+            settings["drawn"] = sampled.VERSION
         return {
             "teacher": {
                 "weights": member.fingerprint, "network": network, "source": source, **settings,

@@ -83,6 +83,12 @@ def _check_teacher(teacher: TeacherConfig) -> None:
             f"teacher.folds={teacher.folds} trains that many teachers, each without a fold, whose logits alone are "
             f"read: leave out {wrong}"
         )
+    if teacher.cache_top_k is not None and teacher.cache_samples is not None:
+        raise ConfigError(
+            "teacher.cache_top_k keeps the likeliest tokens and teacher.cache_samples drawn ones: give one"
+        )
+    if teacher.cache_samples is not None and teacher.number > 1:
+        raise ConfigError("teacher.cache_samples: what several teachers draw cannot be averaged; use one teacher")
     if teacher.checkpoint is not None and teacher.seeds > 1:
         raise ConfigError(f"teacher.seeds={teacher.seeds} are to be trained, and teacher.checkpoint to be loaded")
     if teacher.weights is not None and teacher.number == 1:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
-from kd_lightning.losses.sparse import bucketed, teacher_buckets
+from kd_lightning.losses.sparse import bucketed, expected_kl, teacher_buckets
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
@@ -103,8 +103,9 @@ class CausalLanguageModeling(Task):
         """Return the share of tokens predicted as by the teacher, and the divergence per token.
 
         Of a sparse teacher the divergence is that over its K classes and the tail: no more than that over all classes.
+        Of drawn classes it is the estimate of the latter, and the likeliest of them stands for the first.
         """
-        return _TokenFidelity({"agreement": Agreement(), "kl_to_teacher": TeacherStudentKL()})
+        return _TokenFidelity({"agreement": Agreement(), "kl_to_teacher": _Divergence()})
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the tokens' probabilities."""
@@ -190,6 +191,17 @@ class _TokenScores(Scores):
             metric.update(values, counts)  # type: ignore[operator]
 
 
+class _Divergence(TeacherStudentKL):
+    """The divergence from a teacher, or its estimate."""
+
+    def update(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, drawn: bool = False) -> None:
+        """Add logits `(N, V)`, or log probabilities as `expected_kl` takes them."""
+        if drawn:
+            self.add(expected_kl(student, teacher), len(student))
+        else:
+            super().update(student, teacher, labels)
+
+
 class _TokenFidelity(Scores):
     """Scores against a teacher's logits, all of them or in sparse form."""
 
@@ -199,7 +211,8 @@ class _TokenFidelity(Scores):
             super().update(logits, against, rows)
             return
         own, teacher = logits[rows["keep"]].float(), against.at(rows["keep"])
-        self.metrics["kl_to_teacher"].update(bucketed(own, teacher.ids), teacher_buckets(teacher, None))  # type: ignore[operator]
+        log_s, log_t = bucketed(own, teacher.ids), teacher_buckets(teacher, None)
+        self.metrics["kl_to_teacher"].update(log_s, log_t, drawn=teacher.drawn)  # type: ignore[operator]
         first = teacher.ids.gather(-1, teacher.values.argmax(-1, keepdim=True))[:, 0]
         same = torch.where(own.isnan().any(-1) | teacher.rest.isnan(), torch.nan, (own.argmax(-1) == first).float())
         half = torch.full_like(same, 0.5)  # two columns, of which the first is larger where both are the same

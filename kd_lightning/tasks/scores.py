@@ -71,7 +71,7 @@ class Scores(nn.Module):
             rows: The batch as `Task.compared` returns it.
         """
         if isinstance(against, SparseLogits):
-            raise ConfigError("these scores compare all logits with the teacher's: set teacher.cache_top_k=null")
+            raise ConfigError("these scores compare all logits with the teacher's: leave out teacher.cache_top_k")
         if "keep" in rows:
             logits, against = logits[rows["keep"]], against[rows["keep"]]
         if len(logits):

@@ -13,9 +13,10 @@ from kd_lightning.teachers.ema import EMATeacher
 from kd_lightning.teachers.ensemble import Combine, EnsembleNetwork, EnsembleTeacher, fit_weights
 from kd_lightning.teachers.frozen import FrozenTeacher, Precision, Teacher
 from kd_lightning.teachers.multi_task import MultiTaskTeacher, SideBySide
+from kd_lightning.teachers.sampled import SampledTeacher
 
 __all__ = [
     "AheadTeacher", "CachedTeacher", "CalibratedTeacher", "Combine", "CrossFittedTeacher", "EMATeacher",
-    "EnsembleNetwork", "EnsembleTeacher", "FrozenTeacher", "MultiTaskTeacher", "Precision", "SideBySide", "Teacher",
-    "fit_temperature", "fit_weights",
+    "EnsembleNetwork", "EnsembleTeacher", "FrozenTeacher", "MultiTaskTeacher", "Precision", "SampledTeacher",
+    "SideBySide", "Teacher", "fit_temperature", "fit_weights",
 ]  # fmt: skip

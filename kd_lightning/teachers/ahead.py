@@ -34,12 +34,14 @@ class AheadTeacher(Teacher):
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the teacher output that the batch carries, or run the teacher."""
         if found := {key.removeprefix(_OUTPUT): value for key, value in batch.items() if key.startswith(_OUTPUT)}:
-            return ModelOutput(found.pop("logits"), found)
+            sparse: Any = found.pop("sparse", None)
+            return ModelOutput(found.pop("logits"), found, sparse)
         if self.own_device is None:
             return self.teacher(batch)
         here = batch["index"].device
         output = self.teacher({key: value.to(self.device) for key, value in batch.items()})
-        return ModelOutput(output.logits.to(here), {name: value.to(here) for name, value in output.features.items()})
+        features = {name: value.to(here) for name, value in output.features.items()}
+        return ModelOutput(output.logits.to(here), features, output.sparse and output.sparse.to(here))
 
     def to(self, device: torch.device) -> Self:
         """Move the teacher to a device, unless it has one of its own."""
@@ -88,10 +90,14 @@ class _Ahead:
             return batch, output, None if self.stream is None else self.stream.record_event()
 
     def _collect(self, batch: Batch, output: ModelOutput, done: Any) -> Batch:
-        entries = {"logits": output.logits, **output.features}
+        entries: dict[str, Any] = {"logits": output.logits, **output.features}
+        tensors = list(entries.values())
+        if output.sparse is not None:
+            entries["sparse"] = output.sparse
+            tensors += [output.sparse.values, output.sparse.ids, output.sparse.rest]
         if done is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(done)
-            for value in entries.values():  # so that their memory is not reused before the student's step is done
+            for value in tensors:  # so that their memory is not reused before the student's step is done
                 value.record_stream(current)
         return {**batch, **{_OUTPUT + name: value for name, value in entries.items()}}

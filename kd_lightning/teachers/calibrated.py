@@ -37,8 +37,8 @@ class CalibratedTeacher(Teacher):
         output = self.inner(batch)
         if output.sparse is not None:
             raise ConfigError(
-                "teacher.calibrate divides all logits by a temperature, but teacher.cache_top_k keeps only some: "
-                "set the one to false or the other to null"
+                "teacher.calibrate divides all logits by a temperature, but teacher.cache_top_k (or cache_samples) "
+                "keeps only some: set the one to false or the other to null"
             )
         return ModelOutput(output.logits / self.temperature, output.features)
 

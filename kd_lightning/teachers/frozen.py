@@ -149,7 +149,7 @@ class FrozenTeacher(nn.Module, Teacher):
             output = self._tap(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
         features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}
-        return ModelOutput(output.logits.to(torch.float32, copy=True), features)
+        return ModelOutput(output.logits.to(torch.float32, copy=True), features, output.sparse)
 
     def check(self, device: torch.device) -> None:
         """Refuse a device that cannot compute in the teacher's precision.

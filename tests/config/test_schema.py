@@ -149,7 +149,7 @@ def test_what_follows_from_the_keys(composed: Composed) -> None:
     assert cfg.finetune_optimizer == {**cfg.optimizer, "lr": 0.5}
     assert (cfg.finetune_trainer["max_epochs"], cfg.finetune_trainer["max_steps"]) == (7, -1)
     assert cfg.teacher.chosen(OUTPUTS) == {
-        "precision": cfg.teacher.precision, "cache_dtype": "float32", "cache_top_k": None,
+        "precision": cfg.teacher.precision, "cache_dtype": "float32", "cache_top_k": None, "cache_samples": None,
         "combine": "probabilities", "weights": None, "folds": 1, "calibrate": "auto",
     }  # fmt: skip
     several = RunConfig.parse(composed("teacher.checkpoint=[a,b]", "teacher.cache=require")).teacher

@@ -128,6 +128,26 @@ def test_stored_outputs_train_the_same_student_as_the_running_teacher(
         assert one == pytest.approx(other, rel=1e-3)
 
 
+def test_drawn_tokens_train_the_same_student_stored_and_live(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    """The report scores the whole teacher, and what drawn tokens do not give is refused before any training."""
+    drawing = ["distillation=sparse_kd", "teacher.cache_samples=16", "student.logits_in_training=false"]
+    with pytest.raises(ConfigError, match="divergence=jsd is no mean over the teacher's distribution"):
+        run(composed(*overrides, *drawing, "stages=[teacher,distill]", "distillation.terms.kd.divergence=jsd"))
+    assert not (tmp_path / "run" / "teacher").exists()
+    live = run(composed(*overrides, *drawing, "stages=[teacher,distill]", "teacher.cache=off"))
+    again = Path(shutil.copytree(tmp_path / "run", tmp_path / "again"))
+    shutil.rmtree(again / "seed_0")  # the same teacher teaches again
+    (again / "config.yaml").unlink()
+    stored = run(composed(*overrides, *drawing, "stages=[teacher,distill]", f"run_dir={again}"))
+    weights = load_file(tmp_path / "run/seed_0/distill/model.safetensors")
+    for name, weight in load_file(again / "seed_0/distill/model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-3)
+    assert live["models"]["teacher"]["test"] == stored["models"]["teacher"]["test"]
+    assert live["models"]["distilled"]["test"]["perplexity"]["mean"] < 300
+
+
 def test_layers_of_the_teacher_are_trained_to_its_hidden_states_first(composed: Composed, overrides: list[str]) -> None:
     """And compared with the same network from labels, from random weights and from the teacher's."""
     own = [one for one in overrides if not one.startswith(("model@student", "student.", "trainer.max_epochs"))]

@@ -16,6 +16,7 @@ from kd_lightning.losses.skew_kl import skew_kl
 from kd_lightning.losses.soft_target import soft_target
 from kd_lightning.losses.sparse import Divergence, SparseKDLoss, sparse_kd, sparse_linear_kd
 from kd_lightning.losses.total_variation import total_variation
+from kd_lightning.teachers.sampled import drawn
 from kd_lightning.types import IGNORE, ModelOutput, SparseLogits
 from tests.losses.conformance import Case, Conformance, randn, title
 
@@ -215,6 +216,69 @@ def test_a_tail_that_holds_next_to_nothing_has_a_finite_gradient() -> None:
         value = sparse_kd(student, SparseLogits.of(teacher, 2), name, 0.3)
         assert torch.isfinite(value)
         assert torch.isfinite(torch.autograd.grad(value, student)[0]).all()
+
+
+class TestDrawn:
+    """Forward KL from a few classes that a teacher drew."""
+
+    def teacher(self, draws: int = 1, k: int = 4) -> tuple[Tensor, SparseLogits]:
+        """Draws of one distribution, of which two classes are certain."""
+        logits = 2 * randn(1, V, seed=2)
+        many = logits.expand(draws, V)
+        return logits, drawn(many, k, torch.linspace(0, 1, draws + 1, dtype=torch.float64)[:-1])
+
+    def test_its_mean_and_its_gradient_are_the_dense_ones(self) -> None:
+        """Over starts that go through [0, 1) evenly, not within noise."""
+        logits, sparse = self.teacher(20_000)
+        student = randn(1, V, seed=1).requires_grad_()
+        value = sparse_kd(student.expand(20_000, V), sparse)
+        dense_value = soft_target(student, logits)
+        torch.testing.assert_close(value, dense_value, rtol=1e-4, atol=1e-4)
+        for one, other in zip(*(torch.autograd.grad(x, student) for x in (value, dense_value)), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
+        assert sparse_kd(student.expand(20_000, V), sparse, reduction="none").std().item() > 0.01
+
+    @pytest.mark.parametrize("labelled", [True, False])
+    def test_from_hidden_states_it_is_the_same(self, labelled: bool) -> None:
+        hidden, matrix = randn(17, H, seed=3).requires_grad_(), randn(V, H, seed=4).requires_grad_()
+        sparse = drawn(3 * randn(17, V, seed=6), 4, torch.linspace(0, 0.99, 17, dtype=torch.float64))
+        mask = torch.arange(17) % 3 != 0
+        labels = torch.where(torch.arange(17) % 5 == 1, IGNORE, torch.arange(17) % V) if labelled else None
+        weight = 0.4 if labelled else 0.0
+        found = sparse_linear_kd(hidden, matrix, sparse, labels, mask, ce_weight=weight, kd_weight=0.7).loss
+        counts = mask if labels is None else mask & (labels != IGNORE)
+        expected = 0.7 * sparse_kd(hidden @ matrix.T, sparse, mask=counts)
+        if labels is not None:
+            expected = expected + 0.4 * cross_entropy(hidden @ matrix.T, labels, mask=mask)
+        torch.testing.assert_close(found, expected)
+        leaves = [hidden, matrix]
+        for one, other in zip(*(torch.autograd.grad(x, leaves) for x in (found, expected)), strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_a_student_like_the_teacher_loses_nothing(self) -> None:
+        logits, sparse = self.teacher(7)
+        assert sparse_kd(logits.expand(7, V), sparse, reduction="none").abs().max().item() < 1e-5
+
+    def test_masked_rows_reach_neither_value_nor_gradient(self) -> None:
+        _, sparse = self.teacher(2)
+        sparse.values[1], sparse.rest[1] = torch.nan, torch.inf
+        student = randn(2, V, seed=1)
+        student[1] = torch.nan
+        student.requires_grad_()
+        value = sparse_kd(student, sparse, mask=torch.tensor([True, False]))
+        assert value.isfinite()
+        (gradient,) = torch.autograd.grad(value, student)
+        assert gradient[0].abs().sum() > 0
+        assert not gradient[1].any()
+        assert sparse_kd(student, sparse).isnan()
+
+    @pytest.mark.parametrize("divergence", [name for name in NAMES if name != "forward_kl"])
+    def test_what_would_be_biased_is_refused(self, divergence: Divergence) -> None:
+        _, sparse = self.teacher()
+        with pytest.raises(ValueError, match=f"divergence={divergence} is no mean over the teacher's distribution"):
+            sparse_kd(randn(1, V, seed=1), sparse, divergence, 0.3)
+        with pytest.raises(ValueError, match="would give a biased one: use forward_kl"):
+            sparse_linear_kd(randn(1, H), randn(V, H), sparse, divergence=divergence, beta=0.3)
 
 
 class TestTerm:

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
-from kd_lightning.pipeline.teacher_provider import Serving, TeacherProvider
+from kd_lightning.pipeline.serving import Serving
+from kd_lightning.pipeline.teacher_provider import TeacherProvider
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json

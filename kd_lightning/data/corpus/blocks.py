@@ -15,6 +15,7 @@ from kd_lightning.data.corpus.store import CorpusStore
 from kd_lightning.data.datamodule import BatchDataset
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.runtime.errors import DataError
+from kd_lightning.runtime.mixing import mixed
 from kd_lightning.types import IGNORE, Batch
 
 Packing = Literal["documents", "concat", "none"]
@@ -209,13 +210,3 @@ def split_documents(hashes: NDArray[np.uint64], sizes: Mapping[str, int], seed: 
     part = np.searchsorted(ends, rank[copies], side="right")
     found = {"train": np.flatnonzero(part == len(sizes))}
     return found | {name: np.flatnonzero(part == number) for number, name in enumerate(sizes)}
-
-
-def mixed(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Return hashes mixed with a seed (SplitMix64's finaliser, Steele, Lea & Flood 2014)."""
-    with np.errstate(over="ignore"):
-        x = hashes + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed_: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-        return mixed_

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, mixed, split_documents
+from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, split_documents
 from kd_lightning.data.corpus.store import VERSION, CorpusStore, Encoder, Source, TextEncoder, encode_corpus
 from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
 from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
@@ -19,6 +19,7 @@ from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
 from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
 from kd_lightning.runtime.fingerprints import digest
+from kd_lightning.runtime.mixing import mixed
 from kd_lightning.tasks import CausalLanguageModeling, Task
 from kd_lightning.tasks.causal_lm import Kept
 

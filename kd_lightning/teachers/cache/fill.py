@@ -17,7 +17,7 @@ from kd_lightning.teachers.cache.outputs import named, specs_of
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.cache.upkeep import Say, log
 from kd_lightning.teachers.clock import PREDICTING
-from kd_lightning.types import Batch, ModelOutput
+from kd_lightning.types import Batch, ModelOutput, SparseLogits
 
 Run = Callable[[Batch], ModelOutput]
 
@@ -180,6 +180,8 @@ def reported(batches: Iterable[Batch], missing: Tensor, lengths: Tensor, say: Sa
             say(f"teacher  predicted {examples:,} of {len(missing):,} examples, {pace.left(done, total)}")
 
 
-def _same(value: Tensor, other: Tensor) -> bool:
+def _same(value: Tensor | SparseLogits, other: Tensor | SparseLogits) -> bool:
+    # of logits that are kept rounding may decide which they are
+    value, other = (x.rest if isinstance(x, SparseLogits) else x for x in (value, other))
     largest = float(value.detach().float().nan_to_num().abs().max()) if value.numel() else 0.0
     return torch.allclose(value.float(), other.float(), rtol=0.0, atol=_SAME * largest, equal_nan=True)

@@ -14,7 +14,7 @@ from kd_lightning.runtime.borders import json_text
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.files import write_file
 from kd_lightning.runtime.fingerprints import differences, digest
-from kd_lightning.teachers.cache.outputs import Spec, Storage
+from kd_lightning.teachers.cache.outputs import Spec, Storage, plain
 
 FORMAT = 4
 """Raised when the file format changes, so that older files are refused."""
@@ -182,7 +182,7 @@ class Manifest:
             raise CacheError(f"{folder} was replaced by another cache while it was in use; run again")
 
     def _text(self) -> str:
-        content = asdict(self) | {"specs": [spec.to_json() for spec in self.specs]}
+        content = asdict(self) | {"storage": plain(self.storage), "specs": [spec.to_json() for spec in self.specs]}
         content = {"format": FORMAT, "fingerprint": self.fingerprint, **content}
         content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return json_text(content)

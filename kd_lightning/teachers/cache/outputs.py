@@ -41,6 +41,7 @@ class Storage:
             others share the mass evenly: `z = log(mass) - log(C - K)`. At temperature 1 the probabilities of the K
             classes and of the others together stay what they were, up to the dtype's rounding; at any other
             temperature the share of the others is an approximation. None keeps all logits.
+        drawn: The K logits were drawn (`SampledTeacher`), and are read back so; `rest` is then the threshold.
 
     Raises:
         ConfigError: Another dtype, or fewer than one logit to keep.
@@ -48,6 +49,7 @@ class Storage:
 
     dtype: Dtype = "float32"
     top_k: int | None = None
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -71,6 +73,7 @@ class Spec:
         shape: Of the output without batch and tokens: `(C,)`, `(D,)`, `(H,)`.
         dtype: Of the stored numbers.
         top_k: How many logits are kept, None for all.
+        drawn: Whether these were drawn.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Spec:
     shape: tuple[int, ...]
     dtype: Dtype
     top_k: int | None = None
+    drawn: bool = False
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Spec:
@@ -87,11 +91,12 @@ class Spec:
     def __str__(self) -> str:
         size = " x ".join(map(str, self.shape))
         per = {"example": "", "token": " per token", "pair": " per pair of tokens", "row": " per kept token"}[self.kind]
-        return f"{self.name} {size}{per}, {self.dtype}" + (f", top {self.top_k}" if self.top_k else "")
+        kept = f", {'drawn' if self.drawn else 'top'} {self.top_k}" if self.top_k else ""
+        return f"{self.name} {size}{per}, {self.dtype}{kept}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as plain values."""
-        return {**asdict(self), "shape": list(self.shape)}
+        return {**plain(self), "shape": list(self.shape)}
 
     @cached_property
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -111,7 +116,7 @@ class Spec:
     @property
     def sparse(self) -> bool:
         """Whether it is read back as what is kept of it, and not as all its numbers."""
-        return self.top_k is not None and self.kind in ("token", "row") and self.shape[-1] > MOST_DENSE
+        return self.drawn or (self.top_k is not None and self.kind in ("token", "row") and self.shape[-1] > MOST_DENSE)
 
     @cached_property
     def unit_bytes(self) -> int:
@@ -136,28 +141,37 @@ def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage, keep: T
 
     Raises:
         ConfigError: `teacher.cache_top_k` is not smaller than the number of classes.
+        CacheError: The teacher gives other logits than the storage is for.
     """
+    given = output.sparse and (output.sparse.values.shape[-1], output.sparse.drawn)
+    if given not in (None, (storage.top_k, storage.drawn)):
+        raise CacheError(f"the teacher gives {given[0]} logits of each token, and {storage} is for others")
     tokens = None if mask is None else mask.shape[1]
     found = []
     for name, value in named(output).items():
         kind: Kind = "example"
         shape = tuple(value.shape[1:])
-        if tokens is not None and value.ndim == 4 and shape[1:] == (tokens, tokens):
+        if tokens is not None and len(shape) == 3 and shape[1:] == (tokens, tokens):
             kind, shape = "pair", shape[:1]
-        elif tokens is not None and value.ndim >= 3 and shape[0] == tokens:
+        elif tokens is not None and len(shape) >= 2 and shape[0] == tokens:
             kind, shape = "token" if keep is None or name != "logits" else "row", shape[1:]
         top_k = storage.top_k if name == "logits" else None
         if top_k is not None and top_k >= shape[-1]:
             raise ConfigError(
                 f"teacher.cache_top_k={top_k}: the teacher has {shape[-1]} classes; expected fewer than that, or null"
             )
-        found.append(Spec(name, kind, shape, storage.dtype, top_k))
+        found.append(Spec(name, kind, shape, storage.dtype, top_k, storage.drawn and name == "logits"))
     return found
 
 
-def named(output: ModelOutput) -> dict[str, Tensor]:
-    """Return logits and features under their names."""
-    return {"logits": output.logits, **output.features}
+def plain(made: Storage | Spec) -> dict[str, Any]:
+    """Return one as plain values; without `drawn` where it is not, as before there was any."""
+    return {name: value for name, value in asdict(made).items() if name != "drawn" or value}
+
+
+def named(output: ModelOutput) -> dict[str, Tensor | SparseLogits]:
+    """Return logits, in the form in which the teacher gives them, and features under their names."""
+    return {"logits": output.logits if output.sparse is None else output.sparse, **output.features}
 
 
 def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Tensor | None) -> None:
@@ -184,7 +198,7 @@ def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Te
             )
 
 
-def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dict[str, Tensor]:
+def encode(spec: Spec, value: Tensor | SparseLogits, mask: Tensor | None, index: Tensor) -> dict[str, Tensor]:
     """Encode one output of a batch: the units of its examples, concatenated, on the CPU.
 
     Args:
@@ -196,6 +210,11 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
     Raises:
         CacheError: A number that is not finite, or that float16 cannot hold.
     """
+    if isinstance(value, SparseLogits):
+        assert mask is not None
+        rows, owner = value.at(mask.to(value.device)), index.repeat_interleave(mask.sum(1))
+        _check_finite(spec, rows.values, owner)
+        return _parts(spec, rows, owner)
     if spec.sparse:
         assert mask is not None
         return _largest(spec, value.detach()[mask.to(value.device)], index.repeat_interleave(mask.sum(1)))
@@ -220,18 +239,24 @@ def encode(spec: Spec, value: Tensor, mask: Tensor | None, index: Tensor) -> dic
 def _largest(spec: Spec, value: Tensor, owner: Tensor) -> dict[str, Tensor]:
     """Return the parts of each row's K largest logits, some rows at a time to save memory."""
     assert spec.top_k is not None
-    name, *more = spec.parts
-    (_, number), (_, class_id) = spec.parts[name], spec.parts[more[0]]
-    kept: list[tuple[Tensor, ...]] = []
+    kept: list[dict[str, Tensor]] = []
     for rows, whose in zip(*(x.split(max(AT_ONCE // spec.shape[-1], 1)) for x in (value, owner)), strict=True):  # type: ignore[no-untyped-call]
         _check_finite(spec, rows, whose)
         sparse = SparseLogits.of(rows.float(), spec.top_k)
-        shift = sparse.values.logsumexp(-1).logaddexp(sparse.rest) if spec.sparse else torch.zeros_like(sparse.rest)
-        largest = (sparse.values - shift[..., None]).to(number)
-        _check_finite(spec, largest, whose)
-        # in 16 bits the upper half of 65,536 ids comes out negative
-        kept.append((largest.cpu(), sparse.ids.cpu().to(torch.int32).to(class_id), (sparse.rest - shift).cpu()))
-    return dict(zip((name, *more), map(torch.cat, zip(*kept, strict=True)), strict=True))
+        if spec.sparse:
+            shift = sparse.values.logsumexp(-1).logaddexp(sparse.rest)
+            sparse = sparse._replace(values=sparse.values - shift[..., None], rest=sparse.rest - shift)
+        kept.append(_parts(spec, sparse, whose))
+    return {name: torch.cat([part[name] for part in kept]) for name in spec.parts}
+
+
+def _parts(spec: Spec, rows: SparseLogits, owner: Tensor) -> dict[str, Tensor]:
+    """Return rows as the tensors of a file."""
+    (name, (_, number)), (class_name, (_, class_id)), (rest, _) = spec.parts.items()
+    values = rows.values.to(number)
+    _check_finite(spec, values, owner)
+    # in 16 bits the upper half of 65,536 ids comes out negative
+    return {name: values.cpu(), class_name: rows.ids.cpu().to(torch.int32).to(class_id), rest: rows.rest.float().cpu()}
 
 
 def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor | SparseLogits:
@@ -249,7 +274,7 @@ def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) 
     if classes <= 2**16:
         ids = ids & 0xFFFF
     if spec.sparse:
-        return SparseLogits(parts[name].float(), ids, parts[more[1]], classes)
+        return SparseLogits(parts[name].float(), ids, parts[more[1]], classes, spec.drawn)
     rest = parts[more[1]] - math.log(classes - spec.top_k)
     if spec.kind in ("token", "row") and mask is not None:
         rest = rest.masked_fill(~mask.reshape(*mask.shape, *[1] * (rest.ndim - 2)), 0.0)

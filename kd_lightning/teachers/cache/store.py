@@ -348,7 +348,10 @@ class TeacherCache:
             fresh = torch.from_numpy(self._places.fresh(index.numpy()))
             if len(fresh) == 0:
                 return
-            values = {name: value.index_select(0, fresh.to(value.device)) for name, value in named(output).items()}
+            values = {
+                name: value.at(rows) if isinstance(value, SparseLogits) else value.index_select(0, rows)
+                for name, value in named(output).items() for rows in (fresh.to(value.device),)
+            }  # fmt: skip
             index, mask, keep = index[fresh], *(None if x is None else x[fresh] for x in (mask, keep))
             tensors: dict[str, Tensor] = {"index": index}
             for spec in specs:
