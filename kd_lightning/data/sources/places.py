@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.data.sources.records import format_of
+from kd_lightning.runtime.assets import PRETRAINED
 
 _KEYS = ("name", "folder", "tokenizer", "chat_template", "teacher_tokenizer", "transfer")
 _ENDINGS = ("_file", "_dir", "_folder", "path")
@@ -60,4 +61,4 @@ def _is_path(name: str, key: str) -> bool:
     """Return whether a setting names a file or folder, present or former, not a hub name."""
     if os.path.isabs(name) or key == "cache_dir":
         return True
-    return name != "minilm" and len(name) < 4096 and "\0" not in name and os.path.exists(os.path.expanduser(name))
+    return name not in PRETRAINED and len(name) < 4096 and "\0" not in name and os.path.exists(os.path.expanduser(name))

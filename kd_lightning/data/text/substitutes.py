@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data.text.augment import words
-from kd_lightning.runtime.assets import fetch
+from kd_lightning.runtime.assets import PRETRAINED, fetch
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import MOST_PADDING_ROWS
 
@@ -144,7 +144,7 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
     from transformers.utils.hub import cached_file
 
     key = f"data.replace_by=neighbours: {checkpoint!r}, the teacher's tokenizer,"
-    place = str(fetch("minilm")) if checkpoint == "minilm" else checkpoint
+    place = str(fetch(checkpoint)) if checkpoint in PRETRAINED else checkpoint
     if Path(place).name == "tokenizer" and Path(place).parent.joinpath("model.safetensors").is_file():
         place = str(Path(place).parent)  # a network of ours, whose tokenizer has its own folder
     try:

@@ -184,7 +184,7 @@ def test_a_tokenizer_that_is_nowhere_is_refused_in_one_line(tmp_path: Path, monk
     for name in (str(tmp_path), "no-such-tokenizer-of-anyone"):
         with pytest.raises(
             ConfigError,
-            match=r"expected 'minilm', 'wordpiece:SIZE', 'bpe:SIZE', a folder.* tokenizer of teacher\.checkpoint",
+            match=r"expected minilm, .*wordpiece:SIZE, bpe:SIZE, a folder.* tokenizer of teacher\.checkpoint",
         ) as caught:
             load_tokenizer(name)
         assert "\n" not in str(caught.value)

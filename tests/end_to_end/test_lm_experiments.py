@@ -1,0 +1,68 @@
+"""The experiments with language models: each composes, and trains two steps with tiny networks on a few texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from kd_lightning.config.instantiate import conf_dir
+from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
+from kd_lightning.models.causal_lm import causal_lm_small
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
+from tests.data.corpus.texts import made
+
+Composed = Callable[..., DictConfig]
+YEARS = (1790, 1791, 1792, 1794, 1799)
+
+
+def language_model(folder: Path, vocabulary: int, texts: list[str], positions: int = 64) -> Path:
+    """Write a tiny teacher with its own tokenizer, in Hugging Face's form."""
+    tokenizer = load_tokenizer(f"bpe:{vocabulary}", texts)
+    torch.manual_seed(0)
+    network = causal_lm_small(len(tokenizer), positions, hidden_size=16, num_layers=2, num_heads=2).network
+    network.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def shrunk(tmp_path: Path, own_home: Path) -> list[str]:
+    """What makes an experiment small: a teacher, texts of some years, short blocks, two steps."""
+    texts = made(20)
+    for year in YEARS:
+        path = tmp_path / "years" / f"{year}_somebody_n.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(" ".join(made(4, seed=year)))
+    language_model(tmp_path / "teacher", 280, texts)
+    return [
+        f"data.folder={tmp_path / 'years'}", f"teacher.checkpoint={tmp_path / 'teacher'}", "data.block_size=16",
+        "data.batch_size=2", "student.layers=1", "student.width=8", "trainer.max_epochs=-1", "trainer.max_steps=2",
+        "teacher.precision=float32", "trainer.precision=32-true", "validations=1", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+SHRUNK: dict[str, list[str]] = {
+    "lm_sotu": [],
+}
+
+
+def test_no_experiment_is_left_out() -> None:
+    assert {path.stem for path in (conf_dir() / "experiment").glob("lm_*.yaml")} == {*SHRUNK}
+
+
+@pytest.mark.parametrize("experiment", SHRUNK)
+def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: Path, experiment: str) -> None:
+    """Its stages, losses and schemes are its own."""
+    cfg = composed(f"experiment={experiment}", *shrunk, *SHRUNK[experiment])
+    train_all(Run(cfg, Console(file=StringIO(), width=120)))
+    record: dict[str, Any] = json.loads((tmp_path / "run/seed_0/distill/stage.json").read_text())
+    assert record["steps"] == 2
