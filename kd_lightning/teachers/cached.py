@@ -65,9 +65,10 @@ class CachedTeacher(Teacher):
             CacheError: Outputs are missing and there is no teacher.
         """
         index, mask = batch["index"], attention_mask(batch)
-        if not self.cache.complete and not bool(self.cache.known(index).all()):
-            self._fill(batch, index, mask)
-        return self.cache.lookup(index, mask, self.features, batch.get("keep"))
+        with torch.autocast(index.device.type, enabled=False):  # of a training in 16 bits; the teacher has its own
+            if not self.cache.complete and not bool(self.cache.known(index).all()):
+                self._fill(batch, index, mask)
+            return self.cache.lookup(index, mask, self.features, batch.get("keep"))
 
     def _fill(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
         if self.teacher is None:

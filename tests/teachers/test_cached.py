@@ -115,3 +115,13 @@ def test_its_answers_can_be_trained_from_and_it_can_be_sent_to_another_process(c
     (SoftTargetLoss(2.0)(ModelOutput(student), output, batch(*range(10))) + (student * output.logits).sum()).backward()
     assert student.grad is not None
     assert torch.equal(pickle.loads(pickle.dumps(teacher))(batch(4, 2)).logits, output.logits[[4, 2]])
+
+
+def test_a_training_in_16_bits_stores_what_any_other_does(tmp_path: Path) -> None:
+    found = []
+    for name, enabled in (("wide", False), ("narrow", True)):
+        storage = Storage("float16", 2)
+        cached = CachedTeacher(TeacherCache.create(tmp_path / name, {"teacher": "a"}, 10, storage), Counting())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(cached(batch(1, 2)).logits)
+    assert torch.equal(*found)
