@@ -15,6 +15,8 @@ Batch = dict[str, Tensor]
 * `position_ids`, `document_ids`: `(B, L)` int64, of packed text: a token's place in its document, and which document,
   -1 at padding; a token attends within its document
 * `token_bytes`: `(B, L)` int64, how many bytes of text each token stands for
+* `of_document`: `(B, L)` int64, which document each token is of, where there are no `document_ids`: tokens are drawn by
+  the document, and so are errors of means over them
 * `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label; scores to regress are float32, NaN where none
 * `keep`: `(B, L)` bool, which rows of logits count
 * `index`: `(B,)` int64, each example's stable position in its data set
@@ -68,7 +70,7 @@ class SparseLogits(NamedTuple):
         """Return it on a device."""
         return self._replace(values=self.values.to(device), ids=self.ids.to(device), rest=self.rest.to(device))
 
-    def at(self, places: Tensor) -> SparseLogits:
+    def at(self, places: Tensor | tuple[Tensor, ...]) -> SparseLogits:
         """Return the rows where `places` is True, or that it numbers."""
         return self._replace(values=self.values[places], ids=self.ids[places], rest=self.rest[places])
 

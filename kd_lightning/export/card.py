@@ -144,7 +144,7 @@ def _scores(exported: Exported, run: History) -> str:
 
 def _test_table(run: History, specs: Mapping[str, ScoreSpec]) -> str:
     """Return the test scores of the run's teacher, the student from labels and this student."""
-    own = run.test_scores(run.own_name)
+    own = {score: value for score, value in run.test_scores(run.own_name).items() if specs[score].shown != "apart"}
     if not own:
         return "The run has no report of this student, so there are no test scores."
     n = run.data.sizes["test"]

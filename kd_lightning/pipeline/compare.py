@@ -161,6 +161,7 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             monitor=run.task.monitor,
             specs=run.task.specs,
             calibration=run.task.calibration,
+            unit=run.task.unit,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
         notes=_notes(run, records.get("distill", [])),
@@ -221,7 +222,7 @@ def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
         throughput=speed[1],
         training_seconds=[sum(seconds)] if seconds else [],
         curves=[read_curves(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
-        correct=[test.correct] if test.correct else [],
+        units=[test.units] if test.units else [],
     )
 
 
@@ -270,7 +271,7 @@ def _student(
         throughput=speed[1],
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
         curves=[read_curves(folder, seed, run.task.monitor) for seed, folder in zip(run.seeds, folders, strict=False)],
-        correct=[one.correct for one in test if one.correct],
+        units=[one.units for one in test if one.units],
     )
 
 

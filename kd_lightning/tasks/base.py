@@ -39,6 +39,7 @@ class Task(ABC):
         specs: How the scores are to be read, those against labels and those against a teacher.
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
+        unit: What is drawn independently, and so what errors of scores are by.
         per_token: Whether a network predicts for each token of a text, and not for the text.
         generates: Whether what it predicts of a text is how it goes on (`kd_lightning.evaluation.generation`).
         kept: Which of a checkpoint's classes there are, where it has more; None: all.
@@ -49,6 +50,7 @@ class Task(ABC):
     specs: Mapping[str, ScoreSpec]
     outputs: int
     classes: int | None = None
+    unit: str = "example"
     per_token: bool = False
     generates: bool = False
     kept: Any = None
@@ -167,10 +169,6 @@ class Task(ABC):
     @abstractmethod
     def description(self) -> Any:
         """What `task_of` makes this task of again, as JSON can hold it."""
-
-    def correct(self, logits: Tensor, rows: Batch) -> Tensor | None:
-        """Return `(B,)` whether each prediction is correct; None if the task has no such notion."""
-        return None
 
     def chance_score(self, labels: Tensor) -> float | None:
         """Return the `monitor` score of the best constant prediction for labels `(N,)`, if any."""

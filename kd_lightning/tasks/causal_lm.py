@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,19 @@ from kd_lightning.losses.sparse import bucketed, expected_kl, teacher_buckets
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
-from kd_lightning.tasks.metrics import Agreement, Mean, TeacherStudentKL
+from kd_lightning.tasks.metrics import Mean, kl_of_rows
 from kd_lightning.tasks.rows import next_tokens
-from kd_lightning.tasks.scores import Scores, ScoreSpec
+from kd_lightning.tasks.scores import Scores, ScoreSpec, Values
 from kd_lightning.types import Batch, SparseLogits
 
 MOST_SHOWN = 5
 """Of the likeliest next tokens."""
+FIRST = 5
+"""Tokens among which the teacher's likeliest is looked for."""
+AFTER = {"1-16": (1, 16), "17-64": (17, 64), "65-256": (65, 256), "257-1024": (257, 1024), "1025+": (1025, math.inf)}
+"""Ranges of places in a text: how many tokens the network has read that predicts the next one."""
+MOST_LOGITS = 2**24
+"""Numbers that a score computes with at once: 64 MB in float32, whatever the batch and the vocabulary."""
 
 
 class Kept(NamedTuple):
@@ -44,14 +50,16 @@ class CausalLanguageModeling(Task):
         kept: Which tokens of a checkpoint of Hugging Face these are; None: all.
     """
 
-    monitor, generates = "cross_entropy", True
+    monitor, unit, generates = "cross_entropy", "document", True
     specs: Mapping[str, ScoreSpec] = {
-        "cross_entropy": ScoreSpec("cross-entropy of a token, nats", "min", shown="always"),
-        "perplexity": ScoreSpec("perplexity", "min"),
+        "cross_entropy": ScoreSpec("cross-entropy of a token, nats", "min", shown="always", across=False),
+        "perplexity": ScoreSpec("perplexity", "min", exp_of="cross_entropy", across=False),
         "bits_per_byte": ScoreSpec("bits per byte", "min"),
-        "accuracy": ScoreSpec("tokens predicted first"),
+        "accuracy": ScoreSpec("tokens predicted first", across=False),
         "agreement": ScoreSpec("agreement with teacher"),
+        "agreement_top5": ScoreSpec("teacher's first among first 5"),
         "kl_to_teacher": ScoreSpec("KL to teacher, nats a token", "min"),
+        **{f"kl_to_teacher/{n}": ScoreSpec(f"KL to teacher after {n} tokens", "min", shown="apart") for n in AFTER},
     }
 
     def __init__(self, vocabulary: int, kept: Kept | None = None) -> None:
@@ -100,12 +108,15 @@ class CausalLanguageModeling(Task):
         return _TokenScores()
 
     def fidelity(self) -> Scores:
-        """Return the share of tokens predicted as by the teacher, and the divergence per token.
+        """Return the shares of tokens predicted as by the teacher, and the divergence per token.
+
+        `agreement` is that of the likeliest token, `agreement_top5` that the teacher's is among the first five.
 
         Of a sparse teacher the divergence is that over its K classes and the tail: no more than that over all classes.
-        Of drawn classes it is the estimate of the latter, and the likeliest of them stands for the first.
+        Of drawn classes it is the estimate of the latter, and the likeliest of them stands for the first. The values also
+        have it by ranges of places in a document (`AFTER`).
         """
-        return _TokenFidelity({"agreement": Agreement(), "kl_to_teacher": _Divergence()})
+        return _TokenFidelity({"agreement": _Mean(), "agreement_top5": _Mean(), "kl_to_teacher": _Mean()})
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the tokens' probabilities."""
@@ -141,6 +152,11 @@ class CausalLanguageModeling(Task):
         """Return that it makes things up."""
         return "It goes on with a text as its training texts would, true or not."
 
+    def chance_score(self, labels: Tensor) -> float:
+        """Return the cross-entropy of the tokens' own frequencies."""
+        frequencies = labels.bincount().double() / len(labels)
+        return float(-frequencies.xlogy(frequencies).sum())
+
     @classmethod
     def described(cls, description: str) -> CausalLanguageModeling | None:
         """Return the task of a `description`; None where it describes another."""
@@ -151,19 +167,19 @@ NAME = "next token of "
 
 
 class _Mean(Mean):
-    """A function of the mean over all tokens."""
+    """The mean over all tokens, or e to its power."""
 
-    def __init__(self, factor: float = 1.0, power: bool = False) -> None:
+    def __init__(self, power: bool = False) -> None:
         super().__init__()
-        self.factor, self.power = factor, power
+        self.power = power
 
     def update(self, values: Tensor, count: Tensor | int) -> None:
         """Add a sum's parts, and over how many they are."""
         self.add(values, count)
 
     def compute(self) -> Tensor:
-        """Return the mean, or e to its power, over everything added so far."""
-        mean = self.factor * self.total / self.count
+        """Return it for everything added so far."""
+        mean = self.total / self.count
         return (mean.exp() if self.power else mean).float()
 
 
@@ -171,49 +187,77 @@ class _TokenScores(Scores):
     """Scores that all follow from the log likelihood of each token that counts."""
 
     def __init__(self) -> None:
-        super().__init__({
-            "cross_entropy": _Mean(), "perplexity": _Mean(power=True), "accuracy": _Mean(),
-            "bits_per_byte": _Mean(1 / math.log(2)),
-        })  # fmt: skip
+        names = ("cross_entropy", "perplexity", "accuracy", "bits_per_byte")
+        super().__init__({name: _Mean(power=name == "perplexity") for name in names})
 
-    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> None:
+    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> Values:
         """Add a batch: logits `(B, L, V)`, labels `(B, L)`. Where tokens have no bytes, bits per byte are nan."""
-        keep = rows["keep"]
-        own, labels = logits[keep].float(), against[keep]
-        surprise = F.cross_entropy(own, labels, reduction="none")
-        right = torch.where(own.isnan().any(-1), torch.nan, (own.argmax(-1) == labels).float())
-        bytes_ = rows["token_bytes"][keep].sum() if "token_bytes" in rows else torch.nan
-        for name, metric in self.metrics.items():
-            values, counts = (
-                (right if name == "accuracy" else surprise),
-                (bytes_ if name == "bits_per_byte" else len(own)),
-            )
-            metric.update(values, counts)  # type: ignore[operator]
-
-
-class _Divergence(TeacherStudentKL):
-    """The divergence from a teacher, or its estimate."""
-
-    def update(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, drawn: bool = False) -> None:
-        """Add logits `(N, V)`, or log probabilities as `expected_kl` takes them."""
-        if drawn:
-            self.add(expected_kl(student, teacher), len(student))
-        else:
-            super().update(student, teacher, labels)
+        keep, found = rows["keep"], []
+        for at in _pieces(keep, logits.shape[-1]):
+            own, labels = logits[at].float(), against[at]
+            right = torch.where(own.isnan().any(-1), torch.nan, (own.argmax(-1) == labels).float())
+            found.append((F.cross_entropy(own, labels, reduction="none"), right))
+        surprise, right = map(torch.cat, zip(*found, strict=True))
+        one = torch.ones_like(surprise)
+        of = {"cross_entropy": (surprise, one), "accuracy": (right, one)}
+        if "token_bytes" in rows:
+            of["bits_per_byte"] = (surprise / math.log(2), rows["token_bytes"][keep])
+        means = {"perplexity": of["cross_entropy"], "bits_per_byte": (surprise, surprise.new_full((), torch.nan)), **of}
+        _add(self, means)
+        return Values(_documents(rows)[keep], of)
 
 
 class _TokenFidelity(Scores):
     """Scores against a teacher's logits, all of them or in sparse form."""
 
-    def update(self, logits: Tensor, against: Tensor | SparseLogits, rows: Batch) -> None:
+    def update(self, logits: Tensor, against: Tensor | SparseLogits, rows: Batch) -> Values:
         """Add a batch: logits `(B, L, V)`."""
-        if isinstance(against, Tensor):
-            super().update(logits, against, rows)
-            return
-        own, teacher = logits[rows["keep"]].float(), against.at(rows["keep"])
-        log_s, log_t = bucketed(own, teacher.ids), teacher_buckets(teacher, None)
-        self.metrics["kl_to_teacher"].update(log_s, log_t, drawn=teacher.drawn)  # type: ignore[operator]
-        first = teacher.ids.gather(-1, teacher.values.argmax(-1, keepdim=True))[:, 0]
-        same = torch.where(own.isnan().any(-1) | teacher.rest.isnan(), torch.nan, (own.argmax(-1) == first).float())
-        half = torch.full_like(same, 0.5)  # two columns, of which the first is larger where both are the same
-        self.metrics["agreement"].update(torch.stack([same, half], -1), torch.stack([half + 1, half], -1))  # type: ignore[operator]
+        keep, found = rows["keep"], []
+        for at in _pieces(keep, logits.shape[-1]):
+            own = logits[at].float()
+            if isinstance(against, Tensor):
+                teacher = against[at].float()
+                divergence, first, nan = kl_of_rows(own, teacher), teacher.argmax(-1), teacher.isnan().any(-1)
+            else:
+                sparse = against.at(at)
+                compare = expected_kl if sparse.drawn else kl_of_rows
+                divergence = compare(bucketed(own, sparse.ids), teacher_buckets(sparse, None))
+                first = sparse.ids.gather(-1, sparse.values.argmax(-1, keepdim=True))[:, 0]
+                nan = sparse.values.isnan().any(-1) | sparse.rest.isnan()
+            among = own.topk(min(FIRST, own.shape[-1])).indices == first[:, None]
+            valid = torch.where(own.isnan().any(-1) | nan, torch.nan, 1.0)
+            found.append((divergence, valid * (own.argmax(-1) == first), valid * among.any(-1)))
+        divergence, same, among = map(torch.cat, zip(*found, strict=True))
+        one = torch.ones_like(divergence)
+        of = {"agreement": (same, one), "agreement_top5": (among, one), "kl_to_teacher": (divergence, one)}
+        _add(self, of)
+        read = _read_before(rows)[keep]
+        inside = {name: ((read >= low) & (read <= high)).float() for name, (low, high) in AFTER.items()}
+        ranges = {f"kl_to_teacher/{n}": (torch.where(one > 0, divergence, 0), one) for n, one in inside.items()}
+        return Values(_documents(rows)[keep], of | ranges)
+
+
+def _pieces(keep: Tensor, classes: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the places of rows that count, as many at a time as have `MOST_LOGITS` logits together."""
+    for places in torch.split(keep.nonzero(), max(1, MOST_LOGITS // classes)):
+        yield places.unbind(1)
+
+
+def _add(scores: Scores, means: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Add values and their weights to the metrics of these names."""
+    for name, metric in scores.metrics.items():
+        values, weights = means[name]
+        metric.update(values, weights.sum())  # type: ignore[operator]
+
+
+def _documents(rows: Batch) -> Tensor:
+    """Return which document each token is of, `(B, L)`; where that is not known, the number of its row."""
+    number = rows["index"] if "index" in rows else torch.arange(len(rows["keep"]), device=rows["keep"].device)
+    return rows.get("document_ids", rows.get("of_document", number[:, None].expand_as(rows["keep"])))
+
+
+def _read_before(rows: Batch) -> Tensor:
+    """Return how many tokens of its text each row has read, its own included, `(B, L)`."""
+    if "position_ids" in rows:
+        return rows["position_ids"] + 1
+    return rows.get("attention_mask", torch.ones_like(rows["input_ids"])).cumsum(1)

@@ -13,8 +13,8 @@ from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.tasks.base import Task, refuse_nan
 from kd_lightning.tasks.metrics import Accuracy, Agreement, CalibrationError, CrossEntropy, MacroF1, TeacherStudentKL
-from kd_lightning.tasks.scores import Scores, ScoreSpec
-from kd_lightning.types import Batch
+from kd_lightning.tasks.scores import Scores, ScoreSpec, Values
+from kd_lightning.types import IGNORE, Batch
 
 MOST_COLUMNS = 4
 """Of more classes a table shows only the likeliest one's probability."""
@@ -56,7 +56,7 @@ class Classification(Task):
     def scores(self) -> Scores:
         """Return accuracy, macro F1, calibration error and cross-entropy."""
         counted = {"accuracy": Accuracy(self.outputs), "macro_f1": MacroF1(self.outputs)}
-        return Scores({**counted, "ece": CalibrationError(), "cross_entropy": CrossEntropy()})
+        return _ClassScores({**counted, "ece": CalibrationError(), "cross_entropy": CrossEntropy()})
 
     def fidelity(self) -> Scores:
         """Return agreement with the teacher, and the divergence from it."""
@@ -86,10 +86,6 @@ class Classification(Task):
         """The number of classes."""
         return self.outputs
 
-    def correct(self, logits: Tensor, rows: Batch) -> Tensor | None:
-        """Return whether the most probable class is the label; where the logits are NaN there is none."""
-        return (logits.argmax(-1) == rows["labels"]) & ~logits.isnan().any(-1) if logits.ndim == 2 else None
-
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """Return the classes."""
         return labels.astype(np.int64)
@@ -105,3 +101,15 @@ class Classification(Task):
     def chance_score(self, labels: Tensor) -> float:
         """Return the share of the most frequent class."""
         return float(labels.bincount().max() / len(labels))
+
+
+class _ClassScores(Scores):
+    """Scores of classes, of which accuracy is a mean over examples."""
+
+    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> Values | None:
+        """Add a batch. Where the logits are NaN, no class is the label."""
+        super().update(logits, against, rows)
+        if logits.ndim != 2 or "index" not in rows:
+            return None
+        right = (logits.argmax(-1) == against) & ~logits.isnan().any(-1)
+        return Values(rows["index"], {"accuracy": (right, against != IGNORE)})

@@ -1,4 +1,4 @@
-"""Evaluates models on a split batch by batch, keeping only scores and a small vector per example."""
+"""Evaluates models on a split batch by batch, keeping scores, and sums by example or document."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.tasks.base import Task
+from kd_lightning.tasks.scores import ByUnit, UnitSums
 from kd_lightning.types import Batch, ModelOutput, is_labelled
 
 Model = Callable[[Batch], ModelOutput]
@@ -26,13 +27,12 @@ class Evaluation:
     Attributes:
         scores: Against labels, and against the reference where there is one.
         examples: How many the split has.
-        correct: Whether each of them is predicted rightly, in the order of `index`; none where that is no matter of
-            right and wrong.
+        units: What single examples or documents add to the scores that are means, from which errors follow.
     """
 
     scores: dict[str, float]
     examples: int
-    correct: list[bool]
+    units: dict[str, UnitSums]
 
 
 def of_network(network: nn.Module, device: torch.device | str = "cpu") -> Model:
@@ -72,26 +72,26 @@ def evaluate_all(
     """
     against_labels = {name: task.scores().alone().to(device) for name in models}
     against_teacher = {name: task.fidelity().alone().to(device) for name in models} if reference is not None else {}
-    index: list[Tensor] = []
-    correct: dict[str, list[Tensor]] = {name: [] for name in models}
+    by_unit = {name: (ByUnit(), ByUnit()) for name in models}
+    examples = 0
     with torch.inference_mode():
         for given in batches:
             batch = {key: value.to(device) for key, value in given.items()}
             rows = task.compared(batch)
-            index.append(given["index"])
-            logits = {name: model(batch).logits.float() for name, model in models.items()}
-            for name, own in logits.items():
-                against_labels[name].update(own, rows["labels"], rows)
-                if reference is not None:
-                    against_teacher[name].update(own, logits[reference], rows)
-                if (right := task.correct(own, rows)) is not None:
-                    correct[name].append(right.cpu())
-    order = torch.cat(index).argsort()
+            examples += len(given["index"])
+            expected = None if reference is None else models[reference](batch).logits.float()
+            for name, model in models.items():  # one after the other: logits over a vocabulary are large
+                own = expected if expected is not None and name == reference else model(batch).logits.float()
+                by_unit[name][0].add(against_labels[name].update(own, rows["labels"], rows))
+                if expected is not None:
+                    by_unit[name][1].add(against_teacher[name].update(own, expected, rows))
     found = {}
     for name in models:
         scores = against_labels[name].compute() | (against_teacher[name].compute() if reference is not None else {})
-        rights: list[bool] = torch.cat(correct[name])[order].tolist() if correct[name] else []
-        found[name] = Evaluation({key: float(value) for key, value in scores.items()}, len(order), rights)
+        units = by_unit[name][0].sums() | by_unit[name][1].sums()
+        parts = {key: sums.totals.sum() / sums.weights.sum() for key, sums in units.items() if sums.weights.any()}
+        whole = {**scores, **{key: value for key, value in parts.items() if key not in scores}}
+        found[name] = Evaluation({key: float(value) for key, value in whole.items()}, examples, units)
     return found
 
 

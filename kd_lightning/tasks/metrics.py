@@ -371,13 +371,18 @@ def _agreement_sums(
 def _kl_sums(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the divergence summed over counted positions, and how many there are."""
     counted = _counted(student_logits, teacher_logits, labels)
+    # `where` rather than a product, so that a nan at a padded position does not spread
+    return torch.where(counted, kl_of_rows(student_logits, teacher_logits), 0).sum(), counted.sum()
+
+
+def kl_of_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the divergence of each row of logits `(..., C)`, `(...)`, as `teacher_student_kl` has it."""
     log_student = F.log_softmax(_precise(student_logits), dim=-1)
     log_teacher = F.log_softmax(_precise(teacher_logits), dim=-1)
     p_teacher = log_teacher.exp()
     # 0 * (-inf) is nan, but the limit of p log p is 0; a nan of either side stays one
     terms = torch.where((p_teacher == 0) & ~log_student.isnan(), 0, p_teacher * (log_teacher - log_student))
-    # `where` rather than a product, so that a nan at a padded position does not spread
-    return torch.where(counted, terms.sum(dim=-1), 0).sum(), counted.sum()
+    return terms.sum(dim=-1)
 
 
 def _excess_by_bin(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
-"""A task's scores, accumulated batch by batch: nothing of a split is kept but sums."""
+"""A task's scores, accumulated batch by batch: of a split only sums are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
@@ -25,13 +27,71 @@ class ScoreSpec:
         title: What people call it, with its unit if it has one.
         mode: Whether more or less of it is better.
         share: It is a share of examples that are right, whose error over n of them is sqrt(p (1 - p) / n).
-        shown: In tables `always`; `alone`, where there is one task; or `never`, in files only.
+        shown: In tables `always`; `alone`, where there is one task; `apart`, among the standard errors; or `never`, in
+            files only.
+        exp_of: The score to whose power it is e, if it is; its standard error follows from that.
+        across: Whether it compares models that read other tokens.
     """
 
     title: str
     mode: Mode = "max"
     share: bool = False
-    shown: Literal["always", "alone", "never"] = "alone"
+    shown: Literal["always", "alone", "apart", "never"] = "alone"
+    exp_of: str | None = None
+    across: bool = True
+
+
+class Values(NamedTuple):
+    """What scores are means of.
+
+    Attributes:
+        units: `(N,)` int64, which example or document each value is of: these are drawn independently, values are not.
+        of: By score, values `(N,)` and their weights `(N,)`. The score is the sum of values over that of weights.
+    """
+
+    units: Tensor
+    of: dict[str, tuple[Tensor, Tensor]]
+
+
+class UnitSums(NamedTuple):
+    """A score's values and weights, summed by unit: `(U,)` float64, by the units' numbers."""
+
+    totals: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+class ByUnit:
+    """Sums of values by unit, whatever the batches.
+
+    >>> sums = ByUnit()
+    >>> sums.add(Values(torch.tensor([7, 7, 3]), {"right": (torch.tensor([1.0, 0.0, 1.0]), torch.ones(3))}))
+    >>> sums.sums()["right"]
+    UnitSums(totals=array([1., 1.]), weights=array([1., 2.]))
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, values: Values | None) -> None:
+        """Add a batch's values, if it has any."""
+        if values is not None:
+            self._names = list(values.of)
+            columns = torch.stack([column.float() for pair in values.of.values() for column in pair], -1)
+            self._parts.append(_by_unit(values.units.cpu(), columns.cpu().double()))
+
+    def sums(self) -> dict[str, UnitSums]:
+        """Return the sums by score; empty where nothing was added."""
+        if not self._parts:
+            return {}
+        units, parts = zip(*self._parts, strict=True)
+        columns = _by_unit(torch.cat(units), torch.cat(parts))[1].numpy().T
+        return {name: UnitSums(*columns[2 * i : 2 * i + 2]) for i, name in enumerate(self._names)}
+
+
+def _by_unit(units: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    found, place = torch.unique(units, return_inverse=True)
+    return found, columns.new_zeros(len(found), columns.shape[1]).index_add(0, place, columns)
 
 
 class Scores(nn.Module):
@@ -62,13 +122,16 @@ class Scores(nn.Module):
             metric.distributed_available_fn = _never
         return self
 
-    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> None:
+    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> Values | None:
         """Add a batch.
 
         Args:
             logits: `(B, C)` or `(B, L, C)`.
             against: Labels `(B,)` or `(B, L)`, or a teacher's logits; a task may take these in sparse form, too.
             rows: The batch as `Task.compared` returns it.
+
+        Returns:
+            The values that scores are means of, for those scores that are; None where none is.
         """
         if isinstance(against, SparseLogits):
             raise ConfigError("these scores compare all logits with the teacher's: leave out teacher.cache_top_k")
@@ -77,6 +140,7 @@ class Scores(nn.Module):
         if len(logits):
             for metric in self.metrics.values():
                 metric.update(logits, against)  # type: ignore[operator]
+        return None
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all that was added, in all processes."""

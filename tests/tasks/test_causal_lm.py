@@ -14,6 +14,7 @@ from kd_lightning.losses.soft_target import SoftTargetLoss
 from kd_lightning.losses.sparse import sparse_kd
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.tasks import CausalLanguageModeling, task_of
+from kd_lightning.tasks.evaluation import evaluate_all
 from kd_lightning.types import IGNORE, Batch, ModelOutput, SparseLogits
 
 V = 12
@@ -100,6 +101,50 @@ def test_a_sparse_teacher_is_compared_over_what_is_kept(batch: Batch, logits: tu
     logits[0][0, 1, 3] = torch.nan
     fidelity.update(logits[0], sparse, rows)
     assert all(math.isnan(value) for value in fidelity.compute().values())
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 2]])
+def test_scores_and_their_errors_are_by_document_whatever_the_batches(
+    batch: Batch, logits: tuple[Tensor, Tensor], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document may go on in another row; logits are computed with a few at a time."""
+    monkeypatch.setattr("kd_lightning.tasks.causal_lm.MOST_LOGITS", 5 * V)
+    document = torch.tensor([[4, 4, 4, 7, 7, 7, 7], [7] * 5 + [-1] * 2, [2] * 2 + [-1] * 5])
+    place = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0], [15, 16, 0, 0, 0, 0, 0]])
+    batch |= {"document_ids": document, "position_ids": place}
+    parts = [{name: entry[part] for name, entry in batch.items()} for part in torch.arange(3).split(sizes)]
+    own, others = ({"student": 0, "teacher": 1}[name] for name in ("student", "teacher"))
+    models = {
+        name: lambda given, which=which: ModelOutput(logits[which][given["index"]])
+        for name, which in (("student", own), ("teacher", others))
+    }
+    found = evaluate_all(TASK, models, parts, reference="teacher")["student"]  # type: ignore[arg-type]
+    surprises: dict[int, list[float]] = {}
+    near: dict[str, list[float]] = {"1-16": [], "17-64": []}
+    among = []
+    rows = TASK.compared(batch)
+    for row, column in rows["keep"].nonzero().tolist():
+        p, q = (log_softmax(one[row, column].double().numpy()) for one in logits)
+        surprises.setdefault(int(document[row, column]), []).append(-p[int(rows["labels"][row, column])])
+        divergence = float((np.exp(q) * (q - p)).sum())
+        near["1-16" if place[row, column] < 16 else "17-64"].append(divergence)
+        among.append(q.argmax() in np.argsort(p)[-5:])
+    assert sorted(surprises) == [2, 4, 7]
+    sums = found.units["cross_entropy"]
+    assert sums.totals.tolist() == pytest.approx([sum(surprises[number]) for number in (2, 4, 7)], rel=1e-5)
+    assert sums.weights.tolist() == [len(surprises[number]) for number in (2, 4, 7)]
+    assert found.scores["agreement_top5"] == pytest.approx(np.mean(among))
+    assert found.scores["kl_to_teacher/1-16"] == pytest.approx(np.mean(near["1-16"]), rel=1e-5)
+    assert "kl_to_teacher/17-64" not in found.scores  # nothing is predicted there
+    assert found.scores["kl_to_teacher"] == pytest.approx(np.mean(near["1-16"]), rel=1e-5)
+    for name, score in by_hand(logits[0], batch).items():
+        assert found.scores[name] == pytest.approx(score, rel=1e-5)
+    assert found.scores.keys() <= TASK.specs.keys()
+
+
+def test_the_best_constant_prediction_is_that_of_the_frequencies() -> None:
+    labels = torch.tensor([3, 3, 3, 8])
+    assert TASK.chance_score(labels) == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
 
 
 def test_the_loss_is_that_of_the_scores(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:

@@ -39,7 +39,8 @@ def test_scores_and_what_is_right_are_those_of_the_whole_split_in_the_order_of_i
     logits = network.eval()(INPUTS).detach()
     found = evaluate(Classification(3), of_network(network.train()), batches(ORDER, 3))
     right = logits.argmax(1) == LABELS
-    assert found.correct == right.tolist()
+    assert found.units["accuracy"].totals.tolist() == right.tolist()
+    assert found.units["accuracy"].weights.tolist() == [1] * 7
     assert found.examples == 7
     assert found.scores["accuracy"] == pytest.approx(float(right.float().mean()))
     assert found.scores["cross_entropy"] == pytest.approx(float(nn.functional.cross_entropy(logits, LABELS)), rel=1e-6)
@@ -93,7 +94,7 @@ def test_tokens_are_scored_where_they_are_kept() -> None:
     assert found.scores["accuracy"] == pytest.approx(
         float((logits.argmax(1) == whole["labels"][counted]).float().mean())
     )
-    assert found.correct == []
+    assert found.units == {}
     assert found.examples == 5
     (kept,), labels = labelled_rows(Tagging(3), [of_network(network)], tagged())
     order = whole["index"].argsort()

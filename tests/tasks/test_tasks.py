@@ -72,7 +72,7 @@ def test_several_tasks_are_scored_each_on_its_rows_and_columns(split: Split, siz
     mains = [found["side/accuracy"], found["score/pearson"], found["kind/accuracy"]]
     assert found["average"] == pytest.approx(sum(mains) / 3)
     assert WHOLE.monitor == "average"
-    assert WHOLE.correct(logits, {"labels": labels}) is None
+    assert WHOLE.scores().update(logits, labels, {"task": task, "index": torch.arange(N)}) is None
     assert WHOLE.chance_score(labels) is None
     assert set(found) == {
         "average", *(f"{name}/{score}" for name in ("side", "kind") for score in OF_CLASSES),
@@ -152,17 +152,17 @@ def test_a_nan_prediction_is_read_as_nothing() -> None:
         Classification(3).read(logits, {}, ["a", "b", "c"])
     with pytest.raises(KDError, match="the network predicts NaN"):
         Regression().read(logits[:, :1], {}, ["score"])
-    right = Classification(3).correct(logits, {"labels": torch.tensor([0])})
-    assert right is not None
-    assert right.tolist() == [False]
+    values = Classification(3).scores().update(logits, torch.tensor([0]), {"index": torch.tensor([0])})
+    assert values is not None
+    assert values.of["accuracy"][0].tolist() == [False]
 
 
 def test_a_classification() -> None:
     task = Classification(3)
     labels = torch.tensor([0, 2, 2])
-    right = task.correct(torch.eye(3), {"labels": labels})
-    assert right is not None
-    assert right.tolist() == [True, False, True]
+    values = task.scores().update(torch.eye(3), labels, {"index": torch.arange(3)})
+    assert values is not None
+    assert values.of["accuracy"][0].tolist() == [True, False, True]
     assert task.chance_score(labels) == pytest.approx(2 / 3)
     assert isinstance(task.loss(), CrossEntropyLoss)
     assert scores_of(task, torch.eye(3), labels, sizes=[3])["accuracy"] == pytest.approx(2 / 3)

@@ -87,7 +87,7 @@ def test_evaluation_streams_with_a_teacher() -> None:
     assert found["teacher"].scores["entity_f1"] == 1.0
     assert found["student"].scores["agreement"] == 1.0  # the first of equal logits, and what is not kept counts nowhere
     assert found["student"].scores["kl_to_teacher"] > 0
-    assert found["teacher"].correct == []
+    assert found["teacher"].units == {}
 
 
 def test_entities_are_read_with_the_mean_probability_of_their_words() -> None:

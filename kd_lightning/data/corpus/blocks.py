@@ -68,7 +68,7 @@ class Blocks:
         Returns:
             `(B, L)` int64: `input_ids`, `attention_mask`, `labels` (see below) and `token_bytes`, how many bytes each
             token stands for. With `packing="documents"` also `document_ids`, -1 at padding, and `position_ids`,
-            which begin at 0 where a document does, where a block does, and at every padding.
+            which begin at 0 where a document does, where a block does, and at every padding; otherwise `of_document`.
 
             A label is the token itself. It is `IGNORE` where the block holds nothing to predict it from: at padding, at
             a block's first token and, with `packing="documents"`, at each document's first one; and where it does not
@@ -85,10 +85,12 @@ class Blocks:
         predicted = mask.copy()
         predicted[:, 0] = False
         found = {"input_ids": ids, "attention_mask": mask, "token_bytes": np.where(mask, self.store.widths[source], 0)}
+        number = np.where(mask, self.documents[document], -1)
         if self.packing == "documents":
-            number = np.where(mask, self.documents[document], -1)
             predicted[:, 1:] &= number[:, 1:] == number[:, :-1]
             found |= {"document_ids": number, "position_ids": np.where(mask, place - np.maximum(start, begin), 0)}
+        else:
+            found["of_document"] = number
         if self.store.counted is not None:
             predicted &= self.store.counted[source]
             found["keep"] = np.pad(predicted[:, 1:], ((0, 0), (0, 1)))

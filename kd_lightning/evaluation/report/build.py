@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kd_lightning.evaluation.report.differences import binomial_error, describe, differences, ratios
+from kd_lightning.evaluation.report.differences import binomial_error, describe, differences, mean_error, ratios
 from kd_lightning.evaluation.report.findings import findings
 from kd_lightning.evaluation.report.results import (
     MODEL_NAMES,
@@ -17,6 +17,9 @@ from kd_lightning.evaluation.report.results import (
     ModelResult,
     role,
 )
+
+if TYPE_CHECKING:
+    from kd_lightning.tasks import ScoreSpec
 
 SCHEMA_VERSION = 3
 """Raised when a key of the report is removed or changes its meaning, not for new keys."""
@@ -64,8 +67,7 @@ def build_report(
     """
     by_name = _by_name(models, seeds)
     n_test = data.splits["test"]
-    shares = [name for name, spec in data.specs.items() if spec.share]
-    entries = {name: _model_entry(result, shares, n_test) for name, result in by_name.items()}
+    entries = {name: _model_entry(result, data.specs, n_test) for name, result in by_name.items()}
     direction = 1 if data.specs[data.monitor].mode == "max" else -1
     scores = {name: [float(test[data.monitor]) for test in result.test] for name, result in by_name.items()}
     of_gap = {
@@ -74,6 +76,7 @@ def build_report(
     for name in entries.keys() & of_gap:
         entries[name]["distillation_ratio"] = of_gap[name]
     errors = [entry["test"][data.monitor].get("standard_error") for entry in entries.values()]
+    units = [len(sums[data.monitor].totals) for result in models for sums in result.units if data.monitor in sums]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": run,
@@ -83,10 +86,11 @@ def build_report(
         "models": entries,
         "distillation_ratio": of_gap["distilled"],
         "distillation_ratio_same_start": ratios(scores, "distilled", "baseline_initialised", direction),
-        "differences": differences(by_name, scores, n_test, data.monitor in shares),
+        "differences": differences(by_name, data.monitor, n_test, data.specs[data.monitor].share),
         "data": {
             **{key: value for key, value in vars(data).items() if key != "specs"},
             "n_test": n_test,
+            "units": max(units, default=n_test),
             "standard_error": max((error for error in errors if error is not None), default=None),
         },
         "scores": {name: asdict(spec) for name, spec in data.specs.items()},
@@ -130,11 +134,15 @@ def _by_name(models: Sequence[ModelResult], seeds: Sequence[int]) -> dict[str, M
     return dict(sorted(by_name.items(), key=lambda item: MODEL_NAMES.index(role(item[0]))))
 
 
-def _model_entry(result: ModelResult, shares: Sequence[str], n_test: int) -> dict[str, Any]:
+def _model_entry(result: ModelResult, specs: Mapping[str, ScoreSpec], n_test: int) -> dict[str, Any]:
     """Return the report's entry of one model."""
     test = _describe_scores(result.test)
-    for name in test.keys() & shares:
-        test[name]["standard_error"] = binomial_error(test[name]["mean"], n_test)
+    for name in test.keys() & specs.keys():
+        error = mean_error(result, specs[name].exp_of or name)
+        if specs[name].share:
+            test[name]["standard_error"] = binomial_error(test[name]["mean"], n_test)
+        elif error is not None:
+            test[name]["standard_error"] = error * test[name]["mean"] if specs[name].exp_of else error
     return {
         "title": result.title,
         "test": test,

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kd_lightning.evaluation.report.results import ModelResult
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kd_lightning.tasks.scores import UnitSums
 
 BASELINES = ("baseline", "baseline_initialised")
 """What a distilled student is compared with: the same student from labels, and the same from the same start."""
@@ -35,20 +42,61 @@ def binomial_error(accuracy: float, n: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
-def differences(
-    models: Mapping[str, ModelResult], scores: Mapping[str, list[float]], n_test: int, share: bool
-) -> dict[str, dict[str, Any]]:
+def residuals(sums: UnitSums) -> NDArray[np.float64]:
+    r"""Return each unit's part of a mean's error: (T_u - R W_u) over the sum of weights, R the mean, `(U,)`."""
+    weight = sums.weights.sum()
+    parts: NDArray[np.float64] = (sums.totals - sums.totals.sum() / weight * sums.weights) / weight
+    return parts
+
+
+def clustered_error(parts: NDArray[np.float64]) -> float:
+    r"""Return the standard error of a mean over values drawn unit by unit, such as a document's.
+
+    $$ \sqrt{\frac{U}{U - 1} \sum_u r_u^2} $$ for residuals r of U units, of one mean or of the difference of two: the
+    linearised ratio estimator (Cochran 1977, Sampling Techniques, chapter 6). nan for a single unit.
+
+    >>> from kd_lightning.tasks.scores import UnitSums
+    >>> right = UnitSums(np.array([1.0, 0.0, 1.0, 1.0]), np.ones(4))
+    >>> round(clustered_error(residuals(right)), 3)  # 0.5 / sqrt(4), as of four independent examples
+    0.25
+    """
+    count = len(parts)
+    return math.sqrt(count / (count - 1) * float(parts @ parts)) if count > 1 else math.nan
+
+
+def mean_error(model: ModelResult, score: str) -> float | None:
+    """Return the standard error of a model's score, by units; None where these are not known."""
+    found = _mean_residuals(model, score)
+    return None if found is None else clustered_error(found)
+
+
+def _mean_residuals(model: ModelResult, score: str) -> NDArray[np.float64] | None:
+    found = [residuals(units[score]) for units in model.units if score in units and units[score].weights.any()]
+    return np.mean(found, axis=0) if found else None
+
+
+def differences(models: Mapping[str, ModelResult], score: str, n_test: int, share: bool) -> dict[str, dict[str, Any]]:
     """Return how much better each model is than each baseline, by model and baseline.
 
     Args:
         models: The results.
-        scores: Each model's score on the test split, one for each seed; the teacher's has one.
+        score: By which they are compared.
         n_test: How many test examples there are.
         share: Whether the score is a share of examples that are right, which has a standard error.
+
+    Returns:
+        For each pair the difference of the score, and under `scores` those of others that single units are known for.
     """
     return {
         name: {
-            baseline: _difference(models[name], models[baseline], scores[name], scores[baseline], n_test, share)
+            baseline: {
+                **_difference(models[name], models[baseline], score, n_test, share),
+                "scores": {
+                    other: _difference(models[name], models[baseline], other, n_test, share=False)
+                    for other in (models[name].units or [{}])[0]
+                    if other != score and other in (models[baseline].units or [{}])[0]
+                },
+            }
             for baseline in BASELINES
             if baseline in models and baseline != name
         }
@@ -57,28 +105,23 @@ def differences(
     }
 
 
-def _difference(
-    model: ModelResult, baseline: ModelResult, ours: list[float], theirs: list[float], n_test: int, share: bool
-) -> dict[str, Any]:
+def _difference(model: ModelResult, baseline: ModelResult, score: str, n_test: int, share: bool) -> dict[str, Any]:
     """Return a model's score minus a baseline's, with the standard error of the difference.
 
     Each seed is compared with the same seed of the baseline. The variance is that of sampling test examples plus that
-    of sampling seeds. The first is computed example by example if both models' predictions are known (paired),
-    otherwise as for two independent test sets, which overstates it.
+    of sampling seeds. The first is computed unit by unit if both models' are known (paired), otherwise, for a share, as
+    for two independent test sets, which overstates it.
     """
-    ours = ours * len(theirs) if len(ours) == 1 else ours
-    per_seed = describe(b - a for a, b in zip(theirs, ours, strict=True))
-    if not share:
-        return {**per_seed, "standard_error": math.nan, "paired": False}
-    paired = bool(model.correct) and bool(baseline.correct)
-    if paired:
-        right, also = (
-            [statistics.fmean(seeds) for seeds in zip(*one.correct, strict=True)] for one in (model, baseline)
-        )
-        gains = [b - a for a, b in zip(also, right, strict=True)]
-        variance = statistics.variance(gains) / len(gains)
+    ours, theirs = ([float(test.get(score, math.nan)) for test in one.test] for one in (model, baseline))
+    per_seed = describe(b - a for a, b in zip(theirs, ours * len(theirs) if len(ours) == 1 else ours, strict=True))
+    own, other = _mean_residuals(model, score), _mean_residuals(baseline, score)
+    paired = own is not None and other is not None and len(own) == len(other)
+    if own is not None and other is not None and paired:
+        variance = clustered_error(own - other) ** 2
+    elif share:
+        variance = sum(binomial_error(statistics.fmean(one), n_test) ** 2 for one in (ours, theirs))
     else:
-        variance = sum(binomial_error(statistics.fmean(own), n_test) ** 2 for own in (ours, theirs))
+        variance = math.nan
     if len(theirs) > 1:
         variance += per_seed["std"] ** 2 / len(theirs)
     return {**per_seed, "standard_error": math.sqrt(variance), "paired": paired}

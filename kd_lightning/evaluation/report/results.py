@@ -14,6 +14,7 @@ from kd_lightning.runtime.errors import DataError
 if TYPE_CHECKING:  # their modules import torch
     from kd_lightning.evaluation.profiling import Latency, Size, Throughput
     from kd_lightning.tasks import ScoreSpec
+    from kd_lightning.tasks.scores import UnitSums
 
 MODEL_NAMES = ("teacher", "assistant", "baseline", "baseline_initialised", "distilled", "finetuned")
 """Every model a report knows, in the order of tables and pictures; assistants are numbered: assistant_1, ..."""
@@ -104,8 +105,8 @@ class ModelResult:
         throughput: Whole batches.
         training_seconds: Wall time of training; empty for a model that was loaded.
         curves: Learning curves; empty for a model that was loaded.
-        correct: For each seed, whether each test example was predicted correctly, in the same order for all models. It
-            allows a paired comparison of two models, which detects smaller differences.
+        units: For each seed, what each test example or document adds to the scores that are means, in the same order
+            for all models. It allows a paired comparison of two models, which detects smaller differences.
         outputs_seconds: What its predictions took, of one that teaches.
     """
 
@@ -118,7 +119,7 @@ class ModelResult:
     throughput: Throughput | None = None
     training_seconds: Sequence[float] = ()
     curves: Sequence[Curve] = ()
-    correct: Sequence[Sequence[bool]] = ()
+    units: Sequence[Mapping[str, UnitSums]] = ()
     outputs_seconds: OutputsTime | None = None
 
 
@@ -137,6 +138,7 @@ class DataSummary:
         monitor: The score by which checkpoints are selected and models compared.
         specs: How each score is to be read, by name.
         calibration: The score that measures how wrong probabilities are; None where there is none.
+        unit: What is drawn independently: an `example`, or a `document` of many tokens.
     """
 
     name: str
@@ -147,6 +149,7 @@ class DataSummary:
     class_names: Sequence[str] = field(default=())
     fingerprint: str | None = None
     calibration: str | None = None
+    unit: str = "example"
 
 
 def read_curve(path: str | Path, seed: int, *, score_key: str, loss_key: str = "train/loss") -> Curve:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_lightning.evaluation.report.differences import is_noise
 from kd_lightning.evaluation.report.results import monitor, score_title, sign
-from kd_lightning.evaluation.report.table import as_markdown, markdown_table, ratio_line, short
+from kd_lightning.evaluation.report.table import MISSING, as_markdown, markdown_table, ratio_line, short
 from kd_lightning.runtime.borders import fence, markdown, visible
 
 
@@ -54,6 +54,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     }
     parts += [f"![{markdown(caption)}]({name})" for name, caption in captions.items() if name in pictures]
     parts += [
+        _errors_by_unit(report),
         "## How to read it",
         markdown(report["selection"]),
         f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
@@ -72,6 +73,31 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _errors_by_unit(report: Mapping[str, Any]) -> str:
+    """Return scores with errors by document, and what the distillation changes, of language models."""
+    models, unit, units = report["models"], report["data"]["unit"], report["data"]["units"]
+    if unit == "example":
+        return ""
+    against = report["differences"].get("distilled", {})
+    rows = [["", *(m["title"] for m in models.values()), *(f"distilled - {models[name]['title']}" for name in against)]]
+    for name, spec in report["scores"].items():
+        if any("standard_error" in model["test"].get(name, {}) for model in models.values()):
+            changes = [one if name == monitor(report) else one["scores"].get(name) for one in against.values()]
+            cells = [model["test"].get(name) for model in models.values()] + changes
+            rows.append([spec["title"], *map(_with_error, cells)])
+    return (
+        f"## Standard errors by {unit}\n\nTokens of a {unit} are alike, so errors are over the {units:,} test {unit}s. "
+        f"Differences are {unit} by {unit}, and include the variation over seeds.\n\n{as_markdown(rows)}"
+    )
+
+
+def _with_error(measured: Mapping[str, Any] | None) -> str:
+    if measured is None or measured["mean"] is None:
+        return MISSING
+    error = measured.get("standard_error")
+    return f"{measured['mean']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
 def _chance_text(data: Mapping[str, Any]) -> str:
     """Say what a score is to be held against."""
     if data["chance_score"] is None:
@@ -80,7 +106,7 @@ def _chance_text(data: Mapping[str, Any]) -> str:
     if data["standard_error"] is None:
         return text
     error = _score(data["standard_error"])
-    return f"{text} With {data['n_test']:,} test examples the standard error of a score is up to {error}."
+    return f"{text} With {data['units']:,} test {data['unit']}s the standard error of a score is up to {error}."
 
 
 def _score(value: float | None) -> str:
@@ -140,9 +166,8 @@ def _difference_text(report: Mapping[str, Any], title: str) -> str:
     sentences = []
     for baseline, difference in report["differences"].get("distilled", {}).items():
         if difference["standard_error"] is not None:
-            method = (
-                "compared on the same test examples" if difference["paired"] else "as if from independent test sets"
-            )
+            same = f"compared on the same test {report['data']['unit']}s"
+            method = same if difference["paired"] else "as if from independent test sets"
             sentences.append(
                 f"Distilled minus {report['models'][baseline]['title']}: {difference['mean']:+.3f} {title}, standard "
                 f"error {difference['standard_error']:.3f} ({method}, variation over seeds included)."

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from kd_lightning.data.corpus.blocks import Blocks, cut, split_documents
@@ -89,6 +90,18 @@ def test_bytes_stand_beside_the_tokens(tmp_path: Path) -> None:
     batch = everything(blocks)
     assert int(batch["token_bytes"].sum()) == sum(len(text.encode()) for text in made(12))
     assert bool((batch["token_bytes"][~batch["attention_mask"].bool()] == 0).all())
+
+
+def test_each_token_is_known_by_its_document_however_it_is_packed(tmp_path: Path) -> None:
+    counts = {}
+    for packing in ("documents", "concat", "none"):
+        batch = everything(blocks_of(tmp_path / packing, packing)[0])
+        number = batch["document_ids" if packing == "documents" else "of_document"]
+        assert ("of_document" in batch) != ("document_ids" in batch)  # the latter would keep a document from others
+        assert bool(((number == -1) == (batch["attention_mask"] == 0)).all())
+        counts[packing] = number[number >= 0].bincount()
+    assert torch.equal(counts["documents"], counts["concat"])
+    assert len(counts["none"]) == len(counts["documents"])
 
 
 @pytest.mark.parametrize("packing", ["documents", "concat", "none"])

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from kd_lightning.evaluation.profiling import environment
-from kd_lightning.evaluation.report import Curve, DataSummary, findings, summary, write_report
-from kd_lightning.evaluation.report.differences import distillation_ratio
+from kd_lightning.evaluation.report import Curve, DataSummary, findings, report_markdown, summary, write_report
+from kd_lightning.evaluation.report.differences import clustered_error, distillation_ratio, residuals
 from kd_lightning.evaluation.report.pictures import curves_figure, tradeoff_figure
 from kd_lightning.evaluation.report.table import markdown_table
-from kd_lightning.tasks import ScoreSpec
+from kd_lightning.tasks import CausalLanguageModeling, ScoreSpec
+from kd_lightning.tasks.scores import UnitSums
 from tests import ROOT
 from tests.evaluation.report.examples import FIVE, model, models, printed, report_of, scores
 
@@ -71,12 +72,65 @@ def test_paired_difference_is_the_standard_error_of_the_mean_gain() -> None:
     generator = np.random.default_rng(0)
     right = generator.random((2, 1, 400)) < np.array([0.7, 0.8])[:, None, None]
     results = models(baseline=(right[0].mean(),), distilled=(right[1].mean(),))
-    results[1] = replace(results[1], correct=right[0].tolist())
-    results[2] = replace(results[2], correct=right[1].tolist())
+    for number, own in enumerate(right[:, 0].astype(float), start=1):
+        results[number] = replace(results[number], units=[{"accuracy": UnitSums(own, np.ones(400))}])
     difference = report_of(results, n_test=400)["differences"]["distilled"]["baseline"]
     gains = right[1, 0].astype(float) - right[0, 0]
     assert difference["paired"] is True
     assert difference["standard_error"] == pytest.approx(gains.std(ddof=1) / 20)
+
+
+def documents(seed: int, count: int = 40) -> dict[str, UnitSums]:
+    """Tokens' losses by document: those of one document are alike, and documents differ in length."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(5, 200, count).astype(float)
+    own = generator.normal(3.0, 1.0, count)  # a document's
+    return {"cross_entropy": UnitSums(lengths * own + generator.normal(0, lengths**0.5), lengths)}
+
+
+def test_errors_of_means_over_tokens_are_by_document() -> None:
+    """The estimate is the deviation over corpora that are drawn anew; that of independent tokens is far below it."""
+    drawn = [documents(seed)["cross_entropy"] for seed in range(400)]
+    means = [sums.totals.sum() / sums.weights.sum() for sums in drawn]
+    estimates = [clustered_error(residuals(sums)) for sums in drawn]
+    assert np.mean(estimates) == pytest.approx(np.std(means), rel=0.1)
+    assert 2**0.5 / np.mean([sums.weights.sum() for sums in drawn]) ** 0.5 < np.mean(estimates) / 5
+    assert math.isnan(clustered_error(residuals(UnitSums(np.ones(1), np.ones(1)))))
+
+
+def of_language_models() -> dict[str, Any]:
+    """A report in which the distilled student is better by 0.1 nats on each token."""
+    specs, results = CausalLanguageModeling(9).specs, []
+    for name, gain in (("teacher", 0.5), ("baseline", 0.0), ("distilled", 0.1)):
+        units = documents(0) | {"kl_to_teacher/1-16": documents(1)["cross_entropy"]}
+        loss = units["cross_entropy"]
+        units["cross_entropy"] = UnitSums(loss.totals - gain * loss.weights, loss.weights)
+        means = {score: float(sums.totals.sum() / sums.weights.sum()) for score, sums in units.items()}
+        test = {**means, "perplexity": math.exp(means["cross_entropy"])}
+        results.append(replace(model(name, [0.5]), test=[test], validation=[test], units=[units]))
+    data = DataSummary("text", {"test": 70}, 6.0, "cross_entropy", specs, unit="document")
+    return report_of(results, data=data)
+
+
+def test_language_models_are_compared_document_by_document() -> None:
+    report = of_language_models()
+    test = report["models"]["distilled"]["test"]
+    own = clustered_error(residuals(documents(0)["cross_entropy"]))
+    assert test["cross_entropy"]["standard_error"] == pytest.approx(own)
+    assert test["perplexity"]["standard_error"] == pytest.approx(own * test["perplexity"]["mean"])
+    assert report["data"]["units"] == 40
+    difference = report["differences"]["distilled"]["baseline"]
+    assert difference["mean"] == pytest.approx(-0.1)
+    assert difference["paired"] is True
+    assert difference["standard_error"] == pytest.approx(0.0, abs=1e-9)  # the same on each document
+    assert difference["scores"]["kl_to_teacher/1-16"]["mean"] == pytest.approx(0.0)
+    assert not has(report, "not distinguishable")
+    text = report_markdown(report)
+    assert "With 40 test documents the standard error of a score is up to" in text
+    table = text.partition("## Standard errors by document")[2].partition("## ")[0]
+    assert f"| {report['scores']['kl_to_teacher/1-16']['title']} |" in table
+    assert "-0.1 ± " in table
+    assert "Standard errors by" not in report_markdown(report_of(models()))
 
 
 def test_one_seed_has_no_deviation(single: dict[str, Any]) -> None:
