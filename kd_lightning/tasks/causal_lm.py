@@ -113,8 +113,8 @@ class CausalLanguageModeling(Task):
         `agreement` is that of the likeliest token, `agreement_top5` that the teacher's is among the first five.
 
         Of a sparse teacher the divergence is that over its K classes and the tail: no more than that over all classes.
-        Of drawn classes it is the estimate of the latter, and the likeliest of them stands for the first. The values also
-        have it by ranges of places in a document (`AFTER`).
+        Of drawn classes it is the estimate of the latter, and the likeliest of them stands for the first. The values
+        also have it by ranges of places in a document (`AFTER`).
         """
         return _TokenFidelity({"agreement": _Mean(), "agreement_top5": _Mean(), "kl_to_teacher": _Mean()})
 

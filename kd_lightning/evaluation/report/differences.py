@@ -43,7 +43,7 @@ def binomial_error(accuracy: float, n: int) -> float:
 
 
 def residuals(sums: UnitSums) -> NDArray[np.float64]:
-    r"""Return each unit's part of a mean's error: (T_u - R W_u) over the sum of weights, R the mean, `(U,)`."""
+    r"""Return each unit's part of a mean's error, (T_u - R W_u) over the sum of W, `(U,)`."""
     weight = sums.weights.sum()
     parts: NDArray[np.float64] = (sums.totals - sums.totals.sum() / weight * sums.weights) / weight
     return parts
