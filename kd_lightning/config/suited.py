@@ -44,6 +44,7 @@ _MODELS = "kd_lightning.models"
 SUITED = {
     f"{_MODELS}.hf.pretrained": Suited(5e-5, True),
     f"{_MODELS}.causal_lm.causal_lm": Suited(5e-5, True),
+    f"{_MODELS}.causal_lm.causal_lm_lora": Suited(2e-4, True),
     f"{_MODELS}.causal_lm.causal_lm_small": Suited(1e-3, True),
     f"{_MODELS}.causal_lm_from_teacher.causal_lm_from_teacher": Suited(3e-4, True),
     f"{_MODELS}.from_teacher.from_teacher": Suited(3e-4, True),

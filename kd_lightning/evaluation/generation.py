@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, TextStreamer
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, TextStreamer
 
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.causal_lm import CausalLM
@@ -77,31 +77,59 @@ def generate(model: TrainedModel, prompt: str, decoding: Decoding, emit: Emit | 
         DataError: The prompt has no tokens, or more than the network has positions.
         KDError: The network predicts NaN.
     """
-    network, tokenizer = unwrap(model.network), model.tokenizer
-    if not isinstance(network, CausalLM) or tokenizer is None:
+    network, tokenizer = generator_of(model.network), model.tokenizer
+    if network is None or tokenizer is None:
         raise ConfigError(
-            f"the model in {model.folder} is a {type(network).__name__} and generates no text: only language models "
-            "of transformers do (causal_lm, causal_lm_small, causal_lm_from_teacher)"
+            f"the model in {model.folder} is a {type(unwrap(model.network)).__name__} and generates no text: only "
+            "language models of transformers do (causal_lm, causal_lm_small, causal_lm_from_teacher)"
         )
     ids = _chat_ids(model, tokenizer, prompt) if decoding.chat else _text_ids(tokenizer, prompt)
-    ends = _ends(network, tokenizer, decoding.chat)
+    ends = ends_of(network.config, tokenizer, decoding.chat)
+    new = continued(model.network, ids, decoding, ends, None if emit is None else _Pieces(tokenizer, emit))
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return dict(zip(RECORD, (text, len(new), "stop" if new[-1] in ends else "length"), strict=True))
+
+
+def generator_of(network: nn.Module) -> Any:
+    """Return what of a network generates with `transformers`; None where it is no language model."""
+    network = unwrap(network)
+    inner = network.network if isinstance(network, CausalLM) else network
+    return inner if isinstance(inner, GenerationMixin) else None
+
+
+def continued(
+    network: nn.Module, ids: list[int], decoding: Decoding, ends: list[int] | None = None, streamer: Any = None
+) -> list[int]:
+    """Return the tokens that a language model generates after others.
+
+    Args:
+        network: A language model, which `generator_of` finds something in.
+        ids: The tokens before.
+        decoding: How tokens are chosen.
+        ends: Tokens that end a text; none: it is as long as `max_new_tokens` and the network's positions allow.
+        streamer: Is handed the tokens as they come.
+
+    Raises:
+        DataError: There are no tokens before, or more than the network has positions.
+        KDError: The network predicts NaN.
+    """
+    generator, network = generator_of(network), unwrap(network)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=_room(network, ids, decoding.max_new_tokens), eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id, use_cache=True, repetition_penalty=1.0,
+        max_new_tokens=_room(generator.config, ids, decoding.max_new_tokens), eos_token_id=ends or None,
+        pad_token_id=0, use_cache=True, repetition_penalty=1.0,  # of one text nothing is padded
         **({"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
            if decoding.temperature else {"do_sample": False}),
     )  # fmt: skip
+    size = network.vocab_size if isinstance(network, CausalLM) else generator.config.vocab_size
     rows = torch.tensor([ids])
     with torch.inference_mode(), torch.random.fork_rng(devices=[]), quiet_loading(hide_bar=False):
         torch.manual_seed(decoding.seed)
-        found = network.network.generate(  # type: ignore[operator]
+        found = generator.generate(
             rows, attention_mask=torch.ones_like(rows), generation_config=config,
-            logits_processor=[_Vocabulary(network.vocab_size)],
-            streamer=None if emit is None else _Pieces(tokenizer, emit),
+            logits_processor=[_Vocabulary(size)], streamer=streamer,
         )  # fmt: skip
-    new = found[0, len(ids) :].tolist()
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    return dict(zip(RECORD, (text, len(new), "stop" if new[-1] in ends else "length"), strict=True))
+    new: list[int] = found[0, len(ids) :].tolist()
+    return new
 
 
 class _Vocabulary(LogitsProcessor):
@@ -157,9 +185,9 @@ def _rendered(model: TrainedModel, tokenizer: Any, prompt: str) -> str:
         raise ConfigError(f"--chat: the chat template of {model.folder} cannot hold a user's turn ({why})") from error
 
 
-def _ends(network: CausalLM, tokenizer: Any, chat: bool) -> list[int]:
+def ends_of(config: Any, tokenizer: Any, chat: bool) -> list[int]:
     """Return the tokens that end a text: the tokenizer's, the checkpoint's, in a chat also that of a turn."""
-    own = getattr(network.network.config, "eos_token_id", None)
+    own = getattr(config, "eos_token_id", None)
     found = [*own] if isinstance(own, list) else [own]
     found.append(tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
     if chat:
@@ -182,13 +210,19 @@ def _turn_end(tokenizer: Any) -> int | None:
     return after[0] if after and after[0] in special else None
 
 
-def _room(network: CausalLM, ids: list[int], wanted: int) -> int:
+def positions_of(config: Any) -> int | None:
+    """Return how many tokens a network has positions for, if there is a limit."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+def _room(config: Any, ids: list[int], wanted: int) -> int:
     """Return how many tokens there is room for after a prompt."""
     if not ids:
         raise DataError("a prompt has nothing that the tokenizer knows: write something else")
-    positions = getattr(network.network.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is None:
         return wanted
     if len(ids) >= positions:
         raise DataError(f"a prompt has {len(ids)} tokens, and the network positions for {positions}: shorten it")
-    return min(wanted, int(positions) - len(ids))
+    return min(wanted, positions - len(ids))

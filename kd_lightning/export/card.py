@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kd_lightning.evaluation.report.table import as_markdown, count, file_size
 from kd_lightning.export.exported import Exported
 from kd_lightning.export.history import KNOWN, History, hub_names
+from kd_lightning.export.step import PAST
 from kd_lightning.runtime.borders import code, html_free, markdown, visible
 from kd_lightning.runtime.files import write_file
 from kd_lightning.tasks import ScoreSpec, task_of
@@ -17,12 +18,23 @@ from kd_lightning.tasks import ScoreSpec, task_of
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
 
-LIBRARIES = {"onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "safetensors": "kd_lightning"}
+LIBRARIES = {
+    "onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "safetensors": "kd_lightning", "gguf": "gguf",
+    "peft": "peft",
+}  # fmt: skip
 USE = {
     "onnx": "docs/export.md of kd_lightning has a script for onnxruntime alone.",
     "pt2": "`torch.export.load('model.pt2').module()` takes the inputs by name and returns logits; needs only torch.",
     "safetensors": "Weights only; `model.json` describes their network. `kd-predict FOLDER` builds it.",
+    "gguf": "`llama-cli -m model.gguf -p PROMPT` of llama.cpp, or "
+    "`AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file='model.gguf')`.",
+    "peft": "`AutoPeftModelForCausalLM.from_pretrained(FOLDER)` loads the pretrained model and these adapters.",
 }
+OF_STEPS = {
+    "onnx": "docs/language_models.md of kd_lightning has a script for onnxruntime alone.",
+    "pt2": "`torch.export.load('model.pt2').module(check_guards=False)` takes the inputs in this order.",
+}
+"""Likewise for a language model, whose graph reads and returns each layer's keys and values."""
 TRANSFORMERS = {
     "text-classification": "`pipeline('text-classification', FOLDER)` or "
     "`AutoModelForSequenceClassification.from_pretrained`.",
@@ -114,7 +126,8 @@ def _use(exported: Exported) -> str:
     length = " of any length" if images is None else ""
     opset = f", opset {exported.opset}, any number of examples{length}" if exported.opset else ""
     if images is None:
-        reads = f"`tokenizer.json` beside it tokenises text, at most {exported.max_length}"
+        most = "" if task.generates else f", at most {exported.max_length}"
+        reads = f"`tokenizer.json` beside it tokenises text{most}"
     else:
         kind = "RGB" if images["channels"] == 3 else "grey"
         reads = (
@@ -122,7 +135,10 @@ def _use(exported: Exported) -> str:
         )
     pipeline = task.pipeline(_reads(exported))
     use = TRANSFORMERS[str(pipeline)] if exported.format == "huggingface" else USE[exported.format]
-    inputs = ", ".join(f"`{name}`" for name in exported.inputs)
+    shown = [name for name in exported.inputs if not name.startswith(PAST)]
+    if len(shown) < len(exported.inputs):
+        use, shown = OF_STEPS[exported.format], [*shown, f"{PAST}N.key", f"{PAST}N.value"]
+    inputs = ", ".join(f"`{name}`" for name in shown)
     return f"{files}{opset}. Inputs: {inputs}; {reads}. {task.columns(list(map(markdown, exported.class_names)))} {use}"
 
 
@@ -183,9 +199,13 @@ def _parity(exported: Exported) -> str:
     ]
     if p["agreement"] is not None:
         lines.append(
-            f"the same label for {100 * p['agreement']:.2f}% of examples, at least {100 * tolerance['agreement']}%"
+            f"the same {'label' if p['generated'] is None else 'next token'} for {100 * p['agreement']:.2f}% of "
+            f"{'examples' if p['generated'] is None else 'tokens'}, at least {100 * tolerance['agreement']}%"
         )
-        lines.append(f"KL(student || export) {p['kl']:.2g} nats")
+        limit = "" if tolerance["kl"] is None else f", allowed {tolerance['kl']:g}"
+        lines.append(f"KL(student || export) {p['kl']:.2g} nats{limit}")
+    if p["generated"] is not None:
+        lines.append(f"of the tokens that it generates greedily {100 * p['generated']:.1f}% are the student's")
     return f"On the {p['examples']:,} validation examples:\n\n{_bullets(lines)}"
 
 
@@ -195,6 +215,8 @@ def _limits(exported: Exported, run: History) -> list[str]:
         lines.append(
             f"It reads {exported.max_length} tokens at a time: cut longer texts into windows, as kd-predict does."
         )
+    elif task_of(exported.predicts).generates:
+        lines.append(f"It was trained on texts of at most {exported.max_length} tokens.")
     elif exported.max_length is not None:
         lines.append(f"Text beyond {exported.max_length} tokens is ignored.")
     kinds = "sources and languages" if exported.images is None else "sources and kinds of images"

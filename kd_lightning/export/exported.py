@@ -19,8 +19,9 @@ class Exported:
     """An exported student.
 
     Attributes:
-        format: `safetensors`, `huggingface`, `pt2` or `onnx`.
-        quantize: The precision of its weights: `none`, `int8-dynamic`, `int8-static`, `fp16` or `bf16`.
+        format: `safetensors`, `huggingface`, `pt2`, `onnx`, `gguf` or `peft`.
+        quantize: The precision of its weights: `none`, `int8-weights`, `int8-dynamic`, `int8-static`, `fp16` or
+            `bf16`.
         model: The file with the weights.
         inputs: Names of its inputs, in order.
         class_names: In the order of the logits.

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch._decomp import global_decomposition_table
 from torch.export import Dim, ExportedProgram
 
+from kd_lightning.export.int8 import in_int8
+from kd_lightning.export.step import outputs_of, trace_step
 from kd_lightning.models.adapt import run_network
+from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.types import Batch
 
@@ -22,6 +26,23 @@ T = TypeVar("T")
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 INPUTS = (*TEXT_INPUTS, "pixel_values")
 DTYPES = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network as a graph.
+
+    Attributes:
+        program: The graph.
+        inputs: Names of its inputs, in order.
+        outputs: Names of its outputs, in order.
+        axes: The dynamic axes of its arguments.
+    """
+
+    program: ExportedProgram
+    inputs: list[str]
+    outputs: list[str]
+    axes: dict[str, Any]
 
 
 class _Logits(nn.Module):
@@ -39,24 +60,30 @@ class _Logits(nn.Module):
         return run_network(self.network, {name: x for name, x in entries.items() if x is not None}).logits.float()
 
 
-def trace(
-    network: nn.Module, batch: Batch, max_length: int | None, dtype: torch.dtype = torch.float32
-) -> tuple[ExportedProgram, dict[str, dict[int, Any]]]:
-    """Return a network as an `ExportedProgram` for any number of examples and any length.
+def in_precision(network: nn.Module, quantize: str) -> nn.Module:
+    """Return a copy of a network in eval mode that computes in 16 bits, or has its weights in 8."""
+    if quantize == "int8-weights":
+        return in_int8(network)
+    return copy.deepcopy(network).eval().to(DTYPES.get(quantize, torch.float32))
+
+
+def trace(network: nn.Module, batch: Batch, max_length: int | None, quantize: str) -> Traced:
+    """Return a network as a graph for any number of examples and any length.
 
     Args:
         network: The student; it is copied, not changed.
         batch: Some examples.
         max_length: The longest text in tokens.
-        dtype: The precision of the computation.
-
-    Returns:
-        The program, and for each input, in order, its dynamic axes.
+        quantize: The precision of weights and computation.
 
     Raises:
         KDError: `torch.export` cannot trace the network.
     """
-    network = copy.deepcopy(network).eval().to(dtype)
+    network = in_precision(network, quantize)
+    if isinstance(network, CausalLM):
+        program, inputs, axes = following(_cannot_trace(network), lambda: trace_step(network))
+        _without_traces(program)
+        return Traced(program, inputs, outputs_of(inputs), axes)
     names = [name for name in INPUTS if name in batch]
     sample = {name: _at_least_two(batch[name]) for name in names}
     program = _program(network, sample, max_length)
@@ -65,7 +92,7 @@ def trace(
     if used != names:  # a network that ignores the mask does not require one
         sample = {name: sample[name] for name in used}
         program = _program(network, sample, max_length)
-    return program, free_axes(used, max_length)
+    return Traced(program, used, ["logits"], free_axes(used, max_length))
 
 
 def _computes(node: Any) -> bool:
@@ -87,12 +114,20 @@ def _program(network: nn.Module, sample: dict[str, Tensor], max_length: int | No
         # nn.LSTM also keeps its parameters in a list, about which the exporter warns
         warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export.*")
         program = following(
-            f"torch.export cannot trace {type(network).__name__}",
+            _cannot_trace(network),
             lambda: torch.export.export(wrapped, (), sample, dynamic_shapes=free_axes(list(sample), max_length)),
         )
+    _without_traces(program)
+    return program
+
+
+def _cannot_trace(network: nn.Module) -> str:
+    return f"torch.export cannot trace {type(network).__name__}"
+
+
+def _without_traces(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains paths of this machine, and most of a small model's size
-    return program
 
 
 def following(what: str, convert: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.evaluation.generation import Decoding, continued
 from kd_lightning.evaluation.profiling import single_examples
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.tasks import Task
@@ -34,21 +35,35 @@ class Tolerance:
     Attributes:
         largest: Largest difference of logits, as a share of the student's largest logit (of 1 if that is less).
         mean: Mean difference, likewise.
-        agreement: Share of examples that must get the same label.
+        agreement: Share of examples that must get the same label; of a language model of tokens, also of those that it
+            generates.
+        kl: Mean KL(student || export) in nats a token; None: it is not limited.
     """
 
     largest: float
     mean: float
     agreement: float
+    kl: float | None = None
 
 
 TOLERANCES = {
     "none": Tolerance(1e-3, 1e-4, 0.999),
     "fp16": Tolerance(0.02, 0.005, 0.99),
     "bf16": Tolerance(0.15, 0.03, 0.97),
+    "int8-weights": Tolerance(0.15, 0.03, 0.97),
     "int8-dynamic": Tolerance(0.5, 0.05, 0.95),
     "int8-static": Tolerance(0.5, 0.05, 0.95),
 }
+
+OF_TOKENS = {
+    "none": Tolerance(1e-3, 1e-4, 0.999, 1e-4),
+    "fp16": Tolerance(0.02, 0.005, 0.99, 1e-3),
+    **dict.fromkeys(("bf16", "int8-weights", "int8-dynamic", "int8-static"), Tolerance(0.5, 0.05, 0.95, 0.02)),
+}
+"""For language models: 0.02 nats are 2% of perplexity. The next token is often a matter of hairs."""
+
+PROMPTS, PROMPT, CONTINUATION = 8, 16, 24
+"""So many texts are generated, so many tokens each after so many."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,8 @@ class Parity:
         scale: The tolerances of differences are shares of it.
         agreement: Share of the same labels, of several tasks the mean over those that have labels; None where none has.
         kl: Mean KL(student || export) in nats; likewise.
+        generated: Share of the tokens which the export generates greedily, with its cache, that the student would; None
+            where nothing is generated.
         student: The student's scores on these examples, among them `accuracy` and `ece`.
         export: The export's.
         student_intervals: The scores' 95% intervals (percentile bootstrap).
@@ -76,6 +93,7 @@ class Parity:
     scale: float
     agreement: float | None
     kl: float | None
+    generated: float | None
     student: dict[str, float | None]
     export: dict[str, float | None]
     student_intervals: dict[str, list[float] | None]
@@ -97,8 +115,17 @@ class Parity:
             if not value <= share * self.scale:  # a NaN exceeds any tolerance
                 found.append(f"{name} {value:.3g}, allowed {share * self.scale:.3g}")
         if self.agreement is not None and self.agreement < self.tolerance.agreement:
-            found.append(f"label agreement {self.agreement:.4f}, allowed {self.tolerance.agreement}")
+            found.append(f"{self.same} agreement {self.agreement:.4f}, allowed {self.tolerance.agreement}")
+        if self.kl is not None and self.tolerance.kl is not None and not self.kl <= self.tolerance.kl:
+            found.append(f"KL {self.kl:.3g}, allowed {self.tolerance.kl:g}")
+        if self.generated is not None and self.generated < self.tolerance.agreement:
+            found.append(f"agreement of generated tokens {self.generated:.4f}, allowed {self.tolerance.agreement}")
         return "; ".join(found) or None
+
+    @property
+    def same(self) -> str:
+        """What `agreement` is a share of."""
+        return "label" if self.generated is None else "token"
 
     def lines(self) -> list[str]:
         """Return the measurements as text."""
@@ -108,7 +135,12 @@ class Parity:
             f"{self.examples:,} validation examples"
         ]
         if self.agreement is not None:
-            lines.append(f"label agreement {self.agreement:.4f} (allowed {self.tolerance.agreement}), KL {self.kl:.2g}")
+            lines.append(
+                f"{self.same} agreement {self.agreement:.4f} (allowed {self.tolerance.agreement}), KL {self.kl:.2g}"
+                f"{'' if self.tolerance.kl is None else f' (allowed {self.tolerance.kl:g})'}"
+            )
+        if self.generated is not None:
+            lines.append(f"greedy continuations: {100 * self.generated:.1f}% of the tokens are the student's")
         changes = [
             f"{name} {before:.4f} -> {after:.4f}"
             for name, before in self.student.items()
@@ -153,13 +185,39 @@ def measure_parity(
         scale=max(1.0, gap.scale),
         agreement=_mean_of(fidelity, "agreement"),
         kl=_mean_of(fidelity, "kl_to_teacher"),
+        generated=generated_alike(student, export, held_out) if task.generates else None,
         student=sampled[0].scores(),
         export=sampled[1].scores(),
         student_intervals=sampled[0].intervals(),
         export_intervals=sampled[1].intervals(),
         resamples=RESAMPLES,
-        tolerance=TOLERANCES[quantize],
+        tolerance=(OF_TOKENS if task.generates else TOLERANCES)[quantize],
     )
+
+
+def generated_alike(student: nn.Module, export: nn.Module, held_out: Sequence[Batch]) -> float | None:
+    """Return the share of an export's greedy tokens that are the student's after the same text.
+
+    It is 1 where the continuations are the same. The export generates with its cache, and the student reads the whole
+    text at once. A token that the student holds to be as likely as its first, up to float32's rounding, is the same.
+
+    Args:
+        student: The student itself.
+        export: The export, loaded as for deployment.
+        held_out: Batches of the validation split, of which the prompts are.
+    """
+    right: list[Tensor] = []
+    for batch in single_examples(held_out, PROMPTS):
+        ids = batch["input_ids"][0].tolist()
+        prompt = ids[: min(PROMPT, (len(ids) + 1) // 2)]  # which leaves positions for what follows
+        new = continued(export, prompt, Decoding(CONTINUATION))
+        rows = torch.tensor([prompt + new])
+        with torch.inference_mode():
+            logits = of_network(student)({"input_ids": rows, "attention_mask": torch.ones_like(rows)}).logits.float()
+        before = logits[0, len(prompt) - 1 : -1]
+        theirs = before.gather(-1, rows[0, len(prompt) :, None])[:, 0]
+        right.append(before.amax(-1) - theirs <= 1e-5 * before.abs().amax(-1))
+    return float(torch.cat(right).float().mean())
 
 
 class _Gap:

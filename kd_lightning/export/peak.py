@@ -47,7 +47,7 @@ def runner(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
     if kind == "pt2":
         from kd_lightning.export.formats.pt2 import load_graph
 
-        graph = load_graph(Path(path))
+        graph = load_graph(Path(path)).module()
         reads = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         return lambda batch: graph(**{name: torch.from_numpy(batch[name]) for name in reads})
     from kd_lightning.export.load import load_model

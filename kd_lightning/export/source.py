@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_lightning.data.corpus.blocks import unpacked
+from kd_lightning.models.lora import merged
 from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.training.run_folder import (
     NETWORK,
@@ -20,6 +22,8 @@ from kd_lightning.training.run_folder import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role
     from kd_lightning.training.run_folder import TrainedModel
@@ -62,9 +66,14 @@ class Source:
     data: IndexedData
 
     @cached_property
+    def network(self) -> nn.Module:
+        """The student's network, with adapters merged into its weights."""
+        return merged(self.model.network)
+
+    @cached_property
     def held_out(self) -> list[Batch]:
-        """The validation split: choosing a format must not use the test split."""
-        batches = list(self.data.val_dataloader())
+        """The validation split, as it is read when deployed: choosing a format must not use the test split."""
+        batches = [one for batch in self.data.val_dataloader() for one in unpacked(batch)]
         if not batches:
             raise DataError(f"the data of {self.stage} have no validation examples to check an export on")
         return batches
@@ -76,7 +85,7 @@ class Source:
         for batch in self.data.select(tokens=role_of(self.stage), pool=False).train_dataloader():
             if sum(len(one["index"]) for one in found) >= CALIBRATION:
                 break
-            found.append(batch)
+            found += unpacked(batch)
         return found
 
 

@@ -134,13 +134,16 @@ def versions(chosen: Format, known: dict[str, str | None]) -> dict[str, str | No
 
 
 def save_tokenizer(source: Source, folder: Path) -> None:
-    """Save the tokenizer beside the model, with the student's maximum length."""
+    """Save the tokenizer beside the model, with its longest text: as a language model has positions."""
     from kd_lightning.data.text.tokens import write_tokenizer
+    from kd_lightning.evaluation.generation import generator_of, positions_of
 
     tokenizer = source.model.tokenizer
     if tokenizer is not None:
-        if source.model.max_length is not None:
-            tokenizer.model_max_length = source.model.max_length
+        generator = generator_of(source.model.network)
+        longest = None if generator is None else positions_of(generator.config)
+        if (limit := longest or source.model.max_length) is not None:
+            tokenizer.model_max_length = limit
         write_tokenizer(tokenizer, folder)
 
 

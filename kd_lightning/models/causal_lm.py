@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from kd_lightning.models.adapt import evaluating
 from kd_lightning.models.hf import cannot_load, check_attention, locate, quiet_loading
+from kd_lightning.models.lora import ALL_LINEAR, Lora, add_adapters
 from kd_lightning.models.sizes import check_sizes
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import MOST_PADDING_ROWS, ModelOutput
@@ -34,16 +36,20 @@ class CausalLM(nn.Module):
         logits_in_training: False leaves the output layer out of training, where a loss takes it chunk by chunk:
             `logits` are `(B, L, 0)` then, and the features `last_hidden` `(B, L, H)`, `head` `(V, H)` and, if there is
             one, `head_bias` `(V,)`.
+        lora: Fresh adapters to add, which alone are trained; None: all of the network is.
 
     Raises:
         ConfigError: What it predicts for a token depends on later ones; or `logits_in_training=False`, and more than a
-            linear layer makes the logits.
+            linear layer makes the logits; or it cannot have these adapters.
     """
 
     VERSION = 1
     """Goes up when it predicts something else with the same weights."""
 
-    def __init__(self, network: PreTrainedModel, vocab_size: int, logits_in_training: bool = True) -> None:
+    def __init__(
+        self, network: PreTrainedModel, vocab_size: int, logits_in_training: bool = True,
+        lora: Lora | Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.network, self.vocab_size, self.logits_in_training = network, vocab_size, logits_in_training
         embedding: Any = network.get_input_embeddings()
@@ -58,11 +64,21 @@ class CausalLM(nn.Module):
                     f"logits_in_training=false: {name} does more than multiply with a matrix to make its logits (it "
                     "caps or scales them), which a loss from hidden states would leave out: set it to true"
                 )
+        self.lora = lora if lora is None or isinstance(lora, Lora) else Lora(**lora)
+        if self.lora is not None:
+            add_adapters(network, self.lora)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What builds it again, beside the network."""
-        return {"vocab_size": self.vocab_size, "logits_in_training": self.logits_in_training}
+        own = {} if self.lora is None else {"lora": asdict(self.lora)}
+        return {"vocab_size": self.vocab_size, "logits_in_training": self.logits_in_training, **own}
+
+    @property
+    def unchanged(self) -> list[str]:
+        """Names of the weights that training leaves as they are: all but the adapters, where there are some."""
+        parts = () if self.lora is None else self.named_parameters(remove_duplicate=False)
+        return [name for name, weight in parts if not weight.requires_grad]
 
     def forward(
         self,
@@ -148,6 +164,40 @@ def causal_lm(
     if block_size is not None and longest is not None and block_size > longest:
         raise ConfigError(f"data.block_size={block_size}: {name} has positions for {longest} tokens; set it lower")
     return CausalLM(network, vocab_size, logits_in_training).train()
+
+
+def causal_lm_lora(
+    name: str,
+    vocab_size: int,
+    block_size: int | None = None,
+    r: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: str | list[str] = ALL_LINEAR,
+    attn_implementation: str | None = None,
+    logits_in_training: bool = True,
+    trust_remote_code: bool = False,
+) -> CausalLM:
+    """Load a pretrained causal language model, of which only fresh adapters are trained.
+
+    Args:
+        name: As for `causal_lm`, and so all that is not described here.
+        vocab_size: Tokens of the data's tokenizer.
+        block_size: Tokens of a block.
+        r: Rank of the adapters.
+        alpha: Their scale, times r.
+        dropout: Probability of dropping an entry of what they read.
+        targets: Names of the layers that have one, or `all-linear`: all but the output layer.
+        attn_implementation: As there.
+        logits_in_training: As there.
+        trust_remote_code: As there.
+
+    Raises:
+        ConfigError: As for `causal_lm` and `Lora`.
+    """
+    lora = Lora(r, alpha, dropout, targets)
+    model = causal_lm(name, vocab_size, block_size, attn_implementation, logits_in_training, trust_remote_code)
+    return CausalLM(model.network, vocab_size, logits_in_training, lora).train()
 
 
 def causal_lm_small(

@@ -66,7 +66,20 @@ class NetworkModule(L.LightningModule):
     def weights_of_trained(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what a checkpoint's `state_dict` holds of that network, by its own names."""
         prefix = next(name for name, module in self.named_modules() if module is self.trained) + "."
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        whole = self._with_unchanged(state)
+        return {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+
+    @property
+    def _unchanged(self) -> list[str]:
+        """Names of weights that no checkpoint holds: they are there again once the network is built."""
+        return [
+            f"{place}.{name}" for place, module in self.named_modules() for name in getattr(module, "unchanged", ())
+        ]
+
+    def _with_unchanged(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = [name for name in self._unchanged if name not in state]
+        own = self.state_dict() if names else {}
+        return state | {name: own[name] for name in names}
 
     def setup(self, stage: str) -> None:
         """Set up means over whole steps (see `StepCounts`), and allow terms to skip steps."""
@@ -86,6 +99,11 @@ class NetworkModule(L.LightningModule):
         """The processes to share all weights; None where the strategy has each process keep its own."""
         strategy = self.trainer.strategy
         return strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
+
+    @property
+    def _replicated(self) -> bool:
+        """Whether each process holds all weights."""
+        return isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
 
     def configure_model(self) -> None:
         """Shard the weights where the strategy leaves that to the module (`trainer=fsdp2`)."""
@@ -135,8 +153,7 @@ class NetworkModule(L.LightningModule):
         """
         trainer: Any = self.trainer
         due = batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % GRADIENTS_EVERY == 0
-        whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if due and whole and trainer.loggers and trainer.log_every_n_steps:
+        if due and self._replicated and trainer.loggers and trainer.log_every_n_steps:
             values = {f"train/{name}": value for name, value in compare().items()}
             for logger in trainer.loggers if values else ():
                 logger.log_metrics(values, step=trainer.global_step)
@@ -183,12 +200,16 @@ class NetworkModule(L.LightningModule):
             self.skipped_steps += 1
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of steps left out."""
+        """Keep the number of steps left out; leave out weights that no step changes."""
         checkpoint["skipped_steps"] = self.skipped_steps
+        if self._replicated:
+            for name in self._unchanged:
+                checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting from it."""
         self.skipped_steps = checkpoint.get("skipped_steps", 0)
+        checkpoint["state_dict"] = self._with_unchanged(checkpoint["state_dict"])
 
     def configure_gradient_clipping(
         self,

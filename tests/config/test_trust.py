@@ -155,7 +155,7 @@ def test_a_graph_is_loaded_only_if_it_is_trusted(archive: Path) -> None:
     with pytest.raises(KDError, match=r"may run code when it is loaded.*--trust"):
         pt2.load_graph(archive)
     with trusting():
-        assert pt2.load_graph(archive)(torch.ones(5, 4)).shape == (5, 2)
+        assert pt2.load_graph(archive).module()(torch.ones(5, 4)).shape == (5, 2)
 
 
 @pytest.mark.parametrize(

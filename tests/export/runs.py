@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,23 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from kd_lightning.data import ClassificationData, ImageFolder, MultiTaskData, Reviews, TextFiles
+from kd_lightning.data import (
+    ImageFolder,
+    IndexedData,
+    LMTextData,
+    MultiTaskData,
+    Reviews,
+    TextFiles,
+)
 from kd_lightning.models.bilstm import BiLSTM
+from kd_lightning.models.causal_lm import CausalLM, causal_lm_small
 from kd_lightning.models.cnn import CNN
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.transformer import transformer
 from kd_lightning.runtime.fingerprints import write_json
 from kd_lightning.training.run_folder import finish_stage, save_network
 from tests.conftest import write_toy_csv
+from tests.data.corpus.texts import made, written
 from tests.data.images import write_folder
 from tests.toy_reviews import write_tokenizer
 
@@ -50,9 +60,7 @@ class Exotic(Bag):
         return torch.special.bessel_j0(self.bag(input_ids))
 
 
-def write_run(
-    folder: Path, data: ClassificationData, settings: dict[str, Any], network: nn.Module, **more: Any
-) -> Path:
+def write_run(folder: Path, data: IndexedData, settings: dict[str, Any], network: nn.Module, **more: Any) -> Path:
     """Write a run folder as kd-train leaves it, with a student and a teacher, the same network."""
     spread_out(network)
     for stage, role in (("seed_0/distill", "student"), ("teacher", "teacher")):
@@ -157,6 +165,22 @@ def multi_task_run(folder: Path) -> Path:
     network = transformer(**data.model_arguments("student"), **sizes)
     tasks = {labels: {"_target_": "kd_lightning.data.Reviews", **own} for labels, own in options.items()}
     return write_run(folder, data, {"_target_": "kd_lightning.data.MultiTaskData", "tasks": tasks}, network)
+
+
+def lm_run(folder: Path, make: Callable[[int], CausalLM] | None = None, **options: Any) -> Path:
+    """A small Llama, whose embeddings are its output layer and have rows that no token has; or another network."""
+    given = {"tokenizer": "bpe:300", "block_size": 24, "batch_size": 4, **options}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = str(written(folder.parent, made(60, words=(3, 30))))
+    data = LMTextData(train_file=file, **given)
+    data.prepare()
+    settings = {"_target_": "kd_lightning.data.LMTextData", "train_file": file, **given}
+    return write_run(folder, data, settings, (make or padded_llama)(data.task.outputs))
+
+
+def padded_llama(size: int, **sizes: Any) -> CausalLM:
+    given = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_key_value_heads": 2, **sizes}
+    return CausalLM(causal_lm_small(size + 3, 64, **given).network, size)
 
 
 def _rated(folder: Path, labels: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tests.whole_split import image_logits, text_logits
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
+OF_TRANSFORMERS = ("huggingface", "gguf", "peft")
 SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal team"]
 
 
@@ -47,7 +48,12 @@ def expected(run: Path) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize(
     ("format", "quantize"),
-    [(format, quantize) for format in FORMATS for quantize in format_named(format).QUANTIZE if format != "huggingface"],
+    [
+        (format, quantize)
+        for format in FORMATS
+        for quantize in format_named(format).QUANTIZE
+        if format not in OF_TRANSFORMERS
+    ],
 )
 def test_a_bilstm_predicts_alike(
     bilstm: Path, exports: Exports, capsys: pytest.CaptureFixture[str], format: str, quantize: str

@@ -44,9 +44,14 @@ def refusal(folder: Path, run: Path, *options: str, out: str = "out/deep") -> st
         (["--format", "onnx", "--quantize", "int4"], "--quantize int4 is unknown"),
         (
             ["--format", "onnx", "--quantize", "bf16"],
-            "onnx has no bf16; it can be: none, int8-dynamic, int8-static, fp16",
+            "onnx has no bf16; it can be: none, int8-weights, int8-dynamic, int8-static, fp16",
         ),
-        (["--format", "pt2", "--quantize", "int8-dynamic"], "pt2 has no int8-dynamic; it can be: none, fp16, bf16"),
+        (
+            ["--format", "pt2", "--quantize", "int8-dynamic"],
+            "pt2 has no int8-dynamic; it can be: none, int8-weights, fp16, bf16",
+        ),
+        (["--format", "gguf"], "BiLSTM is no causal language model"),
+        (["--format", "peft"], "this BiLSTM has no adapters; train one with model@student=causal_lm_lora"),
         (["--format", "huggingface"], "BiLSTM is not a classifier of transformers"),
         (["--format", "onnx", "--seed", "7"], "no finished student of seed 7"),
         (["--format", "onnx", "--push-to-hub", "student"], "--push-to-hub student: expected USER/NAME"),

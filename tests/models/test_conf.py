@@ -24,7 +24,7 @@ FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom") 
 FILLED_IN = {"num_classes", "vocab_size", "block_size", "pad_token_id", "channels", "teacher", "per_token"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}
 VISION = ("cnn", "resnet", "resnet_small", "timm", "simkd_cnn")
-LANGUAGE = ("causal_lm", "causal_lm_small", "causal_lm_from_teacher", "smollm2", "gemma3_270m")
+LANGUAGE = ("causal_lm", "causal_lm_lora", "causal_lm_small", "causal_lm_from_teacher", "smollm2", "gemma3_270m")
 __all__ = ["stand_in"]  # a fixture: timm is not installed
 
 

@@ -166,6 +166,37 @@ def _whole(lengths: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], ND
     return found[:-1], found[1:]
 
 
+def unpacked(batch: Batch) -> list[Batch]:
+    """Return a batch with each document of a block in a row of its own, as one reads it when deployed.
+
+    Rows are padded on the right, like ones together, so that no batch has more tokens than the blocks did. What counts
+    is the same; a document of which nothing counts is left out. A batch without documents is returned as it is.
+    """
+    if "document_ids" not in batch:
+        return [batch]
+    names = [name for name, entry in batch.items() if entry.ndim == 2 and name not in ("document_ids", "position_ids")]
+    rows = []
+    for block, documents in enumerate(batch["document_ids"]):
+        for number in documents[documents >= 0].unique_consecutive():
+            here = documents == number
+            if (batch["labels"][block, here] != IGNORE).any():
+                rows.append({name: batch[name][block, here] for name in names} | {"index": batch["index"][block]})
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    most, found = batch["input_ids"].numel(), []
+    while rows:
+        longest = len(rows[-1]["input_ids"])
+        count = max(most // longest, 1)
+        rows, together = rows[:-count], rows[-count:]
+        found.append({name: _together(name, [row[name] for row in together]) for name in (*names, "index")})
+    return found
+
+
+def _together(name: str, rows: list[torch.Tensor]) -> torch.Tensor:
+    if name == "index":
+        return torch.stack(rows)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE if name == "labels" else 0)
+
+
 class BlockDataset(BatchDataset):
     """A run of blocks.
 

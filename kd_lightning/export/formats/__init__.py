@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kd_lightning.export.source import Source
     from kd_lightning.training.run_folder import TrainedModel
 
-FORMATS = ("safetensors", "huggingface", "pt2", "onnx")
-QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16", "bf16")
+FORMATS = ("safetensors", "huggingface", "pt2", "onnx", "gguf", "peft")
+QUANTIZE = ("none", "int8-weights", "int8-dynamic", "int8-static", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,5 @@ def check_choice(format: str, quantize: str) -> Format:
 def require_packages(format: str, names: tuple[str, ...]) -> None:
     """Raise `ConfigError` if a package is missing."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[export]'")
+        extra = "export" if format == "onnx" else "lm"
+        raise ConfigError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[{extra}]'")

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import DTYPES, TEXT_INPUTS
+from kd_lightning.export.step import set_ends
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
@@ -58,9 +59,10 @@ def _is_classifier(network: nn.Module) -> bool:
 
 def write(source: Source, quantize: str, folder: Path) -> Written:
     """Write with `save_pretrained`, with the class names in the config."""
-    network: Any = copy.deepcopy(source.model.network).to(DTYPES[quantize])
+    network: Any = copy.deepcopy(source.network).to(DTYPES[quantize])
     if isinstance(network, CausalLM):
-        network = _with_ends(network.network, source.model.tokenizer)
+        network = network.network
+        set_ends(network.config, network.generation_config, source.model.tokenizer)
     embedding = network.get_input_embeddings()
     if isinstance(embedding, FactorizedEmbedding):
         network.set_input_embeddings(_multiplied(embedding))
@@ -71,14 +73,6 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     network.config.dtype = DTYPES[quantize]
     network.save_pretrained(folder)
     return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])
-
-
-def _with_ends(network: Any, tokenizer: Any) -> Any:
-    """Return a language model that knows which tokens begin, end and pad a text: generation stops by them."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(network.config, name, getattr(tokenizer, name))
-        setattr(network.generation_config, name, getattr(tokenizer, name))
-    return network
 
 
 def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.export.formats import Written
-from kd_lightning.export.graph import DTYPES, following, trace, whole_lstms
+from kd_lightning.export.graph import following, trace, whole_lstms
+from kd_lightning.export.step import is_step, outputs_of, save_config, step_network
+from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.onnx"
-QUANTIZE = ("none", "int8-dynamic", "int8-static", "fp16")  # onnxruntime has no bf16 on a CPU
+QUANTIZE = ("none", "int8-weights", "int8-dynamic", "int8-static", "fp16")  # onnxruntime has no bf16 on a CPU
 NEEDS = ("onnx", "onnxruntime", "onnxscript")
 READS: tuple[str, ...] = ("onnxruntime",)
 OPSET = 20
@@ -48,23 +50,24 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     import onnx
 
     model = source.model
-    dtype = DTYPES.get(quantize, torch.float32)
-    program, axes = trace(model.network, source.held_out[0], model.max_length, dtype)
+    traced = trace(source.network, source.held_out[0], model.max_length, quantize)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as work:
         plain = Path(work) / "plain.onnx"
         with _quiet(), whole_lstms():
             following(
                 f"ONNX lacks an operation of {type(model.network).__name__}",
                 lambda: torch.onnx.export(
-                    program, dynamo=True, opset_version=OPSET, dynamic_shapes=axes, input_names=list(axes),
-                    output_names=["logits"], verbose=False,
+                    traced.program, dynamo=True, opset_version=OPSET, dynamic_shapes=traced.axes,
+                    input_names=traced.inputs, output_names=traced.outputs, verbose=False,
                 ).save(str(plain)),  # type: ignore[union-attr]
             )  # fmt: skip
-            if quantize.startswith("int8"):
-                plain = _quantised(plain, quantize, source, list(axes))
+            if quantize in ("int8-dynamic", "int8-static"):
+                plain = _quantised(plain, quantize, source, traced.inputs)
         _without_notes(plain, folder / FILE)
     onnx.checker.check_model(str(folder / FILE))
-    return Written(list(axes), OPSET)
+    if isinstance(source.network, CausalLM):
+        save_config(source.network, model.tokenizer, folder)
+    return Written(traced.inputs, OPSET)
 
 
 def _without_notes(model: Path, to: Path) -> None:
@@ -97,19 +100,25 @@ def _quantised(plain: Path, quantize: str, source: Source, inputs: list[str]) ->
     tables = plain.with_name("tables.onnx")
     quantize_dynamic(str(ready), str(tables), op_types_to_quantize=["Gather", "LSTM"], **options)
     quantize_static(
-        str(tables), str(done), _reader(source.calibration, inputs), quant_format=QuantFormat.QDQ,
+        str(tables), str(done), _reader(tables, source.calibration, inputs), quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["Conv", "Gemm", "MatMul"], activation_type=QuantType.QUInt8, **options,
     )  # fmt: skip
     return done
 
 
-def _reader(batches: Iterable[Batch], inputs: list[str]) -> Any:
-    """Return the static quantiser's source of examples."""
+def _reader(model: Path, batches: Iterable[Batch], inputs: list[str]) -> Any:
+    """Return the static quantiser's source of examples; a language model reads them from their beginning."""
     from onnxruntime.quantization import CalibrationDataReader
+
+    past = _shapes(_session(model))
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rows = iter([{name: batch[name].numpy() for name in inputs} for batch in batches])
+            self.rows = iter([
+                {name: batch[name].numpy() for name in inputs if name in batch}
+                | {name: torch.zeros(len(batch["index"]), heads, 0, size).numpy() for name, heads, size in past}
+                for batch in batches
+            ])  # fmt: skip
 
         def get_next(self) -> Any:
             return next(self.rows, None)
@@ -119,27 +128,45 @@ def _reader(batches: Iterable[Batch], inputs: list[str]) -> Any:
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
     """Open the model in onnxruntime, on the CPU."""
-    return OnnxNetwork(folder / FILE, exported.inputs, threads)
+    session = _session(folder / FILE, threads)
+    if not is_step(exported.inputs):
+        return OnnxNetwork(session, exported.inputs)
+    outputs = outputs_of(exported.inputs)
+
+    def run(entries: Sequence[Tensor]) -> list[Tensor]:
+        given = {name: one.numpy() for name, one in zip(exported.inputs, entries, strict=True)}
+        return [torch.from_numpy(one) for one in session.run(outputs, given)]
+
+    kind = torch.float16 if session.get_inputs()[-1].type == "tensor(float16)" else torch.float32
+    return step_network(folder, run, [(heads, size) for _, heads, size in _shapes(session)], kind)
+
+
+def _shapes(session: Any) -> list[tuple[str, int, int]]:
+    """Return the names of a language model's cached inputs, how many heads each has, and their size."""
+    return [(one.name, one.shape[1], one.shape[3]) for one in session.get_inputs() if is_step([one.name])]
+
+
+def _session(file: Path, threads: int | None = None) -> Any:
+    """Open a model; threads as for `load`, None: as many as torch uses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 class OnnxNetwork(nn.Module):
     """A model in onnxruntime as a network.
 
     Args:
-        file: The model.
+        session: The model.
         inputs: Names of its inputs.
-        threads: CPU threads; None: as many as torch uses.
     """
 
-    def __init__(self, file: Path, inputs: list[str], threads: int | None = None) -> None:
+    def __init__(self, session: Any, inputs: list[str]) -> None:
         super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self.inputs = inputs
+        self.session, self.inputs = session, inputs
 
     def forward(self, **entries: Tensor) -> Tensor:
         """Return the logits of a batch."""

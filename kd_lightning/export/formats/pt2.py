@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from kd_lightning.config.trust import trusts_all
 from kd_lightning.export.formats import Written
-from kd_lightning.export.graph import DTYPES, trace
+from kd_lightning.export.graph import trace
+from kd_lightning.export.step import is_step, save_config, step_network
+from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.files import write_file
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from kd_lightning.training.run_folder import TrainedModel
 
 FILE = "model.pt2"
-QUANTIZE = ("none", "fp16", "bf16")
+QUANTIZE = ("none", "int8-weights", "fp16", "bf16")
 NEEDS: tuple[str, ...] = ()
 READS: tuple[str, ...] = ()
 
@@ -36,21 +38,30 @@ def check(model: TrainedModel) -> None:
 def write(source: Source, quantize: str, folder: Path) -> Written:
     """Trace the student and save the graph."""
     model = source.model
-    program, axes = trace(model.network, source.held_out[0], model.max_length, DTYPES[quantize])
-    program.example_inputs = None  # otherwise stored as a pickle
+    traced = trace(source.network, source.held_out[0], model.max_length, quantize)
+    traced.program.example_inputs = None  # otherwise stored as a pickle
     archive = io.BytesIO()  # torch aborts the process if the disk is full
-    torch.export.save(program, archive)
+    torch.export.save(traced.program, archive)
     write_file(folder / FILE, archive.getvalue())
-    return Written(list(axes))
+    if isinstance(source.network, CausalLM):
+        save_config(source.network, model.tokenizer, folder)
+    return Written(traced.inputs)
 
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
     """Read the graph."""
-    return Pt2Network(load_graph(folder / FILE), exported.inputs)
+    program = load_graph(folder / FILE)
+    if not is_step(exported.inputs):
+        return Pt2Network(program.module(), exported.inputs)
+    graph = program.module(check_guards=False)  # they are of the example that was traced
+    inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    past = [inputs[name] for name in program.graph_signature.user_inputs][2:]
+    shapes = [(int(one.shape[1]), int(one.shape[3])) for one in past]
+    return step_network(folder, lambda entries: graph(*entries), shapes, past[0].dtype)
 
 
 def load_graph(file: Path) -> Any:
-    """Load a trusted archive: `torch.export.load` evaluates expressions in it.
+    """Load a trusted archive, as a program: `torch.export.load` evaluates expressions in it.
 
     Raises:
         KDError: It is not trusted, or it holds what `write` does not write.
@@ -61,7 +72,7 @@ def load_graph(file: Path) -> Any:
             "author, add --trust (in Python: load_export(..., trust=True)), or use the format onnx or safetensors"
         )
     check_archive(file)
-    return torch.export.load(file).module()
+    return torch.export.load(file)
 
 
 _MEMBERS = re.compile(
