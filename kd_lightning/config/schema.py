@@ -37,7 +37,7 @@ Balance = Literal["fixed", "unit_initial", "gradnorm", "uncertainty"]
 Goal = Literal["small", "fast", "accurate"]
 Combine = Literal["probabilities", "logits"]
 Calibrate = bool | Literal["auto"]
-Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
+Precision = Literal["float32", "bf16", "float16", "8bit", "int8-dynamic"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
 NODES = (
@@ -99,8 +99,9 @@ class TeacherConfig:
     cache_views: Annotated[int | Literal["auto"], Range(1)]
     """Sets of views (data.views) that the epochs take turns with; auto: by `budget`."""
     precision: Precision
-    """In what the teacher computes, whatever the student trains in: float32, bf16, float16 (GPU) or int8-dynamic
-    (CPU)."""
+    """In what the teacher computes, whatever the student trains in: float32, bf16, float16 (GPU), 8bit (GPU, with
+    bitsandbytes) or int8-dynamic (CPU). It is held against float32 on a few batches first, and refused where it differs
+    by more than 0.1 nats a row or in more than a fifth of the likeliest classes."""
     features: list[str]
     """What it outputs besides logits, for losses that read it: ["hidden[-1]"], ["attention[0]"], [embeddings],
     [pooled]."""

@@ -22,10 +22,12 @@ from kd_lightning.config.schema import CACHE_MODES, CACHED
 from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
 from kd_lightning.pipeline.serving import Serving
+from kd_lightning.pipeline.teacher_precision import check_precision
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
+from kd_lightning.runtime.processes import first, rank
 from kd_lightning.tasks.evaluation import labelled_rows
 from kd_lightning.tasks.metrics import CalibrationError
 from kd_lightning.teachers import (
@@ -138,7 +140,9 @@ class TeacherProvider:
             FrozenTeacher(network, serving.precision, self.features, serving.compile, serving.sharded)
         frozen = self._frozen(network, compile=False)
         frozen.check(torch.device(serving.device or self.device))
-        if serving.precision == "float16":  # the preflight is on a CPU, which does not compute in it
+        for member in self.members if loaded is not None else []:
+            self._measure(member)
+        if serving.precision in ("float16", "8bit"):  # the preflight is on a CPU, which does not compute in it
             frozen = FrozenTeacher(network, "bf16", self.features)
         return self._drawing(frozen)
 
@@ -206,6 +210,7 @@ class TeacherProvider:
     def _single(self, member: LoadedTeacher) -> Teacher:
         serving = self.serving
         if serving.sharded:  # each training shares a copy of its own: it cannot be made whole again
+            self._measure(member)
             frozen = FrozenTeacher(member.network, serving.precision, self.features, sharded=True)
             return self._drawing(frozen)
         if serving.cache == "off":
@@ -233,11 +238,31 @@ class TeacherProvider:
         return EnsembleTeacher(teachers, weights, combine)
 
     def _running(self, member: LoadedTeacher) -> Teacher:
+        self._measure(member)
         if not member.members:
             return self._drawing(self._frozen(member.network, self.serving.compile))
         teachers = [self._frozen(one.network, self.serving.compile) for one in member.members]
         folds = torch.from_numpy(self.data.folds(self.serving.folds))
         return CrossFittedTeacher(teachers, folds, self.serving.combine)
+
+    def _measure(self, member: LoadedTeacher) -> None:
+        """Hold the precision in which a teacher predicts against float32, once, in the first process.
+
+        Raises:
+            ConfigError: It predicts something else.
+        """
+        precision, device = self.serving.precision, torch.device(self.serving.device or self.device)
+        for one in [] if precision == "float32" else member.members or [member]:
+
+            def measured(one: LoadedTeacher = one) -> LoadedTeacher:
+                teacher = self._frozen(one.network, compile=False)
+                figures = check_precision(one.network, teacher, self.data_of(member), device)
+                self._say(f"teacher  {figures}")
+                return one
+
+            with first():
+                if rank() == 0:
+                    shared("precision", (id(one.network), precision), measured)
 
     def _drawing(self, teacher: FrozenTeacher) -> Teacher:
         """Return a teacher that draws tokens from another's logits, if it is to."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Raised when a network of the same weights has other outputs or features: stored ones are then not used any more."""
 
-Precision = Literal["float32", "bf16", "float16", "int8-dynamic"]
+Precision = Literal["float32", "bf16", "float16", "8bit", "int8-dynamic"]
 
 _PREFIX = "teacher_"
 _HALF = {"bf16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +67,8 @@ class FrozenTeacher(nn.Module, Teacher):
     * `float32`: as the weights are stored.
     * `bf16`, `float16` (GPU): autocast. The weights that autocast would cast at every call, those of linear layers and
       convolutions, are cast once; the outputs are the same bit by bit.
+    * `8bit` (GPU, with bitsandbytes): weights of linear layers but the output layer in 8 bits, computed with outliers
+      of their inputs in 16 (Dettmers et al. 2022, arXiv 2208.07339); autocast to float16.
     * `int8-dynamic` (CPU): weights of linear layers in 8 bits with a scale for each output channel, their inputs in 7
       bits with a scale for each batch, so that outputs depend on the other examples of the batch. They differ visibly
       from float32: for a CPU without bfloat16.
@@ -99,13 +101,15 @@ class FrozenTeacher(nn.Module, Teacher):
             raise ConfigError(f"teacher.precision={precision!r} is unknown{hint}")
         if precision == "int8-dynamic" and compile:
             raise ConfigError("teacher.precision=int8-dynamic cannot be compiled: set teacher.compile=false")
-        if sharded and (precision == "int8-dynamic" or compile):
-            key = "compile=true" if compile else "precision=int8-dynamic"
+        if sharded and (precision in ("int8-dynamic", "8bit") or compile):
+            key = "compile=true" if compile else f"precision={precision}"
             raise ConfigError(f"teacher.{key}: such weights cannot be shared; set teacher.sharded=false")
         if precision != "float32" or features or compile or sharded:
             network = copy.deepcopy(unwrap(network))
         if precision == "int8-dynamic":
             network = _quantised(network)
+        elif precision == "8bit":
+            _in_8_bits(network)
         elif precision in _HALF:
             _cast_once(network, _HALF[precision])
         self.network, self.precision = network.requires_grad_(False), precision
@@ -142,9 +146,10 @@ class FrozenTeacher(nn.Module, Teacher):
             batch = own
         device = next(iter(batch.values())).device
         self.check(device)
-        half = _HALF.get(self.precision, torch.bfloat16)
+        half = torch.float16 if self.precision == "8bit" else _HALF.get(self.precision)
         # Disabled, it also keeps the student's autocast out.
-        running, autocast = PREDICTING.running(device), torch.autocast(device.type, half, self.precision in _HALF)
+        autocast = torch.autocast(device.type, half or torch.bfloat16, half is not None)
+        running = PREDICTING.running(device)
         with running, torch.inference_mode(), autocast:
             output = self._tap(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
@@ -157,8 +162,10 @@ class FrozenTeacher(nn.Module, Teacher):
         Raises:
             ConfigError: Names the precision and those that the device can compute in.
         """
-        if self.precision == "float16" and device.type == "cpu":
-            raise ConfigError("teacher.precision=float16 needs a GPU; on a CPU use bf16, float32 or int8-dynamic")
+        if self.precision in ("float16", "8bit") and device.type == "cpu":
+            raise ConfigError(
+                f"teacher.precision={self.precision} needs a GPU; on a CPU use bf16, float32 or int8-dynamic"
+            )
         if self.precision == "int8-dynamic" and device.type == "cuda":
             raise ConfigError("teacher.precision=int8-dynamic needs a CPU; on a GPU use bf16 or float16")
 
@@ -170,6 +177,26 @@ def _cast_once(network: nn.Module, dtype: torch.dtype) -> None:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype == torch.float32:  # a new one: a tied embedding keeps its precision
                     setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+
+def _in_8_bits(network: nn.Module) -> None:
+    """Replace linear layers but the output layer, which is registered last, by those of bitsandbytes."""
+    try:
+        from bitsandbytes.nn import Linear8bitLt
+    except ImportError as error:
+        raise ConfigError(
+            "teacher.precision=8bit needs a GPU and bitsandbytes (pip install bitsandbytes); otherwise use bf16"
+        ) from error
+    linear = {name: module for name, module in network.named_modules() if type(module) is nn.Linear}
+    if len(linear) < 2:
+        raise ConfigError(
+            f"teacher.precision=8bit: {type(network).__name__} has no linear layers but its last to quantise; use bf16"
+        )
+    for name in list(linear)[:-1]:
+        old, (place, _, own) = linear[name], name.rpartition(".")
+        new = Linear8bitLt(old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False)
+        new.load_state_dict(old.state_dict())  # in 8 bits once it is on a GPU
+        setattr(network.get_submodule(place), own, new)
 
 
 def _quantised(network: nn.Module) -> nn.Module:

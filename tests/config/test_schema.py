@@ -92,7 +92,7 @@ MISTAKES = [
     (["teacher.validations=0"], "teacher.validations=0 must be at least 1"),
     (["teacher.cache_top_k=0"], "teacher.cache_top_k=0 must be at least 1"),
     (["teacher.ema=1"], "teacher.ema=1 must be at least 0 and below 1"),
-    (["teacher.precision=fp16"], "teacher.precision='fp16' is not one of float32, bf16, float16, int8-dynamic"),
+    (["teacher.precision=fp16"], "teacher.precision='fp16' is not one of float32, bf16, float16, 8bit, int8-dynamic"),
     (
         ["teacher.weights=[1,much]"],
         "teacher.weights=[1, 'much'] is not a list of numbers or one of learned",

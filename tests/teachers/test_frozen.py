@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +184,31 @@ def test_precisions_are_checked(network: Network, batch: Batch) -> None:
         half.to(torch.device("cpu"))
     with pytest.raises(ConfigError, match="int8-dynamic needs a CPU"):
         FrozenTeacher(network, "int8-dynamic").to(torch.device("cuda"))
+
+
+def test_8_bits_are_those_of_bitsandbytes_on_a_gpu(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(ConfigError, match=r"8bit needs a GPU and bitsandbytes \(pip install bitsandbytes\)"):
+        FrozenTeacher(network, "8bit")
+
+    class Linear8bitLt(nn.Linear):
+        def __init__(self, inputs: int, outputs: int, bias: bool, has_fp16_weights: bool) -> None:
+            assert not has_fp16_weights
+            super().__init__(inputs, outputs, bias)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", SimpleNamespace(Linear8bitLt=Linear8bitLt))
+    whole = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 6, bias=False)), nn.Linear(6, 2))
+    teacher = FrozenTeacher(whole, "8bit")
+    kinds = [type(module).__name__ for module in teacher.network.modules() if isinstance(module, nn.Linear)]
+    assert kinds == ["Linear8bitLt", "Linear8bitLt", "Linear"]
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in teacher.network.state_dict().items())
+    assert type(whole[0]) is nn.Linear
+    with pytest.raises(ConfigError, match="8bit needs a GPU"):
+        teacher.to(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="no linear layers but its last"):
+        FrozenTeacher(nn.Linear(2, 2), "8bit")
+    with pytest.raises(ConfigError, match=r"precision=8bit: such weights cannot be shared"):
+        FrozenTeacher(whole, "8bit", sharded=True)
 
 
 def test_features_come_along_without_a_graph(network: Network, batch: Batch) -> None:
