@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 from kd_lightning.cli.runner import begin, command
 from kd_lightning.runtime.borders import shown, tell
 from kd_lightning.runtime.errors import CacheError, ConfigError
+from kd_lightning.runtime.processes import launched, rank
 
 if TYPE_CHECKING:
     from kd_lightning.teachers.cache.manifest import Manifest
@@ -35,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
 
     build = add("build", "run the teacher of a configuration on every example, and store its outputs")
     build.add_argument("overrides", nargs="*", help="as for kd-train: data=reviews teacher.checkpoint=runs/a ...")
+    build.add_argument(
+        "--share", metavar="I/N",
+        help="fill share I of N only, for jobs side by side; array: that of this task of a SLURM array. The processes "
+        "of one command (srun, torchrun) share the work unasked",
+    )  # fmt: skip
     everywhere = "cache folders; default: all of them in $KD_LIGHTNING_HOME/teacher_outputs"
     info = add("info", "show what is stored: teacher, data, outputs, examples, size, age and integrity")
     info.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=everywhere)
@@ -55,12 +63,46 @@ def _build(given: argparse.Namespace) -> int:
 
     with explained(given.overrides):
         cfg = compose(given.overrides)
+        share = _share(given.share)
+        from rich.console import Console
+
         from kd_lightning.pipeline.context import Run
         from kd_lightning.pipeline.run import build_caches
+        from kd_lightning.runtime.processes import first, join
 
         begin()
-        _table(build_caches(Run(cfg)))
+        join()
+        with first():
+            run = Run(cfg, Console(quiet=rank() > 0))
+        folders = build_caches(run, share)
+        if rank() == 0 or all(cache.complete for cache in run.providers[0].caches()):
+            _table(folders)
     return 0
+
+
+def _share(given: str | None) -> tuple[int, int]:
+    """Return which of how many shares this process fills, counted from 0.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    number, count = 0, 1
+    if given == "array":
+        try:
+            task, first, step, count = (
+                int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError("--share array: this is no task of a SLURM array (sbatch --array=0-7)") from error
+        number = (task - first) // step
+        if first + number * step != task or not 0 <= number < count:
+            raise ConfigError(f"--share array: task {task} is not one of {count} from {first} on in steps of {step}")
+    elif given is not None:
+        found = re.fullmatch(r"(\d+)/(\d+)", given)
+        number, count = (int(found[1]) - 1, int(found[2])) if found else (-1, 0)
+        if not 0 <= number < count:
+            raise ConfigError(f"--share {given}: give I/N, such as 1/8 to 8/8, or array")
+    return number * launched() + rank(), count * launched()
 
 
 def _info(given: argparse.Namespace) -> int:

@@ -288,6 +288,12 @@ class IndexedData(L.LightningDataModule, ABC):
         chosen.seed = self.seed if seed is None else seed
         return chosen
 
+    def with_share(self, number: int, count: int) -> Self:
+        """Return the same data, of which evaluations go through one of several shares, 0 to `count` - 1."""
+        chosen = self._copy()
+        chosen._share = (number, count)
+        return chosen
+
     def folds(self, count: int) -> NDArray[np.int64]:
         """Return each example's fold of `count`, by `index`, `(num_examples,)`.
 

@@ -48,10 +48,10 @@ class JointProvider:
         """Return the teacher that a training calls."""
         return self._joined([provider.teacher() for provider in self.providers.values()])
 
-    def complete(self) -> None:
-        """Have each teacher predict whatever its cache lacks."""
+    def complete(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Have each teacher predict whatever its cache lacks, or one of several shares of it."""
         for provider in self.providers.values():
-            provider.complete()
+            provider.complete(share)
 
     def caches(self) -> list[TeacherCache]:
         """Return all teachers' caches."""

@@ -86,14 +86,26 @@ def _teacher_score(run: Run, part: Part) -> float:
     return evaluate(task, teacher.to(run.device), data.val_dataloader(), run.device).scores[task.monitor]
 
 
-def build_caches(run: Run) -> list[Path]:
-    """Fill the teacher's cache; return its folder, or those of an ensemble's members."""
+def build_caches(run: Run, share: tuple[int, int] = (0, 1)) -> list[Path]:
+    """Fill the teacher's cache; return its folder, or those of an ensemble's members.
+
+    Args:
+        run: Whose teacher.
+        share: Which of how many shares of the examples, where several processes fill it at the same time.
+
+    Raises:
+        ConfigError: Nothing is kept; or shares of a teacher that is not finished, or of a cache that is replaced.
+    """
     if run.cfg.teacher.cache == "off" or run.cfg.teacher.ema is not None:
         raise ConfigError("teacher.cache=off, or teacher.ema, keeps no outputs: there is nothing to build")
-    stages = plan(run)
+    stages, alone = plan(run), share[1] == 1
+    if not alone and run.cfg.teacher.cache == "refresh":
+        raise ConfigError("teacher.cache=refresh replaces a cache as a whole: one process builds it; use another path")
+    if not alone and not all(part.has_teacher for part in run.parts.values()):
+        raise ConfigError("a cache is built in shares from a finished teacher: train it first (stages=[teacher])")
     preflight(run, stages)
     for stage in stages:
-        if stage.kind == "teacher":
+        if stage.kind == "teacher" and alone:
             _train(run, stage)
-    run.providers[0].complete()
+    run.providers[0].complete(share)
     return [cache.folder for cache in run.providers[0].caches()]

@@ -7,11 +7,12 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -49,7 +50,6 @@ from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
 from kd_lightning.teachers.cache.reuse import Copying, contents_of, write_contents
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.ensemble import check_scores
-from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
@@ -83,6 +83,7 @@ class TeacherProvider:
         self.serving, self.data, self._load = serving, data, load
         self.device, self.console, self.needs, self.run = device, console, needs, run
         self._temperature: float | None = None
+        self._measured: set[int] = set()
 
     @cached_property
     def loaded(self) -> LoadedTeacher:
@@ -253,6 +254,9 @@ class TeacherProvider:
         """
         precision, device = self.serving.precision, torch.device(self.serving.device or self.device)
         for one in [] if precision == "float32" else member.members or [member]:
+            if id(one) in self._measured:
+                continue
+            self._measured.add(id(one))
 
             def measured(one: LoadedTeacher = one) -> LoadedTeacher:
                 teacher = self._frozen(one.network, compile=False)
@@ -281,11 +285,11 @@ class TeacherProvider:
 
     # -- the cache ----------------------------------------------------------------------------------------------------
 
-    def complete(self) -> None:
-        """Have the teacher, or each member, predict whatever its cache lacks."""
+    def complete(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Have the teacher, or each member, predict whatever its cache lacks, or one of several shares of it."""
         if self.serving.cache != "off":
             for member in self.members:
-                self._complete(member)
+                self._complete(member, share)
 
     def caches(self) -> list[TeacherCache]:
         """Return the teacher's cache, or each member's of an ensemble; none where outputs are not kept."""
@@ -337,22 +341,25 @@ class TeacherProvider:
         manifest.contents = write_contents(folder, contents)
         Copying(folder, manifest, contents, self._say).take_all(others)
 
-    def _complete(self, member: LoadedTeacher) -> None:
+    def _complete(self, member: LoadedTeacher, share: tuple[int, int] = (0, 1)) -> None:
         if not (cache := self.cache(member)).complete:
-            self._fill(cache, member)
+            self._fill(cache, member, share)
 
-    def _fill(self, cache: TeacherCache, member: LoadedTeacher) -> None:
+    def _fill(self, cache: TeacherCache, member: LoadedTeacher, share: tuple[int, int] = (0, 1)) -> None:
         started = time.monotonic()
-        data = self.data_of(member).with_batches(eval_batch_size=self.serving.predict_batch_size)
-        batches: Iterable[Batch] = data.all_dataloader()
+        data = self.data_of(member).with_batches(eval_batch_size=self.serving.predict_batch_size).with_share(*share)
+        batches: Any = data.all_dataloader()
         if self.console.is_terminal:
             batches = track(batches, "teacher", console=self.console)
         else:
-            batches = reported(batches, cache.missing(), self._lengths(member), self._say)
+            own = torch.from_numpy(np.sort(np.concatenate(list(batches.sampler))))
+            batches = reported(batches, own[~cache.known(own)], self._lengths(member), self._say)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         teacher = self._running(member).to(self.device)
-        count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say)
-        self._say(f"teacher  predicted {count} examples in {time.monotonic() - started:.0f} s, for all runs")
+        alone = share[1] == 1
+        count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say, alone=alone)
+        what = "for all runs" if alone else f"share {share[0] + 1} of {share[1]}"
+        self._say(f"teacher  predicted {count} examples in {time.monotonic() - started:.0f} s, {what}")
 
     def _lengths(self, member: LoadedTeacher) -> Tensor:
         return torch.from_numpy(self.data_of(member).lengths)

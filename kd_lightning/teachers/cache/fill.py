@@ -110,8 +110,9 @@ def check_repeatable(teacher: Run, batch: Batch) -> ModelOutput:
 
 
 def fill(
-    cache: TeacherCache, teacher: Run, batches: Iterable[Batch], *, lengths: Tensor | None = None, say: Say = log.info
-) -> int:
+    cache: TeacherCache, teacher: Run, batches: Iterable[Batch], *, lengths: Tensor | None = None, say: Say = log.info,
+    alone: bool = True,
+) -> int:  # fmt: skip
     """Run the teacher on every example that the cache lacks, and store the outputs.
 
     The cache is locked meanwhile: a second process waits, and then finds that nothing is missing. The teacher runs only
@@ -123,6 +124,7 @@ def fill(
         batches: Batches that together contain every example, in any order.
         lengths: The real tokens of every example, to estimate the size; None uses the first batch's.
         say: Receives the size before anything is written, and the process that this one waits for.
+        alone: False: the batches are this process's share, others have the rest, and nobody waits.
 
     Returns:
         The number of examples that the teacher ran on.
@@ -131,11 +133,10 @@ def fill(
         CacheError: An example is in no batch; the teacher is not repeatable; outputs are not finite; the disk is too
             small, or full.
     """
-    with cache.writing(say):
-        wanted = len(cache.missing())
-        if wanted == 0:
+    with cache.writing(say, alone):
+        begun, count = False, 0
+        if not len(cache.missing()):
             return 0
-        begun = False
         for batch in batches:
             fresh = ~cache.known(batch["index"])
             if not fresh.any():
@@ -150,14 +151,15 @@ def fill(
                 say(f"teacher outputs: {size}, in {cache.folder}")
                 check_room(cache, size)
                 begun = True
+            count += len(part["index"])
             cache.add(part["index"], output, mask, seconds, part.get("keep"))
-    if not cache.complete:
+    if alone and not cache.complete:
         number = cache.manifest.num_examples
         raise CacheError(
             f"the batches had {number - len(cache.missing())} of {number} examples: the data must contain each of "
             "them, numbered from 0 in `index`"
         )
-    return wanted
+    return count
 
 
 def reported(batches: Iterable[Batch], missing: Tensor, lengths: Tensor, say: Say) -> Iterator[Batch]:

@@ -298,7 +298,7 @@ class TeacherCache:
     # -- adding -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self, say: Say = log.info) -> Iterator[None]:
+    def writing(self, say: Say = log.info, alone: bool = True) -> Iterator[None]:
         """Hold the lock, so that only this process runs the teacher on what is missing.
 
         First, shards of other processes are read and files of killed ones removed. At the end, also after an error,
@@ -306,10 +306,14 @@ class TeacherCache:
 
         Args:
             say: Receives a line with the process that this one waits for.
+            alone: False releases the lock at once, for processes that share the work and write at the same time.
         """
-        with locked(self.folder, say):
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(self.folder, say))
             sweep(self.folder, refreshing=self._manifest_name == REFRESH)
             self._catch_up()
+            if not alone:
+                held.close()
             try:
                 yield
             finally:
