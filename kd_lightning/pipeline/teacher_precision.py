@@ -1,7 +1,7 @@
 """Holds a teacher's reduced precision against float32 on a few batches, before anything learns from it.
 
-What 8 bits leave of a network cannot be told by its kind: dynamic quantisation keeps a BERT, and of a causal language
-model's likeliest tokens it keeps half.
+What 8 bits leave of a network does not follow from its kind: dynamic quantisation keeps a BERT, and it keeps half of a
+causal language model's likeliest tokens.
 """
 
 from __future__ import annotations
