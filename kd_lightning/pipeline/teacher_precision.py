@@ -1,4 +1,4 @@
-"""Holds a teacher's reduced precision against float32 on a few batches, before anything learns from it.
+"""Holds a teacher's reduced precision against float32 before anything learns from it.
 
 What 8 bits leave of a network does not follow from its kind: dynamic quantisation keeps a BERT, and it keeps half of a
 causal language model's likeliest tokens.
