@@ -27,7 +27,7 @@ def dequantise(file: Path, folder: Path) -> None:
         raise OSError(f"{file.name} is no GGUF file of a causal language model ({error})") from error
     del read.config.quantization_config  # with it nothing is saved
     with torch.device("meta"):
-        network = type(read)(read.config)
+        network: Any = type(read)(read.config)
     network.load_state_dict(read.state_dict(), assign=True)
     network.tie_weights()
     network.to(torch.bfloat16).save_pretrained(folder)
