@@ -9,9 +9,9 @@ import re
 import textwrap
 
 from kd_lightning.config.instantiate import conf_dir
-from kd_lightning.config.schema import FinetuneConfig, RunConfig, TeacherConfig, docs
+from kd_lightning.config.schema import FinetuneConfig, OnPolicyConfig, RunConfig, TeacherConfig, docs
 
-KINDS = {"": RunConfig, "teacher.": TeacherConfig, "finetune.": FinetuneConfig}
+KINDS = {"": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "finetune.": FinetuneConfig}
 WIDTH = 120
 
 

@@ -166,6 +166,22 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnPolicyConfig:
+    """A language model that is distilled continues texts itself, and the teacher corrects it there."""
+
+    share: Annotated[float, Range(0)]
+    """Of each step's texts, the part that the student continues (lambda of Agarwal et al. 2023, arXiv 2306.13649), with
+    teacher.cache=off; 0: none."""
+    prompt_tokens: Count
+    """The tokens at the beginning of a text that it continues; of conversations it is all before an assistant's
+    turn."""
+    new_tokens: Count
+    """The most tokens that it writes; data.block_size bounds both together."""
+    temperature: Annotated[float, Range(0)]
+    """Of the draw of each token; 0 takes the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """What is particular to one of several tasks."""
 
@@ -229,6 +245,8 @@ class RunConfig:
     of its loss; `distillation`, where it is not the one for all; `teacher`: keys that override those of `teacher`."""
     teacher: TeacherConfig
     """How the teacher is loaded or fine-tuned, and how its outputs reach the students."""
+    on_policy: OnPolicyConfig
+    """A language model that is distilled continues texts itself, and the teacher corrects it there."""
     finetune: FinetuneConfig
     """Trains the distilled student on from labels, when it is among `stages`."""
     data: Node
@@ -321,7 +339,7 @@ class RunConfig:
         )
 
 
-Group = TypeVar("Group", RunConfig, TeacherConfig, FinetuneConfig, TaskConfig)
+Group = TypeVar("Group", RunConfig, TeacherConfig, OnPolicyConfig, FinetuneConfig, TaskConfig)
 
 
 def _refuse_missing(settings: DictConfig, plain: dict[str, Any]) -> None:

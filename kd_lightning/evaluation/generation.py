@@ -189,8 +189,13 @@ def ends_of(config: Any, tokenizer: Any, chat: bool) -> list[int]:
     """Return the tokens that end a text: the tokenizer's, the checkpoint's, in a chat also that of a turn."""
     own = getattr(config, "eos_token_id", None)
     found = [*own] if isinstance(own, list) else [own]
-    found.append(tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
-    if chat:
+    return sorted({*text_ends(tokenizer, chat), *(int(end) for end in found if end is not None)})
+
+
+def text_ends(tokenizer: Any, chat: bool = True) -> list[int]:
+    """Return the tokens that end a text, with `chat` also the one that ends a turn."""
+    found = [tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
+    if chat and tokenizer.chat_template:
         found.append(_turn_end(tokenizer))
     return sorted({int(end) for end in found if end is not None})
 

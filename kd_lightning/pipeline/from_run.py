@@ -14,7 +14,7 @@ from kd_lightning.training.run_folder import find_stage, load_run
 
 
 def from_run(
-    checkpoint: str, num_classes: int, vocab_size: int | None = None, initialise: Initialise = "teacher"
+    checkpoint: str, num_classes: int | None = None, vocab_size: int | None = None, initialise: Initialise = "teacher"
 ) -> nn.Module:
     """Make a student of a finished run's student.
 
@@ -23,7 +23,7 @@ def from_run(
 
     Args:
         checkpoint: A run folder, whose best student is taken, or one of its stage folders.
-        num_classes: Number of classes C, those of the run.
+        num_classes: Number of classes C, those of the run; None for a language model.
         vocab_size: Number of token ids, for texts: the run's.
         initialise: `teacher`: with the weights it has; `random`: the same network with fresh ones, for the honest
             baseline from nothing.
@@ -41,7 +41,7 @@ def from_run(
             trained = load_run(find_stage(Path(checkpoint)))
         except KDError as error:
             raise ConfigError(f"student.checkpoint={checkpoint}: {error}") from error
-    if len(trained.class_names) != num_classes:
+    if num_classes is not None and len(trained.class_names) != num_classes:
         raise ConfigError(
             f"student.checkpoint={checkpoint} tells {len(trained.class_names)} classes apart and the data have "
             f"{num_classes}: give a run of the same classes"

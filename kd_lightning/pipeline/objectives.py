@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kd_lightning.config.instantiate import build
+from kd_lightning.evaluation.generation import text_ends
 from kd_lightning.losses.term import Scheduled, Term
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers import EMATeacher
 from kd_lightning.training.objective import Objective
+from kd_lightning.training.on_policy import OnPolicy
 from kd_lightning.training.schedules import Times
 
 if TYPE_CHECKING:
@@ -46,6 +50,21 @@ def _of_tasks(run: Run) -> Objective:
 
 def _times(weight: float, value: Scheduled) -> Scheduled:
     return Times(weight, value) if callable(value) else weight * value
+
+
+def student_texts(run: Run) -> OnPolicy | None:
+    """Return how the student continues texts (`on_policy`), if it does.
+
+    Raises:
+        ConfigError: The data are no texts for language models, or their blocks leave no room.
+    """
+    settings = run.cfg.on_policy
+    if settings.share == 0:
+        return None
+    tokenizer, block_size = run.data.tokenizer_of("student"), run.data.model_arguments("student").get("block_size")
+    if not run.task.generates or tokenizer is None or block_size is None:
+        raise ConfigError(f"on_policy.share={settings.share:g}: only a language model continues texts; set it to 0")
+    return OnPolicy(**asdict(settings), most_tokens=block_size, ends=text_ends(tokenizer))
 
 
 def own_average(run: Run, student: nn.Module, objective: Objective) -> EMATeacher | None:

@@ -16,7 +16,7 @@ from kd_lightning.models.fits import check_length, check_single
 from kd_lightning.pipeline.estimate import Trial
 from kd_lightning.pipeline.joint_provider import JointProvider
 from kd_lightning.pipeline.networks import build_network, takes_from_teacher
-from kd_lightning.pipeline.objectives import own_average, run_objective
+from kd_lightning.pipeline.objectives import own_average, run_objective, student_texts
 from kd_lightning.pipeline.trainer_checks import named
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.teachers import EnsembleNetwork, SideBySide, Teacher
@@ -123,6 +123,7 @@ def _compare(
     """
     objective = run_objective(run, student, above)
     check_scheme(objective, run.cfg)
+    texts = student_texts(run)
     if stage.teacher is None:
         teacher: Teacher | None = own_average(run, student, objective)
     else:
@@ -135,6 +136,8 @@ def _compare(
             teacher = provider.check(above, teachers[0][1] if stage.teacher == 0 else None)
     data = run.data_of(stage.teacher or 0).select(tokens="both")
     batch = run.task.compared(data.few())
+    if texts is not None:
+        batch = run.task.compared(texts(data.few(), batch["keep"], student, stage.seed))
     _try_out(objective, student, teacher, batch, run.task, data.num_examples)
     return _step_taught(stage, objective, student, teacher, batch, run.task)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from kd_lightning.models.cohort import joined
 from kd_lightning.models.rebuild import describe
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.networks import build_network, has_start, start_of, takes_from_teacher
-from kd_lightning.pipeline.objectives import loss_settings, own_average, run_objective
+from kd_lightning.pipeline.objectives import loss_settings, own_average, run_objective, student_texts
 from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.callbacks import CacheFilling, MeanTeacher, TeacherTime
@@ -107,8 +108,9 @@ def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
     if stage.kind == "baseline":
         more = {"architecture": describe(network)} if taking else {}  # its settings do not have its sizes
         return more | start | ({"teacher": run.source.fingerprint} if taking and has_start(stage.network) else {})
-    ema = {"ema": run.cfg.teacher.ema}
+    ema, texts = {"ema": run.cfg.teacher.ema}, run.cfg.on_policy
     return {
+        **({"on_policy": asdict(texts)} if texts.share else {}),
         "distillation": loss_settings(run), "balance": run.cfg.balance, "peers": run.cfg.peers,
         "teacher": ema if stage.teacher is None else run.providers[stage.teacher].loaded.fingerprint,
         "outputs": run.cfg.teacher.chosen(OUTPUTS), **start,
@@ -143,7 +145,8 @@ def _add_teacher(run: Run, stage: Stage, training: Training, peers: Sequence[nn.
         teacher, provider = run.teacher_for_training(stage.teacher), run.providers[stage.teacher]
         unstored = 0.0 if provider.caches() else PREDICTING.seconds - begun
         above = provider.loaded.network
-        training.data.around = teacher.around
+        if run.cfg.on_policy.share == 0:  # else no batch is known ahead of its step
+            training.data.around = teacher.around
         training.notes = dict(teacher.notes)
         training.more_callbacks.append(TeacherTime(training.notes, unstored))
         if not run.shares(stage.teacher):
@@ -162,8 +165,9 @@ def _module(
     if above is None:
         teacher = own_average(run, student, objective)
     module = DistillationModule(
-        student, teacher, objective, build(stage.optimizer), build(stage.scheduler), task=run.task, seed=stage.seed
-    )
+        student, teacher, objective, build(stage.optimizer), build(stage.scheduler), task=run.task, seed=stage.seed,
+        on_policy=student_texts(run),
+    )  # fmt: skip
     if objective.connects:
         torch.manual_seed(stage.seed)
         if teacher is not None:

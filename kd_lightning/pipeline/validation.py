@@ -45,6 +45,7 @@ def _check(cfg: RunConfig) -> None:
     _check_schedules(cfg)
     _check_teacher(cfg.teacher)
     _check_schemes(cfg)
+    _check_on_policy(cfg)
     _check_tasks(cfg)
     _check_sharded(cfg)
     for path, node in nodes(cfg.as_dict()):
@@ -146,6 +147,25 @@ def _check_schemes(cfg: RunConfig) -> None:
         )
     if teacher.precision != "float32":
         raise ConfigError("teacher.ema averages in float32 and computes in it: set teacher.precision=float32")
+
+
+def _check_on_policy(cfg: RunConfig) -> None:
+    """Check what a student's own texts exclude."""
+    share = f"on_policy.share={cfg.on_policy.share:g}"
+    if cfg.on_policy.share == 0:
+        return
+    if cfg.on_policy.share > 1:
+        raise ConfigError(f"{share}: expected a part of the texts, from 0 to 1")
+    if cfg.teacher.cache != "off":
+        raise ConfigError(
+            f"{share}: the student's texts are new in each step, and no outputs can be stored for them: set "
+            "teacher.cache=off"
+        )
+    if wrong := _given({
+        "peers": bool(cfg.peers), "assistants": bool(cfg.assistants), "data.tasks": bool(cfg.data.get("tasks")),
+        f"trainer.strategy={cfg.trainer.get('strategy')}": shards(cfg.trainer),
+    }):  # fmt: skip
+        raise ConfigError(f"{share}: one whole student continues texts: leave out {wrong}")
 
 
 def _check_tasks(cfg: RunConfig) -> None:

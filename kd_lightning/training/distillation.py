@@ -6,7 +6,7 @@ and the student follows the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -19,8 +19,9 @@ from kd_lightning.models.features import FeatureTap
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import Task
 from kd_lightning.teachers import FrozenTeacher, Teacher
-from kd_lightning.training.module import NetworkModule
+from kd_lightning.training.module import NetworkModule, mixed_seed
 from kd_lightning.training.objective import Objective
+from kd_lightning.training.on_policy import Continued, OnPolicy
 from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable
 from kd_lightning.types import Batch, ModelOutput
 
@@ -44,6 +45,7 @@ class DistillationModule(NetworkModule):
         scheduler: Makes the learning-rate schedule from the optimizer and the number of steps.
         task: What is predicted: `Classification(C)`, ...; it has the metrics of validation.
         seed: Seeds each step's dropout, so that a resumed run repeats an uninterrupted one.
+        on_policy: Has the student continue a share of the texts; with data of ours and a running teacher.
 
     Raises:
         ConfigError: The objective reads a teacher, and there is none; or features that the teacher does not give.
@@ -59,8 +61,10 @@ class DistillationModule(NetworkModule):
         *,
         task: Task,
         seed: int = 0,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, task=task, seed=seed, objective=objective)
+        self.on_policy = on_policy
         if teacher is None and objective.uses_teacher:
             raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
         self.student = student
@@ -118,6 +122,8 @@ class DistillationModule(NetworkModule):
             batch = self.trainer.strategy.broadcast(next(iter(data.val_dataloader())))  # the same for all processes
             self.connect(batch, data.num_examples)
         super().setup(stage)
+        if self.on_policy is not None and not hasattr(self.trainer.datamodule, "around"):  # type: ignore[attr-defined]
+            raise ConfigError("on_policy continues texts of data modules of ours: give trainer.fit(datamodule=...)")
         if isinstance(self.teacher, FrozenTeacher) and self.teacher.sharded:
             if self.mesh is None:
                 raise ConfigError("a sharded teacher needs a strategy that shards the student, too: trainer=fsdp2")
@@ -132,6 +138,20 @@ class DistillationModule(NetworkModule):
             state = checkpoint["state_dict"]
             for name in [name for name in state.keys() - self.state_dict().keys() if name.startswith("objective.")]:
                 del state[name]
+
+    @property
+    def wraps(self) -> list[Callable[[Any], Any]]:
+        """What the loader of training batches goes through: what continuations count is needed next."""
+        if self.on_policy is None:
+            return super().wraps
+        return [lambda loader: Continued(loader, self._continued), *super().wraps]
+
+    def _continued(self, batch: Batch) -> Batch:
+        """Return a batch in which the student, as it is now, has continued some of the texts."""
+        assert self.on_policy is not None
+        seed = mixed_seed(self.seed, self.global_rank, self.trainer.global_step, int(batch["index"][0]))
+        with self.trainer.precision_plugin.forward_context():
+            return self.on_policy(batch, self.task.compared(batch)["keep"], self.student, seed)
 
     def outputs(self, batch: Batch) -> tuple[ModelOutput, ModelOutput]:
         """Return what student and teacher predict for a batch, as the objective compares them."""

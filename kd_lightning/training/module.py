@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -85,11 +86,17 @@ class NetworkModule(L.LightningModule):
         """Set up means over whole steps (see `StepCounts`), and allow terms to skip steps."""
         trainer: Any = self.trainer
         self.step = StepCounts(trainer, self._counts)
-        if stage == "fit" and trainer.accumulate_grad_batches > 1 and hasattr(trainer.datamodule, "around"):
-            look, around = self.step.around, trainer.datamodule.around
-            trainer.datamodule.around = look if around is None else lambda loader: around(look(loader))
+        if stage == "fit" and self.wraps and hasattr(trainer.datamodule, "around"):
+            last = trainer.datamodule.around
+            wraps = [*self.wraps, *([last] if last is not None else [])]
+            trainer.datamodule.around = lambda loader: reduce(lambda inside, wrap: wrap(inside), wraps, loader)
         lightning_patches.keep_batches_wide(trainer)
         lightning_patches.share_objective(self, self.objective)
+
+    @property
+    def wraps(self) -> list[Callable[[Any], Any]]:
+        """What the loader of training batches goes through, from the inside out."""
+        return [self.step.around] if self.trainer.accumulate_grad_batches > 1 else []
 
     def _counts(self, batch: Batch) -> Tensor:
         return self.objective.counts(self.task.compared(batch))
@@ -127,7 +134,7 @@ class NetworkModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from (seed, rank, batch number), so that a resumed run draws the same dropout."""
-        seed = _mix(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        seed = mixed_seed(self.seed, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed goes through every backend there is, each step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -234,7 +241,7 @@ class NetworkModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _mix(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
     """Mix integers into one 63-bit seed with SplitMix64's finaliser."""
     state = 0
     for number in numbers:

@@ -14,7 +14,7 @@ from comment_config import commented
 from kd_lightning.config import schema
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.instantiate import conf_dir
-from kd_lightning.config.schema import FinetuneConfig, RunConfig, TaskConfig, TeacherConfig, docs
+from kd_lightning.config.schema import FinetuneConfig, OnPolicyConfig, RunConfig, TaskConfig, TeacherConfig, docs
 
 Composed = Callable[..., DictConfig]
 
@@ -23,9 +23,10 @@ def test_every_key_is_there_with_its_value_type_and_doc(composed: Composed) -> N
     cfg = composed("seed=0", "teacher.cache_top_k=3", "stages=[distill]", "peers=[{_target_: my.Network, width: 2}]")
     text = Template(keys_help(cfg)).substitute()
     lines, words = text.splitlines(), " ".join(text.split())
-    for prefix, kind in {"": RunConfig, "teacher.": TeacherConfig, "finetune.": FinetuneConfig}.items():
+    kinds = {"": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "finetune.": FinetuneConfig}
+    for prefix, kind in kinds.items():
         for one in fields(kind):
-            if one.name in ("teacher", "finetune", "tasks"):
+            if one.name in ("teacher", "on_policy", "finetune", "tasks"):
                 continue
             assert any(re.match(rf"  {prefix}{one.name}(=|$)", line) for line in lines), one.name
             assert " ".join(docs(kind)[one.name].split()) in words

@@ -45,13 +45,14 @@ def shrunk(tmp_path: Path, own_home: Path) -> list[str]:
     language_model(tmp_path / "teacher", 280, texts)
     return [
         f"data.folder={tmp_path / 'years'}", f"teacher.checkpoint={tmp_path / 'teacher'}", "data.block_size=16",
-        "data.batch_size=2", "student.layers=1", "student.width=8", "trainer.max_epochs=-1", "trainer.max_steps=2",
+        "data.batch_size=2", "trainer.max_epochs=-1", "trainer.max_steps=2",
         "teacher.precision=float32", "trainer.precision=32-true", "validations=1", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
 
 
 SHRUNK: dict[str, list[str]] = {
     "lm_sotu": [],
+    "lm_on_policy": ["on_policy.prompt_tokens=4", "on_policy.new_tokens=4"],
 }
 
 
@@ -59,10 +60,19 @@ def test_no_experiment_is_left_out() -> None:
     assert {path.stem for path in (conf_dir() / "experiment").glob("lm_*.yaml")} == {*SHRUNK}
 
 
+NARROW = ["student.layers=1", "student.width=8"]
+GOES_ON = {"lm_on_policy"}
+"""From the student of lm_sotu."""
+
+
 @pytest.mark.parametrize("experiment", SHRUNK)
 def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: Path, experiment: str) -> None:
     """Its stages, losses and schemes are its own."""
-    cfg = composed(f"experiment={experiment}", *shrunk, *SHRUNK[experiment])
-    train_all(Run(cfg, Console(file=StringIO(), width=120)))
+    own = [*SHRUNK[experiment], *NARROW]
+    if experiment in GOES_ON:
+        given = [*shrunk, *NARROW, f"run_dir={tmp_path / 'first'}", "stages=[distill]"]
+        train_all(Run(composed("experiment=lm_sotu", *given), Console(file=StringIO())))
+        own = [*SHRUNK[experiment], f"student.checkpoint={tmp_path / 'first'}"]
+    train_all(Run(composed(f"experiment={experiment}", *shrunk, *own), Console(file=StringIO(), width=120)))
     record: dict[str, Any] = json.loads((tmp_path / "run/seed_0/distill/stage.json").read_text())
     assert record["steps"] == 2

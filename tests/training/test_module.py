@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from kd_lightning.tasks import Classification
 from kd_lightning.training.distillation import SupervisedModule
-from kd_lightning.training.module import NetworkModule, _mix
+from kd_lightning.training.module import NetworkModule, mixed_seed
 from kd_lightning.types import Batch
 
 
@@ -122,12 +122,12 @@ def test_the_schedule_covers_the_planned_steps() -> None:
     assert rates == [8.0] * 3 + [6.0] * 3 + [4.0] * 3 + [2.0] * 3  # by optimizer step, not by epoch or batch
 
 
-def test_neighbouring_numbers_mix_to_unrelated_seeds() -> None:
-    seeds = {_mix(seed, rank, batch) for seed in range(8) for rank in range(8) for batch in range(64)}
+def test_neighbouring_numbersmixed_seed_to_unrelated_seeds() -> None:
+    seeds = {mixed_seed(seed, rank, batch) for seed in range(8) for rank in range(8) for batch in range(64)}
     assert len(seeds) == 8 * 8 * 64
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert _mix(0, 1, 0) != _mix(1, 0, 0) != _mix(0, 0, 1)  # the place counts
-    flipped = [(_mix(0, 0, batch) ^ _mix(0, 0, batch + 1)).bit_count() for batch in range(200)]
+    assert mixed_seed(0, 1, 0) != mixed_seed(1, 0, 0) != mixed_seed(0, 0, 1)  # the place counts
+    flipped = [(mixed_seed(0, 0, batch) ^ mixed_seed(0, 0, batch + 1)).bit_count() for batch in range(200)]
     assert 28 < sum(flipped) / len(flipped) < 35  # half of 63 bits change
 
 
