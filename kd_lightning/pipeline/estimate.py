@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.config.instantiate import build, in_sweep, processes
+from kd_lightning.data import MultiTaskData
 from kd_lightning.evaluation.profiling import single_examples
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.runtime.clock import Clock, duration
@@ -80,7 +81,7 @@ def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Cloc
                 costs[id(trial)] = _training(run, trial)
             parts[stage.path] = costs[id(trial)] * stage.steps / trial.stage.steps
             if stage.distils and trial.teacher is not None and not outputs:
-                outputs = _outputs(run, trial.teacher)
+                outputs = _outputs(run, trial.teacher, _missing(run, todo))
                 parts[stage.path] += outputs
         parts["report"] = sum(_profile(run, trial) for trial in found.values())
     clock = Clock(parts, outputs)
@@ -97,7 +98,7 @@ def _line(run: Run, stages: Sequence[Stage], clock: Clock) -> str:
         seconds = sum(clock.parts[stage.path] for stage in teachers)
         shares.append(f"{_number(teachers, 'teacher')} {duration(seconds)}")
     if clock.outputs:
-        shares.append(f"its outputs for {run.data.num_examples:,} examples {duration(clock.outputs)}")
+        shares.append(f"its outputs for {_missing(run, stages):,} examples {duration(clock.outputs)}")
     if students:
         seconds = sum(clock.parts[stage.path] for stage in students) - clock.outputs
         shares.append(f"{_number(students, 'student')} {duration(seconds)}")
@@ -147,13 +148,23 @@ def _evaluation(network: nn.Module, loader: Iterable[Batch], device: torch.devic
     return each * len(batches)
 
 
-def _outputs(run: Run, teacher: Teacher) -> float:
-    """Return the seconds in which the teacher predicts all examples."""
+def _missing(run: Run, todo: Sequence[Stage]) -> int:
+    """Return how many examples the teacher is still to predict."""
+    if run.cfg.teacher.cache in ("off", "refresh") or any(stage.kind == "teacher" for stage in todo):
+        return run.data.num_examples
+    found = [len(cache.missing()) for cache in run.providers[0].caches()]
+    return sum(found) if isinstance(run.data, MultiTaskData) else max(found)
+
+
+def _outputs(run: Run, teacher: Teacher, examples: int) -> float:
+    """Return the seconds in which the teacher predicts so many examples."""
+    if not examples:
+        return 0.0
     size = run.cfg.teacher.predict_batch_size
     data = run.data.select(tokens="both", pool=True).with_batches(batch_size=size)
     device = run.device
     each = _seconds(teacher.to(device), [on(batch, device) for batch in _typical(data.train_dataloader())])
-    return each * data.num_examples / size
+    return each * examples / size
 
 
 def _profile(run: Run, trial: Trial) -> float:

@@ -73,3 +73,20 @@ def test_what_is_finished_is_not_counted(
     assert len(lines) == 3  # before, and after each of two students
     assert "teacher of" not in lines[0]
     assert "2 students of 22 steps" in lines[0]
+
+
+def test_outputs_that_are_cached_are_not_counted(
+    composed: Composed, toy_csv: Path, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAST", 1)
+    overrides = tiny_overrides(toy_csv, tmp_path / "run")
+    train_all(Run(composed(*overrides, "stages=[teacher,distill]"), Console(quiet=True)))
+    again = [*tiny_overrides(toy_csv, tmp_path / "again"), f"teacher.checkpoint={tmp_path / 'run'}", "stages=[distill]"]
+    for more, expected in ((["seed=1"], False), (["seed=1", "teacher.cache=refresh"], True)):
+        output = StringIO()
+        run = Run(composed(*again, *more), Console(file=output, width=200))
+        stages = plan(run)
+        found = estimate(run, stages, preflight(run, stages))
+        assert found is not None
+        assert (found.outputs > 0) is expected
+        assert ("its outputs for" in output.getvalue()) is expected
