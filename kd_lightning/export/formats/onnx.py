@@ -75,6 +75,8 @@ def _without_notes(model: Path, to: Path) -> None:
     import onnx
 
     graph = onnx.load(str(model))
+    if any(is_step([one.name]) for one in graph.graph.input):
+        graph.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "past + length"  # of the mask
     for entry in (*graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output, graph.graph):
         del entry.metadata_props[:]
         entry.doc_string = ""

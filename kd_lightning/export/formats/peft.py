@@ -41,7 +41,9 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     from safetensors.torch import save_file
 
     network: Any = in_precision(source.model.network, quantize)
-    save_file(get_peft_model_state_dict(network.network, adapter_name="default"), folder / FILE)
+    state = get_peft_model_state_dict(network.network, adapter_name="default")
+    # the names of a `PeftModel`, which holds the pretrained model as base_model.model
+    save_file({f"base_model.model.{name}": weight.contiguous() for name, weight in state.items()}, folder / FILE)
     config = network.network.peft_config["default"]
     config.base_model_name_or_path = read_stage(source.stage)["settings"]["network"]["name"]
     config.inference_mode = True
