@@ -64,6 +64,8 @@ def files(run: Run) -> Iterator[tuple[str, Node]]:
         ConfigError: A setting that `kd-cli` has no counterpart for.
     """
     teacher, trainer = run.cfg.teacher, run.cfg.trainer["_target_"]
+    if teacher.url is not None:
+        raise ConfigError("teacher.url: kd-cli reads teachers from files; use kd-train")
     if teacher.sharded:
         raise ConfigError("teacher.sharded=true: kd-cli loads whole teachers; set teacher.sharded=false")
     if teacher.folds > 1:

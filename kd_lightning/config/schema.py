@@ -37,6 +37,7 @@ Balance = Literal["fixed", "unit_initial", "gradnorm", "uncertainty"]
 Goal = Literal["small", "fast", "accurate"]
 Combine = Literal["probabilities", "logits"]
 Calibrate = bool | Literal["auto"]
+Dialect = Literal["vllm", "sglang", "llama.cpp"]
 Precision = Literal["float32", "bf16", "float16", "8bit", "int8-dynamic"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -54,7 +55,10 @@ OUTPUTS = (*CACHED, "combine", "weights", "folds", "calibrate")
 """The keys below `teacher` that decide which outputs a student learns from."""
 ARRANGEMENT = ("stages", "resume", "run_dir", "shared_dir", "logger", "checkpoint_every_n_steps")
 """The keys of a run that decide no result: what runs, where its files go, and how often they are written."""
-TEACHER_ARRANGEMENT = ("cache", "features", "predict_batch_size", "device", "compile", "sharded")
+TEACHER_ARRANGEMENT = (
+    "cache", "features", "predict_batch_size", "device", "compile", "sharded", "url", "dialect", "timeout", "retries",
+    "parallel",
+)  # fmt: skip
 """The keys below `teacher` that decide no result: where its outputs come from, not what they are."""
 
 
@@ -65,6 +69,20 @@ class TeacherConfig:
     checkpoint: str | list[str] | None
     """A finished teacher: a run folder of ours, or a Hugging Face folder or name; a list: their ensemble.
     null: fine-tune `network`."""
+    url: str | None
+    """Of a language model that an inference server runs, such as http://localhost:8000, in place of a checkpoint; its
+    teacher.cache_top_k likeliest tokens are stored. A key is read from KD_TEACHER_API_KEY."""
+    model: str | None
+    """The name of the served model, under which its outputs are stored; also that of its tokenizer, unless
+    data.tokenizer is set."""
+    dialect: Dialect
+    """Of the server: vllm, sglang or llama.cpp."""
+    timeout: Annotated[float, Range(0.001)]
+    """Seconds for a request to the server."""
+    retries: Annotated[int, Range(0)]
+    """How often a request is repeated that fails for a reason that may pass."""
+    parallel: Count
+    """Requests to the server at the same time."""
     seed: int
     """Of the fine-tuning; the same for every `seed` of the students, and unlike theirs, lest networks alike start
     alike."""
@@ -296,6 +314,8 @@ class RunConfig:
         """Return the keys that decide a run's results, with their values."""
         kept = {key: value for key, value in self.as_dict().items() if key not in ARRANGEMENT}
         teacher = {key: value for key, value in kept["teacher"].items() if key not in TEACHER_ARRANGEMENT}
+        if self.teacher.url is not None:
+            del teacher["checkpoint"]  # the same place
         return kept | {"teacher": teacher}
 
     @property

@@ -203,7 +203,7 @@ def _with_own(given: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[
 
 def _one_teacher(given: Mapping[str, Any], root: Path) -> Origin:
     """Return the origin of one task's teacher: checkpoints, or what the run fine-tuned."""
-    checkpoint = given.get("checkpoint")
+    checkpoint = given.get("model") or given.get("checkpoint")  # a served one by its name
     if checkpoint:
         listed = checkpoint if isinstance(checkpoint, list) else [checkpoint]
         members = [followed(str(one), root) for one in listed]

@@ -248,6 +248,11 @@ def compared_logits(
         ValueError: The numbers of classes differ and `classes` is None.
     """
     sizes = student.logits.shape[-1], teacher.logits.shape[-1]
+    if teacher.sparse is not None:
+        raise ValueError(
+            "it compares all logits, and the teacher gives only some of them (teacher.cache_top_k, cache_samples): use "
+            "distillation=sparse_kd, or keep all"
+        )
     if classes is None and sizes[0] != sizes[1]:
         raise ValueError(
             f"the student has {sizes[0]} classes and the teacher {sizes[1]}: soft targets compare class by class. "

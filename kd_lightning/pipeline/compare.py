@@ -136,7 +136,8 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
     if run.has_teacher:
         live = PREDICTING.seconds - _stored_seconds(run, 0) - before
-        results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
+        if cfg.teacher.url is None:  # a served one has given too little to be scored
+            results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
         results = [_with_outputs(run, result, records, live) for result in results]
     return build_report(
         results,
@@ -149,8 +150,8 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             "temperature": cfg.temperature, "alpha": cfg.alpha, "balance": cfg.balance,
             "steps": run.steps, "baseline_steps": _steps(records) or "none", "budget": cfg.budget,
             "batch_size": data.batch_size, "learning_rate": cfg.optimizer.get("lr"),
-            "precision": cfg.trainer["precision"], "teacher_precision": cfg.teacher.precision,
-            "trainings": trainings, **_time(run),
+            "precision": cfg.trainer["precision"], "trainings": trainings, **_time(run),
+            "teacher_precision": cfg.teacher.precision if cfg.teacher.url is None else "its server's",
         },
         data=DataSummary(
             name=type(data).__name__,
@@ -173,6 +174,11 @@ def _notes(run: Run, distilled: Sequence[Mapping[str, Any]]) -> list[str]:
     own = [part for part in run.parts.values() if part.cfg.teacher.checkpoint is None]
     folders = [folder for part in own for folder in part.teacher_folders]
     lines = [f"{folder.relative_to(run.folder)}: {line}." for folder in folders for line in findings_of(folder)]
+    if run.cfg.teacher.url is not None:
+        lines.append(
+            f"The teacher, {run.cfg.teacher.model}, is served: students are compared with its "
+            f"{run.cfg.teacher.cache_top_k} likeliest tokens and all others as one; it has no scores of its own here."
+        )
     temperature = next((one["teacher_temperature"] for one in distilled if "teacher_temperature" in one), None)
     if temperature is not None and run.cfg.teacher.calibrate == "auto":
         lines.append(
@@ -278,7 +284,8 @@ def _student(
 def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:
     """Time the first seed's networks side by side, each on its own inputs of the same validation examples."""
     networks = {stage: network.cpu() for stage, network in students.items()}
-    if run.has_teacher and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
+    here = run.has_teacher and run.cfg.teacher.url is None
+    if here and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
         networks["teacher"] = run.teacher.network.cpu()
     batches = {
         name: list(run.data.select(tokens="teacher" if name == "teacher" else "student").val_dataloader())

@@ -20,7 +20,7 @@ from kd_lightning.pipeline.joint_provider import JointProvider
 from kd_lightning.pipeline.networks import starts_trained
 from kd_lightning.pipeline.serving import Serving
 from kd_lightning.pipeline.sources import check_sources
-from kd_lightning.pipeline.teacher_loading import LoadedTeacher, load_teacher, read_teachers
+from kd_lightning.pipeline.teacher_loading import LoadedTeacher, load_teacher, read_teachers, served_teacher
 from kd_lightning.pipeline.teacher_provider import TeacherProvider
 from kd_lightning.pipeline.validation import check_folder, validate
 from kd_lightning.runtime.errors import ConfigError
@@ -87,6 +87,8 @@ class Part:
 
     def load(self, console: Console) -> LoadedTeacher:
         """Load the teacher that `teacher.checkpoint` names, or the one that this run has trained."""
+        if self.cfg.teacher.url is not None:
+            return served_teacher(self.cfg.teacher, self.data)
         if self.cfg.teacher.checkpoint is not None:
             return load_teacher(self.cfg.teacher.checkpoint, self.data, console)
         return read_teachers(self.teacher_folders, self.data)
@@ -242,9 +244,10 @@ class Run:
 
     @cached_property
     def predicting_teacher(self) -> Teacher:
-        """The teacher for evaluation: as its students use it, but never cut to its top K."""
+        """The teacher for evaluation: as its students use it, but never cut to its top K, unless it gives no more."""
         provider, taught = self.providers[0], "distill" in self.cfg.stages and self.cfg.teacher.keeps_all
-        if isinstance(provider, JointProvider) or taught or self.teacher.members:
+        served = self.cfg.teacher.url is not None
+        if isinstance(provider, JointProvider) or taught or served or self.teacher.members:
             return self.teacher_for_training(0)
         return provider.calibrated(FrozenTeacher(self.teacher.network, self.cfg.teacher.precision))
 

@@ -61,10 +61,12 @@ class Trial:
 def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Clock | None:
     """Print how long the unfinished stages take, and return the clock; None where it is unknown.
 
-    It is unknown for several processes, and left out in a sweep, whose points are many.
+    It is unknown for several processes and a served teacher, and left out in a sweep, whose points are many.
     """
     todo = [stage for stage in stages if not is_finished(run.folder / stage.path)]
     if sum(stage.steps for stage in todo) < LEAST or in_sweep() or processes(run.cfg.trainer) > 1:
+        return None
+    if run.cfg.teacher.url is not None:
         return None
     found = {(trial.stage.kind, trial.stage.part, trial.stage.teacher): trial for trial in trials}
     parts: dict[str, float] = {}

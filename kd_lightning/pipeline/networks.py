@@ -15,6 +15,7 @@ from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.hf import pretrained
 from kd_lightning.models.rebuild import describe
+from kd_lightning.models.served import ServedLM
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import file_digest
@@ -44,6 +45,8 @@ def build_network(
     if role == "student" and takes_from_teacher(settings):
         assert teacher is not None
         given = {"teacher": source_of(teacher)}
+        if isinstance(given["teacher"], ServedLM):
+            raise ConfigError(f"student: {target} takes the teacher's weights, and those of teacher.url are not here")
         if lookup(target) in (from_teacher, embeddings_from_teacher, causal_lm_from_teacher):
             _check_tokens(data)
     takes = parameters(lookup(target))

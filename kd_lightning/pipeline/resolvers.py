@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,10 +41,13 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
     It is the one saved beside a finished teacher (`teacher.checkpoint`), or the one that a pretrained network's `name`
     brings. A network without one reads the other's tokens, and `minilm` where neither has its own.
     """
-    checkpoint = OmegaConf.select(_root_, "teacher.checkpoint")
+    checkpoint: Any = OmegaConf.select(_root_, "teacher.checkpoint")
+    teacher: str | None
     if OmegaConf.is_list(checkpoint):  # an ensemble: see `TextData.reading` for members with another tokenizer
         checkpoint = checkpoint[0] if checkpoint else None
-    if checkpoint is not None:
+    if OmegaConf.select(_root_, "teacher.url") is not None:
+        teacher = OmegaConf.select(_root_, "teacher.model")
+    elif checkpoint is not None:
         teacher = tokenizer_beside(checkpoint)
     else:
         teacher = OmegaConf.select(_root_, "teacher.network.name")

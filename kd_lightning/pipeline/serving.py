@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self
 
 from kd_lightning.config.schema import Calibrate, Combine, Precision, StoredDtype
@@ -56,7 +56,8 @@ class Serving:
     def of(cls, teacher: TeacherConfig) -> Self:
         """Return the settings below `teacher`."""
         names = cls.__dataclass_fields__.keys() - {"members"}
-        return cls(members=teacher.number, **{name: getattr(teacher, name) for name in names})
+        found = cls(members=teacher.number, **{name: getattr(teacher, name) for name in names})
+        return found if teacher.url is None else replace(found, precision="float32")  # the server's is its own
 
     @property
     def storage(self) -> Storage:

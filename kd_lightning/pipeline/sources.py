@@ -40,7 +40,7 @@ def _sources(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     for key, teacher in teachers.items():
         checkpoint = teacher.get("checkpoint")
         for one in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
-            if one is not None:
+            if one is not None and "://" not in str(one):  # a server
                 yield f"{key}.checkpoint", str(one)
         if checkpoint is None and "teacher" in cfg.stages:
             networks[f"{key}.network"] = teacher.get("network", {})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import nn
 
+from kd_lightning.models.served import ServedLM, Server
 from kd_lightning.pipeline.resolvers import tokenizer_beside
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import ConfigError
@@ -19,6 +20,7 @@ from kd_lightning.teachers.ensemble import EnsembleNetwork
 from kd_lightning.training.run_folder import LOGS, best_training, check_stage, is_finished, load_stage, teacher_stage
 
 if TYPE_CHECKING:
+    from kd_lightning.config.schema import TeacherConfig
     from kd_lightning.data import IndexedData
 
 
@@ -66,6 +68,28 @@ def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Consol
     if data.class_names:
         _check_class_order(checkpoint, teacher.network, data, console)
     return teacher
+
+
+def served_teacher(teacher: TeacherConfig, data: IndexedData) -> LoadedTeacher:
+    """Return the teacher that a server runs, under the name of its model.
+
+    Raises:
+        ConfigError: The data are not for a language model, or not for the whole of its vocabulary.
+    """
+    tokenizer, count = data.tokenizer_of("teacher"), teacher.cache_top_k
+    assert teacher.url is not None
+    assert teacher.model is not None
+    assert count is not None
+    if not data.task.generates or tokenizer is None:
+        raise ConfigError("teacher.url: a server gives the tokens that follow a text; use data=lm_text or data=chat")
+    if data.task.kept is not None:
+        raise ConfigError(
+            "data.tokenizer=trimmed:NAME with teacher.url: a trimmed vocabulary's probabilities follow from all, and a "
+            "server gives the likeliest alone; use NAME"
+        )
+    names = ("url", "model", "dialect", "timeout", "retries", "parallel")
+    network = ServedLM(Server(**teacher.chosen(names)), tokenizer, count).eval()
+    return LoadedTeacher(network, digest(["served", teacher.model]), f"{teacher.model}, served", None)
 
 
 def ensemble(members: list[LoadedTeacher]) -> LoadedTeacher:

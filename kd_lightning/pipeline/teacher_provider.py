@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kd_lightning.config.schema import CACHE_MODES, CACHED
 from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
+from kd_lightning.models.served import ServedLM
 from kd_lightning.pipeline.serving import Serving
 from kd_lightning.pipeline.teacher_precision import check_precision
 from kd_lightning.runtime.console import say
@@ -140,12 +141,19 @@ class TeacherProvider:
         if serving.compile or serving.sharded:  # refuses what cannot be; compiles when called
             FrozenTeacher(network, serving.precision, self.features, serving.compile, serving.sharded)
         frozen = self._frozen(network, compile=False)
+        if isinstance(network, ServedLM) and loaded is not None and self._is_stored(loaded):
+            return CachedTeacher(self.cache(loaded), features=self.needs)  # the server need not run any more
         frozen.check(torch.device(serving.device or self.device))
         for member in self.members if loaded is not None else []:
             self._measure(member)
         if serving.precision in ("float16", "8bit"):  # the preflight is on a CPU, which does not compute in it
             frozen = FrozenTeacher(network, "bf16", self.features)
         return self._drawing(frozen)
+
+    def _is_stored(self, member: LoadedTeacher) -> bool:
+        """Return whether all outputs are stored and are to be used; nothing is written."""
+        there = self.serving.cache not in ("off", "refresh") and (self._folder(self._key(member)) / MANIFEST).exists()
+        return there and self.cache(member).complete
 
     def _check_cache(self, loaded: LoadedTeacher | None) -> None:
         self._check_repeatable()
@@ -299,14 +307,18 @@ class TeacherProvider:
         """Return a teacher's cache: opened, begun or, with `cache=refresh`, built anew."""
         self._check_repeatable()
         key, mode = self._key(member), self.serving.cache
-        folder = _home() / digest(key)
-        if mode not in CACHE_MODES:
-            folder = Path(mode).expanduser()
-            if self.serving.members > 1 and self.serving.folds == 1:
-                folder /= digest(key)  # each member's own
+        folder = self._folder(key)
         cache = shared("cache", (folder.absolute(), digest(key), mode), lambda: self._open(folder, key, member))
         cache.run = self.run
         return cache
+
+    def _folder(self, key: dict[str, Any]) -> Path:
+        """Return where the cache of this key is, or is to be."""
+        if self.serving.cache in CACHE_MODES:
+            return _home() / digest(key)
+        folder = Path(self.serving.cache).expanduser()
+        several = self.serving.members > 1 and self.serving.folds == 1
+        return folder / digest(key) if several else folder  # each member's own
 
     def _open(self, folder: Path, key: dict[str, Any], member: LoadedTeacher) -> TeacherCache:
         examples, mode, there = self.data.num_examples, self.serving.cache, (folder / MANIFEST).exists()

@@ -14,6 +14,7 @@ from kd_lightning.config.instantiate import build, first_line, processes
 from kd_lightning.config.nodes import check_node, nodes
 from kd_lightning.config.schema import CACHE_MODES, Node, RunConfig, TeacherConfig
 from kd_lightning.config.trust import trust_own
+from kd_lightning.models.served import Server
 from kd_lightning.pipeline.trainer_checks import check_trainers, named, shards, try_trainers
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import check_place
@@ -75,6 +76,7 @@ def _given(excluded: dict[str, bool]) -> str:
 def _check_teacher(teacher: TeacherConfig) -> None:
     """Check the teacher's keys against each other."""
     _check_device(teacher.device)
+    _check_served(teacher)
     if teacher.folds > 1 and (wrong := _given({
         "teacher.checkpoint": teacher.checkpoint is not None, "teacher.seeds": teacher.seeds > 1,
         "teacher.ema": teacher.ema is not None, "teacher.weights": teacher.weights is not None,
@@ -99,6 +101,28 @@ def _check_teacher(teacher: TeacherConfig) -> None:
         )
     if teacher.number > 1 and teacher.weights != "learned":
         shares_of(teacher.weights, teacher.number, teacher.combine)
+
+
+def _check_served(teacher: TeacherConfig) -> None:
+    """Check the keys of a teacher that a server runs."""
+    if teacher.url is None:
+        if teacher.model is not None:
+            raise ConfigError("teacher.model names a served model, and there is no teacher.url")
+        return
+    Server(url=teacher.url, model=str(teacher.model))
+    if teacher.model is None:
+        raise ConfigError("teacher.url needs teacher.model, the name of the model there (GET /v1/models)")
+    if teacher.checkpoint != teacher.url:
+        raise ConfigError("teacher.url and teacher.checkpoint are two teachers: give one")
+    if teacher.cache_top_k is None:
+        raise ConfigError("teacher.url needs teacher.cache_top_k: how many of its likeliest tokens are stored, as 20")
+    if wrong := _given({
+        "teacher.cache_samples": teacher.cache_samples is not None, "teacher.features": bool(teacher.features),
+        "teacher.compile": teacher.compile, "teacher.sharded": teacher.sharded, "teacher.ema": teacher.ema is not None,
+        "teacher.device": teacher.device is not None, "teacher.calibrate": teacher.calibrate is True,
+        "teacher.folds": teacher.folds > 1,
+    }):  # fmt: skip
+        raise ConfigError(f"teacher.url: a server gives its likeliest tokens alone; leave out {wrong}")
 
 
 def _check_device(name: str | None) -> None:

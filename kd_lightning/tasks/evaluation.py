@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def evaluate_all(
         reference: Which of them is the others' teacher; they are scored against its logits, too.
 
     Returns:
-        What each comes to, by name.
+        What each comes to, by name; without the reference where it gives only some of its logits.
     """
     against_labels = {name: task.scores().alone().to(device) for name in models}
     against_teacher = {name: task.fidelity().alone().to(device) for name in models} if reference is not None else {}
@@ -79,14 +80,19 @@ def evaluate_all(
             batch = {key: value.to(device) for key, value in given.items()}
             rows = task.compared(batch)
             examples += len(given["index"])
-            expected = None if reference is None else models[reference](batch).logits.float()
-            for name, model in models.items():  # one after the other: logits over a vocabulary are large
-                own = expected if expected is not None and name == reference else model(batch).logits.float()
+            expected: Any = None
+            if reference is not None:
+                output = models[reference](batch)
+                expected = output.logits.float() if output.sparse is None else output.sparse
+                if output.sparse is not None:
+                    against_labels.pop(reference, None)
+            for name in against_labels:  # one after the other: logits over a vocabulary are large
+                own = expected if reference == name else models[name](batch).logits.float()
                 by_unit[name][0].add(against_labels[name].update(own, rows["labels"], rows))
                 if expected is not None:
                     by_unit[name][1].add(against_teacher[name].update(own, expected, rows))
     found = {}
-    for name in models:
+    for name in against_labels:
         scores = against_labels[name].compute() | (against_teacher[name].compute() if reference is not None else {})
         units = by_unit[name][0].sums() | by_unit[name][1].sums()
         parts = {key: sums.totals.sum() / sums.weights.sum() for key, sums in units.items() if sums.weights.any()}

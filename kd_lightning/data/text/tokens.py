@@ -67,7 +67,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     except Exception as error:  # transformers and the hub raise many types here, all with one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kinds = f"{', '.join(PRETRAINED)}, wordpiece:SIZE, bpe:SIZE, a folder, or a Hugging Face name in reach"
-        unset = "; by default it is the tokenizer of teacher.checkpoint"
+        unset = "; by default it is the tokenizer of teacher.checkpoint, or teacher.model"
         raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]}){unset}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"data.tokenizer={name!r} has no fast version (tokenizer.json); convert it or choose another")
