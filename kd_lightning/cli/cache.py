@@ -219,9 +219,9 @@ def _everywhere() -> list[Path]:
 
 
 def _root() -> Path:
-    from kd_lightning.runtime.assets import home
+    from kd_lightning.runtime.assets import outputs_home
 
-    return home() / "teacher_outputs"
+    return outputs_home()
 
 
 def _size(path: Path) -> int:

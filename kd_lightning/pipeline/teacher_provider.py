@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
 from kd_lightning.config.schema import CACHE_MODES, CACHED
-from kd_lightning.evaluation.report.findings import BADLY_CALIBRATED
 from kd_lightning.models.rebuild import describe, versions
 from kd_lightning.models.served import ServedLM
+from kd_lightning.pipeline.calibration import temperature_of
+from kd_lightning.pipeline.served_check import check_served
 from kd_lightning.pipeline.serving import Serving
 from kd_lightning.pipeline.teacher_precision import check_precision
+from kd_lightning.runtime.assets import outputs_home
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
 from kd_lightning.runtime.fingerprints import differences, digest, read_json
 from kd_lightning.runtime.memoize import shared
 from kd_lightning.runtime.processes import first, rank
 from kd_lightning.tasks.evaluation import labelled_rows
-from kd_lightning.tasks.metrics import CalibrationError
 from kd_lightning.teachers import (
     AheadTeacher,
     CachedTeacher,
@@ -41,7 +41,6 @@ from kd_lightning.teachers import (
     FrozenTeacher,
     SampledTeacher,
     Teacher,
-    fit_temperature,
     fit_weights,
     frozen,
     sampled,
@@ -50,6 +49,7 @@ from kd_lightning.teachers.cache.fill import fill, reported
 from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
 from kd_lightning.teachers.cache.reuse import Copying, contents_of, write_contents
 from kd_lightning.teachers.cache.store import TeacherCache
+from kd_lightning.teachers.cached import StoredForm
 from kd_lightning.teachers.ensemble import check_scores
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ class TeacherProvider:
             self._measure(member)
         if serving.precision in ("float16", "8bit"):  # the preflight is on a CPU, which does not compute in it
             frozen = FrozenTeacher(network, "bf16", self.features)
-        return self._drawing(frozen)
+        teacher = self._drawing(frozen)
+        return teacher if serving.cache == "off" else StoredForm(teacher, serving.storage)
 
     def _is_stored(self, member: LoadedTeacher) -> bool:
         """Return whether all outputs are stored and are to be used; nothing is written."""
@@ -196,25 +197,8 @@ class TeacherProvider:
         if self._temperature is None:
             unseen = self.data.val_dataloader() if self.serving.folds == 1 else self.data.labelled_dataloader()
             (logits,), labels = labelled_rows(self.data.task, [teacher.to(self.device)], unseen, self.device)
-            self._temperature = self._fitted(logits, labels)
+            self._temperature = temperature_of(logits, labels, wanted == "auto", self._say)
         return teacher if self._temperature == 1.0 else CalibratedTeacher(teacher, self._temperature)
-
-    def _fitted(self, logits: Tensor, labels: Tensor) -> float:
-        """Return the temperature; 1 where it is `auto` and there is nothing badly wrong."""
-        if self.serving.calibrate == "auto" and not len(labels):
-            return 1.0
-        measured = CalibrationError()
-        measured.update(logits, labels)
-        error, temperature = float(measured.compute()), fit_temperature(logits, labels)
-        before, after = (float(F.cross_entropy(logits / t, labels)) for t in (1.0, temperature))
-        # of few examples a good teacher's error is above the bound, too; a likelihood ratio of 4 is two standard errors
-        by_chance = 2 * len(labels) * (before - after) <= 4
-        if self.serving.calibrate == "auto" and (error <= BADLY_CALIBRATED or by_chance):
-            return 1.0
-        effect = f"its cross-entropy goes from {before:.3f} to {after:.3f}"
-        why = f"its calibration error (ECE) is {error:.3f}, {effect}"
-        say(self.console, f"teacher  calibrated: logits divided by {temperature:.3f}; {why}")
-        return temperature
 
     def _single(self, member: LoadedTeacher) -> Teacher:
         serving = self.serving
@@ -228,7 +212,9 @@ class TeacherProvider:
         cache = self.cache(member)
         if cache.complete:
             return CachedTeacher(cache, features=self.needs)
-        return CachedTeacher(cache, self._running(member), self._lengths(member), self._say, self.needs)
+        running = self._running(member)
+        check_served(running, member.network, cache, self.data_of(member))
+        return CachedTeacher(cache, running, self._lengths(member), self._say, self.needs)
 
     def _ensemble(self) -> EnsembleTeacher:
         teachers: list[Teacher] = []
@@ -315,7 +301,7 @@ class TeacherProvider:
     def _folder(self, key: dict[str, Any]) -> Path:
         """Return where the cache of this key is, or is to be."""
         if self.serving.cache in CACHE_MODES:
-            return _home() / digest(key)
+            return outputs_home() / digest(key)
         folder = Path(self.serving.cache).expanduser()
         several = self.serving.members > 1 and self.serving.folds == 1
         return folder / digest(key) if several else folder  # each member's own
@@ -341,7 +327,7 @@ class TeacherProvider:
             return cache
         if there:
             return TeacherCache.open(folder, key, examples, repair=True, say=self._say)
-        begin = partial(self._begin, member, [path.parent for path in sorted(_home().glob(f"*/{MANIFEST}"))])
+        begin = partial(self._begin, member, [path.parent for path in sorted(outputs_home().glob(f"*/{MANIFEST}"))])
         return TeacherCache.create(folder, key, examples, self.serving.storage, teacher=title, data=data, begin=begin)
 
     def _begin(self, member: LoadedTeacher, others: Sequence[Path], folder: Path, manifest: Manifest) -> None:
@@ -368,6 +354,7 @@ class TeacherProvider:
             batches = reported(batches, own[~cache.known(own)], self._lengths(member), self._say)
         on_device = ({name: value.to(self.device) for name, value in batch.items()} for batch in batches)
         teacher = self._running(member).to(self.device)
+        check_served(teacher, member.network, cache, self.data_of(member))
         alone = share[1] == 1
         count = fill(cache, teacher, on_device, lengths=self._lengths(member), say=self._say, alone=alone)
         what = "for all runs" if alone else f"share {share[0] + 1} of {share[1]}"
@@ -404,19 +391,13 @@ class TeacherProvider:
         }  # fmt: skip
 
 
-def _home() -> Path:
-    from kd_lightning.runtime.assets import home
-
-    return home() / "teacher_outputs"
-
-
 def _nearest(key: dict[str, Any]) -> str:
     """Say in what the stored outputs that come nearest differ from those that are needed."""
     found = []
-    for path in sorted(_home().glob(f"*/{MANIFEST}")):
+    for path in sorted(outputs_home().glob(f"*/{MANIFEST}")):
         with contextlib.suppress(CacheError):  # a damaged one is none that could be used
             found.append((differences(Manifest.read(path).key, key), path.parent))
     if not found:
-        return f": nothing is in {_home()}; kd-cache build makes it"
+        return f": nothing is in {outputs_home()}; kd-cache build makes it"
     changed, folder = min(found, key=lambda pair: len(pair[0]))
     return f": nearest is {folder}, where {'; '.join(sorted(changed)[:3])}"

@@ -75,6 +75,11 @@ def home() -> Path:
     return Path(os.environ.get("KD_LIGHTNING_HOME") or Path.home() / ".cache" / "kd_lightning").expanduser()
 
 
+def outputs_home() -> Path:
+    """Return the folder of all caches of teacher outputs."""
+    return home() / "teacher_outputs"
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` in one step when the block ends without an error.

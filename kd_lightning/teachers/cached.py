@@ -11,10 +11,36 @@ from torch import Tensor
 from kd_lightning.runtime.console import Pace
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, check_room, estimate
+from kd_lightning.teachers.cache.outputs import Storage, specs_of
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.teachers.frozen import Teacher
-from kd_lightning.types import Batch, ModelOutput
+from kd_lightning.types import Batch, ModelOutput, SparseLogits
+
+
+class StoredForm(Teacher):
+    """Gives another teacher's outputs in the form in which a cache returns them, for a look before there is one.
+
+    Args:
+        inner: The other teacher.
+        storage: How its outputs are to be stored.
+    """
+
+    def __init__(self, inner: Teacher, storage: Storage) -> None:
+        self.inner, self.storage = inner, storage
+
+    def __call__(self, batch: Batch) -> ModelOutput:
+        """Return the other teacher's output, with sparse logits where they are read back so."""
+        output = self.inner(batch)
+        spec = specs_of(output, attention_mask(batch), self.storage)[0]
+        if output.sparse is not None or not spec.sparse or spec.top_k is None:
+            return output
+        return ModelOutput(output.logits[..., :0], output.features, SparseLogits.of(output.logits, spec.top_k))
+
+    def to(self, device: torch.device) -> Self:
+        """Move the other teacher to a device."""
+        self.inner = self.inner.to(device)
+        return self
 
 
 class CachedTeacher(Teacher):

@@ -20,7 +20,7 @@ from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.runtime import memoize
-from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.errors import CacheError, ConfigError, KDError
 from kd_lightning.teachers.cache import outputs
 from kd_lightning.teachers.cache.store import TeacherCache
 from tests.data.corpus.texts import WORDS
@@ -111,6 +111,23 @@ def test_its_cache_is_that_of_the_model_and_trains_without_the_server(
     serving.failures = 10**6  # the server is gone, or on another port
     moved = [f"teacher.url={serving.url.replace('127.0.0.1', 'localhost')}", "teacher.model=tiny"]
     train_all(run_of(composed(*common(tmp_path, "later"), *moved, *again)))
+
+
+def test_another_model_under_the_same_name_is_noticed(composed: Composed, serving: Serving, tmp_path: Path) -> None:
+    cfg = composed(*common(tmp_path, "run"), *served(serving, "teacher.predict_batch_size=4"))
+    build_caches(run_of(cfg), (0, 3))
+    memoize._KEPT.clear()
+    torch.manual_seed(1)
+    other = causal_lm_small(len(serving.tokenizer), 64, hidden_size=16, num_layers=1, num_heads=2).eval()
+    serving.network, first = other, serving.network
+    for start in (lambda run: build_caches(run, (1, 3)), build_caches, train_all):
+        memoize._KEPT.clear()
+        with pytest.raises(CacheError, match=r"holds the outputs of another teacher\.model=tiny: of example \d+ \d+%"):
+            start(run_of(cfg))
+    serving.network = first
+    memoize._KEPT.clear()
+    (folder,) = build_caches(run_of(cfg))
+    assert TeacherCache.open(folder).complete
 
 
 def test_chats_and_live_steps(composed: Composed, serving: Serving, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import CausalLanguageModeling, Classification, Regression, Task
 from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.teachers.cache import outputs
 from kd_lightning.types import Batch, ModelOutput
 from tests.data.corpus.texts import WORDS
 
@@ -138,6 +139,17 @@ def overrides(tmp_path: Path, own_home: Path) -> list[str]:
         f"teacher.checkpoint={tmp_path / 'llama'}", "distillation=sparse_kd", "stages=[distill]",
         "trainer.precision=32-true", "teacher.cache_top_k=8",
     ]  # fmt: skip
+
+
+def test_a_loss_on_all_logits_is_refused_where_some_are_kept_and_not_in_its_first_step(
+    composed: Callable[..., DictConfig], overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "MOST_DENSE", 8)
+    more = ["distillation=soft_target", "teacher.precision=float32"]
+    with pytest.raises(ConfigError, match=r"it compares all logits, and the teacher gives only some of them"):
+        train_all(Run(composed(*overrides, *more), Console(file=StringIO())))
+    assert not (tmp_path / "run").exists()
+    train_all(Run(composed(*overrides, *more, "teacher.cache=off"), Console(file=StringIO())))
 
 
 @pytest.mark.parametrize("cache", ["off", "auto", "build"])
