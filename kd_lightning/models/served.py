@@ -1,4 +1,4 @@
-"""A causal language model that an inference server runs: its likeliest tokens after each token of a text.
+"""A causal language model that an inference server runs, by its likeliest next tokens.
 
 Three dialects, each of which takes token ids and returns ids with log probabilities at temperature 1:
 

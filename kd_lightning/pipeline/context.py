@@ -244,7 +244,7 @@ class Run:
 
     @cached_property
     def predicting_teacher(self) -> Teacher:
-        """The teacher for evaluation: as its students use it, but never cut to its top K, unless it gives no more."""
+        """The teacher for evaluation: as its students use it, but with all logits, unless it is served."""
         provider, taught = self.providers[0], "distill" in self.cfg.stages and self.cfg.teacher.keeps_all
         served = self.cfg.teacher.url is not None
         if isinstance(provider, JointProvider) or taught or served or self.teacher.members:

@@ -22,7 +22,7 @@ LEAST_SAME, MOST_APART = 0.9, 0.1
 
 
 def check_served(teacher: Teacher, network: nn.Module, cache: TeacherCache, data: IndexedData) -> None:
-    """Compare a served model with an example that is stored already; a loaded one's weights name its cache.
+    """Compare a served model with an example that is stored already; do nothing for a loaded one.
 
     Args:
         teacher: As it predicts.

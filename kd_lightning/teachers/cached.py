@@ -19,7 +19,7 @@ from kd_lightning.types import Batch, ModelOutput, SparseLogits
 
 
 class StoredForm(Teacher):
-    """Gives another teacher's outputs in the form in which a cache returns them, for a look before there is one.
+    """Gives another teacher's outputs in the form in which a cache returns them.
 
     Args:
         inner: The other teacher.
