@@ -23,6 +23,7 @@ Batch = dict[str, Tensor]
 * `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
 * `begins`: `(B, L)` bool, which kept tokens begin a word; absent where each does
 * `window_of`: `(B,)` int64, the number of the text that a row is a window of; -1 where it is a whole text
+* `spans`: `(B, M, 4)` int64, where student's and teacher's tokens of the same text begin and end, of other tokenizers
 * `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's
 """
 

@@ -117,12 +117,14 @@ class IndexedData(L.LightningDataModule, ABC):
         teacher_key: What determines a teacher's outputs for each `index`, as readable values; set by `prepare`.
         around: Wraps the loader of training batches (`AheadTeacher.around`), if given.
         image_format: The preprocessing of images; None for other data.
+        other_tokens: Whether the teacher's outputs are of other rows than the student's.
         modality: What an example is, which decides how much of it a budget is.
         worth: For how many short texts, or images, an example counts there; set by `prepare`.
     """
 
     parts: tuple[str, ...] = ("train", "validation", "test")
     image_format: ImageFormat | None = None
+    other_tokens: bool = False
     modality: Modality = "text"
     worth: float = 1.0
 

@@ -27,7 +27,7 @@ from kd_lightning.pipeline.teacher_check import findings_of
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.fingerprints import digest
-from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate_all, labels_of, of_network
+from kd_lightning.tasks.evaluation import Evaluation, Model, evaluate, evaluate_all, labels_of, of_network
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.run_folder import (
     FURTHER,
@@ -134,7 +134,14 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         for stage, found in students.items()
     ]
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
-    if run.has_teacher:
+    if run.has_teacher and not _compares(run):
+        teachers = evaluate(
+            run.data.select(tokens="teacher").task, run.predicting_teacher.to(run.device),
+            run.data.select(tokens="teacher").test_dataloader(), run.device,
+        )  # fmt: skip
+        say(run.console, f"teacher  {teachers.scores['bits_per_byte']:.3f} bits per byte of the test split, by tokens "
+            "of its own: of its scores only these can be compared")  # fmt: skip
+    if _compares(run):
         live = PREDICTING.seconds - _stored_seconds(run, 0) - before
         if cfg.teacher.url is None:  # a served one has given too little to be scored
             results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
@@ -198,17 +205,22 @@ def _steps(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list
     return {stage: [one["steps"] for one in found] for stage, found in records.items() if stage.startswith("baseline")}
 
 
+def _compares(run: Run) -> bool:
+    """Return whether there is a teacher whose predictions are for the same tokens."""
+    return run.has_teacher and not run.data.other_tokens
+
+
 def _evaluated(run: Run, students: Mapping[Path, nn.Module]) -> Evaluated:
     """Score all networks of the run together, so that the teacher predicts each batch once."""
     models: dict[str, Model] = {str(one): of_network(network, run.device) for one, network in students.items()}
-    data, reference = run.data.select(tokens="both" if run.has_teacher else "student"), None
-    if run.has_teacher:
+    data, reference = run.data.select(tokens="both" if _compares(run) else "student"), None
+    if _compares(run):
         teacher, reference = run.predicting_teacher, TEACHER
         teacher.to(run.device)
         models[TEACHER] = teacher
     loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
     found = {split: evaluate_all(run.task, models, loader, run.device, reference) for split, loader in loaders.items()}
-    if run.has_teacher:
+    if reference is not None:
         teacher.flush()
     return found
 
@@ -284,7 +296,7 @@ def _student(
 def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:
     """Time the first seed's networks side by side, each on its own inputs of the same validation examples."""
     networks = {stage: network.cpu() for stage, network in students.items()}
-    here = run.has_teacher and run.cfg.teacher.url is None
+    here = _compares(run) and run.cfg.teacher.url is None
     if here and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
         networks["teacher"] = run.teacher.network.cpu()
     batches = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.config.instantiate import build, processes
+from kd_lightning.losses.cross_tokenizer import CrossTokenizerLoss
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.features import FeatureTap
@@ -123,6 +124,7 @@ def _compare(
     """
     objective = run_objective(run, student, above)
     check_scheme(objective, run.cfg)
+    check_tokens(objective, run)
     texts = student_texts(run)
     if stage.teacher is None:
         teacher: Teacher | None = own_average(run, student, objective)
@@ -184,6 +186,27 @@ def check_scheme(objective: Objective, cfg: RunConfig) -> None:
         )
     if cfg.assistants and not objective.uses_teacher:
         raise ConfigError("assistants hand on what the teacher predicts, and distillation reads no teacher")
+
+
+def check_tokens(objective: Objective, run: Run) -> None:
+    """Refuse what cannot be compared, or kept, of a teacher with other tokens.
+
+    Raises:
+        ConfigError: Names the key to change.
+    """
+    crosses = any(isinstance(term, CrossTokenizerLoss) for term in objective.terms.values())
+    if crosses != run.data.other_tokens:
+        raise ConfigError(
+            "distillation=cross_tokenizer compares other tokens, and teacher and student have the same: use sparse_kd"
+            if crosses else
+            "data.cross_tokenizer: teacher and student have other tokens, and distillation compares the same ones: use "
+            "distillation=cross_tokenizer"
+        )  # fmt: skip
+    if crosses and (run.cfg.teacher.cache != "off" or run.cfg.on_policy.share):
+        raise ConfigError(
+            "data.cross_tokenizer: the running teacher is compared on the texts as they are: set teacher.cache=off and "
+            "on_policy.share=0"
+        )
 
 
 def _needs_teacher(run: Run) -> bool:
@@ -276,7 +299,8 @@ def _try_out(
             task.check_logits(output.logits, batch)
         with named("teacher"):
             expected = output if teacher is None else teacher(batch)
-            task.check_logits(expected.logits, batch)
+            if "spans" not in batch:
+                task.check_logits(expected.logits, batch)
         if not all(x.isfinite().all() for x in (expected.logits, *expected.features.values())) and teacher is not None:
             raise ConfigError(
                 "teacher: the teacher's outputs are not finite (NaN or infinite): its weights are damaged, or overflow "

@@ -91,8 +91,9 @@ class CausalLanguageModeling(Task):
         """Load a causal language model of Hugging Face."""
         from kd_lightning.models.causal_lm import causal_lm, trimmed  # imports the models of transformers
 
-        if self.kept is None:
-            return causal_lm(checkpoint, self.outputs, sizes.get("block_size"))
+        tokens = sizes.get("vocab_size", self.outputs)  # of another tokenizer these are the teacher's
+        if self.kept is None or tokens != self.outputs:
+            return causal_lm(checkpoint, tokens, sizes.get("block_size"))
         return trimmed(causal_lm(checkpoint, self.kept.size, sizes.get("block_size")), self.kept.ids)
 
     def pipeline(self, reads: str) -> str:

@@ -64,7 +64,7 @@ class DistillationModule(NetworkModule):
         on_policy: OnPolicy | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, task=task, seed=seed, objective=objective)
-        self.on_policy = on_policy
+        self.on_policy, self._compares = on_policy, False
         if teacher is None and objective.uses_teacher:
             raise ConfigError("the objective reads a teacher: give one, or only terms that need none")
         self.student = student
@@ -172,16 +172,16 @@ class DistillationModule(NetworkModule):
         student = run_network(self.student, batch).logits
         rows = self.task.compared(batch)
         self.score(student, rows)
-        if self.teacher is None:
+        if self.teacher is None or "spans" in batch:  # of a teacher with other tokens no row can be compared
             return
-        teacher = self.teacher(batch)
+        teacher, self._compares = self.teacher(batch), True
         against: Any = teacher.logits if teacher.sparse is None else teacher.sparse
         self.val_fidelity.update(student, against, rows)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of validation, and with a teacher how near the student is to it."""
         super().on_validation_epoch_end()
-        if self.teacher is not None:
+        if self._compares:
             self.log_scores(self.val_fidelity, "val")
 
     def _expected(self, batch: Batch, student: ModelOutput) -> ModelOutput:

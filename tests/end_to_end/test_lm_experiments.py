@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.models.causal_lm import causal_lm_small
+from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
 from tests.data.corpus.texts import made
@@ -52,6 +54,9 @@ def shrunk(tmp_path: Path, own_home: Path) -> list[str]:
 
 SHRUNK: dict[str, list[str]] = {
     "lm_sotu": [],
+    "lm_live": [],
+    "lm_draft": [],
+    "lm_cross_tokenizer": ["student.hidden_size=8", "student.num_layers=1", "student.num_heads=2"],
     "lm_on_policy": ["on_policy.prompt_tokens=4", "on_policy.new_tokens=4"],
 }
 
@@ -68,11 +73,21 @@ GOES_ON = {"lm_on_policy"}
 @pytest.mark.parametrize("experiment", SHRUNK)
 def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: Path, experiment: str) -> None:
     """Its stages, losses and schemes are its own."""
-    own = [*SHRUNK[experiment], *NARROW]
+    own = [*SHRUNK[experiment], *([] if "student.num_heads=2" in SHRUNK[experiment] else NARROW)]
+    if experiment == "lm_draft":
+        own += [f"data.tokenizer={tmp_path / 'teacher'}"]
+    if experiment == "lm_cross_tokenizer":
+        own += [f"data.tokenizer=trimmed:{language_model(tmp_path / 'other', 300, made(9, seed=5))}"]
     if experiment in GOES_ON:
         given = [*shrunk, *NARROW, f"run_dir={tmp_path / 'first'}", "stages=[distill]"]
         train_all(Run(composed("experiment=lm_sotu", *given), Console(file=StringIO())))
         own = [*SHRUNK[experiment], f"student.checkpoint={tmp_path / 'first'}"]
-    train_all(Run(composed(f"experiment={experiment}", *shrunk, *own), Console(file=StringIO(), width=120)))
+    output = StringIO()
+    run = Run(composed(f"experiment={experiment}", *shrunk, *own), Console(file=output, width=200))
+    train_all(run)
     record: dict[str, Any] = json.loads((tmp_path / "run/seed_0/distill/stage.json").read_text())
     assert record["steps"] == 2
+    if experiment == "lm_cross_tokenizer":
+        report = compare(run, "kd-train ...")
+        assert set(report["models"]) == {"baseline", "distilled"}, "perplexities of other tokens say nothing"
+        assert re.search(r"teacher +\d\.\d+ bits per byte of the test split, by tokens of its own", output.getvalue())

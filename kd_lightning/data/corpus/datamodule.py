@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.data.corpus.alignment import AlignedDataset, TeacherReading
 from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, split_documents
 from kd_lightning.data.corpus.store import VERSION, CorpusStore, Encoder, Source, TextEncoder, encode_corpus
 from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
-from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
+from kd_lightning.data.text.tokens import before_text, load_tokenizer, tokenizer_differences, tokenizer_fingerprint
 from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
 from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
@@ -51,12 +52,20 @@ class CorpusData(IndexedData):
         validation_fraction: How many of the documents to hold out for a missing validation split.
         test_fraction: How many to hold out for a missing test split.
         train_tokens: Train on so many tokens only; a smaller choice is part of a larger one. None: all.
+        teacher_tokenizer: The teacher's, where it has one of its own: it must be the student's but for the padding.
+        cross_tokenizer: Whether it may be another: batches then have the teacher's tokens of the same text under
+            `teacher_*`, and `spans` of both that are the same bytes (`kd_lightning.data.corpus.alignment`).
         cache_dir: Where encoded documents are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `IndexedData`.
 
     Raises:
         ConfigError: An option out of its range.
+
+    Attributes:
+        crosses: Whether a teacher may read the same text by another tokenizer.
     """
+
+    crosses = True
 
     def __init__(
         self,
@@ -67,6 +76,8 @@ class CorpusData(IndexedData):
         validation_fraction: float = 0.1,
         test_fraction: float = 0.1,
         train_tokens: int | None = None,
+        teacher_tokenizer: str | None = None,
+        cross_tokenizer: bool = False,
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
@@ -80,7 +91,10 @@ class CorpusData(IndexedData):
                 f"data.validation_fraction={validation_fraction:g} and data.test_fraction={test_fraction:g}: each must "
                 "lie between 0 and 1, their sum below 1"
             )
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.teacher_tokenizer_name = tokenizer, teacher_tokenizer
+        self.cross_tokenizer = cross_tokenizer
+        self._reading: TeacherReading | None = None
+        self._teachers_tokenizer: PreTrainedTokenizerFast | None = None
         self._kept: Kept | None = None
         self.block_size = block_size
         self.packing: Packing = packing
@@ -102,12 +116,13 @@ class CorpusData(IndexedData):
         sources = self.sources()
         texts = itertools.islice(self._learned_from(sources["train"]), LEARNED_FROM)
         self._tokenizer = load_tokenizer(self.tokenizer_name.removeprefix(PREFIX), texts)
+        self._whole = self._tokenizer
+        teachers = self._of_teacher()
         encoder = self._encoder()
         store = encode_corpus(encoder, sources, self.cache_dir)
         if store.note:
             log.warning("%s", store.note)
         documents = self._split(store)
-        self._whole = tokenizer_fingerprint(self._tokenizer)
         if self.tokenizer_name.startswith(PREFIX):
             size, used = len(self._tokenizer), self._used(store, documents["train"])
             self._tokenizer, ids = trim_tokenizer(self._tokenizer, used)
@@ -119,6 +134,8 @@ class CorpusData(IndexedData):
         pad = int(self._tokenizer.pad_token_id)
         self._blocks, counts = cut(store, documents, self.block_size, self.packing, pad, limits)
         self._lay_out(counts)
+        if teachers is not None:
+            self._read_by(teachers, sources)
         self.teacher_key = {
             "corpus": digest({name: source.key for name, source in sources.items()}),
             "documents": digest({name: store.hashes[chosen].tolist() for name, chosen in documents.items()}),
@@ -127,6 +144,38 @@ class CorpusData(IndexedData):
             "train_tokens": self.train_tokens, "version": VERSION,
         }  # fmt: skip
         self.fingerprint = self._labelled = digest(self.teacher_key)
+        if teachers is not None:
+            self.teacher_key["teacher_tokenizer"] = tokenizer_fingerprint(teachers)
+
+    def _of_teacher(self) -> PreTrainedTokenizerFast | None:
+        """Return the teacher's tokenizer, if it is another than the student's.
+
+        Raises:
+            ConfigError: It is, and none but the student's can be read.
+        """
+        name, own = self.teacher_tokenizer_name, self.tokenizer_name.removeprefix(PREFIX)
+        if name in (None, own) or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
+            return None
+        teachers = load_tokenizer(name)
+        differs = tokenizer_differences(teachers, self._whole)
+        if not differs:
+            return None
+        if not self.cross_tokenizer:
+            other = "or set data.cross_tokenizer=true and distillation=cross_tokenizer, which compares the same text"
+            raise ConfigError(
+                f"the teacher's tokenizer {name} and data.tokenizer={self.tokenizer_name} differ in "
+                f"{', '.join(differs)}: give the data the teacher's{f', {other}' if self.crosses else ''}"
+            )
+        return teachers
+
+    def _read_by(self, tokenizer: PreTrainedTokenizerFast, sources: Mapping[str, Source]) -> None:
+        """Encode the documents for a teacher with another tokenizer."""
+        end = self._end(tokenizer)
+        store = encode_corpus(TextEncoder(tokenizer, end), sources, self.cache_dir)
+        before = before_text(tokenizer)
+        pad = int(tokenizer.pad_token_id)
+        self._reading = TeacherReading(self._blocks, store, np.array(before, np.int64), end is not None, pad)
+        self._teachers_tokenizer, self.other_tokens = tokenizer, True
 
     def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
         """Return the tokens of the training text."""
@@ -142,18 +191,18 @@ class CorpusData(IndexedData):
 
     def _encoder(self) -> Encoder:
         """Return what turns documents into tokens."""
-        return TextEncoder(self._tokenizer, self._end())
+        return TextEncoder(self._tokenizer, self._end(self._tokenizer))
 
-    def _end(self) -> int | None:
+    def _end(self, tokenizer: PreTrainedTokenizerFast) -> int | None:
         """Return the token that ends a document."""
         if not self.end_of_text:
             return None
-        found = self._tokenizer.eos_token_id
-        found = self._tokenizer.sep_token_id if found is None else found
+        found = tokenizer.eos_token_id
+        found = tokenizer.sep_token_id if found is None else found
         if found is None:
             raise ConfigError(
-                f"data.tokenizer={self.tokenizer_name!r} has no end-of-text token: set data.end_of_text=false, or give "
-                "it an eos_token and save it again"
+                f"data.tokenizer={tokenizer.name_or_path or self.tokenizer_name!r} has no end-of-text token: set "
+                "data.end_of_text=false, or give it an eos_token and save it again"
             )
         return int(found)
 
@@ -187,7 +236,9 @@ class CorpusData(IndexedData):
 
     @property
     def task(self) -> Task:
-        """The next token."""
+        """The next token: of the teacher's where these alone are selected."""
+        if self._tokens == "teacher" and self._teachers_tokenizer is not None:
+            return CausalLanguageModeling(len(self._teachers_tokenizer))
         return CausalLanguageModeling(len(self._tokenizer), self._kept)
 
     @property
@@ -202,12 +253,9 @@ class CorpusData(IndexedData):
 
     def model_arguments(self, role: Role) -> dict[str, int]:
         """Return what the data decide about a network: `vocab_size`, `pad_token_id` and `block_size`."""
-        self.prepare()
-        return {
-            "vocab_size": len(self._tokenizer),
-            "pad_token_id": int(self._tokenizer.pad_token_id),
-            "block_size": self.block_size,
-        }
+        tokenizer: Any = self.tokenizer_of(role)
+        pad = int(tokenizer.pad_token_id)
+        return {"vocab_size": len(tokenizer), "pad_token_id": pad, "block_size": self.block_size}
 
     @property
     def input_format(self) -> dict[str, Any]:
@@ -215,12 +263,14 @@ class CorpusData(IndexedData):
         return {"max_length": self.block_size, "texts": 1}
 
     def tokenizer_of(self, role: Role) -> PreTrainedTokenizerFast:
-        """Return the tokenizer, teacher's and student's."""
-        return self._tokenizer
+        """Return the tokenizer: the teacher's where it has its own."""
+        self.prepare()
+        return self._tokenizer if role == "student" else self._teachers_tokenizer or self._tokenizer
 
     def read_with(self, tokenizers: Mapping[Role, str]) -> None:
         """Read with this tokenizer's folder, whoever's it is."""
         self.tokenizer_name = next(iter(tokenizers.values()), self.tokenizer_name)
+        self.teacher_tokenizer_name = None  # nobody else reads
 
     def reading(self, tokenizer: str) -> Self:
         """Return this very object for a teacher that reads the same tokens.
@@ -229,7 +279,7 @@ class CorpusData(IndexedData):
             ConfigError: It reads others.
         """
         self.prepare()
-        if tokenizer_fingerprint(load_tokenizer(tokenizer, [])) != self._whole:
+        if tokenizer_differences(load_tokenizer(tokenizer), self._whole):
             raise ConfigError(
                 f"the teacher reads with {tokenizer}, the student with data.tokenizer={self.tokenizer_name}: their "
                 "tokens cannot be compared one by one; give the data the teacher's tokenizer"
@@ -249,4 +299,7 @@ class CorpusData(IndexedData):
 
     def _dataset(self, first: str, last: str) -> BlockDataset:
         self.prepare()
-        return BlockDataset(self._blocks, range(self._spans[first].start, self._spans[last].stop))
+        span = range(self._spans[first].start, self._spans[last].stop)
+        if self._reading is None or self._tokens == "student":
+            return BlockDataset(self._blocks, span)
+        return AlignedDataset(self._reading, span, self._tokens == "teacher")

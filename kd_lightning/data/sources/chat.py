@@ -63,7 +63,9 @@ class ChatData(OwnDocuments):
         reader = ConversationReader(
             messages_column, prompt_column, response_column, role_key, content_key, dict(roles or {}), format, encoding
         )
-        super().__init__(train_file, validation_file, test_file, end_of_text=False, packing=packing, **options)
+        super().__init__(
+            train_file, validation_file, test_file, end_of_text=False, packing=packing, cross_tokenizer=False, **options
+        )  # fmt: skip
         self.reader = reader
         if self.packing == "concat":
             raise ConfigError("data.packing=concat: a conversation would see others; expected documents or none")
@@ -73,6 +75,8 @@ class ChatData(OwnDocuments):
             raise ConfigError(f"data.roles: {unknown[0]!r} is no role{did_you_mean(unknown[0], ROLES)}")
         self.turns: Turns = turns
         self.chat_template = chat_template
+
+    crosses = False  # turns would be marked by the student's special tokens, which are text to the teacher
 
     def _learned_from(self, source: Source) -> Iterator[str]:
         for one in source.documents():

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,28 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     backend = _unused(tokenizer)
     more = [tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token, tokenizer.model_input_names]
     return hashlib.sha256((backend.to_str() + json.dumps(more)).encode()).hexdigest()
+
+
+def before_text(tokenizer: Any) -> list[int]:
+    """Return the special tokens that a tokenizer puts before a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    mask = [*encoded["special_tokens_mask"], 0]
+    return list(encoded["input_ids"][: mask.index(0)])
+
+
+_PROBE = "The  people's 1234 laws,\n\tCaf\u00e9 \u4eba\u6c11 \U0001f642 -- e.g. don't!"
+
+
+def tokenizer_differences(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> list[str]:
+    """Return in what two tokenizers differ, in words; what pads makes no difference."""
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "their vocabularies": lambda tokenizer: tokenizer.get_vocab(),
+        "added tokens": lambda tokenizer: {str(token) for token in tokenizer.added_tokens_decoder.values()},
+        "the token that ends a text": lambda tokenizer: tokenizer.eos_token,
+        "the tokens around a text": lambda tokenizer: tokenizer("a")["input_ids"],
+        "how they cut a text": lambda tokenizer: tokenizer(_PROBE)["input_ids"],
+    }
+    return [name for name, found in kinds.items() if found(one) != found(other)]
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
