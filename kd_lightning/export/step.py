@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._sympy.value_ranges import ValueRanges
-from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kd_lightning.evaluation.generation import ends_of, positions_of
 from kd_lightning.models.causal_lm import CausalLM
+from kd_lightning.models.hf import read_config
 from kd_lightning.runtime.errors import ConfigError
 
 PAST = "past_key_values."
@@ -173,7 +174,7 @@ def save_config(model: CausalLM, tokenizer: Any, folder: Path) -> None:
 
 def step_network(folder: Path, run: Run, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> StepNetwork:
     """Return a graph as a network, with the configuration that stands beside it."""
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    config = read_config(str(folder), str(folder), {"local_files_only": True, "trust_remote_code": False})
     network = StepNetwork(config, run, shapes, dtype)
     network.train(False)
     return network

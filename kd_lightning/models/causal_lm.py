@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kd_lightning.models.adapt import evaluating
-from kd_lightning.models.hf import cannot_load, check_attention, locate, quiet_loading
+from kd_lightning.models.hf import cannot_load, check_attention, locate, quiet_loading, read_config
 from kd_lightning.models.lora import ALL_LINEAR, Lora, add_adapters
 from kd_lightning.models.sizes import check_sizes
 from kd_lightning.runtime.errors import ConfigError
@@ -149,7 +149,7 @@ def causal_lm(
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_loading(hide_bar=local):
-            config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust_remote_code)
+            config = read_config(source, name, {"local_files_only": local, "trust_remote_code": trust_remote_code})
             network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(cannot_load(name, "a causal language model", local, error)) from error

@@ -137,7 +137,7 @@ def pretrained(
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_loading(hide_bar=local):
-            config = _config(source, name, found)
+            config = read_config(source, name, found)
             if pooling != "checkpoint":
                 encoder: PreTrainedModel = AutoModel.from_pretrained(source, **options)
                 log.info("%s: new %s-pooled classification head for %d classes", name, pooling, num_classes)
@@ -192,7 +192,8 @@ def check_attentions(settings: Any, where: str) -> None:
             check_attentions(value, where)
 
 
-def _config(source: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
+def read_config(source: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """Read a checkpoint's configuration, and refuse one that names an attention of elsewhere."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(source, **options)
     settings, _ = PreTrainedConfig.get_config_dict(source, local_files_only=options["local_files_only"])
     check_attentions(settings, f"config.json of {name!r}")
@@ -254,7 +255,7 @@ def finished(name: str, num_classes: int, pad_token_id: int | None = None, per_t
     """
     source, local = locate(name)
     try:
-        config = _config(source, name, {"local_files_only": local, "trust_remote_code": False})
+        config = read_config(source, name, {"local_files_only": local, "trust_remote_code": False})
     except (OSError, ValueError) as error:
         raise ConfigError(
             cannot_load(name, "a token classifier" if per_token else "a classifier", local, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from kd_lightning.export.step import set_ends
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.causal_lm import CausalLM, causal_lm_lora
 from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.seals import seal, write_sealed
 from kd_lightning.tasks.evaluation import evaluate, of_network
 from kd_lightning.training.run_folder import finish_stage, load_run, read_stage
 from tests.data.corpus.texts import data, made
@@ -312,3 +314,28 @@ def test_documents_that_are_read_one_a_row_are_predicted_as_in_their_blocks(tmp_
     assert sum(int((one["labels"] != -100).sum()) for one in rows) == sum(
         int((one["labels"] != -100).sum()) for one in blocks
     )
+
+
+@pytest.mark.parametrize("format", ["huggingface", "onnx"])
+def test_a_configuration_that_names_an_attention_of_elsewhere_is_refused(
+    llama: Path, exports: Exports, tmp_path: Path, format: str
+) -> None:
+    out = Path(shutil.copytree(exports(llama, format), tmp_path / "out"))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "_attn_implementation": "evil/kernel"}))
+    read = json.loads((out / "export.json").read_text())
+    write_sealed(out / "export.json", {**read, "files": seal(out, read["files"])})
+    with pytest.raises(KDError, match=r"_attn_implementation='evil/kernel': expected eager"):
+        load_export(out)
+
+
+def test_adapters_of_another_shape_than_they_are_described_are_refused(
+    lora: Path, exports: Exports, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(exports(lora, "peft"), tmp_path / "out"))
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    read = json.loads((out / "export.json").read_text())
+    write_sealed(out / "export.json", {**read, "files": seal(out, read["files"])})
+    with pytest.raises(KDError, match="holds other adapters than its configuration describes"):
+        load_export(out)

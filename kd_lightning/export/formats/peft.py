@@ -10,6 +10,7 @@ from torch import nn
 from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import in_precision
 from kd_lightning.models.causal_lm import CausalLM, causal_lm
+from kd_lightning.models.lora import Lora, merged
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.tasks import task_of
@@ -24,6 +25,9 @@ FILE = "adapter_model.safetensors"
 QUANTIZE = ("none", "fp16", "bf16")
 NEEDS: tuple[str, ...] = ("peft",)
 READS: tuple[str, ...] = ("peft",)
+
+OUTSIDE = "base_model.model."
+"""What names begin with in the file: a `PeftModel` holds the pretrained model there."""
 
 
 def check(model: TrainedModel) -> None:
@@ -42,8 +46,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
 
     network: Any = in_precision(source.model.network, quantize)
     state = get_peft_model_state_dict(network.network, adapter_name="default")
-    # the names of a `PeftModel`, which holds the pretrained model as base_model.model
-    save_file({f"base_model.model.{name}": weight.contiguous() for name, weight in state.items()}, folder / FILE)
+    save_file({f"{OUTSIDE}{name}": weight.contiguous() for name, weight in state.items()}, folder / FILE)
     config = network.network.peft_config["default"]
     config.base_model_name_or_path = read_stage(source.stage)["settings"]["network"]["name"]
     config.inference_mode = True
@@ -52,14 +55,31 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
 
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
-    """Load the pretrained model, put the adapters into it, and merge them."""
-    from peft import PeftModel
+    """Load the pretrained model, put the adapters into it, and merge them.
 
-    name = str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
+    Of the configuration only what `write` decides is read: a foreign one could name code.
+    """
+    from safetensors.torch import load_file
+
+    config = read_json(folder / "adapter_config.json")
+    lora = Lora(config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
     size = task_of(exported.predicts).outputs
     try:
-        base: Any = causal_lm(name, size)
+        base = causal_lm(str(config["base_model_name_or_path"]), size)
     except ConfigError as error:
         raise KDError(f"{folder} has adapters alone, and the model that they are for is not there: {error}") from error
-    whole: Any = PeftModel.from_pretrained(base.network, str(folder), local_files_only=True)
-    return CausalLM(whole.merge_and_unload(), size).eval()
+    model = CausalLM(base.network, size, lora=lora)
+    state = {f"network.{_inside(name)}": weight for name, weight in load_file(folder / FILE).items()}
+    lacking = model.load_state_dict(state, strict=False)
+    if lacking.unexpected_keys or any("lora_" in name for name in lacking.missing_keys):
+        raise KDError(f"{folder / FILE} holds other adapters than its configuration describes: export it again")
+    return merged(model).eval()
+
+
+def _inside(name: str) -> str:
+    """Return an adapter's name within the model, by that in the file."""
+    return (
+        name.removeprefix(OUTSIDE)
+        .replace(".lora_A.weight", ".lora_A.default.weight")
+        .replace(".lora_B.weight", ".lora_B.default.weight")
+    )
