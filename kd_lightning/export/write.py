@@ -98,6 +98,7 @@ def _in_one_line(plan: Plan) -> Iterator[None]:
 
 def describe(plan: Plan, source: Source, chosen: Format, written: Written, folder: Path) -> Exported:
     """Return the description of the export, without its parity."""
+    from kd_lightning.evaluation.generation import generator_of
     from kd_lightning.evaluation.profiling import environment
     from kd_lightning.models.size import count_parameters
 
@@ -113,7 +114,7 @@ def describe(plan: Plan, source: Source, chosen: Format, written: Written, folde
         texts=model.texts,
         pad_token_id=None if model.tokenizer is None else int(model.tokenizer.pad_token_id),
         images=None if model.images is None else asdict(model.images),
-        network=type(model.network).__name__,
+        network=type(generator_of(model.network) or model.network).__name__,
         parameters=count_parameters(model.network).total,
         bytes=(folder / chosen.FILE).stat().st_size,
         opset=written.opset,
