@@ -25,7 +25,7 @@ LEAST_SAME = 0.8
 """The share of rows with the same likeliest class from which it is."""
 MOST_ERROR = 0.1
 """Of predicted scores: the root of the mean squared difference, in standard deviations of the labels."""
-BATCHES, ROWS, EXAMPLES, TOKENS = 4, 1000, 16, 512
+BATCHES, ROWS, EXAMPLES, TOKENS = 4, 500, 16, 512
 """Batches at most, of so many examples or tokens at most; no more of them after so many rows."""
 
 

@@ -113,18 +113,17 @@ def drawn(logits: Tensor, count: int, starts: Tensor) -> SparseLogits:
 def _drawn(logits: Tensor, count: int, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log probabilities and classes `(N, K)`, and the logarithm of the threshold `(N,)`."""
     log_p = logits.float().log_softmax(-1)
-    largest, likeliest = log_p.topk(count)
-    p = log_p.double().exp()
-    top = largest.double().exp()
-    others = p.scatter(-1, likeliest, 0.0).sum(-1, keepdim=True)
+    likeliest = log_p.topk(count).indices
+    p = log_p.exp()
+    top = p.gather(-1, likeliest).double()
+    others = p.scatter_(-1, likeliest, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
     slots = torch.arange(count, device=logits.device)
     thresholds = (top.flip(-1).cumsum(-1).flip(-1) + others) / (count - slots)  # if those before are certain
     certain = (top <= thresholds).int().argmax(-1, keepdim=True)  # how many are
     threshold = thresholds.gather(-1, certain).clamp(min=torch.finfo(torch.float64).tiny)
-    chances = p.scatter(-1, likeliest, torch.where(slots < certain, 0.0, top)).cumsum(-1)
-    left = (count - certain).double()
-    chances = chances * (left / chances[:, -1:].clamp(min=torch.finfo(torch.float64).tiny))
-    points = starts[:, None].double() + (slots - certain)
+    p.scatter_(-1, likeliest, torch.where(slots < certain, 0.0, top).float())
+    chances = p.cumsum(-1, dtype=torch.float64)  # of all that are not certain, up to a factor
+    points = (starts[:, None].double() + (slots - certain)) * (chances[:, -1:] / (count - certain))
     found = torch.searchsorted(chances, points, right=True)
     # where all others have a probability of 0, there is no point among them
     ids = torch.where((slots < certain) | (found >= logits.shape[-1]), likeliest, found)
