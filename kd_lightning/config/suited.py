@@ -24,7 +24,8 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
 """By what the data are: the choice of conf/model for the teacher, and those for the student by goal."""
 
 OTHER_DATA = {
-    "fashion_mnist": "image", "image_folder": "image", "lm_text": "corpus", "sotu": "corpus", "multi_task": "tasks",
+    "fashion_mnist": "image", "image_folder": "image", "lm_text": "corpus", "chat": "corpus",
+    "chatterbot": "corpus", "sotu": "corpus", "multi_task": "tasks",
 }  # fmt: skip
 """The choices of conf/data that are no single task on texts."""
 

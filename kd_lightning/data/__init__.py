@@ -9,7 +9,7 @@ from kd_lightning.data.corpus.datamodule import CorpusData
 from kd_lightning.data.datamodule import IndexedData, selected
 from kd_lightning.data.image.datamodule import ImageCorpus, ImageData
 from kd_lightning.data.multi_task import MultiTaskData
-from kd_lightning.data.sources.chat import ChatData
+from kd_lightning.data.sources.chat import ChatData, Chatterbot
 from kd_lightning.data.sources.debian_sections import DebianSections
 from kd_lightning.data.sources.fashion_mnist import FashionMNIST
 from kd_lightning.data.sources.files import FileReader
@@ -26,6 +26,7 @@ from kd_lightning.data.text.datamodule import TextData
 
 __all__ = [
     "ChatData",
+    "Chatterbot",
     "ClassificationData",
     "Corpus",
     "CorpusData",

