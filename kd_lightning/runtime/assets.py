@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import naming, temporary_folder
