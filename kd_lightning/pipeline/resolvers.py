@@ -45,8 +45,9 @@ def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
     teacher: str | None
     if OmegaConf.is_list(checkpoint):  # an ensemble: see `TextData.reading` for members with another tokenizer
         checkpoint = checkpoint[0] if checkpoint else None
-    if OmegaConf.select(_root_, "teacher.url") is not None:
-        teacher = OmegaConf.select(_root_, "teacher.model")
+    if OmegaConf.select(_root_, "teacher.url") is not None:  # its model's name need not be that of a tokenizer
+        ours = OmegaConf.is_interpolation(_root_.data, "tokenizer")
+        teacher = OmegaConf.select(_root_, "teacher.model") if ours else None
     elif checkpoint is not None:
         teacher = tokenizer_beside(checkpoint)
     else:

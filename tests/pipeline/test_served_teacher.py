@@ -159,7 +159,8 @@ def test_chats_and_live_steps(composed: Composed, serving: Serving, tmp_path: Pa
         (["model@student=causal_lm_from_teacher", "~student.hidden_size", "~student.num_heads", "~student.num_layers",
           "student.layers=1"], "takes the teacher's weights, and those of teacher.url are not here"),
         (["teacher.cache_top_k=25"], "HTTP 400: Requested prompt logprobs of 25, greater than 20"),
-        (["data.tokenizer=bpe:265"], "data.tokenizer"),
+        (["data.tokenizer=bpe:265"], "tokens: give the server's own"),
+        (["data.tokenizer=${tokenizer_of:student}"], "data.tokenizer='tiny': expected"),
         (["teacher.dialect=openai"], "teacher.dialect='openai' is not one of vllm, sglang, llama.cpp"),
     ],
 )  # fmt: skip
