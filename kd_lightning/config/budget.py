@@ -67,7 +67,7 @@ CORPUS_EPOCHS: dict[Budget, int] = {"quick": 1, "standard": 3, "best": 6}
 
 
 def teacher_epochs(budget: Budget, modality: Modality, labelled: int, each: float = 1.0) -> int:
-    """Return how often the teacher's fine-tuning goes through its labelled examples, of which each is `worth` `each`.
+    """Return how often a teacher is fine-tuned on each of its labelled examples, which are `worth` `each`.
 
     >>> teacher_epochs("standard", "text", 10_000), teacher_epochs("standard", "text", 1_500)
     (3, 15)
@@ -80,7 +80,7 @@ def teacher_epochs(budget: Budget, modality: Modality, labelled: int, each: floa
 
 
 def student_examples(budget: Budget, modality: Modality, labelled: int, started: bool, each: float = 1.0) -> int:
-    """Return how many examples, `worth` `each`, a student is trained on; `started`: it starts from trained layers.
+    """Return how many examples, `worth` `each`, a student is trained on; `started`: from trained layers.
 
     >>> student_examples("standard", "text", 10_000, started=False)
     192000
@@ -94,7 +94,7 @@ def student_examples(budget: Budget, modality: Modality, labelled: int, started:
 def views_and_sets(
     budget: Budget, modality: Modality, labelled: int, transfer: int, each: float = 1.0
 ) -> tuple[int, int]:
-    """Return how many augmented views each labelled example, `worth` `each`, has in a set, and how many sets there are.
+    """Return how many views each labelled example, `worth` `each`, has in a set, and how many sets there are.
 
     >>> views_and_sets("standard", "text", 10_000, 0), views_and_sets("standard", "text", 1_000, 10_000)
     ((5, 2), (6, 16))

@@ -192,7 +192,7 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 
 def _seconds(call: Callable[[Batch], object], batches: Sequence[Batch]) -> float:
-    """Return the mean time of a call; a batch's first one, which prepares the kernels for its shape, is not counted."""
+    """Return the mean time of a call, other than a batch's first, which prepares kernels for its shape."""
     found = []
     for batch in batches:
         call(batch)
