@@ -106,7 +106,7 @@ def measure_latency(
     if any(_batch_size(batch) != 1 for own in prepared.values() for batch in own):
         raise ValueError("latency is measured on batches of one example: use single_examples(batches)")
     seconds: dict[str, list[float]] = {name: [] for name in networks}
-    with _inference(networks.values(), threads):
+    with inference(networks.values(), threads):
         for _ in range(rounds):
             for position in range(len(next(iter(prepared.values()), ()))):
                 for name, network in networks.items():
@@ -145,7 +145,7 @@ def measure_throughput(
     """
     prepared = _per_network(networks, batches)
     seconds = dict.fromkeys(networks, 0.0)
-    with _inference(networks.values(), threads):
+    with inference(networks.values(), threads):
         for name, network in networks.items():
             for step in range(warmup):
                 _timed(network, prepared[name][step % len(prepared[name])])
@@ -236,7 +236,7 @@ def _per_network(networks: Mapping[str, nn.Module], batches: Batches) -> dict[st
 
 
 @contextlib.contextmanager
-def _inference(networks: Iterable[nn.Module], threads: int | None) -> Iterator[None]:
+def inference(networks: Iterable[nn.Module], threads: int | None) -> Iterator[None]:
     """Eval mode, inference mode and a fixed number of threads inside; all as it was outside."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     before = torch.get_num_threads()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.config.trust import trusts_all
+from kd_lightning.data.corpus.blocks import unpacked
 from kd_lightning.export.exported import is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
 from kd_lightning.runtime.borders import code, drawn, tell
+from kd_lightning.runtime.borders import markdown as escaped
 from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 SIZES = (1, 8, 32, 128)
 """Examples in a batch, of which throughput is measured."""
+PROMPTS, NEW_TOKENS = 16, 32
+"""Of language models: prompts, and how many tokens are generated after each."""
 
 LATENCY_EXAMPLES = 200
 THROUGHPUT_EXAMPLES = 512
@@ -162,7 +167,6 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     """
     import torch
 
-    from kd_lightning.evaluation.profiling import measure_latency, measure_throughput
     from kd_lightning.tasks.evaluation import Model, evaluate_all, of_network
     from kd_lightning.teachers import FrozenTeacher
     from kd_lightning.training.run_folder import teacher_precision
@@ -176,15 +180,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     networks = {subject.name: subject.model.network for subject in subjects}
     if len(networks) < len(subjects):
         raise ConfigError("two folders have the same name: rename one, so that the table's rows are unique")
-    alone = {role: _singles(own) for role, own in data.items()}
-    latency = measure_latency(networks, {subject.name: alone[subject.role] for subject in subjects}, threads=threads)
-    throughput: dict[str, dict[int, float | None]] = {name: dict.fromkeys(SIZES) for name in networks}
-    held_out = whole.sizes["validation"]
-    for size in [size for size in SIZES if size <= held_out]:
-        batches = {role: _batches(own, size) for role, own in data.items()}
-        measured = measure_throughput(networks, {subject.name: batches[subject.role] for subject in subjects})
-        for name, one in measured.items():
-            throughput[name][size] = one.examples_per_second
+    speeds = _generated(subjects, whole, threads) if task.generates else _timed(subjects, data, threads)
     models: dict[str, Model] = {
         s.name: FrozenTeacher(s.model.network, teacher_precision(s.folder, s.run)) if s.role == "teacher"
         else of_network(s.model.network)
@@ -192,22 +188,62 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     }  # fmt: skip
     student = next(subject.name for subject in subjects if subject.kind == "student")
     read = whole.select(tokens="both" if "teacher" in data else "student")
-    evaluated = evaluate_all(task, models, read.val_dataloader(), reference=student)
-    largest = {role: _batches(own, SIZES[-1])[:2] for role, own in data.items()}
+    alone = (one for batch in read.val_dataloader() for one in unpacked(batch))  # graphs do not keep documents apart
+    evaluated = evaluate_all(task, models, alone, reference=student)
+    size = 1 if task.generates else SIZES[-1]  # a block's logits are large
+    largest = {role: [unpacked(batch)[0] for batch in _batches(own, size)[:2]] for role, own in data.items()}
     rows = []
     for subject in subjects:
         scores = evaluated[subject.name].scores
         rows.append({
             "name": subject.name,
             "kind": subject.kind,
-            "latency_ms": {"p50": latency[subject.name].p50, "p95": latency[subject.name].p95},
-            "throughput": {str(size): value for size, value in throughput[subject.name].items()},
+            **speeds[subject.name],
             "peak_memory_bytes": peak_memory(subject, largest[subject.role], threads),
             "file_bytes": subject.file.stat().st_size,
             "score": {"title": task.specs[task.monitor].title, "value": scores[task.monitor]},
             "agreement_with_student": scores.get("agreement"),
         })  # fmt: skip
     return rows
+
+
+def _timed(subjects: Sequence[Subject], data: Mapping[Any, IndexedData], threads: int) -> dict[str, Any]:
+    """Return latency and throughput of each subject, on the validation examples as its role reads them."""
+    from kd_lightning.evaluation.profiling import measure_latency, measure_throughput
+
+    networks = {one.name: one.model.network for one in subjects}
+    alone = {role: _singles(own) for role, own in data.items()}
+    latency = measure_latency(networks, {one.name: alone[one.role] for one in subjects}, threads=threads)
+    throughput: dict[str, dict[str, float | None]] = {name: dict.fromkeys(map(str, SIZES)) for name in networks}
+    held_out = next(iter(data.values())).sizes["validation"]
+    for size in [size for size in SIZES if size <= held_out]:
+        batches = {role: _batches(own, size) for role, own in data.items()}
+        measured = measure_throughput(networks, {one.name: batches[one.role] for one in subjects})
+        for name, one in measured.items():
+            throughput[name][str(size)] = one.examples_per_second
+    return {
+        name: {"latency_ms": {"p50": latency[name].p50, "p95": latency[name].p95}, "throughput": throughput[name]}
+        for name in networks
+    }
+
+
+def _generated(subjects: Sequence[Subject], data: IndexedData, threads: int) -> dict[str, Any]:
+    """Return how fast each subject generates, and what it drafts for the first teacher."""
+    from kd_lightning.evaluation.generated import measure_drafts, measure_generation, prompts_of
+
+    networks, size = {one.name: one.model.network for one in subjects}, int(data.input_format["max_length"])
+    new = min(NEW_TOKENS, size // 2)
+    prompts = prompts_of(data.task, data.select(tokens="student").val_dataloader(), size // 2, size - new, PROMPTS)
+    if not prompts:
+        raise ConfigError(f"no document of the validation split leaves room for {new} tokens after its prompt")
+    generation, drafts = measure_generation(networks, prompts, new, threads), {}
+    if teacher := next((one for one in subjects if one.kind == "teacher"), None):
+        own = {one.name: one.model.network for one in subjects if one.kind != "teacher"}
+        drafts = measure_drafts(teacher.model.network, own, prompts, new)
+    return {
+        name: {"generation": found and asdict(found), "draft": draft and asdict(draft)}
+        for name, found, draft in ((name, generation.get(name), drafts.get(name)) for name in networks)
+    }
 
 
 def _check_fits(subject: Subject, data: IndexedData, stage: Path) -> None:
@@ -241,7 +277,8 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
 
     from kd_lightning.runtime.files import naming
 
-    kind = subject.kind if subject.kind in ("onnx", "pt2") else "folder"
+    kinds = ("onnx",) if subject.model.task.generates else ("onnx", "pt2")
+    kind = subject.kind if subject.kind in kinds else "folder"
     path = subject.file if kind != "folder" else subject.folder
     entries = {f"{i}/{name}": value.numpy() for i, batch in enumerate(batches) for name, value in batch.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +305,8 @@ def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run:
     base = next((row for row in rows if row["kind"] == "teacher"), rows[0])
     compared = []
     for row in rows:
-        faster = base["latency_ms"]["p50"] / row["latency_ms"]["p50"]
+        ours, theirs = _token_ms(row), _token_ms(base)
+        faster = theirs / ours if ours and theirs else None
         smaller = base["file_bytes"] / row["file_bytes"]
         compared.append({**row, "times_faster": faster, "times_smaller": smaller})
     plain: dict[str, Any] = to_plain({
@@ -278,20 +316,31 @@ def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run:
     return plain
 
 
+def _token_ms(row: Mapping[str, Any]) -> float | None:
+    """Return the milliseconds of an example or, of a language model, of a token, if measured."""
+    if "latency_ms" in row:
+        return float(row["latency_ms"]["p50"])
+    return 1000 / row["generation"]["decode_per_second"] if row["generation"] else None
+
+
 def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Return the table as text: a heading and a row for each model."""
-    from kd_lightning.evaluation.report.table import MISSING, file_size, short
+    from kd_lightning.evaluation.report.table import GENERATED, MISSING, file_size, generated_cell, short
 
-    heading = ["", result["rows"][0]["score"]["title"], "p50 / p95, ms", "times faster"]
-    heading += [f"examples/s ({size})" for size in result["rows"][0]["throughput"]]
-    heading += ["peak memory", "file", "times smaller"]
-    rows = [heading]
+    first = result["rows"][0]
+    sizes = list(first.get("throughput", ()))
+    speeds = ["p50 / p95, ms", *(f"examples/s ({size})" for size in sizes)] if sizes else list(GENERATED)
+    heading = ["", first["score"]["title"], *speeds[:1], "times faster", *speeds[1:]]
+    rows = [[*heading, "peak memory", "file", "times smaller"]]
     for row in result["rows"]:
-        latency = f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"
-        value = row["score"]["value"]
+        if sizes:
+            cells = [f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"]
+            cells += [MISSING if value is None else short(value) for value in row["throughput"].values()]
+        else:
+            cells = [generated_cell(row, title) for title in speeds]
+        value, faster = row["score"]["value"], row["times_faster"]
         score = MISSING if value is None else f"{value:.4f}"
-        cells = [row["name"], score, latency, f"{row['times_faster']:.1f}"]
-        cells += [MISSING if value is None else short(value) for value in row["throughput"].values()]
+        cells = [row["name"], score, cells[0], MISSING if faster is None else f"{faster:.1f}", *cells[1:]]
         cells += [file_size(row["peak_memory_bytes"]), file_size(row["file_bytes"]), f"{row['times_smaller']:.1f}"]
         rows.append(cells)
     return rows
@@ -302,11 +351,12 @@ def picture(result: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = result["rows"][::-1]
+    one = "example (median)" if "latency_ms" in rows[0] else "token"
     names = [drawn(row["name"]) for row in rows]
     figure = Figure(figsize=(11, 1.2 + 0.4 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     panels = (
-        (left, [row["latency_ms"]["p50"] for row in rows], "ms for one example (median)", "{:.3g}"),
+        (left, [_token_ms(row) or math.nan for row in rows], f"ms for one {one}", "{:.3g}"),
         (right, [row["file_bytes"] / 1e6 for row in rows], "MB on disk", "{:.3g}"),
     )
     colours = ["#b0b0b0" if row["kind"] == "teacher" else "#1b6ca8" for row in rows]
@@ -324,18 +374,21 @@ def picture(result: Mapping[str, Any], file: Path) -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the table in Markdown, with a line about where it was measured."""
     from kd_lightning.evaluation.report.table import as_markdown
+    from kd_lightning.evaluation.report.text import generation_text
 
     machine = result["environment"]
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     where = f"{machine['cpu']}, {threads}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-    memory = (
-        "Peak memory is a process's own: of onnx with onnxruntime alone, of pt2 with torch, of others with Lightning"
+    title, own = (
+        result["rows"][0]["score"]["title"],
+        "of onnx with onnxruntime alone, of pt2 with torch, of others with",
     )
-    score = result["rows"][0]["score"]["title"]
     against = (
-        f"{score[0].upper()}{score[1:]} on the validation split. Times faster and smaller: than {result['against']}"
+        f"{title[0].upper()}{title[1:]} on the validation split. Times faster and smaller: than {result['against']}"
     )
-    return f"{as_markdown(table_rows(result))}\n\n{against}. {memory}. {code(result['command'])}, {where}."
+    how = escaped(generation_text(result["rows"], result["against"]))
+    about = f"{against}. Peak memory is a process's own: {own} Lightning. {how}{' ' * bool(how)}"
+    return f"{as_markdown(table_rows(result))}\n\n{about}{code(result['command'])}, {where}."
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:

@@ -39,8 +39,8 @@ def runner(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        reads = [entry.name for entry in session.get_inputs()]
-        return lambda batch: session.run(None, {name: batch[name] for name in reads})
+        reads = session.get_inputs()
+        return lambda batch: session.run(None, {one.name: batch.get(one.name, _nothing(one, batch)) for one in reads})
     import torch
 
     torch.set_num_threads(threads)
@@ -55,6 +55,12 @@ def runner(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
 
     network = load_model(Path(path)).network
     return lambda batch: run_network(network, {name: torch.from_numpy(entry) for name, entry in batch.items()})
+
+
+def _nothing(entry: Any, batch: Batch) -> Any:
+    """Return what a language model's graph reads as the tokens before a text: keys or values of none."""
+    size = [len(next(iter(batch.values()))), *(one if isinstance(one, int) else 0 for one in entry.shape[1:])]
+    return np.zeros(size, np.float16 if "16" in entry.type else np.float32)
 
 
 def main() -> None:

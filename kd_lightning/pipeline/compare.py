@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from kd_lightning.evaluation import profiling
@@ -22,7 +23,8 @@ from kd_lightning.evaluation.report import (
     role,
     write_report,
 )
-from kd_lightning.pipeline.stages import SHORT
+from kd_lightning.pipeline.prepare import new_networks
+from kd_lightning.pipeline.stages import SHORT, plan
 from kd_lightning.pipeline.teacher_check import findings_of
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import DataError
@@ -40,6 +42,7 @@ from kd_lightning.training.run_folder import (
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
+    from kd_lightning.evaluation.generated import Draft, Generation
     from kd_lightning.pipeline.context import Run
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
 
@@ -50,12 +53,22 @@ TITLES: dict[str, tuple[str, str]] = {
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
 LATENCY_EXAMPLES = 100
-TEACHER = "teacher"
+SPEED_PROMPTS, DRAFT_PROMPTS, SAMPLES, NEW_TOKENS = 4, 8, 3, 32
+"""Of language models: prompts by which speed is measured, that are drafted for, that are shown; tokens after each."""
+TEACHER, UNTRAINED = "teacher", "untrained"
 Evaluated = Mapping[str, Mapping[str, Evaluation]]
-"""By split, and by a stage's folder or `TEACHER`."""
+"""By split, and by a stage's folder, `TEACHER` or `UNTRAINED`."""
 _PICTURES = re.compile(r"!\[[^\n]*\]\((\w+\.png)\)")
 """Of a report.md."""
-Speed = tuple[profiling.Latency | None, profiling.Throughput | None]
+
+
+class Speed(NamedTuple):
+    """How fast a model is, and what it drafts."""
+
+    latency: profiling.Latency | None = None
+    throughput: profiling.Throughput | None = None
+    generation: Generation | None = None
+    draft: Draft | None = None
 
 
 def compare(run: Run, command: str) -> dict[str, Any]:
@@ -125,27 +138,23 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     students = {stage: found for stage, found in folders.items() if stage != "teacher"}
     networks = {folder: load_run(folder).network for found in students.values() for folder in found}
     before = PREDICTING.seconds - _stored_seconds(run, 0)
-    evaluated, speeds = (
-        _evaluated(run, networks),
-        _speeds(run, {s: networks[found[0]] for s, found in students.items()}),
-    )
+    untrained = _untrained(run)
+    evaluated = _evaluated(run, {str(one): network for one, network in networks.items()} | untrained)
+    first = {stage: networks[found[0]] for stage, found in students.items()}
+    speeds, shown = _generated(run, first) if run.task.generates else (_speeds(run, first), [])
     results = [
         _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, speeds[stage])
         for stage, found in students.items()
     ]
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
-    if run.has_teacher and not _compares(run):
-        teachers = evaluate(
-            run.data.select(tokens="teacher").task, run.predicting_teacher.to(run.device),
-            run.data.select(tokens="teacher").test_dataloader(), run.device,
-        )  # fmt: skip
-        say(run.console, f"teacher  {teachers.scores['bits_per_byte']:.3f} bits per byte of the test split, by tokens "
-            "of its own: of its scores only these can be compared")  # fmt: skip
     if _compares(run):
         live = PREDICTING.seconds - _stored_seconds(run, 0) - before
         if cfg.teacher.url is None:  # a served one has given too little to be scored
-            results.insert(0, _teacher(run, evaluated, speeds.get("teacher", (None, None))))
+            results.insert(0, _teacher(run, evaluated, speeds.get(TEACHER, Speed())))
         results = [_with_outputs(run, result, records, live) for result in results]
+    for name in untrained:
+        test, validation = (evaluated[split][name] for split in ("test", "validation"))
+        results.append(ModelResult(name, "student, untrained", [test.scores], [validation.scores], units=[test.units]))
     return build_report(
         results,
         run=str(run.folder),
@@ -170,9 +179,11 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             specs=run.task.specs,
             calibration=run.task.calibration,
             unit=run.task.unit,
+            learns_from=run.task.learns_from,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
-        notes=_notes(run, records.get("distill", [])),
+        notes=[*_of_other_tokens(run), *_notes(run, records.get("distill", []))],
+        samples=shown,
     )  # fmt: skip
 
 
@@ -210,9 +221,32 @@ def _compares(run: Run) -> bool:
     return run.has_teacher and not run.data.other_tokens
 
 
-def _evaluated(run: Run, students: Mapping[Path, nn.Module]) -> Evaluated:
+def _of_other_tokens(run: Run) -> list[str]:
+    """Return the test scores of a teacher with a tokenizer of its own that compare it with its students."""
+    if not run.has_teacher or _compares(run):
+        return []
+    data = run.data.select(tokens="teacher")
+    found = evaluate(data.task, run.predicting_teacher.to(run.device), data.test_dataloader(), run.device).scores
+    specs = data.task.specs
+    compared = ", ".join(f"{specs[name].title} {value:.3f}" for name, value in found.items() if specs[name].across)
+    line = f"The teacher has tokens of its own. Of its test scores these can be compared: {compared}."
+    say(run.console, line)
+    return [line]
+
+
+def _untrained(run: Run) -> dict[str, nn.Module]:
+    """Return a generating task's student as it was before the first seed's training, under its name.
+
+    Layers that are cut out of a language model predict worse than random ones, which its report says.
+    """
+    stages = [stage for kind in ("distill", "baseline") for stage in plan(run) if stage.kind == kind]
+    with torch.random.fork_rng(devices=[]):
+        return {UNTRAINED: new_networks(run, stages[0])[0]} if stages and run.task.generates else {}
+
+
+def _evaluated(run: Run, students: Mapping[str, nn.Module]) -> Evaluated:
     """Score all networks of the run together, so that the teacher predicts each batch once."""
-    models: dict[str, Model] = {str(one): of_network(network, run.device) for one, network in students.items()}
+    models: dict[str, Model] = {name: of_network(network, run.device) for name, network in students.items()}
     data, reference = run.data.select(tokens="both" if _compares(run) else "student"), None
     if _compares(run):
         teacher, reference = run.predicting_teacher, TEACHER
@@ -236,8 +270,7 @@ def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
         test=[test.scores],
         validation=[evaluated["validation"][TEACHER].scores],
         size=profiling.size(run.teacher.network),
-        latency=speed[0],
-        throughput=speed[1],
+        **speed._asdict(),
         training_seconds=[sum(seconds)] if seconds else [],
         curves=[read_curves(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
         units=[test.units] if test.units else [],
@@ -281,12 +314,11 @@ def _student(
     test = [evaluated["test"][str(folder)] for folder in folders]
     return ModelResult(
         name=name,
-        title=title,
+        title=title.replace("labels", run.task.learns_from),
         test=[one.scores for one in test],
         validation=[evaluated["validation"][str(folder)].scores for folder in folders],
         size=profiling.size(networks[folders[-1]], folders[-1] / "model.safetensors"),
-        latency=speed[0],
-        throughput=speed[1],
+        **speed._asdict(),
         training_seconds=[read_stage(folder)["seconds"] for folder in folders],
         curves=[read_curves(folder, seed, run.task.monitor) for seed, folder in zip(run.seeds, folders, strict=False)],
         units=[one.units for one in test if one.units],
@@ -295,10 +327,7 @@ def _student(
 
 def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:
     """Time the first seed's networks side by side, each on its own inputs of the same validation examples."""
-    networks = {stage: network.cpu() for stage, network in students.items()}
-    here = _compares(run) and run.cfg.teacher.url is None
-    if here and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
-        networks["teacher"] = run.teacher.network.cpu()
+    networks = _networks(run, students, torch.device("cpu"))
     batches = {
         name: list(run.data.select(tokens="teacher" if name == "teacher" else "student").val_dataloader())
         for name in networks
@@ -311,7 +340,36 @@ def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:
     }
     latency = profiling.measure_latency(networks, singles)
     throughput = profiling.measure_throughput(networks, {name: _spread(own, 4) for name, own in batches.items()})
-    return {name: (latency[name], throughput[name]) for name in networks}
+    return {name: Speed(latency[name], throughput[name]) for name in networks}
+
+
+def _networks(run: Run, students: Mapping[str, nn.Module], device: torch.device) -> dict[str, nn.Module]:
+    """Return the students and, if there is one, the teacher."""
+    networks = {stage: network.to(device) for stage, network in students.items()}
+    here = _compares(run) and run.cfg.teacher.url is None
+    if here and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
+        networks[TEACHER] = run.teacher.network.to(device)
+    return networks
+
+
+def _generated(run: Run, students: Mapping[str, nn.Module]) -> tuple[dict[str, Speed], list[dict[str, Any]]]:
+    """Time how the first seed's networks go on with texts of the test split, and return samples."""
+    from kd_lightning.evaluation.generated import measure_drafts, measure_generation, prompts_of, samples
+
+    networks, data = _networks(run, students, run.device), run.data.select(tokens="student")
+    size = int(data.input_format["max_length"])
+    new = min(NEW_TOKENS, size // 2)
+    long, short = (
+        prompts_of(run.task, data.test_dataloader(), tokens, size - new, count)
+        for tokens, count in ((size // 2, SPEED_PROMPTS), (min(NEW_TOKENS, max(size // 4, 1)), DRAFT_PROMPTS))
+    )
+    if not long:
+        return {}, []
+    generation, teacher = measure_generation(networks, long, new), networks.get(TEACHER)
+    drafts = {} if teacher is None else measure_drafts(teacher, students, short, new)
+    names = {TITLES.get(stage, (stage,))[0]: network for stage, network in networks.items()}
+    shown = samples(names, short[:SAMPLES], data.tokenizer_of("student"), new)
+    return {name: Speed(generation=generation.get(name), draft=drafts.get(name)) for name in networks}, shown
 
 
 def _spread(items: list[Batch], count: int) -> list[Batch]:

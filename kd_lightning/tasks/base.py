@@ -40,6 +40,7 @@ class Task(ABC):
         outputs: How many numbers a network puts out for it.
         classes: C, where it is one of C classes; None where what is predicted has no probabilities.
         unit: What is drawn independently, and so what errors of scores are by.
+        learns_from: What a network learns from without a teacher.
         per_token: Whether a network predicts for each token of a text, and not for the text.
         generates: Whether what it predicts of a text is how it goes on (`kd_lightning.evaluation.generation`).
         kept: Which of a checkpoint's classes there are, where it has more; None: all.
@@ -51,6 +52,7 @@ class Task(ABC):
     outputs: int
     classes: int | None = None
     unit: str = "example"
+    learns_from: str = "labels"
     per_token: bool = False
     generates: bool = False
     kept: Any = None
@@ -144,6 +146,15 @@ class Task(ABC):
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """Return in which proportion folds are to be alike: a number for each of the labels `(N,)`."""
         return np.zeros(len(labels), np.int64)
+
+    def prompts(self, batch: Batch, tokens: int) -> list[Tensor]:
+        """Return the beginnings of a batch's texts, `(L,)` each, that one who `generates` goes on with.
+
+        Args:
+            batch: A batch of the data.
+            tokens: The most of a beginning, where it is not the data that say where one ends.
+        """
+        return []
 
     # -- what an export tells of it -----------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class CausalLanguageModeling(Task):
         kept: Which tokens of a checkpoint of Hugging Face these are; None: all.
     """
 
-    monitor, unit, generates = "cross_entropy", "document", True
+    monitor, unit, learns_from, generates = "cross_entropy", "document", "text", True
     specs: Mapping[str, ScoreSpec] = {
         "cross_entropy": ScoreSpec("cross-entropy of a token, nats", "min", shown="always", across=False),
         "perplexity": ScoreSpec("perplexity", "min", exp_of="cross_entropy", across=False),
@@ -135,6 +135,17 @@ class CausalLanguageModeling(Task):
             {"tokens": tokens, "probabilities": chances}
             for tokens, chances in zip(ids.tolist(), found.tolist(), strict=True)
         ]
+
+    def prompts(self, batch: Batch, tokens: int) -> list[Tensor]:
+        """Return how each document of a batch begins, up to its half; all before the part that counts."""
+        rows, found = self.compared(batch), []
+        numbers = torch.where(batch.get("attention_mask", rows["keep"]) > 0, _documents(rows), -1)
+        for ids, row, keep in zip(batch["input_ids"], numbers, rows["keep"], strict=True):
+            for number in torch.unique_consecutive(row[row >= 0]):
+                here, counts = ids[row == number], keep[row == number].nonzero()[:, 0]
+                if len(counts):
+                    found.append(here[: int(counts[0]) + 1 if "keep" in batch else min(tokens, len(here) // 2)])
+        return found
 
     def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
         """Return the likeliest token and its probability."""

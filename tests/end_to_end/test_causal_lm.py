@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from kd_lightning.models.causal_lm import CausalLM, causal_lm_small
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
+from kd_lightning.runtime.borders import markdown
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import CausalLanguageModeling
 from kd_lightning.teachers.cache import outputs
@@ -33,6 +35,12 @@ from kd_lightning.training.run_folder import TrainedModel, load_run
 from tests.data.corpus.texts import WORDS
 
 Composed = Callable[..., DictConfig]
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More are for those who read the figures."""
+    monkeypatch.setattr("kd_lightning.pipeline.compare.DRAFT_PROMPTS", 3)
 
 
 @pytest.fixture
@@ -78,11 +86,34 @@ def test_from_a_folder_of_text_to_a_student_and_its_report(
     assert scores["distilled"]["kl_to_teacher"] < scores["baseline"]["kl_to_teacher"]
     assert scores["distilled"]["agreement"] > scores["baseline"]["agreement"]
     assert 0 < scores["teacher"]["bits_per_byte"] < 8
+    assert scores["untrained"]["cross_entropy"] == pytest.approx(math.log(300), rel=0.1)
+    assert scores["untrained"]["perplexity"] > scores["baseline"]["perplexity"]
+    check_report(report, (tmp_path / "run" / "report.md").read_text())
     trained = load_run(tmp_path / "run" / "seed_0" / "distill")
     assert isinstance(trained.network, CausalLM)
     assert isinstance(trained.task, CausalLanguageModeling)
     assert trained.tokenizer is not None
     check_exported(tmp_path, trained)
+
+
+def check_report(report: dict[str, Any], text: str) -> None:
+    """Errors are by document, generation is timed, students draft for the teacher, and all go on with some prompts."""
+    models = report["models"]
+    for name in ("cross_entropy", "perplexity", "bits_per_byte", "accuracy", "agreement_top5", "kl_to_teacher/1-16"):
+        assert models["distilled"]["test"][name]["standard_error"] > 0, name
+        assert name == "perplexity" or report["differences"]["distilled"]["baseline"]["paired"]
+    assert report["data"]["units"] == 6  # documents, fewer than blocks
+    assert report["data"]["chance_score"] > models["teacher"]["test"]["cross_entropy"]["mean"]
+    assert all(models[name]["generation"]["decode_per_second"] > 0 for name in ("teacher", "baseline", "distilled"))
+    assert all(0 <= models[name]["draft"]["greedy"]["rate"] <= 1 for name in ("baseline", "distilled"))
+    assert not models["teacher"].keys() & {"draft"}
+    assert not models["untrained"].keys() & {"draft", "generation"}
+    assert len(report["samples"]) == 3
+    for one in report["samples"]:
+        assert set(one["models"]) == {"teacher", "baseline", "distilled"}
+        assert f"| prompt | {markdown(one['prompt'].strip())} |" in text
+    assert "| student from text | " in text
+    assert "labels alone" not in text
 
 
 def check_exported(tmp_path: Path, trained: TrainedModel) -> None:
@@ -154,7 +185,7 @@ def test_layers_of_the_teacher_are_trained_to_its_hidden_states_first(composed: 
     student = ["model@student=causal_lm_from_teacher", "student.layers=1", "distillation=hidden_then_logits"]
     report = run(composed(*own, *student, "teacher.cache=off", "trainer.max_epochs=3"))
     scores = {name: model["test"]["perplexity"]["mean"] for name, model in report["models"].items()}
-    assert set(scores) == {"teacher", "baseline", "baseline_initialised", "distilled"}
+    assert set(scores) == {"teacher", "untrained", "baseline", "baseline_initialised", "distilled"}
     assert scores["distilled"] < 300  # as many as there are tokens
 
 
@@ -169,7 +200,7 @@ def test_a_checkpoint_of_hugging_face_teaches_with_its_own_tokenizer(
     without = [one for one in overrides if not one.startswith(("data.tokenizer", "model@teacher", "teacher.network"))]
     teacher = [f"teacher.checkpoint={tmp_path / 'llama'}", "stages=[distill]", "trainer.max_epochs=1", "validations=1"]
     report = run(composed(*without, *teacher))
-    assert set(report["models"]) == {"teacher", "distilled"}
+    assert set(report["models"]) == {"teacher", "untrained", "distilled"}
     assert report["models"]["teacher"]["test"]["perplexity"]["mean"] == pytest.approx(len(tokenizer), rel=0.1)
     with pytest.raises(ConfigError, match=r"data\.block_size=64: .*llama has positions for 32 tokens"):
         run(composed(*without, *teacher, "data.block_size=64", f"run_dir={tmp_path / 'other'}"))

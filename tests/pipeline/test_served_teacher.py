@@ -99,7 +99,7 @@ def test_its_cache_is_that_of_the_model_and_trains_without_the_server(
     near = pytest.approx(scores["loaded"]["cross_entropy"]["mean"], rel=1e-3)
     assert scores["served"]["cross_entropy"]["mean"] == near
     assert scores["served"]["agreement"]["mean"] == pytest.approx(scores["loaded"]["agreement"]["mean"], abs=0.02)
-    assert set(reports["served"]["models"]) == {"distilled"}
+    assert set(reports["served"]["models"]) == {"untrained", "distilled"}
     assert "The teacher, tiny, is served" in (tmp_path / "served" / "report.md").read_text()
     written = [path for path in (tmp_path / "served").rglob("*") if path.is_file()]
     written += [path for path in (tmp_path / "home").rglob("*") if path.is_file()]

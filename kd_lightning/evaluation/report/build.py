@@ -43,6 +43,7 @@ def build_report(
     stages_seconds: Mapping[str, float],
     selection: str | None = None,
     notes: Sequence[str] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Assemble the report, schema version 3 (docs/report_schema.md).
 
@@ -58,6 +59,7 @@ def build_report(
         stages_seconds: Wall time by stage.
         selection: How checkpoints were selected, if not by `data.monitor` on validation.
         notes: What was found before the comparison; the first of the warnings.
+        samples: How models go on with some prompts, as `evaluation.generated.samples` returns it.
 
     Returns:
         Plain JSON data; NaN and infinities become None.
@@ -98,6 +100,7 @@ def build_report(
         "settings": dict(settings),
         "stages": dict(stages_seconds),
         "environment": dict(environment),
+        **({"samples": samples} if samples else {}),
     }
     plain: dict[str, Any] = to_plain(report)
     plain["warnings"] = [*notes, *findings(plain)]
@@ -129,7 +132,7 @@ def _by_name(models: Sequence[ModelResult], seeds: Sequence[int]) -> dict[str, M
     if len(by_name) < len(models) or not set(map(role, by_name)) <= set(MODEL_NAMES):
         raise ValueError(f"expected each of {MODEL_NAMES} at most once, got {[model.name for model in models]}")
     for model in models:
-        if len(model.test) != (1 if role(model.name) in ("teacher", "assistant") else len(seeds)):
+        if len(model.test) != (1 if role(model.name) in ("teacher", "assistant", "untrained") else len(seeds)):
             raise ValueError(f"{model.name}: {len(model.test)} test results for {len(seeds)} seeds")
     return dict(sorted(by_name.items(), key=lambda item: MODEL_NAMES.index(role(item[0]))))
 
@@ -150,6 +153,8 @@ def _model_entry(result: ModelResult, specs: Mapping[str, ScoreSpec], n_test: in
         "size": asdict(result.size) if result.size else None,
         "latency_ms": asdict(result.latency) if result.latency else None,
         "throughput": asdict(result.throughput) if result.throughput else None,
+        **({"generation": asdict(result.generation)} if result.generation else {}),
+        **({"draft": asdict(result.draft)} if result.draft else {}),
         "training_seconds": describe(result.training_seconds) if result.training_seconds else None,
         "outputs_seconds": asdict(result.outputs_seconds) if result.outputs_seconds else None,
         "curves": [_curve_entry(curve) for curve in result.curves],

@@ -43,7 +43,7 @@ def _chance(report: Mapping[str, Any]) -> list[str]:
         f"{report['models'][name]['title']}: {score_title(report)} {value:.3f} is no better than that of the best "
         f"constant prediction ({chance:.3f})." + (" Do not distill from this teacher." if name == "teacher" else "")
         for name, value in _means(report).items()
-        if chance is not None and better * value <= better * chance
+        if name != "untrained" and chance is not None and better * value <= better * chance
     ]
 
 
@@ -53,20 +53,21 @@ def _gap(report: Mapping[str, Any]) -> list[str]:
     if not {"teacher", "baseline"} <= means.keys():
         return []
     teacher, baseline, values = means["teacher"], means["baseline"], report["distillation_ratio"]["values"]
+    title = report["models"]["baseline"]["title"]
     if better * teacher <= better * baseline:
         return [
-            f"The teacher ({teacher:.3f}) is no better than the student from labels ({baseline:.3f}): "
+            f"The teacher ({teacher:.3f}) is no better than the {title} ({baseline:.3f}): "
             "there is no gap to close and the distillation ratio is meaningless."
         ]
     if is_noise(gap := report["differences"]["teacher"]["baseline"]):
         return [
-            f"The gap between teacher and student from labels ({gap['mean']:+.3f}) is smaller than twice its standard "
-            f"error ({gap['standard_error']:.3f}): it may be noise, and no share of it is given."
+            f"The gap between teacher and {title} ({gap['mean']:+.3f}) is smaller than twice its standard error "
+            f"({gap['standard_error']:.3f}): it may be noise, and no share of it is given."
         ]
     if undefined := values.count(None):
         return [
             f"The distillation ratio is undefined for {undefined} of {len(values)} seeds, "
-            "where the teacher was no better than the student from labels; its mean excludes them."
+            f"where the teacher was no better than the {title}; its mean excludes them."
         ]
     return []
 

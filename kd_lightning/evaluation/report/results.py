@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from kd_lightning.runtime.errors import DataError
 
 if TYPE_CHECKING:  # their modules import torch
+    from kd_lightning.evaluation.generated import Draft, Generation
     from kd_lightning.evaluation.profiling import Latency, Size, Throughput
     from kd_lightning.tasks import ScoreSpec
     from kd_lightning.tasks.scores import UnitSums
 
-MODEL_NAMES = ("teacher", "assistant", "baseline", "baseline_initialised", "distilled", "finetuned")
+MODEL_NAMES = ("teacher", "assistant", "untrained", "baseline", "baseline_initialised", "distilled", "finetuned")
 """Every model a report knows, in the order of tables and pictures; assistants are numbered: assistant_1, ..."""
 
 LOSS_SHARE, GRADIENT_SHARE = "train/share/", "train/gradient/share/"
@@ -93,7 +94,8 @@ class OutputsTime:
 class ModelResult:
     """One model of the comparison.
 
-    Lists have one entry per seed, in the order of the run's seeds; the teacher's and an assistant's have one.
+    Lists have one entry per seed, in the order of the run's seeds; those of a teacher, an assistant and the untrained
+    student have one.
 
     Attributes:
         name: Which model: one of `MODEL_NAMES`.
@@ -103,6 +105,8 @@ class ModelResult:
         size: Parameters and bytes.
         latency: One example at a time.
         throughput: Whole batches.
+        generation: One text at a time, of a language model.
+        draft: What it is worth as the teacher's draft model.
         training_seconds: Wall time of training; empty for a model that was loaded.
         curves: Learning curves; empty for a model that was loaded.
         units: For each seed, what each test example or document adds to the scores that are means, in the same order
@@ -117,6 +121,8 @@ class ModelResult:
     size: Size | None = None
     latency: Latency | None = None
     throughput: Throughput | None = None
+    generation: Generation | None = None
+    draft: Draft | None = None
     training_seconds: Sequence[float] = ()
     curves: Sequence[Curve] = ()
     units: Sequence[Mapping[str, UnitSums]] = ()
@@ -139,6 +145,7 @@ class DataSummary:
         specs: How each score is to be read, by name.
         calibration: The score that measures how wrong probabilities are; None where there is none.
         unit: What is drawn independently: an `example`, or a `document` of many tokens.
+        learns_from: What a student has without a teacher.
     """
 
     name: str
@@ -150,6 +157,7 @@ class DataSummary:
     fingerprint: str | None = None
     calibration: str | None = None
     unit: str = "example"
+    learns_from: str = "labels"
 
 
 def read_curve(path: str | Path, seed: int, *, score_key: str, loss_key: str = "train/loss") -> Curve:

@@ -28,13 +28,18 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     models = report["models"]
     batch_size = next((m["throughput"]["batch_size"] for m in models.values() if m["throughput"]), None)
     throughput = "examples/s" + (f" (batch {batch_size})" if batch_size else "")
+    speeds: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "latency p50 / p95, ms": lambda m: _latency(m["latency_ms"]),
+        throughput: lambda m: _part(m["throughput"], "examples_per_second", short),
+    }
+    if any(model.get("generation") for model in models.values()):
+        speeds = {title: partial(generated_cell, title=title) for title in GENERATED}
     cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
         **{score_title(report, name): partial(_score, name) for name in _tabulated(report)},
         "parameters": lambda m: _part(m["size"], "parameters", count),
         "parameters, no embeddings": lambda m: _part(m["size"], "parameters_without_embeddings", count),
         "file size": lambda m: _part(m["size"], "bytes", file_size),
-        "latency p50 / p95, ms": lambda m: _latency(m["latency_ms"]),
-        throughput: lambda m: _part(m["throughput"], "examples_per_second", short),
+        **speeds,
         "training time, s": lambda m: spread(m["training_seconds"], lambda value: f"{value:.1f}"),
         **({OUTPUTS: _outputs} if any(model.get("outputs_seconds") for model in models.values()) else {}),
         "gap closed": lambda m: spread(m.get("distillation_ratio"), _two_digits),
@@ -43,10 +48,28 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return [["", *(model["title"] for model in models.values())], *rows]
 
 
+GENERATED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "first token, ms": lambda row: short(row["generation"]["first_token_ms"]),
+    "prefill, tokens/s": lambda row: short(row["generation"]["prefill_per_second"]),
+    "decode, tokens/s": lambda row: short(row["generation"]["decode_per_second"]),
+    "accepted as draft, greedy / drawn": lambda row: " / ".join(
+        f"{row['draft'][kind]['rate']:.2f}" for kind in ("greedy", "sampled")
+    ),
+    "speed-up as draft": lambda row: f"{row['draft']['speed_up']:.2f}x",
+}
+"""What a language model generates, by title: how a model's entry is written, of a report or a benchmark."""
+
+
+def generated_cell(row: Mapping[str, Any], title: str) -> str:
+    """Return a cell of `GENERATED`; an en dash where it was not measured."""
+    measured = row.get("draft" if "draft" in title else "generation")
+    return GENERATED[title](row) if measured else MISSING
+
+
 def _tabulated(report: Mapping[str, Any]) -> list[str]:
     """Return the scores that are tabulated, as the task orders them."""
     found = {name for model in report["models"].values() for name in model["test"]}
-    return [name for name, spec in report["scores"].items() if spec["shown"] != "never" and name in found]
+    return [name for name, spec in report["scores"].items() if spec["shown"] in ("always", "alone") and name in found]
 
 
 def _score(name: str, model: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kd_lightning.evaluation.report.differences import is_noise
@@ -20,9 +20,9 @@ def summary(report: Mapping[str, Any]) -> str:
     if student is None or teacher is None or not scores["distilled"] or not scores["teacher"]:
         listed = ", ".join(f"{model['title']} {_score(scores[name])}" for name, model in models.items())
         return f"{title[0].upper()}{title[1:]} on the test split: {listed}."
-    share = 100 * scores["distilled"] / scores["teacher"]
-    verb = "keeps" if sign(report, main) > 0 else "has"
-    sentence = f"The distilled student {verb} {share:.1f}% of the teacher's {title}"
+    share = f"{100 * scores['distilled'] / scores['teacher']:.1f}% of the teacher's {title}"
+    both = f"{title} {scores['distilled']:.3f}, the teacher {scores['teacher']:.3f},"
+    sentence = "The distilled student " + (f"keeps {share}" if sign(report, main) > 0 else f"has {both}")
     clauses = [clause for clause in (_size_clause(teacher, student), _speed_clause(teacher, student)) if clause]
     sentences = [sentence + (" " + " and ".join(clauses) if clauses else "") + "."]
     if scores.get("baseline") is not None:
@@ -55,6 +55,7 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     parts += [f"![{markdown(caption)}]({name})" for name, caption in captions.items() if name in pictures]
     parts += [
         _errors_by_unit(report),
+        _samples(report),
         "## How to read it",
         markdown(report["selection"]),
         f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
@@ -75,9 +76,10 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
 
 def _errors_by_unit(report: Mapping[str, Any]) -> str:
     """Return scores with errors by document, and what the distillation changes, of language models."""
-    models, unit, units = report["models"], report["data"]["unit"], report["data"]["units"]
+    models, unit = report["models"], report["data"].get("unit", "example")
     if unit == "example":
         return ""
+    units = report["data"]["units"]
     against = report["differences"].get("distilled", {})
     rows = [["", *(m["title"] for m in models.values()), *(f"distilled - {models[name]['title']}" for name in against)]]
     for name, spec in report["scores"].items():
@@ -89,6 +91,16 @@ def _errors_by_unit(report: Mapping[str, Any]) -> str:
         f"## Standard errors by {unit}\n\nTokens of a {unit} are alike, so errors are over the {units:,} test {unit}s. "
         f"Differences are {unit} by {unit}, and include the variation over seeds.\n\n{as_markdown(rows)}"
     )
+
+
+def _samples(report: Mapping[str, Any]) -> str:
+    """Return how the models go on with the same prompts, in a table for each."""
+    models, tables = report["models"], []
+    for one in report.get("samples", ()):
+        rows = [[model["title"], one["models"][name]] for name, model in models.items() if name in one["models"]]
+        tables.append(as_markdown([["prompt", one["prompt"]], *rows], ":--"))
+    about = "Beginnings of texts of the test split, and how each model goes on with the likeliest tokens."
+    return "\n\n".join(["## Samples", about, *tables]) if tables else ""
 
 
 def _with_error(measured: Mapping[str, Any] | None) -> str:
@@ -106,7 +118,8 @@ def _chance_text(data: Mapping[str, Any]) -> str:
     if data["standard_error"] is None:
         return text
     error = _score(data["standard_error"])
-    return f"{text} With {data['units']:,} test {data['unit']}s the standard error of a score is up to {error}."
+    units, unit = data.get("units", data["n_test"]), data.get("unit", "example")
+    return f"{text} With {units:,} test {unit}s the standard error of a score is up to {error}."
 
 
 def _score(value: float | None) -> str:
@@ -135,16 +148,22 @@ def _size_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str 
 
 
 def _speed_clause(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str | None:
-    if not teacher["latency_ms"] or not student["latency_ms"]:
+    if teacher["latency_ms"] and student["latency_ms"]:
+        verb, factor = "is", teacher["latency_ms"]["p50"] / student["latency_ms"]["p50"]
+    elif teacher.get("generation") and student.get("generation"):
+        own, other = (one["generation"]["decode_per_second"] for one in (student, teacher))
+        verb, factor = "generates", own / other
+    else:
         return None
-    factor = teacher["latency_ms"]["p50"] / student["latency_ms"]["p50"]
-    return f"is {_times(factor)} faster" if factor >= 1 else f"is {_times(1 / factor)} slower"
+    return f"{verb} {_times(factor)} faster" if factor >= 1 else f"{verb} {_times(1 / factor)} slower"
 
 
 def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
     """Compare with the same student trained from labels, and with the same from the same start."""
     ratio, same = report["distillation_ratio"]["mean"], report["distillation_ratio_same_start"]["mean"]
-    compared = f"the same student trained from labels alone scores {baseline:.3f}"
+    compared = (
+        f"the same student trained from {report['data'].get('learns_from', 'labels')} alone scores {baseline:.3f}"
+    )
     started = report["models"].get("baseline_initialised")
     best = [baseline]
     if started is not None and (value := started["test"][monitor(report)]["mean"]) is not None:
@@ -166,7 +185,7 @@ def _difference_text(report: Mapping[str, Any], title: str) -> str:
     sentences = []
     for baseline, difference in report["differences"].get("distilled", {}).items():
         if difference["standard_error"] is not None:
-            same = f"compared on the same test {report['data']['unit']}s"
+            same = f"compared on the same test {report['data'].get('unit', 'example')}s"
             method = same if difference["paired"] else "as if from independent test sets"
             sentences.append(
                 f"Distilled minus {report['models'][baseline]['title']}: {difference['mean']:+.3f} {title}, standard "
@@ -188,11 +207,32 @@ def _outputs_text(report: Mapping[str, Any]) -> str:
     return markdown(" ".join(sentences))
 
 
+def generation_text(rows: Sequence[Mapping[str, Any]], target: str) -> str:
+    """Return how a report's or a benchmark's generation and drafts were measured, if they were."""
+    found = next((row["generation"] for row in rows if row.get("generation")), None)
+    draft = next((row["draft"] for row in rows if row.get("draft")), None)
+    if found is None:
+        return ""
+    text = (
+        f"Generation is one text at a time with a cache, {found['new_tokens']} tokens after each of {found['prompts']} "
+        f"prompts of about {found['prompt_tokens']:.0f}, in turns on {found['device']} with {found['threads']} "
+        "thread(s); prefill is a prompt's tokens by the time to the first new one."
+    )
+    if draft is None:
+        return text
+    return (
+        f"{text} As a draft model of {target}, in the assisted generation of transformers, a student proposes "
+        f"{draft['proposed']} tokens at a time; accepted is the share of proposed ones that {target} keeps, of the "
+        f"likeliest tokens and of tokens drawn at temperature 1 (seed {draft['seed']}), over {draft['prompts']} "
+        f"prompts and {draft['new_tokens']} tokens each; the speed-up is that of the likeliest tokens."
+    )
+
+
 def _speed_text(report: Mapping[str, Any]) -> str:
     """Return how latency and throughput were measured."""
     latency = next((model["latency_ms"] for model in report["models"].values() if model["latency_ms"]), None)
     if latency is None:
-        return ""
+        return generation_text(list(report["models"].values()), "the teacher")
     return (
         f"Latency is one example at a time, {latency['calls']} calls per model in turns on {latency['device']} with "
         f"{latency['threads']} thread(s); the preparation of inputs is not included."

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kd_lightning.evaluation.clusters import clustered_error, residuals
 from kd_lightning.evaluation.profiling import environment
 from kd_lightning.evaluation.report import Curve, DataSummary, findings, report_markdown, summary, write_report
-from kd_lightning.evaluation.report.differences import clustered_error, distillation_ratio, residuals
+from kd_lightning.evaluation.report.differences import distillation_ratio
 from kd_lightning.evaluation.report.pictures import curves_figure, tradeoff_figure
 from kd_lightning.evaluation.report.table import markdown_table
 from kd_lightning.tasks import CausalLanguageModeling, ScoreSpec

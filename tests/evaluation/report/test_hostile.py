@@ -43,6 +43,7 @@ def named(name: str) -> dict[str, Any]:
     report["environment"][name] = [name]
     report["selection"] = f"Selected by {name}."
     report["warnings"] = [f"{name} hardly counts"]
+    report["samples"] = [{"prompt": name, "models": {"teacher": name, "distilled": f"{name}\n# {name}"}}]
     for model in report["models"].values():
         model["title"] = f"{name}"
         for split in ("test", "validation"):
