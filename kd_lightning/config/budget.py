@@ -94,7 +94,7 @@ def student_examples(budget: Budget, modality: Modality, labelled: int, started:
 def views_and_sets(
     budget: Budget, modality: Modality, labelled: int, transfer: int, each: float = 1.0
 ) -> tuple[int, int]:
-    """Return how many views each labelled example, `worth` `each`, has in a set, and how many sets there are.
+    """Return how many views a labelled example, `worth` `each`, has in a set, and how many sets there are.
 
     >>> views_and_sets("standard", "text", 10_000, 0), views_and_sets("standard", "text", 1_000, 10_000)
     ((5, 2), (6, 16))
