@@ -94,7 +94,7 @@ def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: 
     assert record["steps"] == 2
     if experiment == "lm_cross_tokenizer":
         report = compare(run, "kd-train ...")
-        assert set(report["models"]) == {"untrained", "baseline", "distilled"}, "perplexities of other tokens say nothing"
+        assert set(report["models"]) == {"untrained", "baseline", "distilled"}, "perplexities do not compare"
         assert re.search(
             r"The teacher has tokens of its own\. .*: bits per byte \d\.\d+\.", " ".join(output.getvalue().split())
         )
