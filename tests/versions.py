@@ -34,11 +34,12 @@ from kd_lightning.teachers import frozen, sampled
 from kd_lightning.teachers.cache import manifest
 from kd_lightning.teachers.cache.outputs import Storage, decode, encode, specs_of
 from kd_lightning.types import ModelOutput
-from tests.models.tiny import batch, tiny
+from tests.models.tiny import batch as a_batch
+from tests.models.tiny import tiny
 
 FILE = Path(__file__).with_name("versions.json")
 TEXTS = ["A fine film, if long", "dull and loud", "这部电影 is fine", "", "not a film"]
-BATCH = {name: value for name, value in batch().items() if name != "labels"}
+BATCH = {name: value for name, value in a_batch().items() if name != "labels"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def make_corpus() -> Any:
         found: list[Any] = [getattr(stored, name).tolist() for name in ("tokens", "widths", "offsets", "hashes")]
         for packing in get_args(Packing):
             blocks, _ = cut(stored, {"train": np.array([0, 2, 1, 4])}, 6, packing, int(tokenizer.pad_token_id))
-            found.append({name: entry.tolist() for name, entry in blocks.batch(np.arange(len(blocks))).items()})
+            batch = blocks.batch(np.arange(len(blocks)))
+            batch.pop("of_document", None)  # for the errors of scores alone: nothing that is kept depends on it
+            found.append({name: entry.tolist() for name, entry in batch.items()})
         return found
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.config.budget import Budget, views_and_sets
-from kd_lightning.data.datamodule import Dataset_, IndexedData, check_least
+from kd_lightning.data.batches import Dataset_
+from kd_lightning.data.datamodule import IndexedData, check_least
 from kd_lightning.data.sampler import Share
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.tasks import Classification, Regression, Task

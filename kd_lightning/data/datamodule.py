@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from kd_lightning.config.budget import Modality
-from kd_lightning.data.sampler import BucketBatchSampler, Share, Turn, position, rank_and_world
+from kd_lightning.data.batches import BatchDataset, Dataset_, in_batches
+from kd_lightning.data.sampler import BucketBatchSampler, position, rank_and_world
+from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import Task
 from kd_lightning.types import Batch
@@ -39,58 +39,6 @@ def check_least(lowest: int, **options: int) -> None:
     for name, value in options.items():
         if value < lowest:
             raise ConfigError(f"data.{name}={value}: expected {lowest} or more")
-
-
-def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return positions in a random order in which every run has the classes in proportion.
-
-    >>> labels = np.array([0] * 6 + [1] * 3)
-    >>> labels[stratified_order(labels, seed=0)]
-    array([0, 1, 0, 0, 1, 0, 0, 1, 0])
-    """
-    generator = np.random.default_rng(seed)
-    share = np.empty(len(labels))
-    for label in np.unique(labels):
-        positions = generator.permutation(np.flatnonzero(labels == label))
-        share[positions] = (np.arange(len(positions)) + 0.5) / len(positions)
-    return np.argsort(share, kind="stable")
-
-
-class BatchDataset(Dataset[Batch], ABC):
-    """A run of examples, fetched a whole batch at a time.
-
-    Attributes:
-        span: Which of all examples these are.
-        share: How many of the unlabelled examples an epoch uses; None: all.
-        left_out: Positions that no epoch uses, `(len(self),)` bool; None: there are none.
-    """
-
-    span: range
-    share: Share | None = None
-    left_out: NDArray[np.bool_] | None = None
-
-    def __len__(self) -> int:
-        return len(self.span)
-
-    @property
-    @abstractmethod
-    def lengths(self) -> NDArray[np.int64]:
-        """The lengths by which batches are formed, `(len(self),)`."""
-
-    def turn(self, epoch: int) -> Turn:
-        """Return the positions that an epoch uses, and their lengths."""
-        turn = self._turn(epoch)
-        if self.left_out is not None:
-            kept = ~self.left_out[turn[0]]
-            turn = turn[0][kept], turn[1][kept]
-        return turn if self.share is None else self.share.of(turn, epoch)
-
-    @abstractmethod
-    def _turn(self, epoch: int) -> Turn:
-        """Return the positions from which an epoch takes its share, and their lengths."""
-
-
-Dataset_ = TypeVar("Dataset_", bound=BatchDataset)
 
 
 class IndexedData(L.LightningDataModule, ABC):
@@ -363,7 +311,7 @@ class IndexedData(L.LightningDataModule, ABC):
             self._resume = None
         elif self.trainer is not None and self.trainer.training:  # Lightning reloads it in each epoch
             sampler.set_epoch(self.trainer.current_epoch)
-        loader = self._loader(data, sampler)
+        loader = in_batches(data, sampler, self.num_workers, self.seed)
         if self.around is not None:
             loader = self.around(loader)
         return loader
@@ -411,20 +359,7 @@ class IndexedData(L.LightningDataModule, ABC):
         data = self._dataset(first, last)
         rank, world = self._share
         sampler = BucketBatchSampler(data.lengths, self.eval_batch_size, shuffle=False, rank=rank, world_size=world)
-        return self._loader(data, sampler)
-
-    def _loader(self, data: BatchDataset, sampler: BucketBatchSampler) -> DataLoader[Batch]:
-        if self.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise each forked worker prints a warning
-        return DataLoader(
-            data,
-            sampler=sampler,
-            batch_size=None,  # the sampler's items are whole batches
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # otherwise each iterator draws from the global one
-        )
+        return in_batches(data, sampler, self.num_workers, self.seed)
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 

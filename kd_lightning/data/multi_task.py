@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kd_lightning.data.batches import BatchDataset
 from kd_lightning.data.classification import ClassificationData
-from kd_lightning.data.datamodule import BatchDataset, Role
+from kd_lightning.data.datamodule import Role
 from kd_lightning.data.sampler import Positions, Turn, endless
 from kd_lightning.data.text.tokens import tokenizer_fingerprint
 from kd_lightning.runtime.errors import ConfigError

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kd_lightning.data.batches import BatchDataset
 from kd_lightning.data.corpus.store import CorpusStore
-from kd_lightning.data.datamodule import BatchDataset
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.mixing import mixed

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kd_lightning.data.batches import BatchDataset
 from kd_lightning.data.classification import ClassificationData, check_fractions, check_probabilities
-from kd_lightning.data.datamodule import BatchDataset, Role, check_least, stratified_order
+from kd_lightning.data.datamodule import Role, check_least
 from kd_lightning.data.image import store
 from kd_lightning.data.image.store import ImageFormat, ImageStore
 from kd_lightning.data.sampler import Positions, Turn
+from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE, Batch

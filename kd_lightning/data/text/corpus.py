@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd_lightning.data.classification import check_fractions
-from kd_lightning.data.datamodule import stratified_order
 from kd_lightning.data.labels import (
     NO_LABEL,
     ClassNames,
@@ -20,6 +19,7 @@ from kd_lightning.data.labels import (
     given_names,
     positions_in,
 )
+from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kd_lightning.config.budget import worth
 from kd_lightning.data.classification import ClassificationData, check_probabilities
-from kd_lightning.data.datamodule import Role, stratified_order
+from kd_lightning.data.datamodule import Role
+from kd_lightning.data.splits import stratified_order
 from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence

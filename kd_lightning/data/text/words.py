@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd_lightning.data.datamodule import BatchDataset
+from kd_lightning.data.batches import BatchDataset
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.data.text.tagged import TaggedText
 from kd_lightning.data.text.tokens import CHUNK, padded

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data import FashionMNIST
-from kd_lightning.data.image.datamodule import ImageViews, make_image_view, stratified_order
+from kd_lightning.data.image.datamodule import ImageViews, make_image_view
 from kd_lightning.data.sampler import BucketBatchSampler
+from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE, Batch
 from tests.data.images import striped, write_fashion
