@@ -18,7 +18,7 @@ from kd_lightning.training.run_folder import finish_stage, write_config
 
 Composed = Callable[..., DictConfig]
 CONF = conf_dir()
-NAMELESS = ("hf", "timm", "custom", "from_run", "causal_lm")
+NAMELESS = ("hf", "timm", "custom", "from_run", "causal_lm", "causal_lm_lora")
 """Networks that need a name, a folder or a class."""
 
 
