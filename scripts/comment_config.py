@@ -9,9 +9,12 @@ import re
 import textwrap
 
 from kd_lightning.config.instantiate import conf_dir
-from kd_lightning.config.schema import FinetuneConfig, OnPolicyConfig, RunConfig, TeacherConfig, docs
+from kd_lightning.config.schema import FinetuneConfig, GeneratedConfig, OnPolicyConfig, RunConfig, TeacherConfig, docs
 
-KINDS = {"": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "finetune.": FinetuneConfig}
+KINDS = {
+    "": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "generated.": GeneratedConfig,
+    "finetune.": FinetuneConfig,
+}  # fmt: skip
 WIDTH = 120
 
 

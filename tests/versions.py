@@ -28,7 +28,7 @@ from kd_lightning.data.image import store
 from kd_lightning.data.text import augment, tokens, words
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours
 from kd_lightning.data.text.tagged import Place, TaggedText, split_words
-from kd_lightning.models import bilstm, causal_lm, cnn, embedding, hf, simkd, text_cnn
+from kd_lightning.models import bilstm, causal_lm, cnn, continuation, embedding, hf, simkd, text_cnn
 from kd_lightning.models.adapt import run_network
 from kd_lightning.teachers import frozen, sampled
 from kd_lightning.teachers.cache import manifest
@@ -204,6 +204,16 @@ def make_drawn() -> Any:
     return [found.ids.tolist(), found.values.tolist(), found.rest.tolist()]
 
 
+def make_continuations() -> Any:
+    """Return how a language model goes on with texts, by its likeliest tokens and by draws."""
+    model, texts = causal_lm.causal_lm_small(30, 16, 8, 1, 2), [torch.tensor([3, 4, 5]), torch.tensor([7])]
+    filled(model)
+    return [
+        [new.tolist() for new in continuation.continuations(model, texts, 6, [29], temperature, seed=1)]
+        for temperature in (0.0, 1.0)
+    ]
+
+
 def of_network(network: Callable[[], nn.Module], **inputs: Tensor) -> Callable[[], Any]:
     """Return what makes a network's output for inputs."""
     return lambda: run_network(filled(network()), inputs or BATCH).logits.tolist()
@@ -238,6 +248,7 @@ COMPONENTS = {
     "teacher precisions": Component(frozen.VERSION, "teachers/frozen.py", make_halves, 0.03),
     "stored outputs": Component(manifest.FORMAT, "teachers/cache/manifest.py (FORMAT)", make_stored, 1e-6),
     "drawn tokens": Component(sampled.VERSION, "teachers/sampled.py", make_drawn, 1e-4),
+    "continuations": Component(continuation.VERSION, "models/continuation.py", make_continuations),
     "BiLSTM": Component(
         bilstm.BiLSTM.VERSION, "models/bilstm.py", of_network(lambda: bilstm.BiLSTM(3, 30, 4, 5, 2)), 1e-4
     ),

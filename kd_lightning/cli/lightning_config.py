@@ -72,6 +72,8 @@ def files(run: Run) -> Iterator[tuple[str, Node]]:
         raise ConfigError(f"teacher.folds={teacher.folds}: kd-cli trains no teachers on folds; use kd-train")
     if run.cfg.on_policy.share:
         raise ConfigError(f"on_policy.share={run.cfg.on_policy.share:g}: kd-cli continues no texts; use kd-train")
+    if run.cfg.generated.texts:
+        raise ConfigError(f"generated.texts={run.cfg.generated.texts}: kd-cli generates no texts; use kd-train")
     if trainer not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
         raise ConfigError(f"trainer: kd-cli uses lightning.Trainer, not {trainer}")
     converter = _Converter(run)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config.schema import (
     FinetuneConfig,
+    GeneratedConfig,
     Node,
     OnPolicyConfig,
     RunConfig,
@@ -23,7 +24,8 @@ from kd_lightning.config.values import words
 
 _GROUPS: dict[str, tuple[str, type]] = {
     "": ("The run", RunConfig), "teacher": ("The teacher", TeacherConfig),
-    "on_policy": ("On-policy", OnPolicyConfig), "finetune": ("Fine-tuning", FinetuneConfig),
+    "on_policy": ("On-policy", OnPolicyConfig), "generated": ("Generated texts", GeneratedConfig),
+    "finetune": ("Fine-tuning", FinetuneConfig),
     "tasks.NAME": ("One of several tasks", TaskConfig),
 }  # fmt: skip
 
@@ -37,7 +39,7 @@ def keys_help(cfg: DictConfig) -> str:
         lines += ["", title]
         types = hints(kind)
         for key, doc in docs(kind).items():
-            if key not in ("teacher", "on_policy", "finetune", "tasks") or kind is TaskConfig:
+            if key not in ("teacher", "on_policy", "generated", "finetune", "tasks") or kind is TaskConfig:
                 path, value = f"{prefix}.{key}".lstrip("."), values[prefix].get(key)
                 lines += [f"  {line}" for line in _entry(path, value, types[key], doc)]
     return "\n".join(lines[1:]).replace("$", "$$")  # Hydra fills in what stands after a single one

@@ -200,6 +200,26 @@ class OnPolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GeneratedConfig:
+    """Texts that the teacher, a language model, generates once and students learn from (sequence-level)."""
+
+    texts: Annotated[int, Range(0)]
+    """How many the teacher generates after each prompt; they are kept, and are what is distilled (Kim & Rush 2016,
+    arXiv 1606.07947); 0: none."""
+    prompt_tokens: Count
+    """The tokens at the beginning of each text of a training block that are a prompt; of conversations it is all before
+    an assistant's turn."""
+    new_tokens: Count
+    """The most tokens after a prompt; data.block_size bounds both together."""
+    temperature: Annotated[float, Range(0)]
+    """Of the draw of each token; 0 takes the likeliest."""
+    seed: Annotated[int, Range(0)]
+    """Of the draw; the same for every `seed` of the students."""
+    originals: bool
+    """true: students learn from the training text as well; false: from generated texts alone. The steps are as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """What is particular to one of several tasks."""
 
@@ -265,6 +285,8 @@ class RunConfig:
     """How the teacher is loaded or fine-tuned, and how its outputs reach the students."""
     on_policy: OnPolicyConfig
     """A language model that is distilled continues texts itself, and the teacher corrects it there."""
+    generated: GeneratedConfig
+    """Texts that the teacher, a language model, generates once and students learn from (sequence-level)."""
     finetune: FinetuneConfig
     """Trains the distilled student on from labels, when it is among `stages`."""
     data: Node
@@ -359,7 +381,7 @@ class RunConfig:
         )
 
 
-Group = TypeVar("Group", RunConfig, TeacherConfig, OnPolicyConfig, FinetuneConfig, TaskConfig)
+Group = TypeVar("Group", RunConfig, TeacherConfig, OnPolicyConfig, GeneratedConfig, FinetuneConfig, TaskConfig)
 
 
 def _refuse_missing(settings: DictConfig, plain: dict[str, Any]) -> None:

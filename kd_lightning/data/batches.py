@@ -1,13 +1,15 @@
-"""Runs of examples, and loaders that fetch them a whole batch at a time."""
+"""Runs of examples, loaders that fetch them a whole batch at a time, and batches of several kinds."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -65,3 +67,26 @@ def in_batches(data: BatchDataset, sampler: BucketBatchSampler, num_workers: int
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # otherwise each iterator draws from the global one
     )
+
+
+def merged(parts: Sequence[tuple[torch.Tensor, Batch, Mapping[str, int]]], size: int) -> Batch:
+    """Merge batches into one, padded on the right.
+
+    A batch whose teacher uses the student's tokens has no `teacher_*`: it gets the student's there.
+
+    Args:
+        parts: Batches, each with a mask `(size,)` of the rows that it fills, and what pads its entries, if not 0.
+        size: Rows of all together.
+    """
+    joined: Batch = {}
+    for name in dict.fromkeys(name for _, batch, _ in parts for name in batch):
+        values = [batch.get(name, batch.get(name.removeprefix("teacher_"))) for _, batch, _ in parts]
+        given = [value for value in values if value is not None]
+        shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in given), strict=True)]
+        joined[name] = given[0].new_zeros(size, *shape)
+        for (rows, _, padding), value in zip(parts, values, strict=True):
+            if value is not None:
+                missing = [wanted - length for wanted, length in zip(shape, value.shape[1:], strict=True)]
+                margins = [side for more in reversed(missing) for side in (0, more)]
+                joined[name][rows] = F.pad(value, margins, value=padding.get(name, 0))
+    return joined

@@ -345,7 +345,7 @@ class IndexedData(L.LightningDataModule, ABC):
 
     def all_dataloader(self) -> DataLoader[Batch]:
         """Return every example of every split, sorted by length."""
-        return self._evaluation_loader("train", "test")
+        return self._evaluation_loader(self.parts[0], self.parts[-1])
 
     @abstractmethod
     def _training_dataset(self) -> BatchDataset:

@@ -8,10 +8,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kd_lightning.data.batches import BatchDataset
+from kd_lightning.data.batches import BatchDataset, merged
 from kd_lightning.data.classification import ClassificationData
 from kd_lightning.data.datamodule import Role
 from kd_lightning.data.sampler import Positions, Turn, endless
@@ -245,7 +244,7 @@ class MixedDataset(BatchDataset):
             batch = self.parts[number][positions[rows] - self.starts[number]]
             batch |= {"labels": batch["labels"].float(), "index": batch["index"] + self.firsts[number]}
             found.append((torch.from_numpy(rows), batch, self.padding[number]))
-        return _joined(found, len(positions)) | {"task": torch.from_numpy(owners)}
+        return merged(found, len(positions)) | {"task": torch.from_numpy(owners)}
 
 
 def draws(sizes: Sequence[int], temperature: float) -> list[int]:
@@ -267,25 +266,6 @@ def _drawn(part: BatchDataset, count: int, epoch: int, seed: list[int]) -> Turn:
         positions, lengths = part.turn(number)
         taken.append((positions[order], lengths[order]))
     return np.concatenate([positions for positions, _ in taken]), np.concatenate([lengths for _, lengths in taken])
-
-
-def _joined(parts: Sequence[tuple[torch.Tensor, Batch, Mapping[str, int]]], size: int) -> Batch:
-    """Merge batches into one; each fills the rows of its mask.
-
-    A task whose teacher uses the student's tokens has no `teacher_*`: it gets the student's there.
-    """
-    joined: Batch = {}
-    for name in dict.fromkeys(name for _, batch, _ in parts for name in batch):
-        values = [batch.get(name, batch.get(name.removeprefix("teacher_"))) for _, batch, _ in parts]
-        given = [value for value in values if value is not None]
-        shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in given), strict=True)]
-        joined[name] = given[0].new_zeros(size, *shape)
-        for (rows, _, padding), value in zip(parts, values, strict=True):
-            if value is not None:
-                missing = [wanted - length for wanted, length in zip(shape, value.shape[1:], strict=True)]
-                margins = [side for more in reversed(missing) for side in (0, more)]
-                joined[name][rows] = F.pad(value, margins, value=padding.get(name, 0))
-    return joined
 
 
 def _reading(data: ClassificationData) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def write_card(exported: Exported, source: Source, folder: Path) -> None:
 
 def card(exported: Exported, run: History) -> str:
     """Return the card's text."""
-    unread = ("views", "transfer") if run.from_labels else ()  # used only with a teacher
+    unread = ("views", "transfer", "generated") if run.from_labels else ()  # used only with a teacher
     sizes = {part: size for part, size in run.data.sizes.items() if size and part not in unread}
     examples = ", ".join(f"{size:,} {part}" for part, size in sizes.items())
     parts = [

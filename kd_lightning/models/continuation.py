@@ -13,6 +13,9 @@ from kd_lightning.models.adapt import evaluating
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.hf import quiet_loading
 
+VERSION = 1
+"""Goes up when a model continues a text otherwise with the same seed."""
+
 
 def continuations(
     model: CausalLM, prompts: Sequence[Tensor], new_tokens: int, ends: Sequence[int], temperature: float, seed: int

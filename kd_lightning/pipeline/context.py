@@ -159,6 +159,13 @@ class Run:
         data = self.data_of(teacher).select(tokens="both" if transfer else "student", pool=transfer)
         return data.with_batches(seed=seed)
 
+    def learn_from(self, data: IndexedData) -> None:
+        """Have what is distilled learn from these data: the run's own, with other training examples besides."""
+        self.data = data
+        self.parts = {name: replace(part, data=data) for name, part in self.parts.items()}
+        for number, provider in enumerate(self.providers):
+            provider.data = self.data_of(number).select(tokens="teacher", pool=True)
+
     @cached_property
     def steps(self) -> int:
         """Optimizer steps of the distillation, and so of its baselines."""

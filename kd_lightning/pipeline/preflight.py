@@ -15,6 +15,7 @@ from kd_lightning.models.cohort import joined
 from kd_lightning.models.features import FeatureTap
 from kd_lightning.models.fits import check_length, check_single
 from kd_lightning.pipeline.estimate import Trial
+from kd_lightning.pipeline.generate import add_texts, check_generator
 from kd_lightning.pipeline.joint_provider import JointProvider
 from kd_lightning.pipeline.networks import build_network, takes_from_teacher
 from kd_lightning.pipeline.objectives import own_average, run_objective, student_texts
@@ -52,12 +53,14 @@ def preflight(run: Run, stages: Sequence[Stage]) -> list[Trial]:
             if "" in run.parts else
             "a task lacks its teacher: add teacher to stages, or set tasks.NAME.teacher.checkpoint"
         )  # fmt: skip
+    add_texts(run, kept=True)
     with torch.random.fork_rng(devices=[]):
         trials: list[Trial] = []
         teachers = [_teacher(run, part, stages, trials) for part in run.parts.values()] if run.has_teacher else []
         if cfg.stages == ["teacher"]:
             return trials
         check_monitors(cfg.callbacks, run.task)
+        check_generator(run, next((network for network, _ in teachers), None))
         several = len(teachers) > 1
         first = SideBySide([network for network, _ in teachers]) if several else next((t for t, _ in teachers), None)
         chain: list[nn.Module | None] = [first]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from kd_lightning.pipeline.estimate import estimate
+from kd_lightning.pipeline.generate import add_texts
 from kd_lightning.pipeline.preflight import preflight
 from kd_lightning.pipeline.prepare import prepare
 from kd_lightning.pipeline.stages import Stage, plan
@@ -38,11 +39,16 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
     """
     stages = plan(run)
     trials = preflight(run, stages)
-    if rank() == 0:
-        run.clock = estimate(run, stages, trials)
     if begin is not None:
         begin()
+    distils = any(stage.distils for stage in stages)
+    if distils:
+        add_texts(run)  # where the teacher is finished, so that the estimate counts them
+    if rank() == 0:
+        run.clock = estimate(run, stages, trials)
     for stage in stages:
+        if stage.distils:
+            add_texts(run)
         fresh = not is_finished(run.folder / stage.path)
         _train(run, stage)
         if fresh:  # it can be used while the others are trained
@@ -107,5 +113,6 @@ def build_caches(run: Run, share: tuple[int, int] = (0, 1)) -> list[Path]:
     for stage in stages:
         if stage.kind == "teacher" and alone:
             _train(run, stage)
+    add_texts(run)
     run.providers[0].complete(share)
     return [cache.folder for cache in run.providers[0].caches()]

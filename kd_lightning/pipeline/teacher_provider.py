@@ -262,6 +262,11 @@ class TeacherProvider:
                 if rank() == 0:
                     shared("precision", (id(one.network), precision), measured)
 
+    def generator(self) -> FrozenTeacher:
+        """Return the teacher, which generates in its precision, on the device where it predicts."""
+        self._measure(self.loaded)
+        return self._frozen(self.loaded.network, compile=False).to(self.device)
+
     def _drawing(self, teacher: FrozenTeacher) -> Teacher:
         """Return a teacher that draws tokens from another's logits, if it is to."""
         count = self.serving.cache_samples

@@ -47,6 +47,7 @@ def _check(cfg: RunConfig) -> None:
     _check_teacher(cfg.teacher)
     _check_schemes(cfg)
     _check_on_policy(cfg)
+    _check_generated(cfg)
     _check_tasks(cfg)
     _check_sharded(cfg)
     for path, node in nodes(cfg.as_dict()):
@@ -190,6 +191,21 @@ def _check_on_policy(cfg: RunConfig) -> None:
         f"trainer.strategy={cfg.trainer.get('strategy')}": shards(cfg.trainer),
     }):  # fmt: skip
         raise ConfigError(f"{share}: one whole student continues texts: leave out {wrong}")
+
+
+def _check_generated(cfg: RunConfig) -> None:
+    """Check what a teacher's generated texts exclude."""
+    texts, teacher = f"generated.texts={cfg.generated.texts}", cfg.teacher
+    if cfg.generated.texts == 0:
+        return
+    if cfg.generated.texts > 1 and cfg.generated.temperature == 0:
+        raise ConfigError(f"{texts}: the likeliest tokens are one text a prompt; set generated.temperature above 0")
+    if wrong := _given({
+        "data.tasks": bool(cfg.data.get("tasks")), "teacher.url": teacher.url is not None,
+        "teacher.ema": teacher.ema is not None, "teacher.sharded": teacher.sharded,
+        "an ensemble": teacher.number > 1,
+    }):  # fmt: skip
+        raise ConfigError(f"{texts}: one teacher generates texts, on this machine: leave out {wrong}")
 
 
 def _check_tasks(cfg: RunConfig) -> None:

@@ -147,12 +147,13 @@ class Task(ABC):
         """Return in which proportion folds are to be alike: a number for each of the labels `(N,)`."""
         return np.zeros(len(labels), np.int64)
 
-    def prompts(self, batch: Batch, tokens: int) -> list[Tensor]:
+    def prompts(self, batch: Batch, tokens: int, every: bool = False) -> list[Tensor]:
         """Return the beginnings of a batch's texts, `(L,)` each, that one who `generates` goes on with.
 
         Args:
             batch: A batch of the data.
             tokens: The most of a beginning, where it is not the data that say where one ends.
+            every: Where they do, all beginnings of a text, and not the first alone.
         """
         return []
 

@@ -136,15 +136,18 @@ class CausalLanguageModeling(Task):
             for tokens, chances in zip(ids.tolist(), found.tolist(), strict=True)
         ]
 
-    def prompts(self, batch: Batch, tokens: int) -> list[Tensor]:
-        """Return how each document of a batch begins, up to its half; all before the part that counts."""
+    def prompts(self, batch: Batch, tokens: int, every: bool = False) -> list[Tensor]:
+        """Return how each document of a batch begins, up to its half; or all before what counts."""
         rows, found = self.compared(batch), []
         numbers = torch.where(batch.get("attention_mask", rows["keep"]) > 0, _documents(rows), -1)
         for ids, row, keep in zip(batch["input_ids"], numbers, rows["keep"], strict=True):
             for number in torch.unique_consecutive(row[row >= 0]):
                 here, counts = ids[row == number], keep[row == number].nonzero()[:, 0]
-                if len(counts):
-                    found.append(here[: int(counts[0]) + 1 if "keep" in batch else min(tokens, len(here) // 2)])
+                if len(counts) and "keep" in batch:
+                    begun = counts[counts.diff(prepend=counts[:1] - 2) > 1] if every else counts[:1]
+                    found += [here[: int(end) + 1] for end in begun]
+                elif len(counts):
+                    found.append(here[: min(tokens, len(here) // 2)])
         return found
 
     def cells(self, record: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:

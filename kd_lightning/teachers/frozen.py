@@ -146,15 +146,17 @@ class FrozenTeacher(nn.Module, Teacher):
             batch = own
         device = next(iter(batch.values())).device
         self.check(device)
-        half = torch.float16 if self.precision == "8bit" else _HALF.get(self.precision)
-        # Disabled, it also keeps the student's autocast out.
-        autocast = torch.autocast(device.type, half or torch.bfloat16, half is not None)
-        running = PREDICTING.running(device)
-        with running, torch.inference_mode(), autocast:
+        with PREDICTING.running(device), torch.inference_mode(), self.autocast(device):
             output = self._tap(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
         features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}
         return ModelOutput(output.logits.to(torch.float32, copy=True), features, output.sparse)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context in which the network computes in this precision."""
+        half = torch.float16 if self.precision == "8bit" else _HALF.get(self.precision)
+        # Disabled, it also keeps the student's autocast out.
+        return torch.autocast(device.type, half or torch.bfloat16, half is not None)
 
     def check(self, device: torch.device) -> None:
         """Refuse a device that cannot compute in the teacher's precision.

@@ -14,7 +14,15 @@ from comment_config import commented
 from kd_lightning.config import schema
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.instantiate import conf_dir
-from kd_lightning.config.schema import FinetuneConfig, OnPolicyConfig, RunConfig, TaskConfig, TeacherConfig, docs
+from kd_lightning.config.schema import (
+    FinetuneConfig,
+    GeneratedConfig,
+    OnPolicyConfig,
+    RunConfig,
+    TaskConfig,
+    TeacherConfig,
+    docs,
+)
 
 Composed = Callable[..., DictConfig]
 
@@ -23,10 +31,13 @@ def test_every_key_is_there_with_its_value_type_and_doc(composed: Composed) -> N
     cfg = composed("seed=0", "teacher.cache_top_k=3", "stages=[distill]", "peers=[{_target_: my.Network, width: 2}]")
     text = Template(keys_help(cfg)).substitute()
     lines, words = text.splitlines(), " ".join(text.split())
-    kinds = {"": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "finetune.": FinetuneConfig}
+    kinds = {
+        "": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "generated.": GeneratedConfig,
+        "finetune.": FinetuneConfig,
+    }  # fmt: skip
     for prefix, kind in kinds.items():
         for one in fields(kind):
-            if one.name in ("teacher", "on_policy", "finetune", "tasks"):
+            if one.name in ("teacher", "on_policy", "generated", "finetune", "tasks"):
                 continue
             assert any(re.match(rf"  {prefix}{one.name}(=|$)", line) for line in lines), one.name
             assert " ".join(docs(kind)[one.name].split()) in words

@@ -17,6 +17,7 @@ from kd_lightning.config.instantiate import conf_dir, to_dict
 from kd_lightning.config.schema import (
     OUTPUTS,
     FinetuneConfig,
+    GeneratedConfig,
     OnPolicyConfig,
     RunConfig,
     TaskConfig,
@@ -30,7 +31,7 @@ from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.training.loss_balancing import POLICIES
 
 Composed = Callable[..., DictConfig]
-KINDS = (RunConfig, TeacherConfig, OnPolicyConfig, FinetuneConfig, TaskConfig)
+KINDS = (RunConfig, TeacherConfig, OnPolicyConfig, GeneratedConfig, FinetuneConfig, TaskConfig)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,6 +45,7 @@ def test_the_keys_are_those_of_the_configuration(composed: Composed) -> None:
     assert {one.name for one in fields(RunConfig)} == set(cfg)
     assert {one.name for one in fields(TeacherConfig)} == set(cfg["teacher"])
     assert {one.name for one in fields(OnPolicyConfig)} == set(cfg["on_policy"])
+    assert {one.name for one in fields(GeneratedConfig)} == set(cfg["generated"])
     assert {one.name for one in fields(FinetuneConfig)} == set(cfg["finetune"])
 
 

@@ -58,6 +58,7 @@ SHRUNK: dict[str, list[str]] = {
     "lm_chat": ["data.chat_template=plain", "data.block_size=64"],
     "lm_draft": [],
     "lm_cross_tokenizer": ["student.hidden_size=8", "student.num_layers=1", "student.num_heads=2"],
+    "lm_sequence": ["generated.prompt_tokens=4", "generated.new_tokens=4"],
     "lm_on_policy": ["on_policy.prompt_tokens=4", "on_policy.new_tokens=4"],
 }
 

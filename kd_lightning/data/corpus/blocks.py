@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd_lightning.data.batches import BatchDataset
+from kd_lightning.data.batches import BatchDataset, merged
 from kd_lightning.data.corpus.store import CorpusStore
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.runtime.errors import DataError
@@ -98,6 +98,40 @@ class Blocks:
         return {
             name: torch.from_numpy(entry if name == "keep" else entry.astype(np.int64)) for name, entry in found.items()
         }
+
+
+@dataclass(frozen=True)
+class JoinedBlocks:
+    """Blocks, and behind them those of other documents, whose batches have the same entries.
+
+    Attributes:
+        first: The blocks.
+        more: Those behind; where no batch of `first` has `keep`, which rows count follows from their labels alone.
+    """
+
+    first: Blocks
+    more: Blocks
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.more)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each block, `(N,)`."""
+        return np.concatenate([self.first.lengths, self.more.lengths])
+
+    def batch(self, index: NDArray[np.int64]) -> Batch:
+        """Return blocks of both kinds, as `Blocks.batch` does."""
+        later = index >= len(self.first)
+        found = []
+        for blocks, rows, start in ((self.first, ~later, 0), (self.more, later, len(self.first))):
+            if rows.any():
+                batch = blocks.batch(index[rows] - start)
+                if self.first.store.counted is None:
+                    batch.pop("keep", None)
+                padding = {"input_ids": blocks.pad_token_id, "labels": IGNORE, "document_ids": -1, "of_document": -1}
+                found.append((torch.from_numpy(rows), batch, padding))
+        return merged(found, len(index))
 
 
 def cut(
@@ -205,7 +239,7 @@ class BlockDataset(BatchDataset):
         span: Which of them these are.
     """
 
-    def __init__(self, blocks: Blocks, span: range) -> None:
+    def __init__(self, blocks: Blocks | JoinedBlocks, span: range) -> None:
         self.blocks, self.span = blocks, span
 
     @property

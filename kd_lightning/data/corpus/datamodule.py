@@ -12,8 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.data.corpus.alignment import AlignedDataset, TeacherReading
-from kd_lightning.data.corpus.blocks import BlockDataset, Packing, cut, split_documents
-from kd_lightning.data.corpus.store import VERSION, CorpusStore, Encoder, Source, TextEncoder, encode_corpus
+from kd_lightning.data.corpus.blocks import BlockDataset, Blocks, JoinedBlocks, Packing, cut, split_documents
+from kd_lightning.data.corpus.generated import GeneratedEncoder
+from kd_lightning.data.corpus.store import (
+    COUNTED,
+    FILES,
+    VERSION,
+    CorpusStore,
+    Encoder,
+    Source,
+    TextEncoder,
+    encode_corpus,
+)
 from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
 from kd_lightning.data.text.tokens import before_text, load_tokenizer, tokenizer_differences, tokenizer_fingerprint
 from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
@@ -21,12 +31,15 @@ from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
 from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.runtime.mixing import mixed
+from kd_lightning.runtime.seals import seal
 from kd_lightning.tasks import CausalLanguageModeling, Task
 from kd_lightning.tasks.causal_lm import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+GENERATED = "generated"
+"""The split of texts that a teacher generated."""
 LEARNED_FROM = 100_000
 """Documents that a tokenizer is learned from, where it is learned from the data."""
 
@@ -96,6 +109,8 @@ class CorpusData(IndexedData):
         self._reading: TeacherReading | None = None
         self._teachers_tokenizer: PreTrainedTokenizerFast | None = None
         self._kept: Kept | None = None
+        self._originals = True
+        self._blocks: Blocks | JoinedBlocks
         self.block_size = block_size
         self.packing: Packing = packing
         self.end_of_text = end_of_text
@@ -132,10 +147,10 @@ class CorpusData(IndexedData):
             store = encode_corpus(encoder, sources, self.cache_dir)  # the same documents
         limits = {} if self.train_tokens is None else {"train": self.train_tokens}
         pad = int(self._tokenizer.pad_token_id)
-        self._blocks, counts = cut(store, documents, self.block_size, self.packing, pad, limits)
+        self._blocks, counts = blocks, _ = cut(store, documents, self.block_size, self.packing, pad, limits)
         self._lay_out(counts)
         if teachers is not None:
-            self._read_by(teachers, sources)
+            self._read_by(teachers, sources, blocks)
         self.teacher_key = {
             "corpus": digest({name: source.key for name, source in sources.items()}),
             "documents": digest({name: store.hashes[chosen].tolist() for name, chosen in documents.items()}),
@@ -168,13 +183,13 @@ class CorpusData(IndexedData):
             )
         return teachers
 
-    def _read_by(self, tokenizer: PreTrainedTokenizerFast, sources: Mapping[str, Source]) -> None:
+    def _read_by(self, tokenizer: PreTrainedTokenizerFast, sources: Mapping[str, Source], blocks: Blocks) -> None:
         """Encode the documents for a teacher with another tokenizer."""
         end = self._end(tokenizer)
         store = encode_corpus(TextEncoder(tokenizer, end), sources, self.cache_dir)
         before = before_text(tokenizer)
         pad = int(tokenizer.pad_token_id)
-        self._reading = TeacherReading(self._blocks, store, np.array(before, np.int64), end is not None, pad)
+        self._reading = TeacherReading(blocks, store, np.array(before, np.int64), end is not None, pad)
         self._teachers_tokenizer, self.other_tokens = tokenizer, True
 
     def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
@@ -292,10 +307,57 @@ class CorpusData(IndexedData):
             raise ConfigError(f"teacher.folds={count}: blocks share documents, so there are no folds of them; set 1")
         return super().folds(count)
 
+    # -- generated texts ----------------------------------------------------------------------------------------------
+
+    def prompts(self, tokens: int) -> list[list[int]]:
+        """Return how the training texts begin, each beginning once.
+
+        In a conversation, all before a turn that counts is one, for each such turn.
+
+        Args:
+            tokens: The most of a beginning of running text, which is up to half of what a block has of it.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        blocks = self._dataset("train", "train")
+        for start in range(0, len(blocks), self.eval_batch_size):
+            batch = blocks[range(start, min(start + self.eval_batch_size, len(blocks)))]
+            found |= {tuple(one.tolist()): None for one in self.task.prompts(batch, tokens, every=True)}
+        return [list(one) for one in found]
+
+    def with_texts(self, source: Source, originals: bool) -> Self:
+        """Return the data with generated texts, which are trained on where the pool is (`select`).
+
+        Their blocks follow those of the test split; of their tokens only those count that were generated.
+
+        Args:
+            source: The texts, as `GeneratedEncoder` reads them.
+            originals: Whether the training text is trained on as well.
+        """
+        self.prepare()
+        blocks, pad = self._blocks, int(self._tokenizer.pad_token_id)
+        assert isinstance(blocks, Blocks)
+        store = encode_corpus(GeneratedEncoder(self._tokenizer), {GENERATED: source}, self.cache_dir)
+        more, counts = cut(store, {GENERATED: np.arange(len(store))}, self.block_size, self.packing, pad)
+        chosen = self._copy()
+        chosen._blocks, chosen._originals = JoinedBlocks(blocks, more), originals
+        chosen.parts = (*self.parts, GENERATED)
+        chosen._lay_out([*self.sizes.values(), *counts])
+        content = digest(seal(store.folder, (*FILES, COUNTED)))
+        chosen.teacher_key = {**self.teacher_key, "examples": len(chosen._blocks), "generated": content}
+        chosen._fingerprints = {False: self.fingerprint, True: digest([chosen.teacher_key, originals])}
+        chosen.fingerprint = chosen._fingerprints[self._pool]
+        return chosen
+
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _training_dataset(self) -> BlockDataset:
-        return self._trained_on(self._dataset("train", "train"))
+        if not self._pool or GENERATED not in self.parts:
+            return self._trained_on(self._dataset("train", "train"))
+        data = self._dataset("train", GENERATED)
+        data.left_out = np.ones(len(data), np.bool_)
+        for span in (self._spans["train"], self._spans[GENERATED])[not self._originals :]:
+            data.left_out[span.start : span.stop] = False
+        return data
 
     def _dataset(self, first: str, last: str) -> BlockDataset:
         self.prepare()
