@@ -180,3 +180,16 @@ def test_what_cannot_be_is_refused_before_anything_is_generated(started: Callabl
     with pytest.raises(ConfigError, match=WRONG[given]):
         train_all(started(*given.split()))
     assert not (home() / "generated").exists()
+
+
+def test_a_teacher_generates_as_soon_as_the_run_has_trained_it(started: Callable[..., Run], tmp_path: Path) -> None:
+    own = [
+        "stages=[teacher,distill]", "teacher.checkpoint=null", "model@teacher.network=causal_lm_small",
+        "teacher.network.hidden_size=8", "teacher.network.num_layers=1", "teacher.network.num_heads=2",
+        "teacher.trainer.max_epochs=1", "teacher.validations=1", "teacher.batch_size=4",
+    ]  # fmt: skip
+    train_all(run := started(*own))
+    lines = printed(run)
+    assert lines.index("teacher  step") < lines.index("teacher  generated") < lines.index("distill, seed 0")
+    assert run.data.sizes["generated"]
+    assert [prompt for prompt, _ in kept()] == started("generated.texts=0", name="other").data.prompts(3)  # type: ignore[attr-defined]
