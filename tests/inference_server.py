@@ -108,4 +108,5 @@ def running(serving: Serving) -> Iterator[Serving]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "the server goes on serving"

@@ -216,7 +216,8 @@ class NetworkModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting from it."""
         self.skipped_steps = checkpoint.get("skipped_steps", 0)
-        checkpoint["state_dict"] = self._with_unchanged(checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # a sharded one is restored by the strategy
+            checkpoint["state_dict"] = self._with_unchanged(checkpoint["state_dict"])
 
     def configure_gradient_clipping(
         self,

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -147,8 +148,11 @@ def _stage(file: Path) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Return what bits depend on: the version of torch and how its kernels compute here."""
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+    """Return what bits depend on: the version of torch, how its kernels compute here, and the kind of CPU."""
+    kinds = Path("/proc/cpuinfo")
+    lines = kinds.read_text().splitlines() if kinds.exists() else [platform.processor()]
+    cpu = [line.partition(":")[2].strip() for line in lines if line.startswith(("cpu family", "model\t"))][:2]
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, CPU {' '.join(cpu)}, one thread"
 
 
 def main() -> None:

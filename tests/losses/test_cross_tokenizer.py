@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.cross_tokenizer import CrossTokenizerLoss, sorted_distance, span_kl
+from kd_lightning.training.objective import Objective
 from kd_lightning.types import Batch, ModelOutput
 
 V, W = 11, 17
@@ -130,3 +131,17 @@ def test_what_cannot_be_is_refused(weights: dict[str, float]) -> None:
     hidden = ModelOutput(torch.zeros(2, 6, 0))
     with pytest.raises(ValueError, match="logits_in_training=true"):
         CrossTokenizerLoss()(hidden, ModelOutput(logits(2, 8, W)), batch(SPANS))
+
+
+def test_uneven_batches_average_to_the_whole() -> None:
+    student, teacher, given = logits(2, 6, V), logits(2, 8, W, seed=1), batch(SPANS)
+    objective = Objective({"term": CrossTokenizerLoss()}, {"term": 1.0}).double()
+    whole, _ = objective(ModelOutput(student), ModelOutput(teacher), given)
+    rows = [{name: value[row : row + 1] for name, value in given.items()} for row in range(2)]
+    mean = torch.stack([objective.counts(one) for one in rows]).mean(0)
+    found = [
+        objective(ModelOutput(student[i : i + 1]), ModelOutput(teacher[i : i + 1]), one, 0.0, mean)[0]
+        for i, one in enumerate(rows)
+    ]
+    assert [float(objective.counts(one)) for one in rows] == [2, 3]
+    assert float(torch.stack(found).mean()) == pytest.approx(float(whole), rel=1e-6)
