@@ -71,7 +71,7 @@ def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Cloc
     found = {(trial.stage.kind, trial.stage.part, trial.stage.teacher): trial for trial in trials}
     parts: dict[str, float] = {}
     costs: dict[int, float] = {}
-    outputs = 0.0
+    outputs, missing = 0.0, 0
     with torch.random.fork_rng(devices=[]):
         for stage in todo:
             trial = found.get((stage.kind, stage.part, stage.teacher))
@@ -83,16 +83,17 @@ def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Cloc
                 costs[id(trial)] = _training(run, trial)
             parts[stage.path] = costs[id(trial)] * stage.steps / trial.stage.steps
             if stage.distils and trial.teacher is not None and not outputs:
-                outputs = _outputs(run, trial.teacher, _missing(run, todo))
+                missing = _missing(run, todo)
+                outputs = _outputs(run, trial.teacher, missing)
                 parts[stage.path] += outputs
         parts["report"] = sum(_profile(run, trial) for trial in found.values())
     clock = Clock(parts, outputs)
-    say(run.console, _line(run, todo, clock))
+    say(run.console, _line(run, todo, clock, missing))
     return clock
 
 
-def _line(run: Run, stages: Sequence[Stage], clock: Clock) -> str:
-    """Return what is done, and how long it takes."""
+def _line(run: Run, stages: Sequence[Stage], clock: Clock, missing: int) -> str:
+    """Return what is done, for how many examples the teacher is still to predict, and how long it takes."""
     teachers = [stage for stage in stages if stage.kind == "teacher"]
     students = [stage for stage in stages if stage.kind != "teacher"]
     shares = []
@@ -100,7 +101,7 @@ def _line(run: Run, stages: Sequence[Stage], clock: Clock) -> str:
         seconds = sum(clock.parts[stage.path] for stage in teachers)
         shares.append(f"{_number(teachers, 'teacher')} {duration(seconds)}")
     if clock.outputs:
-        shares.append(f"its outputs for {_missing(run, stages):,} examples {duration(clock.outputs)}")
+        shares.append(f"its outputs for {missing:,} examples {duration(clock.outputs)}")
     if students:
         seconds = sum(clock.parts[stage.path] for stage in students) - clock.outputs
         shares.append(f"{_number(students, 'student')} {duration(seconds)}")

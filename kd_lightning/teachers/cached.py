@@ -14,11 +14,11 @@ from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, c
 from kd_lightning.teachers.cache.outputs import Storage, specs_of
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.clock import PREDICTING
-from kd_lightning.teachers.frozen import Teacher
+from kd_lightning.teachers.frozen import Teacher, WrappedTeacher
 from kd_lightning.types import Batch, ModelOutput, SparseLogits
 
 
-class StoredForm(Teacher):
+class StoredForm(WrappedTeacher):
     """Gives another teacher's outputs in the form in which a cache returns them.
 
     Args:
@@ -27,7 +27,8 @@ class StoredForm(Teacher):
     """
 
     def __init__(self, inner: Teacher, storage: Storage) -> None:
-        self.inner, self.storage = inner, storage
+        super().__init__(inner)
+        self.storage = storage
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the other teacher's output, with sparse logits where they are read back so."""
@@ -36,11 +37,6 @@ class StoredForm(Teacher):
         if output.sparse is not None or not spec.sparse or spec.top_k is None:
             return output
         return ModelOutput(output.logits[..., :0], output.features, SparseLogits.of(output.logits, spec.top_k))
-
-    def to(self, device: torch.device) -> Self:
-        """Move the other teacher to a device."""
-        self.inner = self.inner.to(device)
-        return self
 
 
 class CachedTeacher(Teacher):

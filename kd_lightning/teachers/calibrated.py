@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.teachers.frozen import Teacher
+from kd_lightning.teachers.frozen import Teacher, WrappedTeacher
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
 LARGEST = 20.0
 """The temperature is searched between this and its inverse: for a teacher without errors none is the best."""
 
 
-class CalibratedTeacher(Teacher):
+class CalibratedTeacher(WrappedTeacher):
     """Divides another teacher's logits by a temperature; see `fit_temperature`.
 
     The most likely class and the features do not change.
@@ -29,7 +26,8 @@ class CalibratedTeacher(Teacher):
     """
 
     def __init__(self, inner: Teacher, temperature: float) -> None:
-        self.inner, self.temperature = inner, temperature
+        super().__init__(inner)
+        self.temperature = temperature
         self.notes = {**inner.notes, "teacher_temperature": temperature}
 
     def __call__(self, batch: Batch) -> ModelOutput:
@@ -41,19 +39,6 @@ class CalibratedTeacher(Teacher):
                 "keeps only some: set the one to false or the other to null"
             )
         return ModelOutput(output.logits / self.temperature, output.features)
-
-    def to(self, device: torch.device) -> Self:
-        """Move the other teacher to a device."""
-        self.inner = self.inner.to(device)
-        return self
-
-    def flush(self) -> None:
-        """Flush the other teacher."""
-        self.inner.flush()
-
-    def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """Return the loader as the other teacher does; what it computes ahead is calibrated where it is read."""
-        return self.inner.around(loader)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -56,6 +56,30 @@ class Teacher(ABC):
         return loader
 
 
+class WrappedTeacher(Teacher):
+    """Base class of teachers that change what another one returns.
+
+    Args:
+        inner: The other teacher. What it computes ahead of a step is changed where it is read.
+    """
+
+    def __init__(self, inner: Teacher) -> None:
+        self.inner, self.notes = inner, inner.notes
+
+    def to(self, device: torch.device) -> Self:
+        """Move the other teacher to a device."""
+        self.inner = self.inner.to(device)
+        return self
+
+    def flush(self) -> None:
+        """Flush the other teacher."""
+        self.inner.flush()
+
+    def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the loader as the other teacher does."""
+        return self.inner.around(loader)
+
+
 class FrozenTeacher(nn.Module, Teacher):
     """Runs a frozen network: always in eval mode, without gradients, under `inference_mode`.
 

@@ -17,16 +17,13 @@ in whatever batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Self
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.mixing import mixed
-from kd_lightning.teachers.frozen import Teacher
+from kd_lightning.teachers.frozen import Teacher, WrappedTeacher
 from kd_lightning.types import Batch, ModelOutput, SparseLogits
 
 VERSION = 1
@@ -39,7 +36,7 @@ LEAST = -1e4
 """The smallest log probability that is kept; its weight is 0."""
 
 
-class SampledTeacher(Teacher):
+class SampledTeacher(WrappedTeacher):
     """Draws classes of each token from another teacher's logits; see the top of this file.
 
     Args:
@@ -51,8 +48,8 @@ class SampledTeacher(Teacher):
     """
 
     def __init__(self, inner: Teacher, count: int) -> None:
-        self.inner, self.count = inner, count
-        self.notes = inner.notes
+        super().__init__(inner)
+        self.count = count
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the other teacher's output with logits `(B, L, 0)` and the drawn ones in `sparse`."""
@@ -64,19 +61,6 @@ class SampledTeacher(Teacher):
             )
         starts = starts_of(batch[f"{own}input_ids"], batch.get(f"{own}attention_mask"))
         return ModelOutput(output.logits[..., :0], output.features, drawn(output.logits, self.count, starts))
-
-    def to(self, device: torch.device) -> Self:
-        """Move the other teacher to a device."""
-        self.inner = self.inner.to(device)
-        return self
-
-    def flush(self) -> None:
-        """Flush the other teacher."""
-        self.inner.flush()
-
-    def around(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """Return the loader as the other teacher does."""
-        return self.inner.around(loader)
 
 
 def starts_of(ids: Tensor, mask: Tensor | None = None) -> Tensor:

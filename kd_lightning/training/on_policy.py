@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_lightning.data.corpus.blocks import PADDING
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.continuation import continuations
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE, Batch
-
-_PADDING = {"labels": IGNORE, "document_ids": -1}
-"""What stands at the padding of a batch's entries, if not 0."""
 
 
 class OnPolicy:
@@ -56,13 +54,8 @@ class OnPolicy:
             )
         if not 0 <= temperature < math.inf:
             raise ConfigError(f"on_policy.temperature={temperature:g}: expected a number of 0 or more")
-        self.share, self.prompt_tokens, self.new_tokens, self.most_tokens = (
-            share,
-            prompt_tokens,
-            new_tokens,
-            most_tokens,
-        )
-        self.ends, self.temperature = tuple(ends), temperature
+        self.share, self.ends, self.temperature = share, tuple(ends), temperature
+        self.prompt_tokens, self.new_tokens, self.most_tokens = prompt_tokens, new_tokens, most_tokens
 
     def __call__(self, batch: Batch, keep: Tensor, student: nn.Module, seed: int) -> Batch:
         """Return a batch with continuations.
@@ -125,8 +118,8 @@ def _replaced(batch: Batch, texts: dict[int, tuple[int, Tensor]]) -> Batch:
     found = dict(batch)
     for name, value in batch.items():
         if value.shape == shape:
-            found[name] = F.pad(value, (0, more), value=_PADDING.get(name, 0))
-            found[name][list(texts)] = _PADDING.get(name, 0)
+            found[name] = F.pad(value, (0, more), value=PADDING.get(name, 0))
+            found[name][list(texts)] = PADDING.get(name, 0)
     for row, (prompt, ids) in texts.items():
         size = len(ids)
         found["input_ids"][row, :size], found["attention_mask"][row, :size] = ids, 1

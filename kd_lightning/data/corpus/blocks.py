@@ -19,6 +19,8 @@ from kd_lightning.runtime.mixing import mixed
 from kd_lightning.types import IGNORE, Batch
 
 Packing = Literal["documents", "concat", "none"]
+PADDING = {"labels": IGNORE, "document_ids": -1, "of_document": -1}
+"""What stands at the padding of a batch's entries, if not 0; the token there is the data's."""
 """What stands in a block: `documents`, one after the other, of which none sees another and each counts its positions
 from 0; the same documents as one text (`concat`); or one document alone (`none`). Longer documents are cut."""
 
@@ -129,8 +131,7 @@ class JoinedBlocks:
                 batch = blocks.batch(index[rows] - start)
                 if self.first.store.counted is None:
                     batch.pop("keep", None)
-                padding = {"input_ids": blocks.pad_token_id, "labels": IGNORE, "document_ids": -1, "of_document": -1}
-                found.append((torch.from_numpy(rows), batch, padding))
+                found.append((torch.from_numpy(rows), batch, {**PADDING, "input_ids": blocks.pad_token_id}))
         return merged(found, len(index))
 
 
