@@ -20,7 +20,7 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.processes import rank
 from kd_lightning.tasks.evaluation import evaluate
 from kd_lightning.teachers import FrozenTeacher
-from kd_lightning.training.fit import train
+from kd_lightning.training.fit import holding, train
 from kd_lightning.training.run_folder import is_finished, read_stage, validation_score, write_config
 
 if TYPE_CHECKING:
@@ -69,9 +69,11 @@ def _keep_config(run: Run) -> None:
 
 def _train(run: Run, stage: Stage) -> None:
     """Train one stage; a teacher until it has learned."""
-    train(prepare(run, stage), run.console)
-    if stage.kind == "teacher":
-        finish_teacher(run, stage)
+    training = prepare(run, stage)
+    with holding(training, run.console):  # a command that shares the teacher waits for its check, too
+        train(training, run.console)
+        if stage.kind == "teacher":
+            finish_teacher(run, stage)
 
 
 def score(run: Run) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +50,10 @@ def train(training: Training, console: Console) -> dict[str, Any]:
         ConfigError: The folder holds a training with other settings.
         KDError: The training was interrupted, or diverged.
     """
-    check_stage_links(training.folder)
     with ExitStack() as held:
         with first():
+            held.enter_context(holding(training, console))
             if rank() == 0:
-                notify = partial(_say_waiting, console, training)
-                held.enter_context(alone(training.folder / ".lock", notify))
                 put_away(training.folder)
             finished = check_fingerprint(training.folder, training.fingerprint, training.settings)
             if rank() == 0 and finished:  # a kill after the stage was finished left what it no longer needs
@@ -74,6 +72,21 @@ def train(training: Training, console: Console) -> dict[str, Any]:
             with signals.holding():
                 _fit(training, console)
     return read_stage(training.folder)
+
+
+@contextmanager
+def holding(training: Training, console: Console) -> Iterator[None]:
+    """Hold a stage's folder, in the first process of a command; another command that comes to it waits.
+
+    Raises:
+        ConfigError: A link in the folder leads out of it.
+    """
+    check_stage_links(training.folder)
+    if rank() != 0:
+        yield
+        return
+    with alone(training.folder / ".lock", partial(_say_waiting, console, training)):
+        yield
 
 
 def _say_waiting(console: Console, training: Training, line: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -15,6 +16,7 @@ from kd_lightning.pipeline import teacher_check
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.stages import Stage
 from kd_lightning.pipeline.teacher_check import findings_of, is_pretrained, linear_accuracy, still_improving
 from kd_lightning.tasks.scores import ScoreSpec
 from kd_lightning.training.run_folder import best_training, read_stage, teacher_stage, trainings_of, validation_score
@@ -90,6 +92,25 @@ def test_a_teacher_below_a_linear_one_is_trained_on_from_its_weights(
     train_all(again)
     assert said.getvalue().count("finished before") == len(trained) + 1
     assert findings_of(folder) == lines
+
+
+def test_another_command_that_shares_the_teacher_waits_for_its_check(
+    composed: Callable[..., DictConfig], toy_csv: Path, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = made(composed, toy_csv, tmp_path / "run", "stages=[teacher]")
+    lock = filelock.FileLock(run.folder / "teacher" / ".lock")  # of its own, as another process has one
+    checked: list[bool] = []
+
+    def linear(run: Run, stage: Stage) -> None:
+        with pytest.raises(filelock.Timeout):
+            lock.acquire(timeout=0)
+        checked.append(True)
+
+    monkeypatch.setattr(teacher_check, "_linear", linear)
+    train_all(run)
+    assert checked == [True]
+    lock.acquire(timeout=0)  # released at the end
+    lock.release()
 
 
 def test_where_the_user_gave_the_steps_it_is_only_said(
