@@ -105,7 +105,9 @@ class Clock(L.Callback):
             self.seconds = time.perf_counter() - self._started
 
 
-def train_ours(module: L.LightningModule, warm: int, steps: int, *, logging: bool) -> float:
+def train_ours(
+    module: L.LightningModule, warm: int, steps: int, *, logging: bool, data: L.LightningDataModule | None = None
+) -> float:
     """Train as the pipeline does and return the seconds of the steps after the first `warm`.
 
     Args:
@@ -113,6 +115,7 @@ def train_ours(module: L.LightningModule, warm: int, steps: int, *, logging: boo
         warm: Steps not timed.
         steps: Steps in all.
         logging: With the pipeline's loggers and callbacks.
+        data: What it is trained on; by default `reviews`.
     """
     clock = Clock(warm, steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +128,7 @@ def train_ours(module: L.LightningModule, warm: int, steps: int, *, logging: boo
             callbacks=[*callbacks, LearningRateMonitor("step"), clock] if logging else [clock],
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=logging,
         )  # fmt: skip
-        trainer.fit(module, reviews().select(tokens="student", pool=False))
+        trainer.fit(module, data or reviews().select(tokens="student", pool=False))
     return clock.seconds
 
 

@@ -1,0 +1,144 @@
+"""A step of a small language model: from the sparse cache and beside a running teacher, against the least it can cost.
+
+The student is `experiment=lm_sotu`'s (6 layers x 288), on batches of 16 blocks of 128 tokens, its vocabulary trimmed to
+150,000 tokens of speeches. Everything runs under Lightning with the pipeline's loggers and callbacks, but what is named
+"by hand".
+
+* from the sparse cache, top-32 and tail, against the same student from text alone: both with the output layer left to
+  the loss, and both with dense logits
+* beside a running teacher of SmolLM2's size in float32, batches of 8, dense soft targets, against the teacher's forward
+  pass and the student's step written by hand
+* what trimming the vocabulary from 49,152 tokens is worth: the step from text alone
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Measure, ratios
+from benchmarks.lm_task import (
+    FULL,
+    STUDENT,
+    addresses,
+    network,
+    optimizer,
+    smollm2_shaped,
+    sparse_objective,
+    stored_training_blocks,
+)
+from benchmarks.task import ALPHA, CLIP, scheduler, silence, take_turns, train_ours
+from kd_lightning.data import Sotu
+from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
+from kd_lightning.teachers import FrozenTeacher
+from kd_lightning.training.distillation import DistillationModule, SupervisedModule
+from kd_lightning.training.objective import Objective
+from kd_lightning.training.optim import parameter_groups
+
+WARM, STEPS, ROUNDS = 4, 24, 5
+LIVE_BATCH, LIVE_WARM, LIVE_STEPS = 8, 1, 9
+
+
+def run() -> list[Measure]:
+    """Return all three."""
+    silence()
+    return [*_cached(), *_live(), *_trimmed()]
+
+
+def _cached() -> list[Measure]:
+    data = addresses()
+    measures = []
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = stored_training_blocks(data, Path(folder))
+        for name, chunked in (("output layer in the loss", True), ("dense logits", False)):
+
+            def distilled(chunked: bool = chunked) -> float:
+                student = network(STUDENT, data, logits_in_training=not chunked)
+                module = DistillationModule(
+                    student, teacher, sparse_objective(), optimizer(), scheduler, task=data.task
+                )
+                return _train(module, data)
+
+            seconds = take_turns(
+                {"distilled": distilled, "text alone": lambda chunked=chunked: _alone(data, chunked)}, ROUNDS
+            )
+            shares = ratios(seconds["distilled"], seconds["text alone"])
+            measures += [
+                Measure(f"from the sparse cache / text alone, {name}", shares, "ratio", "<= 1.03"),
+                Measure(f"from the sparse cache, {name}: a step", _per_step(seconds["distilled"]), "ms"),
+            ]
+    return measures
+
+
+def _alone(data: Sotu, chunked: bool) -> float:
+    student = network(STUDENT, data, logits_in_training=not chunked)
+    return _train(SupervisedModule(student, optimizer(), scheduler, task=data.task), data)
+
+
+def _live() -> list[Measure]:
+    data = addresses(batch_size=LIVE_BATCH)
+    above = smollm2_shaped(len(data.tokenizer_of("student"))).requires_grad_(False)
+    objective = Objective({"ce": CrossEntropyLoss(), "kd": SoftTargetLoss()}, {"ce": 1 - ALPHA, "kd": ALPHA})
+
+    def ours() -> float:
+        student = network(STUDENT, data, logits_in_training=True)
+        module = DistillationModule(student, FrozenTeacher(above), objective, optimizer(), scheduler, task=data.task)
+        return _train(module, data, LIVE_WARM, LIVE_STEPS)
+
+    seconds = take_turns({"ours": ours, "by hand": lambda: _by_hand(above, data)}, ROUNDS)
+    note = f"the teacher of 30 layers x 576 in float32 on both sides; batches of {LIVE_BATCH} x 128 tokens"
+    return [Measure("running teacher: ours / by hand", ratios(*seconds.values()), "ratio", "<= 1.03", note)]
+
+
+def _by_hand(teacher: nn.Module, data: Sotu) -> float:
+    """Train in a minimal loop and return the seconds of the steps behind the first ones."""
+    student = network(STUDENT, data, logits_in_training=True).train()
+    adamw = optimizer()(parameter_groups(student))
+    schedule, started = scheduler(adamw, LIVE_STEPS), 0.0
+    loader = data.select(tokens="student", pool=False).train_dataloader()
+    for done, batch in enumerate(itertools.islice(loader, LIVE_STEPS)):
+        if done == LIVE_WARM:
+            started = time.perf_counter()
+        given = {name: batch[name] for name in ("input_ids", "position_ids", "document_ids")}
+        with torch.inference_mode():
+            above = teacher(**given).logits[:, :-1]
+        loss = _textbook(student(**given).logits[:, :-1], above.clone(), batch["labels"][:, 1:])
+        adamw.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        adamw.step()
+        schedule.step()
+    return time.perf_counter() - started
+
+
+def _textbook(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    counted = labels != -100
+    z_s, z_t, y = student[counted], teacher[counted], labels[counted]
+    soft = nn.functional.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True)
+    return (1 - ALPHA) * nn.functional.cross_entropy(z_s, y) + ALPHA * soft
+
+
+def _trimmed() -> list[Measure]:
+    whole, cut = addresses(FULL), addresses()
+    work: dict[str, Callable[[], float]] = {
+        "whole": lambda: _alone(whole, chunked=True),
+        "trimmed": lambda: _alone(cut, chunked=True),
+    }
+    seconds = take_turns(work, ROUNDS)
+    sizes = [len(data.tokenizer_of("student")) for data in (whole, cut)]
+    note = f"{sizes[0]:,} and {sizes[1]:,} tokens; text alone, output layer in the loss"
+    return [Measure("whole vocabulary / trimmed: a step", ratios(*seconds.values()), "ratio", None, note)]
+
+
+def _train(module: DistillationModule | SupervisedModule, data: Sotu, warm: int = WARM, steps: int = STEPS) -> float:
+    return train_ours(module, warm, steps, logging=True, data=data.select(tokens="student", pool=False))
+
+
+def _per_step(seconds: list[float]) -> list[float]:
+    return [1000 * value / (STEPS - WARM) for value in seconds]
