@@ -229,9 +229,6 @@ class SparseKDLoss(Term):
         top_k: K, for a teacher that gives all its logits.
         divergence: As for `sparse_kd`.
         beta: As for `sparse_kd`.
-        ce_weight: Weight of the cross-entropy with the labels, for a student without logits, which no other term can
-            read.
-        kd_weight: Weight of the divergence.
 
     Raises:
         ValueError: At the first batch: a feature that is missing, or what `sparse_kd` refuses.
@@ -239,34 +236,44 @@ class SparseKDLoss(Term):
 
     averages: Averages = "logits"
 
-    def __init__(
-        self, top_k: int = 32, divergence: Divergence = "forward_kl", beta: float = 0.5, ce_weight: float = 0.0,
-        kd_weight: float = 1.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, top_k: int = 32, divergence: Divergence = "forward_kl", beta: float = 0.5) -> None:
         super().__init__()
         check_divergence(divergence, beta)
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, got {top_k}")
         self.top_k, self.divergence, self.beta = top_k, divergence, beta
-        self.ce_weight, self.kd_weight = ce_weight, kd_weight
-        if ce_weight != 0:
-            self.averages = "labels"
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the divergence, averaged over the rows that count."""
-        sparse = teacher.sparse
-        if sparse is None:
-            sparse = SparseLogits.of(teacher.logits.detach(), min(self.top_k, teacher.logits.shape[-1]))
         if student.logits.shape[-1]:
-            if self.ce_weight != 0:
-                raise ValueError(f"ce_weight={self.ce_weight} is for a student without logits; add a term of labels")
             mask = kept_rows(student.logits, batch)
-            return self.kd_weight * sparse_kd(student.logits, sparse, self.divergence, self.beta, mask)
+            return sparse_kd(student.logits, self._sparse(teacher), self.divergence, self.beta, mask)
+        return self._chunked(student, teacher, batch).loss
+
+    def with_labels(
+        self, student: ModelOutput, teacher: ModelOutput, batch: Batch, ce_weight: float, kd_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return cross-entropy and divergence of a student without logits, from one pass over its output layer.
+
+        The gradient of both together, `ce_weight * ce + kd_weight * kd`, is that of the sum; all of it is the
+        divergence's here, and neither has a gradient of its own.
+        """
+        both = self._chunked(student, teacher, batch, ce_weight, kd_weight)
+        return both.ce, both.kd + (both.loss - both.loss.detach()) / kd_weight
+
+    def _sparse(self, teacher: ModelOutput) -> SparseLogits:
+        if teacher.sparse is not None:
+            return teacher.sparse
+        return SparseLogits.of(teacher.logits.detach(), min(self.top_k, teacher.logits.shape[-1]))
+
+    def _chunked(
+        self, student: ModelOutput, teacher: ModelOutput, batch: Batch, ce_weight: float = 0.0, kd_weight: float = 1.0
+    ) -> FusedLoss:
         if missing := {"last_hidden", "head"} - student.features.keys():
             raise ValueError(f"the student's logits are empty, and its features lack {sorted(missing)}")
         hidden = student.features["last_hidden"]
         return sparse_linear_kd(
-            hidden, student.features["head"], sparse, batch.get("labels"), kept_rows(hidden, batch),
-            student_bias=student.features.get("head_bias"), ce_weight=self.ce_weight, kd_weight=self.kd_weight,
-            divergence=self.divergence, beta=self.beta,
-        ).loss  # fmt: skip
+            hidden, student.features["head"], self._sparse(teacher), batch.get("labels") if ce_weight else None,
+            kept_rows(hidden, batch), student_bias=student.features.get("head_bias"), ce_weight=ce_weight,
+            kd_weight=kd_weight, divergence=self.divergence, beta=self.beta,
+        )  # fmt: skip

@@ -162,9 +162,11 @@ class DistillationModule(NetworkModule):
         """Return the objective's value for one batch."""
         loss: Tensor
         rows = self.task.compared(batch)
-        loss, parts = self.objective(*self.outputs(batch), rows, self.progress, self.step.mean(batch, batch_idx))
+        mean, compared = self.step.mean(batch, batch_idx), self.compares_gradients(batch_idx)
+        loss, parts = self.objective(*self.outputs(batch), rows, self.progress, mean, apart=compared)
         self.log_step(batch, loss, lambda: self.objective.account(parts, self.progress))
-        self.log_gradients(batch_idx, lambda: self.objective.gradients(parts, self.progress))
+        if compared:
+            self.log_gradients(self.objective.gradients(parts, self.progress))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -152,18 +152,23 @@ class NetworkModule(L.LightningModule):
             if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
                 self.log("train/skipped_steps", float(self.skipped_steps), batch_size=size)
 
-    def log_gradients(self, batch_idx: int, compare: Callable[[], dict[str, float]]) -> None:
-        """Compare the terms' gradients in the first step and every 50th after it, on the step's first batch.
+    def compares_gradients(self, batch_idx: int) -> bool:
+        """Return whether the terms' gradients are compared: in the first step and every 50th, on its first batch.
 
-        Written straight to the loggers: what goes through `self.log` is written again until there is a new value.
         Without loggers nothing is compared, nor where a process holds a shard of the network (FSDP).
         """
         trainer: Any = self.trainer
         due = batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % GRADIENTS_EVERY == 0
-        if due and self._replicated and trainer.loggers and trainer.log_every_n_steps:
-            values = {f"train/{name}": value for name, value in compare().items()}
-            for logger in trainer.loggers if values else ():
-                logger.log_metrics(values, step=trainer.global_step)
+        return bool(due and self._replicated and trainer.loggers and trainer.log_every_n_steps)
+
+    def log_gradients(self, compared: Mapping[str, float]) -> None:
+        """Log how the terms' gradients compare.
+
+        Written straight to the loggers: what goes through `self.log` is written again until there is a new value.
+        """
+        values = {f"train/{name}": value for name, value in compared.items()}
+        for logger in self.trainer.loggers if values else ():
+            logger.log_metrics(values, step=self.trainer.global_step)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score the network against labels."""

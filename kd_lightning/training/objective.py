@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.losses.cross_entropy import CrossEntropyLoss
+from kd_lightning.losses.sparse import SparseKDLoss
 from kd_lightning.losses.term import Scheduled, Term, at_least_float32
 from kd_lightning.models.features import depth
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.training.loss_balancing import gradient_report, loss_shares, make_balance
+from kd_lightning.training.loss_balancing import Balance, gradient_report, loss_shares, make_balance
 from kd_lightning.types import Batch, ModelOutput
 
 _log = logging.getLogger(__name__)
@@ -122,6 +124,7 @@ class Objective(nn.Module):
         batch: Batch,
         progress: float = 0.0,
         mean_counts: Tensor | None = None,
+        apart: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and every term's unweighted value by name.
 
@@ -134,21 +137,48 @@ class Objective(nn.Module):
         In training a term whose schedule has its weight at 0 now is not computed and has no part, so that a recipe in
         stages pays for one stage at a time (unless all weights are 0). A term whose weight is the number 0 is computed,
         to be watched.
+
+        The parts have graphs of their own with `apart`. Without it, cross-entropy and `SparseKDLoss` of a student that
+        leaves out its output layer are computed in one pass over that layer, and only their sum has a gradient.
         """
         student, teacher = _widened(student), _widened(teacher)
-        means: dict[str, Tensor] = {}
         weights = self._weights(progress)
         skipping = self.training and any(weights.values())
         with torch.autocast(student.logits.device.type, enabled=False):
+            means = {} if apart else self._together(student, teacher, batch, weights, mean_counts)
             for name, term in self.terms.items():
                 assert isinstance(term, Term)
                 term.progress = progress
-                if weights[name] != 0 or not (skipping and callable(self.weights[name])):
+                if name not in means and (weights[name] != 0 or not (skipping and callable(self.weights[name]))):
                     means[name] = term.parts(student, teacher, batch)
             parts = {name: part.sum() for name, part in means.items()}
             if mean_counts is None:
                 return self.balance(parts, weights), parts
-            return self.balance(self._shared(means, batch, mean_counts), weights), parts
+            shares = self._shares(batch, mean_counts)
+            return self.balance({name: (part * shares[name]).sum() for name, part in means.items()}, weights), parts
+
+    def _together(
+        self, student: ModelOutput, teacher: ModelOutput, batch: Batch, weights: Mapping[str, float],
+        mean_counts: Tensor | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Return the means of cross-entropy and sparse divergence, where one pass over the output layer has both.
+
+        It has not where they count different rows, or where each needs a gradient of its own.
+        """
+        names = {type(term): name for name, term in self.terms.items()}
+        ce, kd = names.get(CrossEntropyLoss), names.get(SparseKDLoss)
+        if student.logits.shape[-1] or ce is None or kd is None or type(self.balance) is not Balance:
+            return {}
+        labels, divergence = self.terms[ce], self.terms[kd]
+        assert isinstance(labels, CrossEntropyLoss)
+        assert isinstance(divergence, SparseKDLoss)
+        own = [term.counts(batch) for term in (labels, divergence)]
+        if labels.label_smoothing or not weights[ce] or not weights[kd] or not own[0] or not torch.equal(*own):
+            return {}
+        shares = {ce: 1.0, kd: 1.0} if mean_counts is None else self._shares(batch, mean_counts)
+        beside = float(shares[ce] / shares[kd])  # another process may count other rows of labels
+        found = divergence.with_labels(student, teacher, batch, weights[ce] * beside, weights[kd])
+        return {name: part.view(1) for name, part in zip((ce, kd), found, strict=True)}
 
     def account(self, parts: Mapping[str, Tensor], progress: float) -> dict[str, Any]:
         """Return what to log of a step: each term's value and its share of the loss, and `settings`."""
@@ -177,14 +207,11 @@ class Objective(nn.Module):
             values.update({f"{name}/{key}": value for key, value in term.settings().items()})
         return values
 
-    def _shared(self, means: dict[str, Tensor], batch: Batch, mean_counts: Tensor) -> dict[str, Tensor]:
-        """Return the terms' means times this batch's shares of the step, summed by term."""
+    def _shares(self, batch: Batch, mean_counts: Tensor) -> dict[str, Tensor]:
+        """Return by term what makes its means over this batch its parts of the means over the step."""
         own = {name: term.counts(batch) for name, term in zip(self.terms, self._terms(), strict=True)}
         of_step = torch.split(mean_counts, [len(counts) for counts in own.values()])
-        shares = {
-            name: term.share(own[name], mean) for name, term, mean in zip(own, self._terms(), of_step, strict=True)
-        }
-        return {name: (part * shares[name]).sum() for name, part in means.items()}
+        return {name: term.share(own[name], mean) for name, term, mean in zip(own, self._terms(), of_step, strict=True)}
 
     def _weights(self, progress: float) -> dict[str, float]:
         """Return the configured weights at this progress."""

@@ -40,8 +40,7 @@ def addresses(tokenizer: str = TRIMMED, batch_size: int = 16) -> Sotu:
 def network(sizes: dict[str, int], data: Sotu, *, logits_in_training: bool = False) -> CausalLM:
     """Return a network for the data's vocabulary, with the weights of seed 0."""
     torch.manual_seed(0)
-    arguments = data.model_arguments("student")
-    return causal_lm_small(**arguments, **sizes, logits_in_training=logits_in_training)
+    return causal_lm_small(len(data.tokenizer_of("student")), BLOCK, **sizes, logits_in_training=logits_in_training)
 
 
 def smollm2_shaped(vocabulary: int) -> CausalLM:

@@ -303,10 +303,9 @@ class TestTerm:
         bare = ModelOutput(student.logits[..., :0], student.features)
         value = SparseKDLoss(top_k=3, divergence="jsd")(bare, teacher, batch)
         torch.testing.assert_close(value, SparseKDLoss(top_k=3, divergence="jsd")(student, teacher, batch))
-        both = SparseKDLoss(top_k=3, ce_weight=0.1, kd_weight=0.9)(bare, teacher, batch)
-        kd = SparseKDLoss(top_k=3)(student, teacher, batch)
-        ce = cross_entropy(student.logits, batch["labels"], mask=batch["keep"])
-        torch.testing.assert_close(both, 0.1 * ce + 0.9 * kd)
+        ce, kd = SparseKDLoss(top_k=3).with_labels(bare, teacher, batch, 0.1, 0.9)
+        torch.testing.assert_close(kd, SparseKDLoss(top_k=3)(student, teacher, batch))
+        torch.testing.assert_close(ce, cross_entropy(student.logits, batch["labels"], mask=batch["keep"]))
 
     def test_more_classes_than_there_are_is_all_of_them(self) -> None:
         student, teacher, batch = self.outputs()
@@ -321,8 +320,6 @@ class TestTerm:
             SparseKDLoss()(student, ModelOutput(randn(2, 4, 12)), batch)
         with pytest.raises(ValueError, match=r"rows \(2, 4\) and the sparse teacher \(2, 3\)"):
             SparseKDLoss()(student, ModelOutput(randn(2, 3, V)), batch)
-        with pytest.raises(ValueError, match="add a term of labels"):
-            SparseKDLoss(ce_weight=0.5)(student, teacher, batch)
         with pytest.raises(ValueError, match="divergence must be one of"):
             SparseKDLoss(divergence="kl")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="beta must be in"):

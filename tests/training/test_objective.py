@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import unittest.mock
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import Tensor, nn
 
-from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss, Term
+from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss, Term, chunked_linear
+from kd_lightning.losses.sparse import SparseKDLoss
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.schedules import Linear, OneMinus
@@ -55,6 +58,68 @@ def test_the_loss_and_its_parts_have_graphs() -> None:
     assert loss.requires_grad
     assert loss.shape == ()
     assert all(part.requires_grad for part in parts.values())  # balance takes gradients of single terms
+
+
+class TestCrossEntropyBesideASparseTeacher:
+    """A student that leaves out its output layer goes through it once for both."""
+
+    def steps(
+        self, objective: Objective, labels: torch.Tensor, mean_counts: torch.Tensor | None, apart: bool
+    ) -> tuple[dict[str, float], list[torch.Tensor], int]:
+        """Return the loss and its parts, the gradients, and how often the output layer was gone through."""
+        generator = torch.Generator().manual_seed(3)
+        hidden, head = (torch.randn(*size, generator=generator).requires_grad_() for size in ((2, 4, 5), (11, 5)))
+        student = ModelOutput(hidden[..., :0], {"last_hidden": hidden, "head": head})
+        teacher = ModelOutput(torch.randn(2, 4, 11, generator=generator))
+        keep = torch.tensor([[True, True, True, False], [True, True, False, False]])
+        with unittest.mock.patch.object(chunked_linear, "_all_chunks", wraps=chunked_linear._all_chunks) as passes:
+            loss, parts = objective(
+                student, teacher, {"labels": labels, "keep": keep}, mean_counts=mean_counts, apart=apart
+            )
+        gradients = torch.autograd.grad(loss, [hidden, head])
+        values = {name: part.item() for name, part in parts.items()} | {"loss": loss.item()}
+        return values, list(gradients), passes.call_count
+
+    @pytest.mark.parametrize(
+        ("counts", "balance", "smoothing", "unlabelled", "weight", "passes"),
+        [
+            (None, "fixed", 0.0, [], 0.1, 1),
+            ([5.0, 5.0], "fixed", 0.0, [], 0.1, 1),
+            ([3.0, 6.0], "fixed", 0.0, [], 0.1, 1),  # other batches of the step have no labels
+            (None, "fixed", 0.0, [(0, 1)], 0.1, 2),
+            (None, "fixed", 0.0, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)], 0.1, 2),
+            (None, "fixed", 0.1, [], 0.1, 2),
+            (None, "unit_initial", 0.0, [], 0.1, 2),
+            (None, "fixed", 0.0, [], 0.0, 2),  # computed to be watched
+        ],
+    )
+    def test_it_is_the_same_as_apart(
+        self, counts: list[float] | None, balance: str, smoothing: float, unlabelled: list[tuple[int, int]],
+        weight: float, passes: int,
+    ) -> None:  # fmt: skip
+        labels = torch.arange(8).view(2, 4)
+        for place in unlabelled:
+            labels[place] = IGNORE
+        mean = None if counts is None else torch.tensor(counts)
+        found = []
+        for apart in (False, True):
+            terms = {"ce": CrossEntropyLoss(smoothing), "kd": SparseKDLoss(top_k=3)}
+            objective = Objective(terms, {"ce": weight, "kd": 0.9}, balance)
+            found.append(self.steps(objective, labels, mean, apart))
+        (values, gradients, together), (expected, expected_gradients, _) = found
+        assert values == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(gradients, expected_gradients)
+        assert together == passes
+        assert found[1][2] == 2
+
+    def test_nothing_that_counts(self) -> None:
+        objective = Objective({"ce": CrossEntropyLoss(), "kd": SparseKDLoss(top_k=3)}, {"ce": 0.1, "kd": 0.9})
+        hidden = torch.randn(1, 2, 5, requires_grad=True)
+        student = ModelOutput(hidden[..., :0], {"last_hidden": hidden, "head": torch.randn(11, 5)})
+        batch = {"labels": torch.full((1, 2), IGNORE), "keep": torch.zeros(1, 2, dtype=torch.bool)}
+        loss, _ = objective(student, ModelOutput(torch.randn(1, 2, 11)), batch, mean_counts=torch.tensor([4.0, 4.0]))
+        assert loss.item() == 0
+        assert torch.equal(torch.autograd.grad(loss, hidden)[0], torch.zeros_like(hidden))
 
 
 def test_weights_and_temperature_follow_progress() -> None:
