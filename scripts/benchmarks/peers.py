@@ -87,18 +87,18 @@ def run(
     return [measure for student in STUDENTS for measure in _measures(student, results)]
 
 
-def install() -> Path:
+def install(requirements: Path = REQUIREMENTS) -> Path:
     """Return the folder of the peers' packages (torchvision below it, in `vision`), filled by pip the first time.
 
     Raises:
         subprocess.CalledProcessError: pip could not.
         subprocess.TimeoutExpired: It did not in half an hour.
     """
-    folder = home() / "peers" / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    folder = home() / "peers" / hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
     if not folder.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         with new_folder(folder) as temporary:
-            command = [*pip, "--require-hashes", "-r", str(REQUIREMENTS), "--target", str(temporary)]
+            command = [*pip, "--require-hashes", "-r", str(requirements), "--target", str(temporary)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
             # Apart, since lightning and transformers import a torchvision that they can see.
             (temporary / "vision").mkdir()
