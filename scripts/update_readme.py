@@ -22,6 +22,7 @@ from typing import Any
 
 import advice
 import defaults
+import language_models
 from faults.page import table as fault_table
 from kd_lightning.evaluation.report import load_report, markdown_table, summary
 from kd_lightning.export.benchmark import markdown
@@ -319,6 +320,7 @@ TABLES = {
     "benchmarks": benchmarks, "gpu": gpu, "strategies": strategies, "export": exports, "sweep": sweep,
     "recipes": recipes, "recipe_goals": recipe_goals, "recipe_details": recipe_details, "recipe_tasks": recipe_tasks,
     "recipe_minutes": recipe_minutes, "faults": faults, "advice": advice.table, "defaults": defaults.table,
+    "lm": language_models.table,
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 

@@ -42,8 +42,9 @@ class Suited(NamedTuple):
 
 OTHER = Suited(1e-3, False)
 _MODELS = "kd_lightning.models"
+PRETRAINED = f"{_MODELS}.hf.pretrained"
 SUITED = {
-    f"{_MODELS}.hf.pretrained": Suited(5e-5, True),
+    PRETRAINED: Suited(5e-5, True),
     f"{_MODELS}.causal_lm.causal_lm": Suited(5e-5, True),
     f"{_MODELS}.causal_lm.causal_lm_lora": Suited(2e-4, True),
     f"{_MODELS}.causal_lm.causal_lm_small": Suited(1e-3, True),
@@ -57,6 +58,9 @@ SUITED = {
     f"{_MODELS}.cnn.ResNet": Suited(5e-3, True),
 }
 """By a network's `_target_`; one around another network has that one's."""
+
+OF_CHECKPOINTS = {"minilm": Suited(1e-4, True)}
+"""By a pretrained network's name, where it is another than that of its `_target_`: MiniLM is narrow (384)."""
 
 
 def of_reviews(*domains: str, _parent_: DictConfig) -> list[str]:
@@ -80,7 +84,9 @@ def suited(network: Any) -> Suited:
         return OTHER
     inside = network.get("network")
     settings = inside if isinstance(inside, Mapping | DictConfig) else network
-    return SUITED.get(str(settings.get("_target_")), OTHER)
+    target = str(settings.get("_target_"))
+    checkpoint = str(settings.get("name")) if target == PRETRAINED else ""
+    return OF_CHECKPOINTS.get(checkpoint) or SUITED.get(target, OTHER)
 
 
 def suited_rate(*, _parent_: DictConfig) -> float:

@@ -1,0 +1,107 @@
+"""Measure what distillation is worth to small language models: perplexity, KL to the teacher, agreement.
+
+python scripts/language_models.py                      everything below; writes results/lm.json
+python scripts/language_models.py "lm_sotu, 150,000"   this one; what is trained already is kept
+
+Each is one `kd-train` of its own process, as a user runs it: weights are selected on validation, and its report reads
+the test addresses once. The student from text alone has the same steps, start and vocabulary, and is also trained for a
+quarter of the steps; the better one on validation counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from trainings import ROOT
+
+RUNS, RESULT = ROOT / "runs" / "language_models", ROOT / "results" / "lm.json"
+STUDENTS: dict[str, list[str]] = {
+    "lm_sotu, 50,000": ["experiment=lm_sotu", "data.train_tokens=50000"],
+    "lm_sotu, 150,000": ["experiment=lm_sotu", "data.train_tokens=150000"],
+    "lm_sotu, 150,000, half the steps": ["experiment=lm_sotu", "data.train_tokens=150000", "trainer.max_epochs=3"],
+    "lm_sotu, 600,000": ["experiment=lm_sotu"],
+    "lm_cross_tokenizer": ["experiment=lm_cross_tokenizer"],
+    "lm_draft": ["experiment=lm_draft"],
+}
+SEEDS, LIMIT = 3, 6 * 3600
+MODELS = {
+    "teacher": "teacher", "baseline": "text alone", "baseline_initialised": "text alone, same start",
+    "distilled": "distilled",
+}  # fmt: skip
+SCORES = {
+    "perplexity": "perplexity", "kl_to_teacher": "KL to the teacher", "agreement": "agreement",
+    "bits_per_byte": "bits per byte",
+}  # fmt: skip
+
+
+def train(name: str, seeds: int) -> dict[str, Any]:
+    """Train a student, and return its report."""
+    folder = RUNS / name.replace(",", "").replace(" ", "_")
+    command = [
+        sys.executable, "-m", "kd_lightning.cli.train", *STUDENTS[name], f"seeds={seeds}", f"run_dir={folder}",
+    ]  # fmt: skip
+    print("$", " ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def row(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report says of the students."""
+    models = {name: report["models"][name] for name in MODELS if name in report["models"]}
+    return {
+        "seeds": len(report["seeds"]), "command": report["command"], "environment": report["environment"],
+        "splits": report["data"]["splits"], "steps": report["settings"].get("steps"),
+        "stages_seconds": report["stages"],
+        "warnings": report["warnings"], "differences": report["differences"].get("distilled"),
+        "models": {
+            name: {
+                "test": {score: one["test"].get(score) for score in SCORES}, "draft": one.get("draft"),
+                "generation": one.get("generation"), "parameters": one.get("parameters"),
+            }
+            for name, one in models.items()
+        },
+    }  # fmt: skip
+
+
+def table() -> str:
+    """Return docs/language_models.md's table, from results/lm.json."""
+    if not RESULT.is_file():
+        return "Not measured yet: `python scripts/language_models.py`.\n"
+    lines = [f"| training tokens | student | {' | '.join(SCORES.values())} | seeds |", "|:--|:--|" + "--:|" * 5]
+    for name, one in json.loads(RESULT.read_text(encoding="utf-8")).items():
+        for model, title in MODELS.items():
+            if model in one["models"]:
+                scores = [_written(one["models"][model]["test"][score]) for score in SCORES]
+                lines.append(f"| {name} | {title} | {' | '.join(scores)} | {one['seeds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _written(score: dict[str, Any] | None) -> str:
+    """Return a score with its deviation over seeds."""
+    if score is None or score["mean"] is None:
+        return ""
+    return f"{score['mean']:.4g}" + (f" ± {score['std']:.2g}" if score.get("std") is not None else "")
+
+
+def main() -> None:
+    """Train and write the results after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(STUDENTS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in STUDENTS]:
+        sys.exit(f"language_models: there is no {unknown[0]!r}; there are {'; '.join(STUDENTS)}")
+    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    for name in given.names or STUDENTS:
+        document[name] = row(train(name, given.seeds))
+        RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What is wrong with what language models are given is said before any training, by key or by file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from tokenizers import AddedToken
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
+from kd_lightning.runtime.errors import KDError
+from tests.data.corpus.texts import made
+
+pytestmark = pytest.mark.usefixtures("own_home")
+Composed = Callable[..., DictConfig]
+TEXTS = made(40)
+USER, BOT = {"role": "user", "content": "who"}, {"role": "assistant", "content": "we the people"}
+SIZES: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+
+
+class Given:
+    """A folder of inputs, and the overrides of a small run on them."""
+
+    def __init__(self, folder: Path, composed: Composed) -> None:
+        self.folder, self.composed = folder, composed
+        self.tokenizer("tokenizer")
+        self.records("texts.jsonl", [{"text": text} for text in TEXTS])
+
+    def records(self, name: str, records: list[Any]) -> Path:
+        path = self.folder / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return path
+
+    def tokenizer(self, name: str, change: Callable[[Any], object] = lambda _: None) -> Any:
+        tokenizer = load_tokenizer("bpe:300", TEXTS)
+        change(tokenizer)
+        write_tokenizer(tokenizer, self.folder / name)
+        return tokenizer
+
+    def teacher(self, network: Any, tokenizer: str = "tokenizer") -> Path:
+        """Save a checkpoint with a tokenizer of its own."""
+        place = self.folder / "teacher"
+        network.save_pretrained(place)
+        for file in (self.folder / tokenizer).iterdir():
+            (place / file.name).write_bytes(file.read_bytes())
+        return place
+
+    def refused(self, *overrides: str) -> str:
+        """Return the message of a run that must not begin to train."""
+        run_dir = self.folder / "run"
+        cfg = self.composed(
+            "data=lm_text", f"data.train_file={self.folder / 'texts.jsonl'}",
+            f"data.tokenizer={self.folder / 'tokenizer'}", "data.block_size=16", "data.batch_size=4",
+            "model@teacher.network=causal_lm_small", "teacher.network.hidden_size=16", "teacher.network.num_layers=1",
+            "teacher.network.num_heads=2", "model@student=causal_lm_small", "student.hidden_size=16",
+            "student.num_layers=1", "student.num_heads=2", "teacher.trainer.max_epochs=1", "trainer.max_steps=2",
+            "teacher.precision=float32", "temperature=1", f"run_dir={run_dir}", *overrides,
+        )  # fmt: skip
+        with pytest.raises(KDError) as caught:
+            train_all(Run(cfg, Console(file=StringIO(), width=120)))
+        assert not list(run_dir.rglob("*.safetensors")) + list(run_dir.rglob("*.ckpt")), "something was trained"
+        message = str(caught.value)
+        assert "\n" not in message.strip()
+        return message
+
+
+@pytest.fixture
+def given(tmp_path: Path, composed: Composed) -> Given:
+    return Given(tmp_path, composed)
+
+
+def llama(rows: int, **more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=rows, **SIZES, **more))
+
+
+def test_an_empty_file(given: Given) -> None:
+    (given.folder / "empty.txt").write_text("")
+    message = given.refused(f"data.train_file={given.folder / 'empty.txt'}")
+    assert "empty.txt" in message
+
+
+def test_one_document_only(given: Given) -> None:
+    (given.folder / "one.txt").write_text(" ".join(TEXTS))
+    message = given.refused(f"data.train_file={given.folder / 'one.txt'}")
+    assert "data.train_file" in message
+    assert "document" in message
+
+
+def test_a_block_longer_than_the_positions_of_the_teacher(given: Given) -> None:
+    place = given.teacher(llama(300, max_position_embeddings=8))
+    message = given.refused(f"teacher.checkpoint={place}", "stages=[baseline,distill]")
+    assert "data.block_size=16" in message
+    assert "8" in message
+
+
+def test_a_file_that_is_not_utf_8(given: Given) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in TEXTS]
+    lines[6] = b'{"text": "caf\xe9"}'
+    (given.folder / "latin.jsonl").write_bytes(b"\n".join(lines))
+    message = given.refused(f"data.train_file={given.folder / 'latin.jsonl'}")
+    assert "latin.jsonl" in message
+    assert "line 7" in message
+    assert "data.encoding" in message
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [([USER], "no assistant's turn"), ([USER, {"role": "asistant", "content": "x"}], "unknown role 'asistant'")],
+)
+def test_chats_without_assistant_or_with_unknown_roles(given: Given, turns: list[Any], expected: str) -> None:
+    path = given.records("chats.jsonl", [{"messages": [USER, BOT]}] * 3 + [{"messages": turns}])
+    message = given.refused("data=chat", f"data.train_file={path}", "data.chat_template=plain")
+    assert "chats.jsonl" in message
+    assert "line 4" in message
+    assert expected in message
+
+
+def test_a_tokenizer_without_a_chat_template(given: Given) -> None:
+    path = given.records("chats.jsonl", [{"messages": [{**USER, "content": str(i)}, BOT]} for i in range(20)])
+    assert "data.chat_template" in given.refused("data=chat", f"data.train_file={path}")
+
+
+def test_a_tokenizer_without_an_end_of_text(given: Given) -> None:
+    def without(tokenizer: Any) -> None:
+        tokenizer.eos_token = None
+
+    given.tokenizer("endless", without)
+    message = given.refused(f"data.tokenizer={given.folder / 'endless'}")
+    assert "data.end_of_text" in message
+    assert "endless" in message
+
+
+def test_tokenizers_that_differ_in_an_added_token_only(given: Given) -> None:
+    given.tokenizer("added", lambda tokenizer: tokenizer.add_tokens([AddedToken("<|tool|>", special=True)]))
+    place = given.teacher(llama(301), "added")
+    message = given.refused(f"teacher.checkpoint={place}", "stages=[baseline,distill]")
+    assert "<|tool|>" in message
+    assert "tokenizer" in message
+
+
+def test_embeddings_with_fewer_rows_than_the_vocabulary(given: Given) -> None:
+    place = given.teacher(llama(290))
+    message = given.refused(f"teacher.checkpoint={place}", "stages=[baseline,distill]")
+    assert "290" in message
+    assert "300" in message
+
+
+def test_a_teacher_with_soft_capping_that_leaves_out_its_output_layer(given: Given) -> None:
+    torch.manual_seed(0)
+    place = given.teacher(
+        Gemma2ForCausalLM(Gemma2Config(vocab_size=300, head_dim=8, final_logit_softcapping=5.0, **SIZES))
+    )
+    message = given.refused(
+        f"teacher.checkpoint={place}", "stages=[baseline,distill]", "model@student=causal_lm_from_teacher",
+        "~student.hidden_size", "~student.num_layers", "~student.num_heads", "student.layers=1",
+        "student.logits_in_training=false",
+    )  # fmt: skip
+    assert "logits_in_training" in message
+    assert "caps" in message
