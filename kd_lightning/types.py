@@ -30,6 +30,9 @@ Batch = dict[str, Tensor]
 IGNORE = -100
 """The label that counts nowhere: neither in a loss nor in a metric (torch's `ignore_index` default)."""
 
+_AT_ONCE = 2**20
+"""How many logits a CPU goes through together when the largest are looked for: they stay in its cache."""
+
 MOST_PADDING_ROWS = 127
 """Embedding tables are padded to a multiple of up to 128 rows; a larger difference means another tokenizer."""
 
@@ -78,6 +81,12 @@ class SparseLogits(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, k: int) -> SparseLogits:
         """Return the sparse form of logits `(..., V)`."""
+        flat, at_once = logits.reshape(-1, logits.shape[-1]), max(_AT_ONCE // logits.shape[-1], 1)
+        if logits.device.type == "cpu" and len(flat) > at_once:
+            parts = [cls.of(rows, k) for rows in torch.split(flat, at_once)]
+            values, ids, rest = (torch.cat(each) for each in list(zip(*parts, strict=True))[:3])
+            shape = logits.shape[:-1]
+            return cls(values.view(*shape, k), ids.view(*shape, k), rest.view(shape), logits.shape[-1])
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         values, ids = logits.topk(k)

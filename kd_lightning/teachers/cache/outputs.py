@@ -24,8 +24,8 @@ Number = TypeVar("Number", float, NDArray[np.int64])
 MOST_DENSE = 1024
 """Of more classes the K largest logits of each token are read back without numbers for the others."""
 
-AT_ONCE = 2**24
-"""How many logits are gone through together when the largest are looked for."""
+AT_ONCE = 2**20
+"""How many logits a CPU goes through together when the largest are looked for: they stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def encode(spec: Spec, value: Tensor | SparseLogits, mask: Tensor | None, index:
         return _parts(spec, rows, owner)
     if spec.sparse:
         assert mask is not None
-        return _largest(spec, value.detach()[mask.to(value.device)], index.repeat_interleave(mask.sum(1)))
+        chosen = mask.to(value.device).flatten().nonzero()[:, 0]
+        return _largest(spec, value.detach().flatten(0, 1), chosen, index.repeat_interleave(mask.sum(1)))
     value = value.detach().cpu().float()
     owner = index
     if spec.kind in ("token", "row"):
@@ -228,7 +229,7 @@ def encode(spec: Spec, value: Tensor | SparseLogits, mask: Tensor | None, index:
         real = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(value)
         value, owner = value[real], index[real.nonzero()[:, 0]]
     if spec.top_k is not None:
-        return _largest(spec, value, owner)
+        return _largest(spec, value, torch.arange(len(value)), owner)
     _check_finite(spec, value, owner)
     (name,) = spec.parts
     found = {name: value.to(spec.parts[name][1])}
@@ -236,13 +237,15 @@ def encode(spec: Spec, value: Tensor | SparseLogits, mask: Tensor | None, index:
     return found
 
 
-def _largest(spec: Spec, value: Tensor, owner: Tensor) -> dict[str, Tensor]:
-    """Return the parts of each row's K largest logits, some rows at a time to save memory."""
+def _largest(spec: Spec, value: Tensor, rows: Tensor, owner: Tensor) -> dict[str, Tensor]:
+    """Return the parts of the K largest logits of some rows, a few rows at a time."""
     assert spec.top_k is not None
     kept: list[dict[str, Tensor]] = []
-    for rows, whose in zip(*(x.split(max(AT_ONCE // spec.shape[-1], 1)) for x in (value, owner)), strict=True):  # type: ignore[no-untyped-call]
-        _check_finite(spec, rows, whose)
-        sparse = SparseLogits.of(rows.float(), spec.top_k)
+    size = max(AT_ONCE * (1 if value.device.type == "cpu" else 16) // spec.shape[-1], 1)
+    for some, whose in zip(rows.split(size), owner.split(size), strict=True):  # type: ignore[no-untyped-call]
+        logits = value[some]
+        sparse = SparseLogits.of(logits.float(), spec.top_k)
+        _check_finite(spec, torch.stack([logits.amin(-1).float(), sparse.values[..., 0]], dim=-1), whose)
         if spec.sparse:
             shift = sparse.values.logsumexp(-1).logaddexp(sparse.rest)
             sparse = sparse._replace(values=sparse.values - shift[..., None], rest=sparse.rest - shift)

@@ -352,11 +352,13 @@ class TeacherCache:
             fresh = torch.from_numpy(self._places.fresh(index.numpy()))
             if len(fresh) == 0:
                 return
-            values = {
-                name: value.at(rows) if isinstance(value, SparseLogits) else value.index_select(0, rows)
-                for name, value in named(output).items() for rows in (fresh.to(value.device),)
-            }  # fmt: skip
-            index, mask, keep = index[fresh], *(None if x is None else x[fresh] for x in (mask, keep))
+            values = named(output)
+            if len(fresh) < len(index):
+                values = {
+                    name: value.at(rows) if isinstance(value, SparseLogits) else value.index_select(0, rows)
+                    for name, value in values.items() for rows in (fresh.to(value.device),)
+                }  # fmt: skip
+                index, mask, keep = index[fresh], *(None if x is None else x[fresh] for x in (mask, keep))
             tensors: dict[str, Tensor] = {"index": index}
             for spec in specs:
                 tensors |= encode(spec, values[spec.name], keep if spec.kind == "row" else mask, index)
