@@ -273,9 +273,8 @@ def decode(spec: Spec, parts: Mapping[str, Tensor], mask: Tensor | None = None) 
     if spec.top_k is None:
         return next(iter(parts.values())).float()
     name, *more = spec.parts
-    classes, ids = spec.shape[-1], parts[more[0]].long()
-    if classes <= 2**16:
-        ids = ids & 0xFFFF
+    classes, ids = spec.shape[-1], parts[more[0]]
+    ids = (ids.view(torch.uint16) if ids.dtype == torch.int16 else ids).long()  # as which they were stored
     if spec.sparse:
         return SparseLogits(parts[name].float(), ids, parts[more[1]], classes, spec.drawn)
     rest = parts[more[1]] - math.log(classes - spec.top_k)
