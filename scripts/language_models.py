@@ -82,6 +82,16 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def costs() -> str:
+    """Return docs/language_models.md's table of speed and memory, from results/benchmarks/lm_*.json."""
+    lines = ["| | median |", "|:--|--:|"]
+    for path in sorted((ROOT / "results" / "benchmarks").glob("lm_*.json")):
+        for one in json.loads(path.read_text(encoding="utf-8"))["measures"]:
+            if one["unit"] in ("ratio", "bytes"):
+                lines.append(f"| {one['name']} | {one['median']:.3g} |")
+    return "\n".join(lines) + "\n"
+
+
 def _written(score: dict[str, Any] | None) -> str:
     """Return a score with its deviation over seeds."""
     if score is None or score["mean"] is None:

@@ -41,12 +41,20 @@ def run(sizes: tuple[int, ...] = SIZES) -> list[Measure]:
             measures.append(Measure(f"{phase}, {size:,} tokens", [1e6 * one[phase] / one["tokens"]], "µs/token"))
         measures.append(Measure(f"memory, {size:,} tokens", [one["memory_mb"]], "MB", note="beyond the imports"))
     small, large = found[min(sizes)], found[max(sizes)]
-    for phase in ("build", "read"):
+    for phase, title in (("build", "encoding"), ("read", "reading")):
         share = (large[phase] / large["tokens"]) / (small[phase] / small["tokens"])
-        measures.append(Measure(f"{phase}: a token of the largest / of the smallest", [share], "ratio", "<= 1.1"))
+        measures.append(
+            Measure(f"{title} a token, of {_millions(large)} / of {_millions(small)}", [share], "ratio", "<= 1.1")
+        )
     grown = large["memory_mb"] - small["memory_mb"]
-    measures.append(Measure("memory: the largest less the smallest", [grown], "MB", "<= 50"))
+    measures.append(
+        Measure(f"memory for {_millions(large)} tokens less for {_millions(small)}", [grown], "MB", "<= 50")
+    )
     return measures
+
+
+def _millions(one: dict[str, Any]) -> str:
+    return f"{one['tokens'] / 0.98e6:.0f}M"  # the others are held out
 
 
 # -- in the fresh processes -------------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ def _cached() -> list[Measure]:
 
         seconds = take_turns({"distilled": distilled, "text alone": lambda: _alone(data)}, ROUNDS)
     return [
-        Measure("from the sparse cache / text alone", ratios(*seconds.values()), "ratio", "<= 1.03"),
-        Measure("from the sparse cache: a step", _per_step(seconds["distilled"]), "ms"),
+        Measure("a step from the sparse cache / from text alone", ratios(*seconds.values()), "ratio", "<= 1.03"),
+        Measure("a step from the sparse cache", _per_step(seconds["distilled"]), "ms"),
     ]
 
 
@@ -85,7 +85,9 @@ def _live() -> list[Measure]:
 
     seconds = take_turns({"ours": ours, "by hand": lambda: _by_hand(above, data)}, ROUNDS)
     note = f"the teacher of 30 layers x 576 in float32 on both sides; batches of {LIVE_BATCH} x 128 tokens"
-    return [Measure("running teacher: ours / by hand", ratios(*seconds.values()), "ratio", "<= 1.03", note)]
+    return [
+        Measure("a step beside a running teacher: ours / by hand", ratios(*seconds.values()), "ratio", "<= 1.03", note)
+    ]
 
 
 def _by_hand(teacher: nn.Module, data: Sotu) -> float:
@@ -125,7 +127,9 @@ def _trimmed() -> list[Measure]:
     seconds = take_turns(work, ROUNDS)
     sizes = [len(data.tokenizer_of("student")) for data in (whole, cut)]
     note = f"{sizes[0]:,} and {sizes[1]:,} tokens; text alone, output layer in the loss"
-    return [Measure("whole vocabulary / trimmed: a step", ratios(*seconds.values()), "ratio", None, note)]
+    return [
+        Measure("a step with the whole vocabulary / with a trimmed one", ratios(*seconds.values()), "ratio", None, note)
+    ]
 
 
 def _train(module: DistillationModule | SupervisedModule, data: Sotu, warm: int = WARM, steps: int = STEPS) -> float:
