@@ -253,8 +253,9 @@ class SparseKDLoss(Term):
     def with_labels(
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch, ce_weight: float, kd_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Return cross-entropy and divergence of a student without logits, from one pass over its output layer.
+        """Return cross-entropy and divergence of a student without logits.
 
+        They are from one pass over its output layer.
         The gradient of both together, `ce_weight * ce + kd_weight * kd`, is that of the sum; all of it is the
         divergence's here, and neither has a gradient of its own.
         """

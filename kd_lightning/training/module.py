@@ -153,8 +153,9 @@ class NetworkModule(L.LightningModule):
                 self.log("train/skipped_steps", float(self.skipped_steps), batch_size=size)
 
     def compares_gradients(self, batch_idx: int) -> bool:
-        """Return whether the terms' gradients are compared: in the first step and every 50th, on its first batch.
+        """Return whether the terms' gradients are compared at this batch.
 
+        They are in the first step and every 50th after it, on the step's first batch.
         Without loggers nothing is compared, nor where a process holds a shard of the network (FSDP).
         """
         trainer: Any = self.trainer

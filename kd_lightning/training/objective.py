@@ -161,9 +161,9 @@ class Objective(nn.Module):
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch, weights: Mapping[str, float],
         mean_counts: Tensor | None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Return the means of cross-entropy and sparse divergence, where one pass over the output layer has both.
+        """Return the means of cross-entropy and sparse divergence from one pass over the output layer.
 
-        It has not where they count different rows, or where each needs a gradient of its own.
+        There are none where they count different rows, or where each needs a gradient of its own.
         """
         names = {type(term): name for name, term in self.terms.items()}
         ce, kd = names.get(CrossEntropyLoss), names.get(SparseKDLoss)

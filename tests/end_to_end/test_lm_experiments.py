@@ -55,6 +55,7 @@ def shrunk(tmp_path: Path, own_home: Path) -> list[str]:
 SHRUNK: dict[str, list[str]] = {
     "lm_sotu": [],
     "lm_live": [],
+    "lm_quickstart": ["data.eval_tokens=40"],
     "lm_chat": ["data.chat_template=plain", "data.block_size=64"],
     "lm_draft": [],
     "lm_cross_tokenizer": ["student.hidden_size=8", "student.num_layers=1", "student.num_heads=2"],

@@ -137,7 +137,7 @@ class JoinedBlocks:
 
 def cut(
     store: CorpusStore, parts: Mapping[str, NDArray[np.int64]], block_size: int, packing: Packing, pad_token_id: int,
-    limits: Mapping[str, int] | None = None,
+    limits: Mapping[str, int] | None = None, spread: Mapping[str, int] | None = None,
 ) -> tuple[Blocks, list[int]]:  # fmt: skip
     """Cut documents into blocks.
 
@@ -150,7 +150,8 @@ def cut(
         block_size: Tokens of a block; the last one of a split or, with `packing="none"`, of a document may have fewer.
         packing: What stands in a block.
         pad_token_id: What shorter blocks are filled up with.
-        limits: Take only so many tokens of a split.
+        limits: Take only so many tokens of a split, its first ones.
+        spread: Take about so many tokens of a split, in blocks from all over it.
 
     Returns:
         The blocks of all splits, and how many each split has.
@@ -182,12 +183,22 @@ def cut(
                 f"the {name} split has {size} tokens{f', of which {stop} make no block' * (stop < size)}: a language "
                 "model needs two or more to predict one"
             )
+        if spread and name in spread:
+            kept = _thinned(kept, (end - begin)[kept].sum() / spread[name])
         begins.append(begin[kept] + total)
         ends.append(end[kept] + total)
         counts.append(int(kept.sum()))
         total += size
     everything = np.concatenate(list(parts.values()))
     return Blocks(store, everything, np.concatenate(begins), np.concatenate(ends), packing, pad_token_id), counts
+
+
+def _thinned(kept: NDArray[np.bool_], times: float) -> NDArray[np.bool_]:
+    """Return one in so many of the places that are True, evenly spaced; all where that is one or less."""
+    places = np.flatnonzero(kept)
+    count = max(round(len(places) / max(times, 1.0)), 1)
+    chosen = places[((np.arange(count) + 0.5) * len(places) / count).astype(np.int64)]
+    return np.isin(np.arange(len(kept)), chosen)
 
 
 def _whole(lengths: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

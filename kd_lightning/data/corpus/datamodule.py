@@ -65,6 +65,7 @@ class CorpusData(IndexedData):
         validation_fraction: How many of the documents to hold out for a missing validation split.
         test_fraction: How many to hold out for a missing test split.
         train_tokens: Train on so many tokens only; a smaller choice is part of a larger one. None: all.
+        eval_tokens: Validate and test on about so many tokens only, in blocks from all over each split. None: all.
         teacher_tokenizer: The teacher's, where it has one of its own: it must be the student's but for the padding.
         cross_tokenizer: Whether it may be another: batches then have the teacher's tokens of the same text under
             `teacher_*`, and `spans` of both that are the same bytes (`kd_lightning.data.corpus.alignment`).
@@ -89,13 +90,15 @@ class CorpusData(IndexedData):
         validation_fraction: float = 0.1,
         test_fraction: float = 0.1,
         train_tokens: int | None = None,
+        eval_tokens: int | None = None,
         teacher_tokenizer: str | None = None,
         cross_tokenizer: bool = False,
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_least(2, block_size=block_size, train_tokens=2 if train_tokens is None else train_tokens)
+        given = {"train_tokens": train_tokens, "eval_tokens": eval_tokens}
+        check_least(2, block_size=block_size, **{name: tokens for name, tokens in given.items() if tokens is not None})
         if packing not in get_args(Packing):
             raise ConfigError(f"data.packing={packing!r} is unknown{did_you_mean(str(packing), get_args(Packing))}")
         shares = {"validation": validation_fraction, "test": test_fraction}
@@ -115,7 +118,7 @@ class CorpusData(IndexedData):
         self.packing: Packing = packing
         self.end_of_text = end_of_text
         self.shares = shares
-        self.train_tokens = train_tokens
+        self.train_tokens, self.eval_tokens = train_tokens, eval_tokens
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "corpora"
 
     @abstractmethod
@@ -146,8 +149,9 @@ class CorpusData(IndexedData):
             encoder = self._encoder()
             store = encode_corpus(encoder, sources, self.cache_dir)  # the same documents
         limits = {} if self.train_tokens is None else {"train": self.train_tokens}
+        spread = {} if self.eval_tokens is None else dict.fromkeys(self.shares, self.eval_tokens)
         pad = int(self._tokenizer.pad_token_id)
-        self._blocks, counts = blocks, _ = cut(store, documents, self.block_size, self.packing, pad, limits)
+        self._blocks, counts = blocks, _ = cut(store, documents, self.block_size, self.packing, pad, limits, spread)
         self._lay_out(counts)
         if teachers is not None:
             self._read_by(teachers, sources, blocks)
@@ -156,7 +160,7 @@ class CorpusData(IndexedData):
             "documents": digest({name: store.hashes[chosen].tolist() for name, chosen in documents.items()}),
             "examples": len(self._blocks), "tokenizer": tokenizer_fingerprint(self._tokenizer),
             "encoding": encoder.key, "block_size": self.block_size, "packing": self.packing,
-            "train_tokens": self.train_tokens, "version": VERSION,
+            "train_tokens": self.train_tokens, "eval_tokens": self.eval_tokens, "version": VERSION,
         }  # fmt: skip
         self.fingerprint = self._labelled = digest(self.teacher_key)
         if teachers is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_lightning.data.corpus.blocks import Blocks, cut, split_documents
+from kd_lightning.data.corpus.blocks import Blocks, Packing, cut, split_documents
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.types import IGNORE
 from tests.data.corpus.texts import made, stored
@@ -132,6 +132,21 @@ def test_a_limit_takes_the_first_tokens(tmp_path: Path) -> None:
     some, _ = cut(store, parts, SIZE, "concat", 0, {"train": 40})
     assert some.lengths.tolist() == [16, 16, 8]
     assert some.batch(np.arange(2))["input_ids"].tolist() == whole.batch(np.arange(2))["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("packing", ["documents", "concat", "none"])
+def test_a_spread_takes_blocks_from_all_over_a_split(tmp_path: Path, packing: Packing) -> None:
+    store, _ = stored(made(30), tmp_path)
+    parts = {"train": np.arange(10), "validation": np.arange(10, 30)}
+    whole, (first, all_of_them) = cut(store, parts, SIZE, packing, 0)
+    some, (same, fewer) = cut(store, parts, SIZE, packing, 0, spread={"validation": 160})
+    assert same == first
+    assert int(some.lengths[first:].sum()) == pytest.approx(160, abs=SIZE)
+    places = [whole.begins.tolist().index(begin) for begin in some.begins[first:].tolist()]
+    assert len(set(places)) == fewer == len(places)
+    assert places[0] - first < all_of_them / fewer
+    assert first + all_of_them - 1 - places[-1] <= all_of_them / fewer
+    assert cut(store, parts, SIZE, packing, 0, spread={"validation": 10**6})[1] == [first, all_of_them]
 
 
 def test_a_split_with_nothing_to_predict_is_refused(tmp_path: Path) -> None:

@@ -127,9 +127,9 @@ def test_a_fingerprint_names_what_decides_the_batches(tmp_path: Path) -> None:
     assert name(batch_size=3, seed=5, num_workers=0) == first
     others = [
         name(block_size=8), name(packing="concat"), name(end_of_text=False), name(tokenizer="bpe:280"),
-        name(split_seed=1), name(test_fraction=0.2),
+        name(split_seed=1), name(test_fraction=0.2), name(eval_tokens=20),
     ]  # fmt: skip
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 8
     texts[7] += " More."
     assert name() != first
 
@@ -158,6 +158,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     [
         ({"block_size": 1}, r"data\.block_size=1: expected 2 or more"),
         ({"train_tokens": 1}, r"data\.train_tokens=1: expected 2 or more"),
+        ({"eval_tokens": 1}, r"data\.eval_tokens=1: expected 2 or more"),
         ({"packing": "document"}, r"data\.packing='document' is unknown; did you mean 'documents'\?"),
         ({"validation_fraction": 0.6, "test_fraction": 0.5}, "data.validation_fraction=0.6 and data.test_fraction=0.5"),
         ({"batch_size": 0}, r"data\.batch_size=0"),
