@@ -21,6 +21,7 @@ from trainings import ROOT
 
 RUNS, RESULT = ROOT / "runs" / "language_models", ROOT / "results" / "lm.json"
 STUDENTS: dict[str, list[str]] = {
+    "lm_quickstart": ["experiment=lm_quickstart"],
     "lm_sotu, 50,000": ["experiment=lm_sotu", "data.train_tokens=50000"],
     "lm_sotu, 150,000": ["experiment=lm_sotu", "data.train_tokens=150000"],
     "lm_sotu, 150,000, half the steps": ["experiment=lm_sotu", "data.train_tokens=150000", "trainer.max_epochs=3"],
@@ -80,6 +81,29 @@ def table() -> str:
                 scores = [_written(one["models"][model]["test"][score]) for score in SCORES]
                 lines.append(f"| {name} | {title} | {' | '.join(scores)} | {one['seeds']} |")
     return "\n".join(lines) + "\n"
+
+
+def quickstart() -> str:
+    """Return README.md's sentence about `experiment=lm_quickstart`, from results/lm.json."""
+    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    if "lm_quickstart" not in document:
+        return "Not measured yet: `python scripts/language_models.py`.\n"
+    one = document["lm_quickstart"]
+    tests = {name: model["test"] for name, model in one["models"].items()}
+    start = "baseline_initialised" if "baseline_initialised" in tests else "baseline"
+    perplexity, kl, same = (
+        {name: test[score] and test[score]["mean"] for name, test in tests.items()}
+        for score in ("perplexity", "kl_to_teacher", "agreement")
+    )
+    minutes, machine = sum(one["stages_seconds"].values()) / 60, one["environment"]
+    return (
+        f"On held-out State of the Union addresses the distilled student has a perplexity of "
+        f"{perplexity['distilled']:.0f}, the same student from text alone {perplexity[start]:.0f} (the teacher "
+        f"{perplexity['teacher']:.0f}). Its KL to the teacher is {kl['distilled']:.2f} nats a token against "
+        f"{kl[start]:.2f}, and {100 * same['distilled']:.0f}% of its likeliest tokens are the teacher's, against "
+        f"{100 * same[start]:.0f}%. {one['seeds']} seed{'s' * (one['seeds'] > 1)}, {minutes:.0f} minutes on "
+        f"{machine['cpu']}, {machine['cores']} cores (`results/lm.json`).\n"
+    )
 
 
 def costs() -> str:
