@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in at most 6 minutes: first the tests marked `gpu`, then timings. See docs/processes.md.
+# What only a GPU can show, in at most 8 minutes: first the tests marked `gpu`, then timings. See docs/processes.md.
 #   scripts/gpu_check.sh --gather         here, with a network: put what that machine lacks into .gpu_wheels/ (under 60 MB)
 #   scripts/gpu_check.sh --run [FILE]     there, without one: check, and write FILE (results/gpu.json)
 #   scripts/gpu_check.sh --cpu [FILE]     here: the same on a CPU, with small sizes

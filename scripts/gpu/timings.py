@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from benchmarks.common import Measure, ratios
 from benchmarks.task import silence
 from benchmarks.vocabulary import CONTESTANTS
+from gpu.language_models import lm_generation, lm_losses, lm_steps
 from gpu.training import (
     CLASSES,
     DEVICE,
@@ -245,8 +247,9 @@ def _fill(teacher: FrozenTeacher, given: list[Batch]) -> float:
 
 
 PARTS: dict[str, Callable[[], Iterable[Measure]]] = {
-    part.__name__: part for part in (ceilings, fused, end_to_end, overhead, cached, overlap, teacher_pass)
-}
+    part.__name__: part
+    for part in (ceilings, fused, end_to_end, overhead, cached, overlap, teacher_pass, lm_losses, lm_generation)
+} | {"lm_steps": partial(lm_steps, bf16_peak)}
 
 
 def main(parts: list[str]) -> None:
