@@ -53,7 +53,7 @@ TITLES: dict[str, tuple[str, str]] = {
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
 LATENCY_EXAMPLES = 100
-SPEED_PROMPTS, DRAFT_PROMPTS, SAMPLES, NEW_TOKENS = 4, 8, 3, 32
+SPEED_PROMPTS, DRAFT_PROMPTS, SAMPLES, NEW_TOKENS = 4, 4, 3, 32
 """Of language models: prompts by which speed is measured, that are drafted for, that are shown; tokens after each."""
 TEACHER, UNTRAINED = "teacher", "untrained"
 Evaluated = Mapping[str, Mapping[str, Evaluation]]
@@ -139,6 +139,8 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     networks = {folder: load_run(folder).network for found in students.values() for folder in found}
     before = PREDICTING.seconds - _stored_seconds(run, 0)
     untrained = _untrained(run)
+    if run.task.generates:
+        say(run.console, f"report  networks are scored on {data.sizes['test']:,} blocks of the test split")
     evaluated = _evaluated(run, {str(one): network for one, network in networks.items()} | untrained)
     first = {stage: networks[found[0]] for stage, found in students.items()}
     speeds, shown = _generated(run, first) if run.task.generates else (_speeds(run, first), [])
@@ -365,6 +367,7 @@ def _generated(run: Run, students: Mapping[str, nn.Module]) -> tuple[dict[str, S
     )
     if not long:
         return {}, []
+    say(run.console, f"report  networks go on with {len(long)} texts of the test split: speed, drafts, samples")
     generation, teacher = measure_generation(networks, long, new), networks.get(TEACHER)
     drafts = {} if teacher is None else measure_drafts(teacher, students, short, new)
     names = {TITLES.get(stage, (stage,))[0]: network for stage, network in networks.items()}
