@@ -255,9 +255,8 @@ class SparseKDLoss(Term):
     ) -> tuple[Tensor, Tensor]:
         """Return cross-entropy and divergence of a student without logits.
 
-        They are from one pass over its output layer.
-        The gradient of both together, `ce_weight * ce + kd_weight * kd`, is that of the sum; all of it is the
-        divergence's here, and neither has a gradient of its own.
+        They are from one pass over its output layer. The gradient of both together, `ce_weight * ce + kd_weight * kd`,
+        is that of the sum; all of it is the divergence's here, and neither has a gradient of its own.
         """
         both = self._chunked(student, teacher, batch, ce_weight, kd_weight)
         return both.ce, both.kd + (both.loss - both.loss.detach()) / kd_weight

@@ -232,7 +232,7 @@ def encode(spec: Spec, value: Tensor | SparseLogits, mask: Tensor | None, index:
         return _largest(spec, value, torch.arange(len(value)), owner)
     _check_finite(spec, value, owner)
     (name,) = spec.parts
-    found = {name: value.to(spec.parts[name][1])}
+    found = {name: value.to(spec.parts[name][1], copy=True)}  # what is stored is not for others to change
     _check_finite(spec, found[name], owner)
     return found
 

@@ -359,7 +359,7 @@ class TeacherCache:
                     for name, value in values.items() for rows in (fresh.to(value.device),)
                 }  # fmt: skip
                 index, mask, keep = index[fresh], *(None if x is None else x[fresh] for x in (mask, keep))
-            tensors: dict[str, Tensor] = {"index": index}
+            tensors: dict[str, Tensor] = {"index": index.clone()}
             for spec in specs:
                 tensors |= encode(spec, values[spec.name], keep if spec.kind == "row" else mask, index)
             if mask is not None and any(spec.kind != "example" for spec in specs):

@@ -190,6 +190,23 @@ def test_lookups_in_inference_mode_serve_autograd(folder: Path) -> None:
         assert not tensor.requires_grad
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("limits", [SMALL, MAPPED])
+def test_what_the_teacher_returned_may_change_afterwards(folder: Path, limits: Limits, inference: bool) -> None:
+    cache = TeacherCache.create(folder, {"teacher": "x"}, 4, limits=limits)
+    with torch.inference_mode(inference):
+        logits = torch.arange(8.0).view(4, 2)
+        index = torch.arange(4)
+        cache.add(index, ModelOutput(logits))
+        logits.zero_()
+        index.zero_()
+    assert torch.equal(cache.lookup(torch.arange(4)).logits, torch.arange(8.0).view(4, 2))
+    cache.flush()
+    assert torch.equal(TeacherCache.open(folder).lookup(torch.arange(4)).logits, torch.arange(8.0).view(4, 2))
+    weight = torch.ones(4, 2, requires_grad=True)
+    (weight * cache.lookup(torch.arange(4)).logits).sum().backward()
+
+
 def test_lookups_are_copies(folder: Path) -> None:
     known = Known(20)
     for limits in (SMALL, MAPPED):
