@@ -74,7 +74,7 @@ def table() -> str:
     """Return docs/language_models.md's table, from results/lm.json."""
     if not RESULT.is_file():
         return "Not measured yet: `python scripts/language_models.py`.\n"
-    lines = [f"| training tokens | student | {' | '.join(SCORES.values())} | seeds |", "|:--|:--|" + "--:|" * 5]
+    lines = [f"| `experiment=`, training tokens | student | {' | '.join(SCORES.values())} | seeds |", "|:--|:--|" + "--:|" * 5]
     for name, one in json.loads(RESULT.read_text(encoding="utf-8")).items():
         for model, title in MODELS.items():
             if model in one["models"]:
