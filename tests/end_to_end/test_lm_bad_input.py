@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("own_home")
 Composed = Callable[..., DictConfig]
 TEXTS = made(40)
 USER, BOT = {"role": "user", "content": "who"}, {"role": "assistant", "content": "we the people"}
+SMALL = ("model@student=causal_lm_small", "student.hidden_size=16", "student.num_layers=1", "student.num_heads=2")
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
@@ -58,15 +59,14 @@ class Given:
             (place / file.name).write_bytes(file.read_bytes())
         return place
 
-    def refused(self, *overrides: str) -> str:
+    def refused(self, *overrides: str, student: Sequence[str] = SMALL) -> str:
         """Return the message of a run that must not begin to train."""
         run_dir = self.folder / "run"
         cfg = self.composed(
             "data=lm_text", f"data.train_file={self.folder / 'texts.jsonl'}",
             f"data.tokenizer={self.folder / 'tokenizer'}", "data.block_size=16", "data.batch_size=4",
             "model@teacher.network=causal_lm_small", "teacher.network.hidden_size=16", "teacher.network.num_layers=1",
-            "teacher.network.num_heads=2", "model@student=causal_lm_small", "student.hidden_size=16",
-            "student.num_layers=1", "student.num_heads=2", "teacher.trainer.max_epochs=1", "trainer.max_steps=2",
+            "teacher.network.num_heads=2", *student, "teacher.trainer.max_epochs=1", "trainer.max_steps=2",
             "teacher.precision=float32", "temperature=1", f"run_dir={run_dir}", *overrides,
         )  # fmt: skip
         with pytest.raises(KDError) as caught:
@@ -148,8 +148,8 @@ def test_tokenizers_that_differ_in_an_added_token_only(given: Given) -> None:
     given.tokenizer("added", lambda tokenizer: tokenizer.add_tokens([AddedToken("<|tool|>", special=True)]))
     place = given.teacher(llama(301), "added")
     message = given.refused(f"teacher.checkpoint={place}", "stages=[baseline,distill]")
-    assert "<|tool|>" in message
-    assert "tokenizer" in message
+    assert "data.tokenizer=" in message
+    assert "differ in" in message
 
 
 def test_embeddings_with_fewer_rows_than_the_vocabulary(given: Given) -> None:
@@ -165,9 +165,8 @@ def test_a_teacher_with_soft_capping_that_leaves_out_its_output_layer(given: Giv
         Gemma2ForCausalLM(Gemma2Config(vocab_size=300, head_dim=8, final_logit_softcapping=5.0, **SIZES))
     )
     message = given.refused(
-        f"teacher.checkpoint={place}", "stages=[baseline,distill]", "model@student=causal_lm_from_teacher",
-        "~student.hidden_size", "~student.num_layers", "~student.num_heads", "student.layers=1",
-        "student.logits_in_training=false",
+        f"teacher.checkpoint={place}", "stages=[baseline,distill]",
+        student=("model@student=causal_lm_from_teacher", "student.layers=1", "student.logits_in_training=false"),
     )  # fmt: skip
     assert "logits_in_training" in message
     assert "caps" in message
