@@ -74,7 +74,10 @@ def table() -> str:
     """Return docs/language_models.md's table, from results/lm.json."""
     if not RESULT.is_file():
         return "Not measured yet: `python scripts/language_models.py`.\n"
-    lines = [f"| `experiment=`, training tokens | student | {' | '.join(SCORES.values())} | seeds |", "|:--|:--|" + "--:|" * 5]
+    lines = [
+        f"| `experiment=`, training tokens | student | {' | '.join(SCORES.values())} | seeds |",
+        "|:--|:--|" + "--:|" * 5,
+    ]
     for name, one in json.loads(RESULT.read_text(encoding="utf-8")).items():
         for model, title in MODELS.items():
             if model in one["models"]:
@@ -99,10 +102,10 @@ def quickstart() -> str:
     return (
         f"On held-out State of the Union addresses the distilled student has a perplexity of "
         f"{perplexity['distilled']:.0f}, the same student from text alone {perplexity[start]:.0f} (the teacher "
-        f"{perplexity['teacher']:.0f}). Its KL to the teacher is {kl['distilled']:.2f} nats a token against "
-        f"{kl[start]:.2f}, and {100 * same['distilled']:.0f}% of its likeliest tokens are the teacher's, against "
-        f"{100 * same[start]:.0f}%. {one['seeds']} seed{'s' * (one['seeds'] > 1)}, {minutes:.0f} minutes on "
-        f"{machine['cpu']}, {machine['cores']} cores (`results/lm.json`).\n"
+        f"{perplexity['teacher']:.0f}). Its KL to the teacher is {kl['distilled']:.2f} nats a token, of the other "
+        f"{kl[start]:.2f}. Its likeliest token is the teacher's for {100 * same['distilled']:.0f}% of tokens, of the "
+        f"other for {100 * same[start]:.0f}%. Measured with {one['seeds']} seed{'s' * (one['seeds'] > 1)} in "
+        f"{minutes:.0f} minutes on {machine['cpu']} with {machine['cores']} cores (`results/lm.json`).\n"
     )
 
 

@@ -93,7 +93,7 @@ class _Sampled:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(60)
 
     def _look(self) -> None:
         while not self._ended.wait(0.02):
