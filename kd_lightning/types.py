@@ -30,7 +30,7 @@ Batch = dict[str, Tensor]
 IGNORE = -100
 """The label that counts nowhere: neither in a loss nor in a metric (torch's `ignore_index` default)."""
 
-_AT_ONCE = 2**20
+AT_ONCE = 2**20
 """How many logits a CPU goes through together when the largest are looked for: they stay in its cache."""
 
 MOST_PADDING_ROWS = 127
@@ -81,7 +81,7 @@ class SparseLogits(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, k: int) -> SparseLogits:
         """Return the sparse form of logits `(..., V)`."""
-        flat, at_once = logits.reshape(-1, logits.shape[-1]), max(_AT_ONCE // logits.shape[-1], 1)
+        flat, at_once = logits.reshape(-1, logits.shape[-1]), max(AT_ONCE // logits.shape[-1], 1)
         if logits.device.type == "cpu" and len(flat) > at_once:
             parts = [cls.of(rows, k) for rows in torch.split(flat, at_once)]
             values, ids, rest = (torch.cat(each) for each in list(zip(*parts, strict=True))[:3])

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from trainings import ROOT
+from trainings import ROOT, report_of
 
 RUNS, RESULT = ROOT / "runs" / "defaults", ROOT / "results" / "defaults.json"
 SETS: dict[str, list[str]] = {
@@ -33,8 +30,6 @@ SETS: dict[str, list[str]] = {
 }  # fmt: skip
 GOALS = {name: ("small",) if name == "fashion_mnist" else ("small", "fast") for name in SETS}
 SEEDS = {"small": 5, "fast": 3}
-LIMIT = 6 * 3600
-"""Seconds that a run may take."""
 MODELS = ("teacher", "baseline", "baseline_initialised", "distilled")
 
 
@@ -43,17 +38,12 @@ def names() -> list[str]:
     return [f"{name}/{goal}" for name in SETS for goal in GOALS[name]]
 
 
-def train(name: str, budget: str, seeds: int) -> Path:
-    """Train a set for a goal, and return the run's folder."""
+def train(name: str, budget: str, seeds: int) -> dict[str, Any]:
+    """Train a set for a goal, and return the run's report."""
     data, goal = name.rsplit("/", 1)
     folder = RUNS / budget / data.replace(",", "").replace(" ", "_")
-    command = [
-        sys.executable, "-m", "kd_lightning.cli.train", *SETS[data], f"goal={goal}", f"budget={budget}",
-        f"seeds={seeds}", f"run_dir={folder / goal}", f"shared_dir={folder / 'shared'}",
-    ]  # fmt: skip
-    print("$", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return folder / goal
+    settings = [*SETS[data], f"goal={goal}", f"budget={budget}", f"seeds={seeds}", f"shared_dir={folder / 'shared'}"]
+    return report_of(settings, folder / goal)
 
 
 def row(report: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +104,7 @@ def main() -> None:
         sys.exit(f"defaults: there is no {unknown[0]!r}; there are {', '.join(names())}")
     document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     for name in given.names or names():
-        folder = train(name, given.budget, given.seeds or SEEDS[name.rsplit("/", 1)[1]])
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = train(name, given.budget, given.seeds or SEEDS[name.rsplit("/", 1)[1]])
         document.setdefault(given.budget, {})[name] = row(report) | {
             "command": report["command"], "environment": report["environment"],
         }  # fmt: skip

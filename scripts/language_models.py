@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
-from trainings import ROOT
+from trainings import ROOT, report_of
 
 RUNS, RESULT = ROOT / "runs" / "language_models", ROOT / "results" / "lm.json"
 STUDENTS: dict[str, list[str]] = {
@@ -29,7 +27,7 @@ STUDENTS: dict[str, list[str]] = {
     "lm_cross_tokenizer": ["experiment=lm_cross_tokenizer"],
     "lm_draft": ["experiment=lm_draft"],
 }
-SEEDS, LIMIT = 3, 6 * 3600
+SEEDS = 3
 MODELS = {
     "teacher": "teacher", "baseline": "text alone", "baseline_initialised": "text alone, same start",
     "distilled": "distilled",
@@ -42,14 +40,7 @@ SCORES = {
 
 def train(name: str, seeds: int) -> dict[str, Any]:
     """Train a student, and return its report."""
-    folder = RUNS / name.replace(",", "").replace(" ", "_")
-    command = [
-        sys.executable, "-m", "kd_lightning.cli.train", *STUDENTS[name], f"seeds={seeds}", f"run_dir={folder}",
-    ]  # fmt: skip
-    print("$", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return report
+    return report_of([*STUDENTS[name], f"seeds={seeds}"], RUNS / name.replace(",", "").replace(" ", "_"))
 
 
 def row(report: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -125,6 +126,15 @@ def train_all(jobs: Sequence[Job]) -> None:
             print(f"{done}/{len(jobs)}  {job.name}: validation {scores}  ({minutes:.0f} min)", flush=True)
     if failed:
         sys.exit("\n".join([f"{len(failed)} of {len(jobs)} trainings failed:", *failed]))
+
+
+def report_of(settings: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run `kd-train` in a process of its own, as a user does, and return its report; at most 6 hours."""
+    command = [sys.executable, "-m", "kd_lightning.cli.train", *settings, f"run_dir={folder}"]
+    print("$", " ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True, timeout=6 * 3600, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
 def without_traceback(main: Callable[[], None]) -> None:

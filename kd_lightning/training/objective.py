@@ -145,7 +145,8 @@ class Objective(nn.Module):
         weights = self._weights(progress)
         skipping = self.training and any(weights.values())
         with torch.autocast(student.logits.device.type, enabled=False):
-            means = {} if apart else self._together(student, teacher, batch, weights, mean_counts)
+            shares = {} if mean_counts is None else self._shares(batch, mean_counts)
+            means = {} if apart else self._together(student, teacher, batch, weights, shares)
             for name, term in self.terms.items():
                 assert isinstance(term, Term)
                 term.progress = progress
@@ -154,12 +155,11 @@ class Objective(nn.Module):
             parts = {name: part.sum() for name, part in means.items()}
             if mean_counts is None:
                 return self.balance(parts, weights), parts
-            shares = self._shares(batch, mean_counts)
             return self.balance({name: (part * shares[name]).sum() for name, part in means.items()}, weights), parts
 
     def _together(
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch, weights: Mapping[str, float],
-        mean_counts: Tensor | None,
+        shares: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Return the means of cross-entropy and sparse divergence from one pass over the output layer.
 
@@ -175,8 +175,7 @@ class Objective(nn.Module):
         own = [term.counts(batch) for term in (labels, divergence)]
         if labels.label_smoothing or not weights[ce] or not weights[kd] or not own[0] or not torch.equal(*own):
             return {}
-        shares = {ce: 1.0, kd: 1.0} if mean_counts is None else self._shares(batch, mean_counts)
-        beside = float(shares[ce] / shares[kd])  # another process may count other rows of labels
+        beside = float(shares[ce] / shares[kd]) if shares else 1.0  # another process may count other rows of labels
         found = divergence.with_labels(student, teacher, batch, weights[ce] * beside, weights[kd])
         return {name: part.view(1) for name, part in zip((ce, kd), found, strict=True)}
 

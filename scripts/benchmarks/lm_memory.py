@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Measure, fresh_process, ratios
+from benchmarks.lm_task import random_sparse
+from benchmarks.task import ALPHA
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.soft_target import soft_target
 from kd_lightning.losses.sparse import sparse_linear_kd
-from kd_lightning.types import SparseLogits
 
-VOCABULARY, TOKENS, WIDTH, TOP_K, ALPHA, ROUNDS = 49_152, 4_096, 576, 32, 0.9, 5
+VOCABULARY, TOKENS, WIDTH, ROUNDS = 49_152, 4_096, 576, 5
 
 
 def run(tokens: int = TOKENS, rounds: int = ROUNDS) -> list[Measure]:
@@ -45,10 +46,7 @@ def run(tokens: int = TOKENS, rounds: int = ROUNDS) -> list[Measure]:
 def sparse(tokens: int) -> dict[str, float]:
     """One step from K stored log probabilities."""
     hidden, head, labels = _student(tokens)
-    ids = (torch.randint(VOCABULARY, (tokens, 1)) + 1531 * torch.arange(TOP_K)) % VOCABULARY  # no class twice
-    values = torch.randn(tokens, TOP_K).log_softmax(-1) - 0.1
-    rest = torch.log1p(-values.exp().sum(-1))
-    teacher = SparseLogits(values, ids, rest, VOCABULARY)
+    teacher = random_sparse(tokens, vocabulary=VOCABULARY)
     started = time.perf_counter()
     sparse_linear_kd(hidden, head, teacher, labels, ce_weight=1 - ALPHA, kd_weight=ALPHA).loss.backward()  # type: ignore[no-untyped-call]
     return {"seconds": time.perf_counter() - started}

@@ -35,19 +35,17 @@ from torch import Tensor
 
 from benchmarks.common import Measure, fresh_process, ratios
 from benchmarks.lm_task import (
-    ALPHA,
     BLOCK,
     FULL,
     STUDENT,
     TOP_K,
     addresses,
     network,
-    optimizer,
     smollm2_shaped,
     sparse_objective,
 )
 from benchmarks.peers import install
-from benchmarks.task import CLIP, silence
+from benchmarks.task import ALPHA, CLIP, optimizer, silence
 from kd_lightning.config.resolvers import fast_inference
 from kd_lightning.data import Sotu
 from kd_lightning.teachers import CachedTeacher, FrozenTeacher

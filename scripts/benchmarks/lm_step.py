@@ -28,12 +28,11 @@ from benchmarks.lm_task import (
     STUDENT,
     addresses,
     network,
-    optimizer,
     smollm2_shaped,
     sparse_objective,
     stored_training_blocks,
 )
-from benchmarks.task import ALPHA, CLIP, scheduler, silence, take_turns, train_ours
+from benchmarks.task import ALPHA, CLIP, optimizer, scheduler, silence, take_turns, train_ours
 from kd_lightning.data import Sotu
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.teachers import FrozenTeacher

@@ -5,12 +5,12 @@ Networks have random weights: what they predict is of no matter here, what it co
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.task import ALPHA
 from kd_lightning.data import Sotu
 from kd_lightning.losses import CrossEntropyLoss
 from kd_lightning.losses.sparse import SparseKDLoss
@@ -20,8 +20,9 @@ from kd_lightning.teachers.cache.fill import fill
 from kd_lightning.teachers.cache.outputs import Storage
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.training.objective import Objective
+from kd_lightning.types import SparseLogits
 
-TOKENS, BLOCK, TOP_K, ALPHA = 150_000, 128, 32, 0.9
+TOKENS, BLOCK, TOP_K = 150_000, 128, 32
 FULL, TRIMMED = "smollm2", "trimmed:smollm2"
 SMOLLM2 = {"hidden_size": 576, "num_layers": 30, "num_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
 """The sizes of SmolLM2-135M."""
@@ -64,6 +65,8 @@ def stored_training_blocks(data: Sotu, folder: Path) -> CachedTeacher:
     return CachedTeacher(cache)
 
 
-def optimizer() -> Any:
-    """Return the optimizer's constructor, as in conf/."""
-    return partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, fused=True)
+def random_sparse(*rows: int, vocabulary: int) -> SparseLogits:
+    """Return K log probabilities of random classes, none twice in a row, and their tail."""
+    ids = (torch.randint(vocabulary, (*rows, 1)) + 7 * torch.arange(TOP_K)) % vocabulary
+    values = torch.randn(*rows, TOP_K).log_softmax(-1) - 0.1
+    return SparseLogits(values, ids, torch.log1p(-values.exp().sum(-1)), vocabulary)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Measure, ratios
-from benchmarks.lm_task import SMOLLM2, TOP_K, sparse_objective
-from gpu.training import DEVICE, ON_GPU, in_turn, optimizer, synchronise, timed, train
+from benchmarks.lm_task import SMOLLM2, TOP_K, random_sparse, sparse_objective
+from gpu.training import DEVICE, ON_GPU, contest, in_turn, optimizer, timed, train
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
 from kd_lightning.losses.cross_entropy import cross_entropy
 from kd_lightning.losses.soft_target import soft_target
@@ -66,20 +66,16 @@ def lm_losses() -> Iterable[Measure]:
     for words, width in ((49_152, 576), (131_072, 1536)) if ON_GPU else ((512, 32),):
         tokens = 4096 if ON_GPU else 64
         hidden, head, teacher, labels = _inputs(tokens, words, width)
-        ids = (torch.randint(words, (tokens, 1), device=DEVICE) + 7 * torch.arange(TOP_K, device=DEVICE)) % words
-        values = torch.randn(tokens, TOP_K, device=DEVICE).log_softmax(-1) - 0.1
-        sparse = SparseLogits(values, ids, torch.log1p(-values.exp().sum(-1)), words)
+        sparse = random_sparse(tokens, vocabulary=words).to(DEVICE)
 
-        def ours(inputs: tuple[Tensor, ...] = (hidden, head, labels), sparse: SparseLogits = sparse) -> Tensor:
-            h, w, y = inputs
+        def ours(h: Tensor, w: Tensor, y: Tensor = labels, sparse: SparseLogits = sparse) -> Tensor:
             return sparse_linear_kd(h, w, sparse, y, ce_weight=0.1, kd_weight=0.9).loss
 
-        def dense(inputs: tuple[Tensor, ...] = (hidden, head, labels), teacher: Tensor = teacher) -> Tensor:
-            h, w, y = inputs
+        def dense(h: Tensor, w: Tensor, y: Tensor = labels, teacher: Tensor = teacher) -> Tensor:
             logits = h @ w.T
             return 0.1 * cross_entropy(logits, y) + 0.9 * soft_target(logits, teacher)
 
-        found = {name: _contest(loss, (hidden, head)) for name, loss in (("ours", ours), ("dense", dense))}
+        found = {name: contest(loss, (hidden, head)) for name, loss in (("ours", ours), ("dense", dense))}
         size = f"V = {words:,}, {tokens:,} tokens, width {width}"
         yield Measure(f"{size}: sparse, chunked", [1000 * one for one in found["ours"][0]], "ms")
         yield Measure(f"{size}: sparse, chunked / dense: time", ratios(found["ours"][0], found["dense"][0]), "ratio")
@@ -127,13 +123,9 @@ def batches(count: int = 4) -> list[Batch]:
 def stored(given: list[Batch], folder: Path) -> CachedTeacher:
     """Return a teacher whose random log probabilities are all in a cache."""
     cache = TeacherCache.create(folder, {"teacher": "timings"}, len(given) * BATCH, Storage("float16", TOP_K))
-    generator = torch.Generator().manual_seed(1)
     for batch in given:
-        first = torch.randint(WORDS, (BATCH, LENGTH, 1), generator=generator)
-        ids = (first + 7 * torch.arange(TOP_K)) % WORDS
-        values = torch.randn(BATCH, LENGTH, TOP_K, generator=generator).log_softmax(-1) - 0.1
-        sparse = SparseLogits(values, ids, torch.log1p(-values.exp().sum(-1)), WORDS)
-        cache.add(batch["index"], ModelOutput(values[..., :0], sparse=sparse), batch["attention_mask"])
+        sparse = random_sparse(BATCH, LENGTH, vocabulary=WORDS)
+        cache.add(batch["index"], ModelOutput(sparse.values[..., :0], sparse=sparse), batch["attention_mask"])
     cache.flush()
     return CachedTeacher(cache)
 
@@ -177,24 +169,3 @@ def _inputs(tokens: int, words: int, width: int) -> tuple[Tensor, Tensor, Tensor
     labels = torch.randint(words, (tokens,), generator=generator, device=DEVICE)
     hidden, head = randn(tokens, width), randn(words, width, 0.05)
     return hidden.requires_grad_(), head.requires_grad_(), randn(tokens, words), labels
-
-
-def _contest(loss: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> tuple[list[float], float]:
-    """Return seconds of each step, and bytes of memory above what was held before."""
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss().backward()  # type: ignore[no-untyped-call]
-
-    step()
-    peak = 0.0
-    if ON_GPU:
-        for leaf in leaves:
-            leaf.grad = None
-        synchronise()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = float(torch.cuda.max_memory_allocated() - held)
-    return timed(step, 1, 5 if ON_GPU else 2), peak

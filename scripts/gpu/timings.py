@@ -31,6 +31,7 @@ from gpu.training import (
     ON_GPU,
     base,
     batches,
+    contest,
     distilled,
     in_turn,
     stored,
@@ -157,7 +158,7 @@ def fused() -> Iterable[Measure]:
     found: dict[str, tuple[list[float], float, float]] = {}
     for name in ("ours", "naive", "Liger"):
         try:
-            found[name] = _contest(CONTESTANTS[name], inputs)
+            found[name] = contest(CONTESTANTS[name], inputs)
         except ImportError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     own, peak, _ = found["ours"]
@@ -174,29 +175,6 @@ def fused() -> Iterable[Measure]:
         if ON_GPU:
             note = f"{peak / 1e9:.2f} GB against {memory / 1e9:.2f} GB above the inputs"
             yield Measure(f"ours / {title}: peak memory", [peak / memory], "ratio", goals[1], note)
-
-
-def _contest(contestant: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[list[float], float, float]:
-    """Return seconds of each step, bytes of memory above the inputs' (with their gradients), and the loss."""
-
-    def step() -> Tensor:
-        for x in inputs:
-            x.grad = None
-        loss = contestant(*inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    step()  # compiles
-    for x in inputs:
-        x.grad = None
-    if not ON_GPU:
-        return timed(step, 1, 2), 0.0, float(step())
-    synchronise()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    loss = float(step())
-    peak = torch.cuda.max_memory_allocated() - held
-    return timed(step, 1, 5), float(peak), loss
 
 
 def end_to_end() -> Iterable[Measure]:

@@ -198,7 +198,9 @@ def _thinned(kept: NDArray[np.bool_], times: float) -> NDArray[np.bool_]:
     places = np.flatnonzero(kept)
     count = max(round(len(places) / max(times, 1.0)), 1)
     chosen = places[((np.arange(count) + 0.5) * len(places) / count).astype(np.int64)]
-    return np.isin(np.arange(len(kept)), chosen)
+    thinned = np.zeros_like(kept)
+    thinned[chosen] = True
+    return thinned
 
 
 def _whole(lengths: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

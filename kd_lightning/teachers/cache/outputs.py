@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_lightning.runtime.errors import CacheError, ConfigError
-from kd_lightning.types import ModelOutput, SparseLogits
+from kd_lightning.types import AT_ONCE, ModelOutput, SparseLogits
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["example", "token", "pair", "row"]
@@ -23,9 +23,6 @@ Number = TypeVar("Number", float, NDArray[np.int64])
 
 MOST_DENSE = 1024
 """Of more classes the K largest logits of each token are read back without numbers for the others."""
-
-AT_ONCE = 2**20
-"""How many logits a CPU goes through together when the largest are looked for: they stay in its cache."""
 
 
 @dataclass(frozen=True)
