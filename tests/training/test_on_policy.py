@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor, nn
 
 from kd_lightning.losses import CrossEntropyLoss, SoftTargetLoss
@@ -23,6 +25,7 @@ from kd_lightning.training.objective import Objective
 from kd_lightning.training.on_policy import OnPolicy
 from kd_lightning.types import IGNORE, Batch
 from tests.data.corpus.texts import data, made
+from tests.pair import in_two
 
 V, MOST = 40, 16
 TASK = CausalLanguageModeling(V)
@@ -207,27 +210,35 @@ def test_a_resumed_training_draws_what_an_uninterrupted_one_does(tmp_path: Path,
 
 
 class Pieces(L.LightningDataModule):
-    """Four texts, so many at a time."""
+    """Of four texts those of each batch."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, *batches: list[int]) -> None:
         super().__init__()
-        self.size, self.around = size, None
+        self.batches, self.around = batches, None
 
     def train_dataloader(self) -> Any:
         rows = {name: torch.cat([value, value.roll(1, -1)]) for name, value in texts().items()}
         rows["index"] = torch.arange(4)
         assert self.around is not None
-        return self.around([{name: value[i : i + self.size] for name, value in rows.items()} for i in (0, 2, 1, 3)
-                            if i % self.size == 0])  # fmt: skip
+        return self.around([{name: value[chosen] for name, value in rows.items()} for chosen in self.batches])
+
+
+ALL = [0, 1, 2, 3]
+ENDED: dict[str, Any] = {"temperature": 0.0, "ends": range(0, V, 3)}
+"""The likeliest tokens, of continuations of other lengths."""
+
+
+def flat(taught: DistillationModule) -> Tensor:
+    return torch.cat([weight.detach().flatten() for weight in taught.student.parameters()])
 
 
 def test_an_accumulated_step_is_the_mean_over_all_its_tokens(tmp_path: Path) -> None:
     """The likeliest continuations do not depend on their batch: two batches of two texts are one of four."""
     found = []
-    for size in (4, 2, 1):
-        taught = module(tmp_path, model(1), model(2), temperature=0.0, ends=range(0, V, 3))
-        fit(tmp_path, taught, 1, corpus=Pieces(size), accumulate_grad_batches=4 // size)
-        found.append(torch.cat([weight.flatten() for weight in taught.student.parameters()]))
+    for batches in ([ALL], [[0, 1], [2, 3]], [[0], [2], [1], [3]]):
+        taught = module(tmp_path, model(1), model(2), **ENDED)
+        fit(tmp_path, taught, 1, corpus=Pieces(*batches), accumulate_grad_batches=len(batches))
+        found.append(flat(taught))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-6)
 
@@ -248,3 +259,79 @@ def test_other_loaders_are_refused(tmp_path: Path) -> None:
     trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ConfigError, match=r"data modules of ours: give trainer\.fit\(datamodule="):
         trainer.fit(taught, loader)
+
+
+# -- in two processes -------------------------------------------------------------------------------------------------
+
+
+class Drawn(L.Callback):
+    """Notes what each step of a process trains on."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
+        self.batches.append({name: batch[name] for name in ("index", "input_ids", "keep")})
+
+
+def one_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    """Train some students as one of two processes; return their weights and what they were trained on."""
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {**numbers, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    size = vocabulary(folder)
+
+    def trained(taught: DistillationModule, steps: int, *more: L.Callback, **options: Any) -> dict[str, Any]:
+        drawn = Drawn()
+        own = {"strategy": "ddp", "devices": 2, "plugins": [TorchElasticEnvironment()], "callbacks": [drawn, *more]}
+        given = {"corpus": data(folder, made(30), batch_size=2), **options}
+        fit(folder, taught, steps, **own, **given, enable_checkpointing=bool(more))
+        return {"weights": flat(taught), "batches": drawn.batches}
+
+    def fresh() -> DistillationModule:
+        taught: DistillationModule = module(folder, model(1, 0.3, size), model(2, 0.0, size), share=0.75)
+        return taught
+
+    found = {}
+    for name, batches in (("whole", [[rank, rank + 2]]), ("accumulated", [[rank], [rank + 2]])):
+        taught = module(folder, model(1), model(2), **ENDED)
+        found[name] = trained(taught, 1, corpus=Pieces(*batches), accumulate_grad_batches=len(batches))
+    found["same texts"] = trained(module(folder, model(1), model(2)), 1, corpus=Pieces(ALL))
+    found["uninterrupted"] = trained(fresh(), 5)
+    saved = ModelCheckpoint(folder / "saved", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    trained(fresh(), 3, saved)
+    found["resumed"] = trained(fresh(), 5, resume=str(folder / "saved" / "step=2.ckpt"))
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_draw_for_their_own_texts_and_step_as_one(tmp_path: Path) -> None:
+    first, second = in_two(one_of_two, tmp_path, tmp_path)
+    taught = module(tmp_path, model(1), model(2), **ENDED)
+    fit(tmp_path, taught, 1, corpus=Pieces(ALL))
+    for name in ("whole", "accumulated"):
+        counts = [sum(int(batch["keep"].sum()) for batch in one[name]["batches"]) for one in (first, second)]
+        assert counts[0] != counts[1], "else any mean would be that over all tokens"
+        torch.testing.assert_close(first[name]["weights"], flat(taught), rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[name]["weights"], second[name]["weights"])
+
+    drawn = [one["same texts"]["batches"][0] for one in (first, second)]
+    assert torch.equal(drawn[0]["index"], drawn[1]["index"])
+    assert not torch.equal(drawn[0]["input_ids"], drawn[1]["input_ids"]), "each process has random numbers of its own"
+
+    written = {}
+    for batch in data(tmp_path, made(30)).all_dataloader():
+        written |= dict(zip(batch["index"].tolist(), batch["input_ids"].tolist(), strict=True))
+    continued, batches = 0, [one["uninterrupted"]["batches"] for one in (first, second)]
+    for mine, theirs in zip(*batches, strict=True):
+        assert not set(mine["index"].tolist()) & set(theirs["index"].tolist())
+    for batch in (batch for own in batches for batch in own):
+        for index, ids, keep in zip(*(batch[name].tolist() for name in ("index", "input_ids", "keep")), strict=True):
+            if ids[: len(written[index])] != written[index]:
+                prompt = ids[: keep.index(True) + 1]
+                begins = range(len(written[index]) - len(prompt) + 1)
+                assert any(written[index][begin : begin + len(prompt)] == prompt for begin in begins)
+                continued += 1
+    assert continued > len(batches[0]), "of 2 texts a step and process, three quarters"
+    for one in (first, second):
+        assert torch.equal(one["resumed"]["weights"], one["uninterrupted"]["weights"])
+        assert torch.equal(one["resumed"]["weights"], first["resumed"]["weights"])
