@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from kd_lightning.config.schema import CACHED, Node
 from kd_lightning.data import IndexedData
 from kd_lightning.pipeline.context import Part, Run
 from kd_lightning.pipeline.networks import filled, takes_from_teacher
-from kd_lightning.pipeline.objectives import run_objective
+from kd_lightning.pipeline.objectives import run_objective, student_texts
 from kd_lightning.pipeline.prepare import data_read_by, new_networks, task_of_stage, training_data
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.training.run_folder import teacher_stage
+from kd_lightning.training.run_folder import is_finished, teacher_stage
 from kd_lightning.training.stage import averages, validate_every
 
 
@@ -70,8 +71,6 @@ def files(run: Run) -> Iterator[tuple[str, Node]]:
         raise ConfigError("teacher.sharded=true: kd-cli loads whole teachers; set teacher.sharded=false")
     if teacher.folds > 1:
         raise ConfigError(f"teacher.folds={teacher.folds}: kd-cli trains no teachers on folds; use kd-train")
-    if run.cfg.on_policy.share:
-        raise ConfigError(f"on_policy.share={run.cfg.on_policy.share:g}: kd-cli continues no texts; use kd-train")
     if run.cfg.generated.texts:
         raise ConfigError(f"generated.texts={run.cfg.generated.texts}: kd-cli generates no texts; use kd-train")
     if trainer not in ("lightning.Trainer", "lightning.pytorch.Trainer"):
@@ -138,9 +137,14 @@ class _Converter:
             path = "kd_lightning.teachers.EMATeacher"
             teacher = class_path(path, student=student, decay=decay, features=features)
             callbacks = [class_path("kd_lightning.callbacks.MeanTeacher")]
+        texts = student_texts(self.run)
+        on_policy = None if texts is None else class_path(
+            "kd_lightning.training.on_policy.OnPolicy", **asdict(self.cfg.on_policy), most_tokens=texts.most_tokens,
+            ends=list(texts.ends),
+        )  # fmt: skip
         model = class_path(
             "kd_lightning.DistillationModule", student=student, teacher=teacher, objective=self.objective(),
-            **self.learning(stage),
+            on_policy=on_policy, **self.learning(stage),
         )  # fmt: skip
         return model, callbacks
 
@@ -149,12 +153,11 @@ class _Converter:
         node: Node = converted(filled(settings, data_read_by(self.run, stage), stage.role))
         if stage.role == "student" and takes_from_teacher(settings):
             source = next(iter(self.run.parts.values()))  # of several the first one
-            start, sizes = self.checkpoint(source), source.data.model_arguments("teacher")
-            node["init_args"]["teacher"] = class_path(
-                "kd_lightning.pipeline.checkpoint_teacher.finished_network",
-                checkpoint=start[0] if isinstance(start, list) else start,
-                **{name: sizes[name] for name in ("num_classes", "pad_token_id", "per_token") if name in sizes},
-            )  # fmt: skip
+            given, data = self.checkpoint(source), converted(source.cfg.data)
+            start = given[0] if isinstance(given, list) else given
+            ours = source.cfg.teacher.checkpoint is None or is_finished(Path(start))
+            path = "kd_lightning.pipeline.checkpoint_teacher.finished_network"
+            node["init_args"]["teacher"] = class_path(path, checkpoint=start, **({} if ours else {"data": data}))
         return node
 
     # -- the teachers -------------------------------------------------------------------------------------------------

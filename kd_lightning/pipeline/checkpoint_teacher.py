@@ -26,30 +26,23 @@ from kd_lightning.training.run_folder import is_finished, load_run
 from kd_lightning.types import Batch, ModelOutput
 
 
-def finished_network(
-    checkpoint: str, num_classes: int | None = None, pad_token_id: int | None = None, per_token: bool = False
-) -> nn.Module:
+def finished_network(checkpoint: str, data: IndexedData | None = None) -> nn.Module:
     """Return a trained network, to be trained on or to make a student from; no random number is drawn.
 
     Args:
         checkpoint: A stage folder of ours (`RUN/teacher`), else a Hugging Face folder or name.
-        num_classes: C, for a Hugging Face classifier.
-        pad_token_id: What pads its texts.
-        per_token: Whether it classifies each token.
+        data: What a network of Hugging Face is to predict, with which tokens.
 
     Raises:
-        ConfigError: A Hugging Face name without `num_classes`, or whatever `models.hf.finished` refuses.
+        ConfigError: A Hugging Face name without data, or one that does not fit them.
     """
     with torch.random.fork_rng():
         if is_finished(Path(checkpoint)):
             return load_run(checkpoint).network.train()
-        if num_classes is None:
-            raise ConfigError(
-                f"checkpoint={checkpoint!r} is no finished stage of a run; Hugging Face's need num_classes"
-            )
-        from kd_lightning.models.hf import finished
-
-        return finished(checkpoint, num_classes, pad_token_id, per_token)
+        if data is None:
+            raise ConfigError(f"checkpoint={checkpoint!r} is no finished stage of a run; Hugging Face's need data")
+        data.prepare()
+        return load_teacher(checkpoint, data, Console()).network
 
 
 class _LateTeacher(L.Callback, Teacher):
@@ -94,6 +87,8 @@ class _LateTeacher(L.Callback, Teacher):
         assert isinstance(pl_module, DistillationModule)
         pl_module.plan(self.load(data))
         self.inner = self.provide(data, trainer, pl_module.objective.needs_teacher)
+        if pl_module.on_policy is not None:  # no batch is known ahead of its step
+            data.around = None
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the teacher's output."""

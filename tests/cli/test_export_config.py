@@ -21,20 +21,26 @@ from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.training.distillation import DistillationModule
 from tests.conftest import tiny_overrides, write_toy_csv
 from tests.data.images import write_fashion
+from tests.end_to_end.test_lm_experiments import SHRUNK, shrunk, small
 from tests.end_to_end.test_multi_task import NETWORKS, TASKS
 from tests.toy_reviews import write_archive, write_tokenizer
 
+__all__ = ["shrunk"]  # a fixture
 Composed = Callable[..., DictConfig]
-QUICK = {"mean_teacher", "reviews_bilstm"}
-"""No trained teacher; views, and a teacher's embeddings. Several tasks: the last test of this file."""
+QUICK = {"mean_teacher", "reviews_bilstm", "lm_sotu", "lm_on_policy", "lm_sequence"}
+"""No trained teacher; views, and a teacher's embeddings; of language models two and a refusal.
+
+Several tasks: the last test of this file.
+"""
 EXPERIMENTS = [
     pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
     for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
-    if not path.stem.startswith("lm_")  # with tiny networks: tests/end_to_end/test_lm_experiments.py
+    if not path.stem.startswith("lm_")
 ]
 CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
 
@@ -179,6 +185,23 @@ def test_every_experiment_trains_to_the_same_weights_both_ways(
 ) -> None:
     """Over more than two epochs: the first one fills the cache of the teacher's outputs."""
     both_ways(brief(experiment, 12), composed, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in SHRUNK]
+)
+def test_every_experiment_of_language_models_trains_to_the_same_weights_or_says_why_not(
+    experiment: str, shrunk: list[str], composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tiny networks, of which the teacher is Hugging Face's."""
+    given = small(experiment, shrunk, composed, tmp_path)
+    if experiment == "lm_sequence":
+        with pytest.raises(ConfigError, match=r"generated\.texts=1: kd-cli generates no texts; use kd-train"):
+            write(composed(*given), tmp_path / "files", "kd-config ...")
+        assert not (tmp_path / "files").exists()
+        return
+    names = both_ways([*given, CAPTURE, "~logger.tensorboard"], composed, tmp_path, monkeypatch)
+    assert names[-1] == "seed_0/distill"
 
 
 RISING = "{_target_: kd_lightning.schedules.Linear, start: 0.2, end: 0.9}"

@@ -73,9 +73,8 @@ GOES_ON = {"lm_on_policy"}
 """From the student of lm_sotu."""
 
 
-@pytest.mark.parametrize("experiment", SHRUNK)
-def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: Path, experiment: str) -> None:
-    """Its stages, losses and schemes are its own."""
+def small(experiment: str, shrunk: list[str], composed: Composed, tmp_path: Path) -> list[str]:
+    """Return an experiment with small networks, after what it reads is made."""
     own = [*SHRUNK[experiment], *([] if "student.num_heads=2" in SHRUNK[experiment] else NARROW)]
     if experiment == "lm_chat":
         turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the people"}]
@@ -89,8 +88,15 @@ def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: 
         given = [*shrunk, *NARROW, f"run_dir={tmp_path / 'first'}", "stages=[distill]"]
         train_all(Run(composed("experiment=lm_sotu", *given), Console(file=StringIO())))
         own = [*SHRUNK[experiment], f"student.checkpoint={tmp_path / 'first'}"]
+    return [f"experiment={experiment}", *shrunk, *own]
+
+
+@pytest.mark.parametrize("experiment", SHRUNK)
+def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: Path, experiment: str) -> None:
+    """Its stages, losses and schemes are its own."""
+    given = small(experiment, shrunk, composed, tmp_path)
     output = StringIO()
-    run = Run(composed(f"experiment={experiment}", *shrunk, *own), Console(file=output, width=200))
+    run = Run(composed(*given), Console(file=output, width=200))
     train_all(run)
     record: dict[str, Any] = json.loads((tmp_path / "run/seed_0/distill/stage.json").read_text())
     assert record["steps"] == 2
