@@ -13,7 +13,7 @@ from kd_lightning.config.instantiate import lookup, parameters
 from kd_lightning.config.schema import CACHED, Node
 from kd_lightning.data import IndexedData
 from kd_lightning.pipeline.context import Part, Run
-from kd_lightning.pipeline.networks import filled, takes_from_teacher
+from kd_lightning.pipeline.networks import check_vocabulary, filled, takes_from_teacher
 from kd_lightning.pipeline.objectives import run_objective, student_texts
 from kd_lightning.pipeline.prepare import data_read_by, new_networks, task_of_stage, training_data
 from kd_lightning.pipeline.stages import Stage, plan
@@ -150,14 +150,16 @@ class _Converter:
 
     def network(self, stage: Stage, settings: Node) -> Node:
         """Return a network, and in it the teacher's where it starts from that."""
-        node: Node = converted(filled(settings, data_read_by(self.run, stage), stage.role))
+        data = data_read_by(self.run, stage)
+        check_vocabulary(settings, data, stage.role)
+        node: Node = converted(filled(settings, data, stage.role))
         if stage.role == "student" and takes_from_teacher(settings):
             source = next(iter(self.run.parts.values()))  # of several the first one
-            given, data = self.checkpoint(source), converted(source.cfg.data)
+            given, reads = self.checkpoint(source), converted(source.cfg.data)
             start = given[0] if isinstance(given, list) else given
             ours = source.cfg.teacher.checkpoint is None or is_finished(Path(start))
             path = "kd_lightning.pipeline.checkpoint_teacher.finished_network"
-            node["init_args"]["teacher"] = class_path(path, checkpoint=start, **({} if ours else {"data": data}))
+            node["init_args"]["teacher"] = class_path(path, checkpoint=start, **({} if ours else {"data": reads}))
         return node
 
     # -- the teachers -------------------------------------------------------------------------------------------------

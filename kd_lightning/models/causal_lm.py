@@ -142,27 +142,7 @@ def causal_lm(
         ConfigError: No such folder or name, no causal language model, another vocabulary than the data's, or blocks
             that are longer than it has positions.
     """
-    check_attention(attn_implementation, "attn_implementation")
-    source, local = locate(name)
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    try:
-        with quiet_loading(hide_bar=local):
-            config = read_config(source, name, {"local_files_only": local, "trust_remote_code": trust_remote_code})
-            network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(cannot_load(name, "a causal language model", local, error)) from error
-    embedding: Any = network.get_input_embeddings()
-    rows = int(embedding.num_embeddings)
-    if not vocab_size <= rows <= vocab_size + MOST_PADDING_ROWS:
-        raise ConfigError(
-            f"name={name!r} has embeddings for {rows} tokens and the data's tokenizer has {vocab_size}: read with the "
-            f"checkpoint's own tokenizer, data.tokenizer={name}"
-        )
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if block_size is not None and longest is not None and block_size > longest:
-        raise ConfigError(f"data.block_size={block_size}: {name} has positions for {longest} tokens; set it lower")
+    network = _pretrained(name, vocab_size, block_size, attn_implementation, trust_remote_code)
     return CausalLM(network, vocab_size, logits_in_training).train()
 
 
@@ -196,8 +176,36 @@ def causal_lm_lora(
         ConfigError: As for `causal_lm` and `Lora`.
     """
     lora = Lora(r, alpha, dropout, targets)
-    model = causal_lm(name, vocab_size, block_size, attn_implementation, logits_in_training, trust_remote_code)
-    return CausalLM(model.network, vocab_size, logits_in_training, lora).train()
+    network = _pretrained(name, vocab_size, block_size, attn_implementation, trust_remote_code)
+    return CausalLM(network, vocab_size, logits_in_training, lora).train()
+
+
+def _pretrained(
+    name: str, vocab_size: int, block_size: int | None, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load the network of `causal_lm`."""
+    check_attention(attn_implementation, "attn_implementation")
+    source, local = locate(name)
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with quiet_loading(hide_bar=local):
+            config = read_config(source, name, {"local_files_only": local, "trust_remote_code": trust_remote_code})
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigError(cannot_load(name, "a causal language model", local, error)) from error
+    embedding: Any = network.get_input_embeddings()
+    rows = int(embedding.num_embeddings)
+    if not vocab_size <= rows <= vocab_size + MOST_PADDING_ROWS:
+        raise ConfigError(
+            f"name={name!r} has embeddings for {rows} tokens and the data's tokenizer has {vocab_size}: read with the "
+            f"checkpoint's own tokenizer, data.tokenizer={name}"
+        )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if block_size is not None and longest is not None and block_size > longest:
+        raise ConfigError(f"data.block_size={block_size}: {name} has positions for {longest} tokens; set it lower")
+    return network  # type: ignore[no-any-return]
 
 
 def causal_lm_small(

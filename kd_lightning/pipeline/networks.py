@@ -10,6 +10,7 @@ from torch import nn
 from kd_lightning.config.instantiate import build, lookup, parameters
 from kd_lightning.config.schema import Node
 from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.models.causal_lm import causal_lm, causal_lm_lora
 from kd_lightning.models.causal_lm_from_teacher import causal_lm_from_teacher
 from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
@@ -41,6 +42,7 @@ def build_network(
     Raises:
         ConfigError: The settings do not fit the data, or the network could not be rebuilt.
     """
+    check_vocabulary(settings, data, role)
     sizes, target, given = data.model_arguments(role), settings["_target_"], {}
     if role == "student" and takes_from_teacher(settings):
         assert teacher is not None
@@ -67,6 +69,21 @@ def build_network(
         )
     check_length(network, data.input_format.get("max_length"), role)
     return network, filled(settings, data, role)
+
+
+def check_vocabulary(settings: Node, data: IndexedData, role: Role) -> None:
+    """Refuse pretrained embeddings of a whole vocabulary where the data number the tokens of a part of it.
+
+    Raises:
+        ConfigError: Names the keys to change.
+    """
+    target = settings["_target_"]
+    if data.task.kept is not None and lookup(target) in (causal_lm, causal_lm_lora):
+        raise ConfigError(
+            f"{role}: {target.rpartition('.')[2]} has embeddings for {data.task.kept.size} tokens, of which "
+            f"data.tokenizer=trimmed:NAME keeps {data.task.outputs}: set data.tokenizer=NAME, or make the student new "
+            "(model@student=causal_lm_from_teacher or causal_lm_small)"
+        )
 
 
 def filled(settings: Node, data: IndexedData, role: Role) -> Node:

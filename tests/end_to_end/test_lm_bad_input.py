@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
@@ -170,3 +171,23 @@ def test_a_teacher_with_soft_capping_that_leaves_out_its_output_layer(given: Giv
     )  # fmt: skip
     assert "logits_in_training" in message
     assert "caps" in message
+
+
+@pytest.mark.parametrize("network", ["causal_lm", "causal_lm_lora"])
+def test_a_pretrained_student_that_has_more_tokens_than_a_trimmed_vocabulary(given: Given, network: str) -> None:
+    """As few more as embeddings are padded by: they would be read by other tokens' numbers, and nobody would see it."""
+    place = given.teacher(llama(300))
+    few = given.records("few.jsonl", [{"text": f"people {number}"} for number in range(40)])
+    message = given.refused(
+        f"teacher.checkpoint={place}", "stages=[baseline,distill]", f"data.tokenizer=trimmed:{place}",
+        f"data.train_file={few}",
+        student=(f"model@student={network}", f"student.name={place}"),
+    )  # fmt: skip
+    assert re.search(r"student: \S+ has embeddings for 300 tokens, of which data\.tokenizer=trimmed:NAME keeps 2\d\d: "
+                     r"set data\.tokenizer=NAME", message)  # fmt: skip
+
+
+def test_teachers_without_a_fold_of_the_texts(given: Given) -> None:
+    message = given.refused("teacher.folds=2")
+    assert message.startswith("teacher.folds=2: blocks share documents")
+    assert "set 1" in message

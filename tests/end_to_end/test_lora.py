@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from io import StringIO
@@ -23,6 +24,7 @@ from kd_lightning.pipeline.stages import plan
 from kd_lightning.training.run_folder import load_run
 from tests import forks
 from tests.end_to_end.test_causal_lm import overrides
+from tests.runtime.test_processes import torchrun
 
 pytest.importorskip("peft", reason="the extra `lm` is not installed")
 
@@ -55,6 +57,31 @@ def test_text_alone_trains_the_same_adapters_from_the_same_start(
     assert any("lora_A" in name for name in baseline)
     assert baseline.keys() == distilled.keys()
     assert all(torch.equal(baseline[name], distilled[name]) for name in baseline)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_of_one(settings: list[str], tmp_path: Path) -> None:
+    """As one process with their batches together; from each checkpoint of theirs adapters alone go on."""
+    home = {"KD_LIGHTNING_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    same = ["student.dropout=0"]
+    given = [one for one in settings if not one.startswith(("run_dir=", "student.dropout="))] + same
+    one = forks.command("kd-train", *given, f"run_dir={tmp_path / 'one'}", cwd=tmp_path, environment=home)
+    assert one.returncode == 0, one.stderr
+    halves = ["trainer=ddp", "trainer.precision=32-true", "data.batch_size=2", f"run_dir={tmp_path / 'two'}"]
+    environment = {**os.environ, **home}
+    killed = torchrun(environment | {"KILL_AT_STEP": "6"}, *given, *halves, KILL)
+    assert killed.returncode != 0
+    folder = tmp_path / "two" / "seed_0" / "distill"
+    checkpoint = torch.load(folder / "checkpoints" / "resume.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    two = torchrun(environment | {"KILL_AT_STEP": "-1"}, *given, *halves, KILL)
+    assert two.returncode == 0, two.stderr
+    alone, together = (load_file(tmp_path / run / "seed_0/distill/model.safetensors") for run in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-5)
+    assert any(name.endswith("lora_B.default.weight") and weight.any() for name, weight in together.items())
 
 
 def test_killed_and_resumed_from_adapters_alone_it_is_the_same_and_exported_whole(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kd_lightning.models import causal_lm as causal_lm_module
 from kd_lightning.models.causal_lm import CausalLM, causal_lm, causal_lm_lora, causal_lm_small
 from kd_lightning.models.lora import adapted, merged
 from kd_lightning.models.rebuild import describe, from_description
@@ -46,6 +47,14 @@ def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(base: str) ->
     assert {name for name, _ in model.named_parameters()} - set(learned) == set(model.unchanged) - {
         "network.lm_head.weight"
     }
+
+
+def test_a_checkpoint_is_tried_once_with_or_without_adapters(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    probe = causal_lm_module._is_causal
+    monkeypatch.setattr(causal_lm_module, "_is_causal", lambda network: tried.append(network) or probe(network))
+    causal_lm_lora(base, V)
+    assert len(tried) == 1
 
 
 def test_the_seed_decides_the_adapters(base: str) -> None:
