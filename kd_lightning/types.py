@@ -70,6 +70,11 @@ class SparseLogits(NamedTuple):
         """Where it is."""
         return self.rest.device
 
+    @property
+    def likeliest(self) -> Tensor:
+        """The likeliest class of each row, `(...)`; of drawn ones that of these."""
+        return self.ids.gather(-1, self.values.argmax(-1, keepdim=True))[..., 0]
+
     def to(self, device: torch.device) -> SparseLogits:
         """Return it on a device."""
         return self._replace(values=self.values.to(device), ids=self.ids.to(device), rest=self.rest.to(device))

@@ -205,7 +205,7 @@ def _pretrained(
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if block_size is not None and longest is not None and block_size > longest:
         raise ConfigError(f"data.block_size={block_size}: {name} has positions for {longest} tokens; set it lower")
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def causal_lm_small(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from kd_lightning.evaluation.report import (
     write_report,
 )
 from kd_lightning.pipeline.prepare import new_networks
+from kd_lightning.pipeline.speeds import TEACHER, Speed, measured
 from kd_lightning.pipeline.stages import SHORT, plan
 from kd_lightning.pipeline.teacher_check import findings_of
 from kd_lightning.runtime.console import say
@@ -39,12 +41,12 @@ from kd_lightning.training.run_folder import (
     read_stage,
     trainings_of,
 )
-from kd_lightning.types import Batch
+from kd_lightning.types import Batch, ModelOutput, SparseLogits
 
 if TYPE_CHECKING:
-    from kd_lightning.evaluation.generated import Draft, Generation
     from kd_lightning.pipeline.context import Run
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
+    from kd_lightning.teachers import Teacher
 
 TITLES: dict[str, tuple[str, str]] = {
     "baseline": ("baseline", "student from labels"),
@@ -52,23 +54,11 @@ TITLES: dict[str, tuple[str, str]] = {
     "distill": ("distilled", "distilled student"),
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
-LATENCY_EXAMPLES = 100
-SPEED_PROMPTS, DRAFT_PROMPTS, SAMPLES, NEW_TOKENS = 4, 4, 3, 32
-"""Of language models: prompts by which speed is measured, that are drafted for, that are shown; tokens after each."""
-TEACHER, UNTRAINED = "teacher", "untrained"
+UNTRAINED = "untrained"
 Evaluated = Mapping[str, Mapping[str, Evaluation]]
 """By split, and by a stage's folder, `TEACHER` or `UNTRAINED`."""
 _PICTURES = re.compile(r"!\[[^\n]*\]\((\w+\.png)\)")
 """Of a report.md."""
-
-
-class Speed(NamedTuple):
-    """How fast a model is, and what it drafts."""
-
-    latency: profiling.Latency | None = None
-    throughput: profiling.Throughput | None = None
-    generation: Generation | None = None
-    draft: Draft | None = None
 
 
 def compare(run: Run, command: str) -> dict[str, Any]:
@@ -143,16 +133,15 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
         say(run.console, f"report  networks are scored on {data.sizes['test']:,} blocks of the test split")
     evaluated = _evaluated(run, {str(one): network for one, network in networks.items()} | untrained)
     first = {stage: networks[found[0]] for stage, found in students.items()}
-    speeds, shown = _generated(run, first) if run.task.generates else (_speeds(run, first), [])
+    timed, shown = measured(run, first)
     results = [
-        _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, speeds[stage])
+        _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, timed[stage])
         for stage, found in students.items()
     ]
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}
-    if _compares(run):
+    if run.compares:
         live = PREDICTING.seconds - _stored_seconds(run, 0) - before
-        if cfg.teacher.url is None:  # a served one has given too little to be scored
-            results.insert(0, _teacher(run, evaluated, speeds.get(TEACHER, Speed())))
+        results.insert(0, _teacher(run, evaluated, timed.get(TEACHER, Speed())))
         results = [_with_outputs(run, result, records, live) for result in results]
     for name in untrained:
         test, validation = (evaluated[split][name] for split in ("test", "validation"))
@@ -184,8 +173,8 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             learns_from=run.task.learns_from,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
-        notes=[*_of_other_tokens(run), *_notes(run, records.get("distill", []))],
-        samples=shown,
+        notes=[*_of_other_tokens(run), *_of_served(run, evaluated), *_notes(run, records.get("distill", []))],
+        samples=[{**one, "models": {_name(stage): text for stage, text in one["models"].items()}} for one in shown],
     )  # fmt: skip
 
 
@@ -194,11 +183,6 @@ def _notes(run: Run, distilled: Sequence[Mapping[str, Any]]) -> list[str]:
     own = [part for part in run.parts.values() if part.cfg.teacher.checkpoint is None]
     folders = [folder for part in own for folder in part.teacher_folders]
     lines = [f"{folder.relative_to(run.folder)}: {line}." for folder in folders for line in findings_of(folder)]
-    if run.cfg.teacher.url is not None:
-        lines.append(
-            f"The teacher, {run.cfg.teacher.model}, is served: students are compared with its "
-            f"{run.cfg.teacher.cache_top_k} likeliest tokens and all others as one; it has no scores of its own here."
-        )
     temperature = next((one["teacher_temperature"] for one in distilled if "teacher_temperature" in one), None)
     if temperature is not None and run.cfg.teacher.calibrate == "auto":
         lines.append(
@@ -218,14 +202,9 @@ def _steps(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list
     return {stage: [one["steps"] for one in found] for stage, found in records.items() if stage.startswith("baseline")}
 
 
-def _compares(run: Run) -> bool:
-    """Return whether there is a teacher whose predictions are for the same tokens."""
-    return run.has_teacher and not run.data.other_tokens
-
-
 def _of_other_tokens(run: Run) -> list[str]:
     """Return the test scores of a teacher with a tokenizer of its own that compare it with its students."""
-    if not run.has_teacher or _compares(run):
+    if not run.has_teacher or run.compares:
         return []
     data = run.data.select(tokens="teacher")
     found = evaluate(data.task, run.predicting_teacher.to(run.device), data.test_dataloader(), run.device).scores
@@ -234,6 +213,23 @@ def _of_other_tokens(run: Run) -> list[str]:
     line = f"The teacher has tokens of its own. Of its test scores these can be compared: {compared}."
     say(run.console, line)
     return [line]
+
+
+def _of_served(run: Run, evaluated: Evaluated) -> list[str]:
+    """Return what is known of a served teacher, and why no more is."""
+    teacher = run.cfg.teacher
+    if teacher.url is None or not run.compares:
+        return []
+    line = (
+        f"The teacher, {teacher.model}, is served: students are compared with its {teacher.cache_top_k} likeliest "
+        "tokens and all others as one."
+    )
+    unknown = math.isnan(evaluated["test"][TEACHER].scores[run.task.monitor])
+    why = (
+        " Its own loss is not known: the server gives no probability of some of the texts' tokens, which are not among "
+        "its likeliest."
+    )
+    return [line + why * unknown]
 
 
 def _untrained(run: Run) -> dict[str, nn.Module]:
@@ -249,11 +245,12 @@ def _untrained(run: Run) -> dict[str, nn.Module]:
 def _evaluated(run: Run, students: Mapping[str, nn.Module]) -> Evaluated:
     """Score all networks of the run together, so that the teacher predicts each batch once."""
     models: dict[str, Model] = {name: of_network(network, run.device) for name, network in students.items()}
-    data, reference = run.data.select(tokens="both" if _compares(run) else "student"), None
-    if _compares(run):
+    data, reference = run.data.select(tokens="both" if run.compares else "student"), None
+    if run.compares:
         teacher, reference = run.predicting_teacher, TEACHER
         teacher.to(run.device)
-        models[TEACHER] = teacher
+        url, count = run.cfg.teacher.url, run.cfg.teacher.cache_top_k
+        models[TEACHER] = teacher if url is None or count is None else _served(teacher, count)
     loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
     found = {split: evaluate_all(run.task, models, loader, run.device, reference) for split, loader in loaders.items()}
     if reference is not None:
@@ -261,17 +258,28 @@ def _evaluated(run: Run, students: Mapping[str, nn.Module]) -> Evaluated:
     return found
 
 
+def _served(teacher: Teacher, count: int) -> Model:
+    """Return a served teacher by its likeliest tokens, also where the cache spread the tail over others."""
+
+    def model(batch: Batch) -> ModelOutput:
+        output = teacher(batch)
+        sparse = SparseLogits.of(output.logits, count) if output.sparse is None else output.sparse
+        return ModelOutput(sparse.values[..., :0], sparse=sparse)
+
+    return model
+
+
 def _teacher(run: Run, evaluated: Evaluated, speed: Speed) -> ModelResult:
-    teachers, task = run.teacher.members or [run.teacher], run.task
+    teachers, task, served = run.teacher.members or [run.teacher], run.task, run.cfg.teacher.url is not None
     folders = [teacher.folder for teacher in teachers if teacher.folder is not None]
     seconds = [read_stage(folder)["seconds"] for teacher in teachers for folder in _trainings(teacher)]
     test = evaluated["test"][TEACHER]
     return ModelResult(
         name="teacher",
-        title=f"{len(teachers)} teachers" if len(teachers) > 1 else "teacher",
+        title="teacher, served" if served else f"{len(teachers)} teachers" if len(teachers) > 1 else "teacher",
         test=[test.scores],
         validation=[evaluated["validation"][TEACHER].scores],
-        size=profiling.size(run.teacher.network),
+        size=None if served else profiling.size(run.teacher.network),
         **speed._asdict(),
         training_seconds=[sum(seconds)] if seconds else [],
         curves=[read_curves(folder, run.seeds[0], task.monitor) for folder in folders] if len(teachers) == 1 else [],
@@ -308,11 +316,16 @@ def _with_outputs(
     return replace(result, outputs_seconds=OutputsTime(total, reused, training))
 
 
+def _name(stage: str) -> str:
+    """Return what a stage's model is called in a report."""
+    return TITLES.get(stage, (stage, ""))[0]
+
+
 def _student(
     run: Run, stage: str, networks: Mapping[Path, nn.Module], evaluated: Evaluated, speed: Speed
 ) -> ModelResult:
     folders = list(networks)
-    name, title = TITLES.get(stage, (stage, stage.replace("_", " ")))
+    name, title = _name(stage), TITLES.get(stage, ("", stage.replace("_", " ")))[1]
     test = [evaluated["test"][str(folder)] for folder in folders]
     return ModelResult(
         name=name,
@@ -325,56 +338,3 @@ def _student(
         curves=[read_curves(folder, seed, run.task.monitor) for seed, folder in zip(run.seeds, folders, strict=False)],
         units=[one.units for one in test if one.units],
     )
-
-
-def _speeds(run: Run, students: Mapping[str, nn.Module]) -> dict[str, Speed]:
-    """Time the first seed's networks side by side, each on its own inputs of the same validation examples."""
-    networks = _networks(run, students, torch.device("cpu"))
-    batches = {
-        name: list(run.data.select(tokens="teacher" if name == "teacher" else "student").val_dataloader())
-        for name in networks
-    }
-    singles = {
-        name: _spread(
-            sorted(profiling.single_examples(own), key=lambda example: int(example["index"])), LATENCY_EXAMPLES
-        )
-        for name, own in batches.items()
-    }
-    latency = profiling.measure_latency(networks, singles)
-    throughput = profiling.measure_throughput(networks, {name: _spread(own, 4) for name, own in batches.items()})
-    return {name: Speed(latency[name], throughput[name]) for name in networks}
-
-
-def _networks(run: Run, students: Mapping[str, nn.Module], device: torch.device) -> dict[str, nn.Module]:
-    """Return the students and, if there is one, the teacher."""
-    networks = {stage: network.to(device) for stage, network in students.items()}
-    here = _compares(run) and run.cfg.teacher.url is None
-    if here and not run.providers[0].reads_other_tokens:  # no batch holds what each of its members reads
-        networks[TEACHER] = run.teacher.network.to(device)
-    return networks
-
-
-def _generated(run: Run, students: Mapping[str, nn.Module]) -> tuple[dict[str, Speed], list[dict[str, Any]]]:
-    """Time how the first seed's networks go on with texts of the test split, and return samples."""
-    from kd_lightning.evaluation.generated import measure_drafts, measure_generation, prompts_of, samples
-
-    networks, data = _networks(run, students, run.device), run.data.select(tokens="student")
-    size = int(data.input_format["max_length"])
-    new = min(NEW_TOKENS, size // 2)
-    long, short = (
-        prompts_of(run.task, data.test_dataloader(), tokens, size - new, count)
-        for tokens, count in ((size // 2, SPEED_PROMPTS), (min(NEW_TOKENS, max(size // 4, 1)), DRAFT_PROMPTS))
-    )
-    if not long:
-        return {}, []
-    say(run.console, f"report  networks go on with {len(long)} texts of the test split: speed, drafts, samples")
-    generation, teacher = measure_generation(networks, long, new), networks.get(TEACHER)
-    drafts = {} if teacher is None else measure_drafts(teacher, students, short, new)
-    names = {TITLES.get(stage, (stage,))[0]: network for stage, network in networks.items()}
-    shown = samples(names, short[:SAMPLES], data.tokenizer_of("student"), new)
-    return {name: Speed(generation=generation.get(name), draft=drafts.get(name)) for name in networks}, shown
-
-
-def _spread(items: list[Batch], count: int) -> list[Batch]:
-    """Return about so many items, evenly spread: batches come ordered by length."""
-    return items[:: max(len(items) // count, 1)][:count]

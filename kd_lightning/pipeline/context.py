@@ -191,6 +191,11 @@ class Run:
         """True when this run trains, loads or holds a teacher for every task."""
         return "teacher" in self.cfg.stages or all(part.has_teacher for part in self.parts.values())
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is a teacher whose predictions are for the students' tokens."""
+        return self.has_teacher and not self.data.other_tokens
+
     @cached_property
     def providers(self) -> list[Provider]:
         """The providers of the teacher and of each assistant, in training order."""

@@ -57,5 +57,4 @@ def _first(output: ModelOutput, keep: Tensor) -> tuple[Tensor, Tensor]:
         log_p, ids = output.logits[keep].log_softmax(-1).max(-1)
         return ids, log_p
     rows = output.sparse.at(keep.to(output.sparse.device))
-    log_p, place = rows.values.max(-1)
-    return rows.ids.gather(-1, place[:, None])[:, 0], log_p
+    return rows.likeliest, rows.values.amax(-1)

@@ -205,13 +205,21 @@ class _TokenScores(Scores):
         names = ("cross_entropy", "perplexity", "accuracy", "bits_per_byte")
         super().__init__({name: _Mean(power=name == "perplexity") for name in names})
 
-    def update(self, logits: Tensor, against: Tensor, rows: Batch) -> Values:
-        """Add a batch: logits `(B, L, V)`, labels `(B, L)`. Where tokens have no bytes, bits per byte are nan."""
+    def update(self, logits: Tensor | SparseLogits, against: Tensor, rows: Batch) -> Values:
+        """Add a batch: logits `(B, L, V)`, labels `(B, L)`. Where tokens have no bytes, bits per byte are nan.
+
+        Of the K largest logits the likeliest token is known, and how likely the label is only where it is one of them:
+        elsewhere that is nan, and so is each mean that it is part of.
+        """
         keep, found = rows["keep"], []
         for at in _pieces(keep, logits.shape[-1]):
-            own, labels = logits[at].float(), against[at]
-            right = torch.where(own.isnan().any(-1), torch.nan, (own.argmax(-1) == labels).float())
-            found.append((F.cross_entropy(own, labels, reduction="none"), right))
+            labels = against[at]
+            if isinstance(logits, SparseLogits):
+                surprise, first, own = _of_sparse(logits.at(at), labels)
+            else:
+                own = logits[at].float()
+                surprise, first = F.cross_entropy(own, labels, reduction="none"), own.argmax(-1)
+            found.append((surprise, torch.where(own.isnan().any(-1), torch.nan, (first == labels).float())))
         surprise, right = map(torch.cat, zip(*found, strict=True))
         one = torch.ones_like(surprise)
         of = {"cross_entropy": (surprise, one), "accuracy": (right, one)}
@@ -237,7 +245,7 @@ class _TokenFidelity(Scores):
                 sparse = against.at(at)
                 compare = expected_kl if sparse.drawn else kl_of_rows
                 divergence = compare(bucketed(own, sparse.ids), teacher_buckets(sparse, None))
-                first = sparse.ids.gather(-1, sparse.values.argmax(-1, keepdim=True))[:, 0]
+                first = sparse.likeliest
                 nan = sparse.values.isnan().any(-1) | sparse.rest.isnan()
             among = own.topk(min(FIRST, own.shape[-1])).indices == first[:, None]
             valid = torch.where(own.isnan().any(-1) | nan, torch.nan, 1.0)
@@ -250,6 +258,13 @@ class _TokenFidelity(Scores):
         inside = {name: ((read >= low) & (read <= high)).float() for name, (low, high) in AFTER.items()}
         ranges = {f"kl_to_teacher/{n}": (torch.where(one > 0, divergence, 0), one) for n, one in inside.items()}
         return Values(_documents(rows)[keep], of | ranges)
+
+
+def _of_sparse(sparse: SparseLogits, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return labels' surprise, nan outside of the K tokens, what is likeliest, and log probabilities."""
+    log_p, among = teacher_buckets(sparse, None), sparse.ids == labels[:, None]
+    surprise = -log_p[:, : among.shape[-1]].where(among, 0).sum(-1)
+    return surprise.where(among.any(-1), torch.nan), sparse.likeliest, log_p
 
 
 def _pieces(keep: Tensor, classes: int) -> Iterator[tuple[Tensor, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ class Evaluation:
     Attributes:
         scores: Against labels, and against the reference where there is one.
         examples: How many the split has.
-        units: What single examples or documents add to the scores that are means, from which errors follow.
+        units: What single examples or documents add to the scores that are means, from which errors follow; of none
+            that is nan.
     """
 
     scores: dict[str, float]
@@ -69,7 +71,8 @@ def evaluate_all(
         reference: Which of them is the others' teacher; they are scored against its logits, too.
 
     Returns:
-        What each comes to, by name; without the reference where it gives only some of its logits.
+        What each comes to, by name. Of a reference that gives some of its logits alone these are its scores against
+        labels, nan where they do not follow from them; it is left out where these were drawn.
     """
     against_labels = {name: task.scores().alone().to(device) for name in models}
     against_teacher = {name: task.fidelity().alone().to(device) for name in models} if reference is not None else {}
@@ -85,18 +88,21 @@ def evaluate_all(
                 output = models[reference](batch)
                 expected = output.logits.float() if output.sparse is None else output.sparse
                 if output.sparse is not None:
-                    against_labels.pop(reference, None)
+                    against_teacher.pop(reference, None)
+                    if output.sparse.drawn:
+                        against_labels.pop(reference, None)
             for name in against_labels:  # one after the other: logits over a vocabulary are large
                 own = expected if reference == name else models[name](batch).logits.float()
                 by_unit[name][0].add(against_labels[name].update(own, rows["labels"], rows))
-                if expected is not None:
+                if name in against_teacher:
                     by_unit[name][1].add(against_teacher[name].update(own, expected, rows))
     found = {}
     for name in against_labels:
-        scores = against_labels[name].compute() | (against_teacher[name].compute() if reference is not None else {})
+        scores = against_labels[name].compute() | (against_teacher[name].compute() if name in against_teacher else {})
         units = by_unit[name][0].sums() | by_unit[name][1].sums()
         parts = {key: sums.totals.sum() / sums.weights.sum() for key, sums in units.items() if sums.weights.any()}
         whole = {**scores, **{key: value for key, value in parts.items() if key not in scores}}
+        units = {key: sums for key, sums in units.items() if not np.isnan(sums.totals).any()}
         found[name] = Evaluation({key: float(value) for key, value in whole.items()}, examples, units)
     return found
 

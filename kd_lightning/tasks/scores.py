@@ -126,7 +126,7 @@ class Scores(nn.Module):
         """Add a batch.
 
         Args:
-            logits: `(B, C)` or `(B, L, C)`.
+            logits: `(B, C)` or `(B, L, C)`; a task may take these in sparse form, too.
             against: Labels `(B,)` or `(B, L)`, or a teacher's logits; a task may take these in sparse form, too.
             rows: The batch as `Task.compared` returns it.
 

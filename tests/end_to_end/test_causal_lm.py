@@ -40,7 +40,7 @@ Composed = Callable[..., DictConfig]
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """More are for those who read the figures."""
-    monkeypatch.setattr("kd_lightning.pipeline.compare.DRAFT_PROMPTS", 3)
+    monkeypatch.setattr("kd_lightning.pipeline.speeds.DRAFT_PROMPTS", 3)
 
 
 @pytest.fixture

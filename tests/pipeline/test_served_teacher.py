@@ -99,7 +99,8 @@ def test_its_cache_is_that_of_the_model_and_trains_without_the_server(
     near = pytest.approx(scores["loaded"]["cross_entropy"]["mean"], rel=1e-3)
     assert scores["served"]["cross_entropy"]["mean"] == near
     assert scores["served"]["agreement"]["mean"] == pytest.approx(scores["loaded"]["agreement"]["mean"], abs=0.02)
-    assert set(reports["served"]["models"]) == {"untrained", "distilled"}
+    assert list(reports["served"]["models"]) == ["teacher", "untrained", "distilled"]
+    check_row(reports["served"], reports["loaded"])
     assert "The teacher, tiny, is served" in (tmp_path / "served" / "report.md").read_text()
     written = [path for path in (tmp_path / "served").rglob("*") if path.is_file()]
     written += [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
@@ -111,6 +112,35 @@ def test_its_cache_is_that_of_the_model_and_trains_without_the_server(
     serving.failures = 10**6  # the server is gone, or on another port
     moved = [f"teacher.url={serving.url.replace('127.0.0.1', 'localhost')}", "teacher.model=tiny"]
     train_all(run_of(composed(*common(tmp_path, "later"), *moved, *again)))
+
+
+def check_row(served: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """What the likeliest tokens tell is what the whole model has; the rest is not known, and why."""
+    row, whole = (report["models"]["teacher"] for report in (served, loaded))
+    assert row["title"] == "teacher, served"
+    for split in ("test", "validation"):
+        assert row[split]["accuracy"]["mean"] == pytest.approx(whole[split]["accuracy"]["mean"])
+        assert row[split].keys() == {"cross_entropy", "perplexity", "bits_per_byte", "accuracy"}
+        assert all(one["mean"] is None for name, one in row[split].items() if name != "accuracy")
+    assert row["test"]["accuracy"]["standard_error"] == pytest.approx(whole["test"]["accuracy"]["standard_error"])
+    assert row["size"] is row.get("generation") is None
+    assert row["outputs_seconds"]["total"] > 0
+    assert any("Its own loss is not known: the server gives no probability" in line for line in served["warnings"])
+    assert served["distillation_ratio"]["mean"] is None
+    assert served["data"]["standard_error"] == served["models"]["distilled"]["test"]["cross_entropy"]["standard_error"]
+
+
+def test_in_a_small_vocabulary_its_row_is_the_same(
+    composed: Composed, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There what is stored is read back with the tail spread over all other tokens, which is nobody's loss."""
+    monkeypatch.setattr(outputs, "MOST_DENSE", 1024)
+    reports = {}
+    for name, teacher in (("loaded", [f"teacher.checkpoint={tmp_path / 'llama'}"]), ("served", served(serving))):
+        run = run_of(composed(*common(tmp_path, name), *teacher))
+        train_all(run)
+        reports[name] = compare(run, "kd-train ...")
+    check_row(reports["served"], reports["loaded"])
 
 
 def test_another_model_under_the_same_name_is_noticed(composed: Composed, serving: Serving, tmp_path: Path) -> None:

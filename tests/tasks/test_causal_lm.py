@@ -75,6 +75,24 @@ def test_scores_are_those_of_each_token_whatever_the_batches(
     assert found == pytest.approx(by_hand(logits[0], batch), rel=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 5, V - 1, V])
+def test_of_the_likeliest_tokens_the_scores_are_exact_or_nan(
+    batch: Batch, logits: tuple[Tensor, Tensor], k: int
+) -> None:
+    scores, rows, sparse = TASK.scores(), TASK.compared(batch), SparseLogits.of(logits[0], k)
+    values = scores.update(sparse, rows["labels"], rows)
+    found, expected = {name: float(value) for name, value in scores.compute().items()}, by_hand(logits[0], batch)
+    among = (sparse.ids == rows["labels"][..., None]).any(-1)[rows["keep"]]
+    surprise = values.of["cross_entropy"][0]
+    assert torch.equal(surprise.isnan(), ~among)
+    right = -logits[0].log_softmax(-1)[rows["keep"]].gather(-1, rows["labels"][rows["keep"]][:, None])[:, 0]
+    torch.testing.assert_close(surprise[among], right[among])
+    if not among.all():
+        expected |= dict.fromkeys(("cross_entropy", "perplexity", "bits_per_byte"), math.nan)
+    assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert bool(among.all()) == (k == V), "else nothing was left out"
+
+
 def test_what_it_says_of_the_teacher_is_a_mean_over_tokens(batch: Batch, logits: tuple[Tensor, Tensor]) -> None:
     fidelity, rows = TASK.fidelity(), TASK.compared(batch)
     fidelity.update(*logits, rows)
