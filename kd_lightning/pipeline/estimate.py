@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from kd_lightning.config.instantiate import build, in_sweep, processes
 from kd_lightning.data import MultiTaskData
 from kd_lightning.evaluation.profiling import single_examples
 from kd_lightning.models.adapt import evaluating, run_network
+from kd_lightning.pipeline.speeds import TEACHER, generation_seconds
+from kd_lightning.pipeline.stages import SHORT
 from kd_lightning.runtime.clock import Clock, duration
 from kd_lightning.runtime.console import say
 from kd_lightning.teachers import Teacher
@@ -33,6 +36,7 @@ SEEN = 40
 """Batches among which those are chosen."""
 LEAST = 200
 """Steps from which a run is worth estimating; fewer are soon done."""
+Kind = tuple[str, str, int | None]
 PROFILED = 220
 """How often the report has each network predict a single example, and what it takes besides."""
 
@@ -68,15 +72,15 @@ def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Cloc
         return None
     if run.cfg.teacher.url is not None:
         return None
-    found = {(trial.stage.kind, trial.stage.part, trial.stage.teacher): trial for trial in trials}
+    found = {_kind(trial.stage): trial for trial in trials}
+    if taught := [trial for trial in trials if trial.stage.kind == "distill"]:
+        found |= {_kind(stage): taught[0] for stage in stages if stage.kind == "finetune"}
     parts: dict[str, float] = {}
     costs: dict[int, float] = {}
     outputs, missing = 0.0, 0
     with torch.random.fork_rng(devices=[]):
         for stage in todo:
-            trial = found.get((stage.kind, stage.part, stage.teacher))
-            if trial is None:  # a fine-tuning: the network that was distilled
-                trial = next((one for one in trials if one.stage.kind == "distill"), None)
+            trial = found.get(_kind(stage))
             if trial is None:
                 return None
             if id(trial) not in costs:
@@ -86,10 +90,15 @@ def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Cloc
                 missing = _missing(run, todo)
                 outputs = _outputs(run, trial.teacher, missing)
                 parts[stage.path] += outputs
-        parts["report"] = sum(_profile(run, trial) for trial in found.values())
+        parts["report"] = sum(_profile(run, trial) for trial in trials) + _generation(run, stages, found)
     clock = Clock(parts, outputs)
     say(run.console, _line(run, todo, clock, missing))
     return clock
+
+
+def _kind(stage: Stage) -> Kind:
+    """Return what stages have in common whose trainings take alike."""
+    return stage.kind, stage.part, stage.teacher
 
 
 def _line(run: Run, stages: Sequence[Stage], clock: Clock, missing: int) -> str:
@@ -175,10 +184,27 @@ def _profile(run: Run, trial: Trial) -> float:
     data = run.data.select(tokens=trial.stage.role)
     device, network = run.device, trial.network
     test = 0.0 if trial.stage.kind == "teacher" else _evaluation(network, data.test_dataloader(), device)
+    if run.task.generates:  # its speed is that of `_generation`
+        return test
     with evaluating(network.cpu()), torch.inference_mode():
         singles = single_examples(_typical(data.val_dataloader()), TIMED)
         each = _seconds(lambda batch: run_network(network, batch), singles)
     return test + PROFILED * each
+
+
+def _generation(run: Run, stages: Sequence[Stage], trials: Mapping[Kind, Trial]) -> float:
+    """Return the seconds in which the report has language models generate, each student of the first seed."""
+    if not run.task.generates:
+        return 0.0
+    students = [stage for stage in stages if stage.role == "student" and stage.seed == run.seeds[0]]
+    networks = {
+        Path(stage.path).name.removesuffix(SHORT): trials[_kind(stage)].network
+        for stage in students if _kind(stage) in trials
+    }  # fmt: skip
+    teacher = next((trial.network for trial in trials.values() if trial.stage.kind == "teacher"), None)
+    if teacher is None and run.compares:
+        teacher = run.teacher.network
+    return generation_seconds(run, networks if teacher is None else {**networks, TEACHER: teacher})
 
 
 def _typical(loader: Iterable[Batch]) -> list[Batch]:

@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig
 from rich.console import Console
 
 from kd_lightning.pipeline import estimate as module
+from kd_lightning.pipeline import speeds
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.estimate import estimate
 from kd_lightning.pipeline.preflight import preflight
@@ -20,6 +23,8 @@ from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime import clock
 from kd_lightning.runtime.clock import Clock
 from tests.conftest import tiny_overrides
+from tests.data.corpus.texts import made, written
+from tests.end_to_end.test_lm_experiments import language_model
 
 Composed = Callable[..., DictConfig]
 
@@ -90,3 +95,58 @@ def test_outputs_that_are_cached_are_not_counted(
         assert found is not None
         assert (found.outputs > 0) is expected
         assert ("its outputs for" in output.getvalue()) is expected
+
+
+def language_models(composed: Composed, tmp_path: Path, *more: str) -> Run:
+    place = language_model(tmp_path / "teacher", 280, made(20))
+    return Run(
+        composed(
+            "data=lm_text", f"data.train_file={written(tmp_path, made(60))}", f"data.tokenizer={place}",
+            "data.block_size=32", "data.batch_size=4", f"teacher.checkpoint={place}", "teacher.precision=float32",
+            "model@student=causal_lm_from_teacher", "student.layers=1", "student.width=8", "temperature=1",
+            "distillation=sparse_kd", "teacher.cache_top_k=8", "trainer.max_steps=4", "trainer.precision=32-true",
+            "stages=[baseline,distill]", "validations=1", f"run_dir={tmp_path / 'run'}", *more,
+        ),
+        Console(quiet=True),
+    )  # fmt: skip
+
+
+def test_the_texts_that_the_report_has_language_models_generate_are_counted(
+    composed: Composed, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAST", 1)
+    seen: dict[str, object] = {}
+
+    def generation_seconds(run: Run, networks: dict[str, object]) -> float:
+        seen.update(networks)
+        return 1e6
+
+    monkeypatch.setattr(module, "generation_seconds", generation_seconds)
+    run = language_models(composed, tmp_path)
+    stages = plan(run)
+    found = estimate(run, stages, preflight(run, stages))
+    assert found is not None
+    assert 1e6 < found.parts["report"] < 1e6 + 100
+    assert list(seen) == ["baseline", "baseline_initialised", "distill", "teacher"]
+    assert seen["teacher"] is run.teacher.network
+
+
+def test_a_texts_seconds_and_a_tokens_are_told_apart_by_a_few_tokens(
+    composed: Composed, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock, timed, longest = language_models(composed, tmp_path), [0.0], [], []
+    real = speeds._generated
+
+    def generated(run: Run, networks: Any, long: Any, short: Any, new: int) -> Any:
+        found = real(run, networks, long, short, new)  # can be called so
+        clock[0] += 10.0 + 2.0 * new
+        timed.append(new)
+        longest.append(len(long))
+        return found
+
+    monkeypatch.setattr(speeds, "_generated", generated)
+    monkeypatch.setattr(speeds, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    seconds = speeds.generation_seconds(run, {"teacher": run.teacher.network, "distill": run.teacher.network})
+    assert seconds == pytest.approx(speeds.SPEED_PROMPTS * (10.0 + 2.0 * 16))  # half a block
+    assert max(timed) < 16
+    assert set(longest) == {1}
