@@ -205,10 +205,16 @@ def check_tokens(objective: Objective, run: Run) -> None:
             "data.cross_tokenizer: teacher and student have other tokens, and distillation compares the same ones: use "
             "distillation=cross_tokenizer"
         )  # fmt: skip
-    if crosses and (run.cfg.teacher.cache != "off" or run.cfg.on_policy.share):
+    cache, share = run.cfg.teacher.cache, run.cfg.on_policy.share
+    if crosses and cache != "off":
         raise ConfigError(
-            "data.cross_tokenizer: the running teacher is compared on the texts as they are: set teacher.cache=off and "
-            "on_policy.share=0"
+            f"data.cross_tokenizer=true with teacher.cache={cache}: sorted probabilities and spans are compared, which "
+            "a cache does not store: set teacher.cache=off"
+        )
+    if crosses and share:
+        raise ConfigError(
+            f"data.cross_tokenizer=true with on_policy.share={share:g}: what the student writes has no tokens of the "
+            "teacher's: set on_policy.share=0"
         )
 
 

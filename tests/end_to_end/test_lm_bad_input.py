@@ -191,3 +191,20 @@ def test_teachers_without_a_fold_of_the_texts(given: Given) -> None:
     message = given.refused("teacher.folds=2")
     assert message.startswith("teacher.folds=2: blocks share documents")
     assert "set 1" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["teacher.cache=auto"], r"data\.cross_tokenizer=true with teacher\.cache=auto: .* set teacher\.cache=off"),
+        (["teacher.cache=off", "on_policy.share=0.5", "on_policy.prompt_tokens=4"],
+         r"data\.cross_tokenizer=true with on_policy\.share=0\.5: .* set on_policy\.share=0"),
+    ],
+)  # fmt: skip
+def test_a_teacher_of_other_tokens_that_is_stored_or_reads_the_students_texts(
+    given: Given, more: list[str], expected: str
+) -> None:
+    given.tokenizer("added", lambda tokenizer: tokenizer.add_tokens([AddedToken("<|tool|>", special=True)]))
+    place = given.teacher(llama(301), "added")
+    crossed = ["data.cross_tokenizer=true", "distillation=cross_tokenizer", f"teacher.checkpoint={place}"]
+    assert re.search(expected, given.refused(*crossed, *more, "stages=[distill]"))

@@ -106,3 +106,26 @@ def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: 
         assert re.search(
             r"The teacher has tokens of its own\. .*: bits per byte \d\.\d+\.", " ".join(output.getvalue().split())
         )
+
+
+def test_conversations_are_learned_from_a_teacher_with_another_tokenizer(
+    composed: Composed, shrunk: list[str], tmp_path: Path
+) -> None:
+    """Its spans alone are compared, and its report has the bits per byte of both."""
+    small("lm_chat", shrunk, composed, tmp_path)
+    given = [one for one in shrunk if not one.startswith(("data.folder", "data.block_size"))]
+    own = language_model(tmp_path / "other", 300, made(9, seed=5))
+    output = StringIO()
+    run = Run(
+        composed(
+            *given, "data=chat", f"data.train_file={tmp_path / 'years' / 'conversations.jsonl'}",
+            f"data.tokenizer={own}", "data.chat_template=plain", "data.block_size=64", "data.cross_tokenizer=true",
+            "distillation=cross_tokenizer", "teacher.cache=off", "temperature=1", "model@student=causal_lm_small",
+            "student.hidden_size=8", "student.num_layers=1", "student.num_heads=2", "stages=[distill]",
+        ),
+        Console(file=output, width=200),
+    )  # fmt: skip
+    train_all(run)
+    compare(run, "kd-train ...")
+    said = " ".join(output.getvalue().split())
+    assert re.search(r"The teacher has tokens of its own\. .*: bits per byte \d+\.\d+\.", said)

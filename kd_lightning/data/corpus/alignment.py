@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +25,44 @@ class Piece(NamedTuple):
     Attributes:
         ids: The teacher's tokens, `(L,)`.
         widths: The bytes of text that each stands for, `(L,)`.
+        counted: 1 where one counts, else 0, `(L,)`.
         spans: `(M, 4)`: where the student's and the teacher's tokens of the same bytes begin and end, each of them
             counted from the beginning of the part, and each with a token before it in the part.
     """
 
     ids: Ints
     widths: Ints
+    counted: Ints
     spans: Ints
+
+
+class Turns(NamedTuple):
+    """The runs of tokens that count in a store's conversations, in order.
+
+    Attributes:
+        begins: Where in the store each begins, `(N,)`.
+        ends: Where it ends, `(N,)`.
+        documents: The conversation it is of, `(N,)`.
+        sizes: Its bytes, `(N,)`.
+    """
+
+    begins: Ints
+    ends: Ints
+    documents: Ints
+    sizes: Ints
+
+    @classmethod
+    def of(cls, store: CorpusStore) -> Turns:
+        """Find them."""
+        assert store.counted is not None
+        before, after = (np.zeros(len(store.counted) + 1, np.bool_) for _ in range(2))
+        before[1:] = after[:-1] = store.counted
+        before[store.offsets] = after[store.offsets] = False  # no run goes on in another conversation
+        begins = np.flatnonzero(store.counted & ~before[:-1])
+        ends = np.flatnonzero(store.counted & ~after[1:]) + 1
+        places = np.stack([begins, ends], 1).ravel()
+        sizes = np.add.reduceat(np.append(store.widths, 0).astype(np.int64), places)[::2] if len(places) else begins
+        return cls(begins, ends, np.searchsorted(store.offsets, begins, side="right") - 1, sizes)
 
 
 @dataclass(frozen=True)
@@ -44,12 +76,16 @@ class TeacherReading:
     tokens that are the same text: the smallest that can be compared. Tokens of no bytes (a BOS on one side, the later
     tokens of a character in several) belong to the span that ends there; the token that ends a document is a span.
 
+    Conversations are written by a chat template on each side. What is compared are the assistant's turns that count,
+    where they are as many bytes on both sides, and so the same text; the token that ends a turn is a span.
+
     Attributes:
         blocks: The student's.
         store: The teacher's documents, in the same order.
         before: What its tokenizer puts before a text.
         ends: Whether documents end with a token for it, on both sides.
         pad_token_id: What shorter rows are filled up with.
+        special: The special tokens of the student and of the teacher, which may end a turn.
     """
 
     blocks: Blocks
@@ -57,6 +93,52 @@ class TeacherReading:
     before: Ints
     ends: bool
     pad_token_id: int
+    special: tuple[Ints, Ints]
+
+    @cached_property
+    def turns(self) -> tuple[Turns, Turns]:
+        """Those of the student and of the teacher."""
+        return Turns.of(self.blocks.store), Turns.of(self.store)
+
+    @cached_property
+    def compared(self) -> tuple[Ints, Ints]:
+        """Which turns of the student and of the teacher are the same text, `(M,)` and `(M,)`."""
+        own, other = self.turns
+        counts = [np.bincount(one.documents, minlength=len(self.store)) for one in (own, other)]
+        alike = counts[0] == counts[1]  # else nobody knows which is which
+        mine, theirs = (np.flatnonzero(alike[one.documents]) for one in (own, other))
+        same = own.sizes[mine] == other.sizes[theirs]
+        return mine[same], theirs[same]
+
+    def conversation(self, document: int) -> Piece:
+        """Return a conversation, with spans within the turns that are the same text."""
+        mine, theirs = self.compared
+        of, found = self.turns[0].documents[mine], [np.zeros((0, 4), np.int64)]
+        for pair in range(int(np.searchsorted(of, document)), int(np.searchsorted(of, document, side="right"))):
+            begin, text, stop = self._turn(0, document, int(mine[pair]))
+            teacher_begin, teacher_text, teacher_stop = self._turn(1, document, int(theirs[pair]))
+            own, other = (
+                np.cumsum(store.widths[store.offsets[document] :][first:last], dtype=np.int64)
+                for store, first, last in ((self.blocks.store, begin, text), (self.store, teacher_begin, teacher_text))
+            )
+            found.append(_spans(own, other, 0, 0, 0) + np.array([begin, begin, teacher_begin, teacher_begin]))
+            if text < stop and teacher_text < teacher_stop:
+                found.append(np.array([[text, text + 1, teacher_text, teacher_text + 1]]))
+        chosen = slice(*self.store.offsets[document : document + 2])
+        assert self.store.counted is not None
+        columns = self.store.tokens, self.store.widths, self.store.counted
+        ids, widths, counted = (column[chosen].astype(np.int64) for column in columns)
+        return Piece(ids, widths, counted, _predicted(np.concatenate(found)))
+
+    def _turn(self, side: int, document: int, number: int) -> tuple[int, int, int]:
+        """Return where in its conversation a turn begins, its text ends, and the tokens behind it end."""
+        store, turns = (self.blocks.store, self.store)[side], self.turns[side]
+        begin, stop = int(turns.begins[number]), int(turns.ends[number])
+        text = stop
+        while text > begin and store.tokens[text - 1] in self.special[side]:
+            text -= 1
+        start = int(store.offsets[document])
+        return begin - start, text - start, stop - start
 
     def piece(self, document: int, first: int, stop: int) -> Piece:
         """Return the part of a document that is the student's tokens `first` to `stop`."""
@@ -85,7 +167,7 @@ class TeacherReading:
             if (len(student) and len(teacher) and student[-1] == teacher[-1]) or not len(own):
                 place = len(student), len(student) + 1, len(ids) - 1, len(ids)
                 spans = np.concatenate([spans, np.array([place], np.int64)])
-        return Piece(ids, widths, spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)])
+        return Piece(ids, widths, np.ones_like(ids), _predicted(spans))
 
     def batch(self, index: Ints) -> tuple[Batch, torch.Tensor]:
         """Return blocks as the teacher reads them, and their spans `(B, M, 4)`, zero where a row has fewer.
@@ -93,8 +175,8 @@ class TeacherReading:
         A span is where the student's tokens begin and end in the student's row, and where the teacher's do in its own.
         """
         rows = [self._row(int(self.blocks.begins[i]), int(self.blocks.ends[i])) for i in index]
-        width, most = max(len(row[0]) for row in rows), max(1, max(len(row[3]) for row in rows))
-        names, fill = ("input_ids", "token_bytes", "document_ids"), (self.pad_token_id, 0, -1)
+        width, most = max(len(row[0]) for row in rows), max(1, max(len(row[-1]) for row in rows))
+        names, fill = ("input_ids", "token_bytes", "document_ids", "counted"), (self.pad_token_id, 0, -1, 0)
         found = {
             name: np.stack([_padded(row[place], width, value) for row in rows])
             for place, (name, value) in enumerate(zip(names, fill, strict=True))
@@ -105,33 +187,33 @@ class TeacherReading:
         inside[:, 1:] = (document[:, 1:] >= 0) & (
             (document[:, 1:] == document[:, :-1]) | (self.blocks.packing == "concat")
         )
-        found["labels"] = np.where(inside, found["input_ids"], IGNORE)
+        found["labels"] = np.where(inside & (found.pop("counted") > 0), found["input_ids"], IGNORE)
         if self.blocks.packing == "documents":
             place = np.broadcast_to(np.arange(width), document.shape)
             begun = np.maximum.accumulate(np.where(inside, 0, place), axis=1)
             found["position_ids"] = np.where(document >= 0, place - begun, 0)
         else:
             del found["document_ids"]
-        spans = np.stack([np.concatenate([row[3], np.zeros((most - len(row[3]), 4), np.int64)]) for row in rows])
+        spans = np.stack([np.concatenate([row[-1], np.zeros((most - len(row[-1]), 4), np.int64)]) for row in rows])
         return {name: torch.from_numpy(value) for name, value in found.items()}, torch.from_numpy(spans)
 
-    def _row(self, begin: int, end: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """Return a block's tokens, bytes, documents and spans."""
+    def _row(self, begin: int, end: int) -> tuple[Ints, ...]:
+        """Return a block's tokens, bytes, documents, which tokens count, and spans."""
         starts = self.blocks.starts
         numbers = range(int(np.searchsorted(starts, begin, side="right")) - 1, int(np.searchsorted(starts, end)))
-        ids, widths, documents, spans, student, teacher = [], [], [], [], 0, 0
+        parts: list[tuple[Ints, ...]] = []
+        student = teacher = 0
         for number in numbers:
             first, stop = max(begin - int(starts[number]), 0), int(min(end, starts[number + 1]) - starts[number])
             if stop <= first:
                 continue
             document = int(self.blocks.documents[number])
-            piece = self.piece(document, first, stop)
-            ids.append(piece.ids)
-            widths.append(piece.widths)
-            documents.append(np.full(len(piece.ids), document, np.int64))
-            spans.append(piece.spans + np.array([student, student, teacher, teacher]))
+            whole = self.store.counted is not None  # no conversation is cut
+            piece = self.conversation(document) if whole else self.piece(document, first, stop)
+            spans = piece.spans + np.array([student, student, teacher, teacher])
+            parts.append((piece.ids, piece.widths, np.full_like(piece.ids, document), piece.counted, spans))
             student, teacher = student + stop - first, teacher + len(piece.ids)
-        return np.concatenate(ids), np.concatenate(widths), np.concatenate(documents), np.concatenate(spans)
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _ends(store: CorpusStore, document: int) -> Ints:
@@ -147,6 +229,11 @@ def _spans(student: Ints, teacher: Ints, begin: int, teacher_begin: int, shift: 
     own = np.searchsorted(student, common, side="right")
     other = np.searchsorted(teacher, common, side="right") + shift
     return np.stack([own[:-1], own[1:], other[:-1], other[1:]], axis=1).astype(np.int64).reshape(-1, 4)
+
+
+def _predicted(spans: Ints) -> Ints:
+    """Leave out spans that no token stands before."""
+    return spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)]
 
 
 def _padded(row: Ints, width: int, value: int) -> Ints:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from kd_lightning.data.corpus.conversations import ASSISTANT, Conversation, Message
 from kd_lightning.data.corpus.store import Encoded, widths_of
-from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.data.text.tokens import special_tokens, tokenizer_fingerprint
 from kd_lightning.runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -129,8 +130,7 @@ class ChatEncoder:
 
     @cached_property
     def _special(self) -> NDArray[np.int64]:
-        added = self.tokenizer.added_tokens_decoder
-        return np.array(sorted(number for number, token in added.items() if token.special), np.int64)
+        return special_tokens(self.tokenizer)
 
     def __call__(self, documents: Sequence[str]) -> list[Encoded]:
         """Return the tokens of `Conversation`s.
@@ -138,14 +138,19 @@ class ChatEncoder:
         Raises:
             DataError: The template refuses one, or writes its turns so that they cannot be found.
         """
-        read = [(one.messages, one.where) for one in documents if isinstance(one, Conversation)]
-        found = self._encoded(list(itertools.starmap(self._rendered, read)))
+        return [encoded for _, encoded in self.fitted(documents)]
+
+    def fitted(self, documents: Sequence[str]) -> list[tuple[Conversation, Encoded]]:
+        """Return `Conversation`s without the messages that are left out, and their tokens."""
+        read = [(one, one.messages) for one in documents if isinstance(one, Conversation)]
+        found = self._encoded([self._rendered(messages, one.where) for one, messages in read])
+        fits = [len(one.ids) <= self.block_size for one in found]
         return [
-            one if len(one.ids) <= self.block_size else self._shortened(messages, where)
-            for (messages, where), one in zip(read, found, strict=True)
+            (one, encoded) if whole else self._shortened(messages, one.where)
+            for (one, messages), encoded, whole in zip(read, found, fits, strict=True)
         ]
 
-    def _shortened(self, messages: Sequence[Message], where: str) -> Encoded:
+    def _shortened(self, messages: Sequence[Message], where: str) -> tuple[Conversation, Encoded]:
         def first(count: int) -> Encoded:
             return self._encoded([self._rendered(messages[:count], where)])[0]
 
@@ -153,15 +158,16 @@ class ChatEncoder:
         fit = bisect.bisect_right(ends, self.block_size, key=lambda count: len(first(count).ids))
         if fit:
             self._cut["lost their last messages"] += 1
-            return first(ends[fit - 1])
+            return Conversation.of(messages[: ends[fit - 1]], where), first(ends[fit - 1])
+        left = Conversation.of(messages[: ends[0]], where)
         ids, widths, everywhere = first(ends[0])
         assert everywhere is not None
         ids, widths, counted = ids[: self.block_size], widths[: self.block_size], everywhere[: self.block_size]
         if counted.any():
             self._cut["were cut within the first assistant turn"] += 1
-            return Encoded(ids, widths, counted)
+            return left, Encoded(ids, widths, counted)
         self._cut["are left out, as their first assistant turn begins later"] += 1
-        return Encoded(ids[:0], widths[:0], counted[:0])
+        return left, Encoded(ids[:0], widths[:0], counted[:0])
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -218,6 +224,29 @@ class ChatEncoder:
             widths = np.where(np.isin(numbers, self._special), 0, widths_of(one.text, places[:, 1]))
             found.append(Encoded(numbers, widths, counted))
         return found
+
+
+class TeacherChatEncoder(ChatEncoder):
+    """Encodes what a student reads of conversations for a teacher, by its own tokenizer and template.
+
+    Args:
+        tokenizer: The teacher's.
+        template: Its chat template.
+        student: What encodes the same conversations for the student, and so says which messages are left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str, student: ChatEncoder) -> None:
+        super().__init__(tokenizer, template, student.turns, sys.maxsize)
+        self.student = student
+
+    @property
+    def key(self) -> list[Any]:
+        """Those of both."""
+        return [*super().key, *self.student.key]
+
+    def __call__(self, documents: Sequence[str]) -> list[Encoded]:
+        """Return the teacher's tokens."""
+        return super().__call__([one for one, _ in self.student.fitted(documents)])
 
 
 def _by_spans(places: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

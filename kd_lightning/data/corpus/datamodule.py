@@ -25,7 +25,13 @@ from kd_lightning.data.corpus.store import (
     encode_corpus,
 )
 from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
-from kd_lightning.data.text.tokens import before_text, load_tokenizer, tokenizer_differences, tokenizer_fingerprint
+from kd_lightning.data.text.tokens import (
+    before_text,
+    load_tokenizer,
+    special_tokens,
+    tokenizer_differences,
+    tokenizer_fingerprint,
+)
 from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
 from kd_lightning.runtime.assets import home
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
@@ -74,12 +80,7 @@ class CorpusData(IndexedData):
 
     Raises:
         ConfigError: An option out of its range.
-
-    Attributes:
-        crosses: Whether a teacher may read the same text by another tokenizer.
     """
-
-    crosses = True
 
     def __init__(
         self,
@@ -180,20 +181,28 @@ class CorpusData(IndexedData):
         if not differs:
             return None
         if not self.cross_tokenizer:
-            other = "or set data.cross_tokenizer=true and distillation=cross_tokenizer, which compares the same text"
             raise ConfigError(
                 f"the teacher's tokenizer {name} and data.tokenizer={self.tokenizer_name} differ in "
-                f"{', '.join(differs)}: give the data the teacher's{f', {other}' if self.crosses else ''}"
+                f"{', '.join(differs)}: give the data the teacher's, or set data.cross_tokenizer=true and "
+                "distillation=cross_tokenizer, which compares the same text"
             )
         return teachers
 
     def _read_by(self, tokenizer: PreTrainedTokenizerFast, sources: Mapping[str, Source], blocks: Blocks) -> None:
         """Encode the documents for a teacher with another tokenizer."""
-        end = self._end(tokenizer)
-        store = encode_corpus(TextEncoder(tokenizer, end), sources, self.cache_dir)
-        before = before_text(tokenizer)
-        pad = int(tokenizer.pad_token_id)
-        self._reading = TeacherReading(blocks, store, np.array(before, np.int64), end is not None, pad)
+        store = encode_corpus(self._encoder_of(tokenizer), sources, self.cache_dir)
+        before, pad = np.array(before_text(tokenizer), np.int64), int(tokenizer.pad_token_id)
+        special = special_tokens(self._tokenizer), special_tokens(tokenizer)
+        self._reading = TeacherReading(blocks, store, before, self.end_of_text, pad, special)
+        if store.counted is not None:
+            same, turns = len(self._reading.compared[0]), len(self._reading.turns[0].begins)
+            if not same:
+                raise ConfigError(
+                    "data.cross_tokenizer=true: no assistant's turn is the same text in the chat templates of student "
+                    "and teacher; set data.chat_template, which the student reads by"
+                )
+            if same < turns:
+                log.warning("%d of %d turns are another text in the teacher's template: left out", turns - same, turns)
         self._teachers_tokenizer, self.other_tokens = tokenizer, True
 
     def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
@@ -210,7 +219,11 @@ class CorpusData(IndexedData):
 
     def _encoder(self) -> Encoder:
         """Return what turns documents into tokens."""
-        return TextEncoder(self._tokenizer, self._end(self._tokenizer))
+        return self._encoder_of(self._tokenizer)
+
+    def _encoder_of(self, tokenizer: PreTrainedTokenizerFast) -> Encoder:
+        """Return what turns documents into tokens of a teacher's tokenizer."""
+        return TextEncoder(tokenizer, self._end(tokenizer))
 
     def _end(self, tokenizer: PreTrainedTokenizerFast) -> int | None:
         """Return the token that ends a document."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kd_lightning.data.corpus.chat import ChatEncoder, Turns, template_of
+from kd_lightning.data.corpus.chat import ChatEncoder, TeacherChatEncoder, Turns, template_of
 from kd_lightning.data.corpus.conversations import ROLES, Conversation, ConversationReader
 from kd_lightning.data.corpus.store import Source
 from kd_lightning.data.sources.lm_text import OwnDocuments
 from kd_lightning.data.sources.records import Format
 from kd_lightning.runtime.assets import CHATTERBOT_FILES, fetch
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class ChatData(OwnDocuments):
@@ -26,7 +29,8 @@ class ChatData(OwnDocuments):
         train_file: A file or a folder, or several, of the conversations to train on.
         validation_file: Those to select on; None holds out some of the others.
         test_file: Those to report on; None holds out some of the others.
-        turns: Which tokens count: those of `all` assistant turns, of the `last` one, or `everything`.
+        turns: Which tokens count: those of `all` assistant turns, of the `last` one, or `everything`. A teacher with
+            another tokenizer (`cross_tokenizer`) reads by its own template, and is compared within these turns alone.
         chat_template: A file with a chat template, or its text; `plain` for one that needs no chat tokens; by default
             the tokenizer's.
         messages_column: The key or column with the messages.
@@ -65,9 +69,7 @@ class ChatData(OwnDocuments):
         reader = ConversationReader(
             messages_column, prompt_column, response_column, role_key, content_key, dict(roles or {}), format, encoding
         )
-        super().__init__(
-            train_file, validation_file, test_file, end_of_text=False, packing=packing, cross_tokenizer=False, **options
-        )  # fmt: skip
+        super().__init__(train_file, validation_file, test_file, end_of_text=False, packing=packing, **options)
         self.reader = reader
         if self.packing == "concat":
             raise ConfigError("data.packing=concat: a conversation would see others; expected documents or none")
@@ -75,10 +77,13 @@ class ChatData(OwnDocuments):
             raise ConfigError(f"data.turns={turns!r} is unknown{did_you_mean(str(turns), get_args(Turns))}")
         if unknown := sorted(set(reader.roles.values()) - set(ROLES)):
             raise ConfigError(f"data.roles: {unknown[0]!r} is no role{did_you_mean(unknown[0], ROLES)}")
+        if turns == "everything" and self.cross_tokenizer:
+            raise ConfigError(
+                "data.cross_tokenizer=true: student and teacher write conversations by other templates, of which the "
+                "assistant's turns alone are the same text: set data.turns to all, or last"
+            )
         self.turns: Turns = turns
         self.chat_template = chat_template
-
-    crosses = False  # turns would be marked by the student's special tokens, which are text to the teacher
 
     def _learned_from(self, source: Source) -> Iterator[str]:
         for one in source.documents():
@@ -89,6 +94,12 @@ class ChatData(OwnDocuments):
         template = template_of(self._tokenizer, self.tokenizer_name, self.chat_template)
         self._tokenizer.chat_template = template  # it is saved with the run
         return ChatEncoder(self._tokenizer, template, self.turns, self.block_size)
+
+    def _encoder_of(self, tokenizer: PreTrainedTokenizerFast) -> ChatEncoder:
+        """Return what turns conversations into tokens of a teacher, by its own template if it has one."""
+        name = str(self.teacher_tokenizer_name)
+        own = None if tokenizer.chat_template else self.chat_template
+        return TeacherChatEncoder(tokenizer, template_of(tokenizer, name, own), self._encoder())
 
 
 class Chatterbot(ChatData):

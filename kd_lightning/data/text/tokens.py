@@ -152,6 +152,12 @@ def before_text(tokenizer: Any) -> list[int]:
     return list(encoded["input_ids"][: mask.index(0)])
 
 
+def special_tokens(tokenizer: Any) -> NDArray[np.int64]:
+    """Return the numbers of a tokenizer's special tokens."""
+    added = tokenizer.added_tokens_decoder
+    return np.array(sorted(number for number, token in added.items() if token.special), np.int64)
+
+
 _PROBE = "The  people's 1234 laws,\n\tCaf\u00e9 \u4eba\u6c11 \U0001f642 -- e.g. don't!"
 
 
