@@ -11,11 +11,9 @@ the test split once. The goals of a set have its teacher in common. The defaults
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Any
 
-from trainings import ROOT, report_of
+from trainings import ROOT, parsed, read_result, report_of, write_result
 
 RUNS, RESULT = ROOT / "runs" / "defaults", ROOT / "results" / "defaults.json"
 SETS: dict[str, list[str]] = {
@@ -64,14 +62,15 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
 
 def table() -> str:
     """Return docs/levers.md's table of the defaults, from results/defaults.json."""
-    if not RESULT.is_file():
+    document = read_result(RESULT)
+    if not document:
         return "Not measured yet: `python scripts/defaults.py`.\n"
     lines = [
         "| data, goal | budget | seeds | teacher | from labels | same start | distilled | gap closed | "
         "from the same start | minutes (estimated) |",
         "| :-- | :-- |" + " --: |" * 8,
     ]
-    for budget, rows in json.loads(RESULT.read_text(encoding="utf-8")).items():
+    for budget, rows in document.items():
         for name, one in rows.items():
             scores = [_percent(one.get(model)) for model in MODELS]
             took = f"{one['seconds'] / 60:.0f} ({one['estimated_seconds'] / 60:.0f})" if one["seconds"] else ""
@@ -96,19 +95,13 @@ def _share(ratio: dict[str, Any]) -> str:
 def main() -> None:
     """Train and write the results after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="SET/GOAL", help=", ".join(names()))
     parser.add_argument("--budget", default="standard", choices=("quick", "standard", "best"))
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the goal's")
-    given = parser.parse_args()
-    if unknown := [name for name in given.names if name not in names()]:
-        sys.exit(f"defaults: there is no {unknown[0]!r}; there are {', '.join(names())}")
-    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    for name in given.names or names():
+    given = parsed(parser, names())
+    for name in given.names:
         report = train(name, given.budget, given.seeds or SEEDS[name.rsplit("/", 1)[1]])
-        document.setdefault(given.budget, {})[name] = row(report) | {
-            "command": report["command"], "environment": report["environment"],
-        }  # fmt: skip
-        RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        more = {"command": report["command"], "environment": report["environment"]}
+        write_result(RESULT, row(report) | more, given.budget, name)
 
 
 if __name__ == "__main__":

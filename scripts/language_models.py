@@ -2,6 +2,7 @@
 
 python scripts/language_models.py                      everything below; writes results/lm.json
 python scripts/language_models.py "lm_sotu, 150,000"   this one; what is trained already is kept
+python scripts/language_models.py --picture            nothing, but draw results/lm.png from what is there
 
 Each is one `kd-train` of its own process, as a user runs it: weights are selected on validation, and its report reads
 the test addresses once. The student from text alone has the same steps, start and vocabulary, and is also trained for a
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from pathlib import Path
 from typing import Any
 
-from trainings import ROOT, report_of
+from kd_lightning.evaluation.report.pictures import COLOURS, MARKERS, new_figure
+from kd_lightning.evaluation.report.table import short
+from trainings import ROOT, parsed, read_result, report_of, write_result
 
 RUNS, RESULT = ROOT / "runs" / "language_models", ROOT / "results" / "lm.json"
+PICTURE = RESULT.with_suffix(".png")
 STUDENTS: dict[str, list[str]] = {
     "lm_quickstart": ["experiment=lm_quickstart"],
     "lm_sotu, 50,000": ["experiment=lm_sotu", "data.train_tokens=50000"],
@@ -63,13 +67,14 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
 
 def table() -> str:
     """Return docs/language_models.md's table, from results/lm.json."""
-    if not RESULT.is_file():
+    document = read_result(RESULT)
+    if not document:
         return "Not measured yet: `python scripts/language_models.py`.\n"
     lines = [
         f"| `experiment=`, training tokens | student | {' | '.join(SCORES.values())} | seeds |",
         "|:--|:--|" + "--:|" * 5,
     ]
-    for name, one in json.loads(RESULT.read_text(encoding="utf-8")).items():
+    for name, one in document.items():
         for model, title in MODELS.items():
             if model in one["models"]:
                 scores = [_written(one["models"][model]["test"][score]) for score in SCORES]
@@ -79,7 +84,7 @@ def table() -> str:
 
 def quickstart() -> str:
     """Return README.md's sentence about `experiment=lm_quickstart`, from results/lm.json."""
-    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    document = read_result(RESULT)
     if "lm_quickstart" not in document:
         return "Not measured yet: `python scripts/language_models.py`.\n"
     one = document["lm_quickstart"]
@@ -110,6 +115,56 @@ def costs() -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(document: dict[str, Any], file: Path = PICTURE) -> None:
+    """Draw the distilled students beside those from text alone, from the same start where there is one, by recipe.
+
+    A panel for each score and a row for each recipe; bars are standard deviations over the seeds. What was not measured
+    is left out.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    panels = {"perplexity": "perplexity (log scale)", "kl_to_teacher": "KL to the teacher", "agreement": "agreement"}
+    figure = new_figure(10, 1.4 + 0.5 * len(document))
+    named: set[str] = set()
+    for axes, (score, label) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for y, one in enumerate(document.values()):
+            start = "baseline_initialised" if "baseline_initialised" in one["models"] else "baseline"
+            tests = {name: one["models"].get(name, {}).get("test", {}).get(score) for name in (start, "distilled")}
+            known = {name: test for name, test in tests.items() if test and test["mean"] is not None}
+            _row_of_dots(axes, y, known, named)
+        axes.margins(x=0.4)
+        if score == "perplexity":
+            axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        wide = score == "perplexity" and high > 5 * low
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yticks(range(len(document)), list(document))
+        axes.set_ylim(len(document) - 0.4, -0.8)
+        axes.set_xlabel(label)
+        axes.minorticks_off()
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle("The same student from text alone and distilled, on held-out text", fontsize=11)
+    figure.savefig(file, dpi=150)
+
+
+def _row_of_dots(axes: Any, y: int, tests: dict[str, dict[str, Any]], named: set[str]) -> None:
+    """Draw a recipe's scores, each with its number on the outer side, and with its name where that is new."""
+    ordered = sorted(tests, key=lambda name: tests[name]["mean"])
+    for name in ordered:
+        test, colour, low = tests[name], COLOURS[name], name == ordered[0] and len(ordered) > 1
+        bar = test.get("std") or 0.0
+        axes.errorbar(test["mean"], y, xerr=bar, color=colour, marker=MARKERS[name], ms=7, capsize=2)
+        place = test["mean"] + (-bar if low else bar), y
+        given = {"textcoords": "offset points", "color": colour, "ha": "right" if low else "left", "va": "center"}
+        axes.annotate(short(test["mean"]), place, xytext=(-7 if low else 7, 0), **given)
+        if name not in named:
+            named.add(name)
+            axes.annotate(MODELS[name], place, xytext=(4 if low else -4, 12), fontsize=9, **given)
+
+
 def _written(score: dict[str, Any] | None) -> str:
     """Return a score with its deviation over seeds."""
     if score is None or score["mean"] is None:
@@ -118,17 +173,14 @@ def _written(score: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Train and write the results after each run."""
+    """Train, write the results after each run, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(STUDENTS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    given = parser.parse_args()
-    if unknown := [name for name in given.names if name not in STUDENTS]:
-        sys.exit(f"language_models: there is no {unknown[0]!r}; there are {'; '.join(STUDENTS)}")
-    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    for name in given.names or STUDENTS:
-        document[name] = row(train(name, given.seeds))
-        RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--picture", action="store_true")
+    given = parsed(parser, list(STUDENTS))
+    for name in () if given.picture else given.names:
+        write_result(RESULT, row(train(name, given.seeds)), name)
+    picture(read_result(RESULT))
 
 
 if __name__ == "__main__":

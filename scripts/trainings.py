@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -135,6 +136,31 @@ def report_of(settings: Sequence[str], folder: Path) -> dict[str, Any]:
     subprocess.run(command, check=True, timeout=6 * 3600, env=os.environ | {"PYTHONPATH": str(ROOT)})
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return report
+
+
+def parsed(parser: argparse.ArgumentParser, known: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of a script that measures what is named, or all that is known, as `names`."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(known))
+    given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in known]:
+        sys.exit(f"{Path(sys.argv[0]).stem}: there is no {unknown[0]!r}; there are {'; '.join(known)}")
+    given.names = given.names or list(known)
+    return given
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Return what was measured so far."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def write_result(file: Path, row: dict[str, Any], *names: str) -> None:
+    """Put a row under its names into what was measured so far."""
+    document = place = read_result(file)
+    for name in names[:-1]:
+        place = place.setdefault(name, {})
+    place[names[-1]] = row
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def without_traceback(main: Callable[[], None]) -> None:
