@@ -81,8 +81,8 @@ def check_vocabulary(settings: Node, data: IndexedData, role: Role) -> None:
     if data.task.kept is not None and lookup(target) in (causal_lm, causal_lm_lora):
         raise ConfigError(
             f"{role}: {target.rpartition('.')[2]} has embeddings for {data.task.kept.size} tokens, of which "
-            f"data.tokenizer=trimmed:NAME keeps {data.task.outputs}: set data.tokenizer=NAME, or make the student new "
-            "(model@student=causal_lm_from_teacher or causal_lm_small)"
+            f"data.tokenizer=trimmed:NAME keeps {data.task.outputs}: set data.tokenizer=NAME, or choose a network that "
+            f"is made anew (model@{'student' if role == 'student' else 'teacher.network'}=causal_lm_small)"
         )
 
 
