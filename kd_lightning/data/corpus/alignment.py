@@ -128,7 +128,11 @@ class TeacherReading:
         assert self.store.counted is not None
         columns = self.store.tokens, self.store.widths, self.store.counted
         ids, widths, counted = (column[chosen].astype(np.int64) for column in columns)
-        return Piece(ids, widths, counted, _predicted(np.concatenate(found)))
+        # its model expects them before any text, also where the template (`plain`) does not write them
+        shift = 0 if np.array_equal(ids[: len(self.before)], self.before) else len(self.before)
+        widths, counted = (np.pad(column, (shift, 0)) for column in (widths, counted))
+        spans = np.concatenate(found) + np.array([0, 0, shift, shift])
+        return Piece(np.concatenate([self.before[:shift], ids]), widths, counted, _predicted(spans))
 
     def _turn(self, side: int, document: int, number: int) -> tuple[int, int, int]:
         """Return where in its conversation a turn begins, its text ends, and the tokens behind it end."""

@@ -50,12 +50,17 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def template_of(tokenizer: PreTrainedTokenizerFast, name: str, given: str | None) -> str:
     """Return a chat template: the tokenizer's own, `plain`, that of a file, or the given text.
 
+    Args:
+        tokenizer: The tokenizer.
+        name: The key that names it, and the name.
+        given: `plain`, a file or a text; None for its own.
+
     Raises:
         ConfigError: There is none.
     """
     if given == "plain":
         if tokenizer.eos_token is None:
-            raise ConfigError(f"data.chat_template=plain: data.tokenizer={name!r} has no eos_token to end a turn with")
+            raise ConfigError(f"data.chat_template=plain: {name} has no eos_token to end a turn with")
         return PLAIN
     if given is not None and "{" in given:
         return given
@@ -70,7 +75,7 @@ def template_of(tokenizer: PreTrainedTokenizerFast, name: str, given: str | None
         found: str = tokenizer.get_chat_template()
     except ValueError as error:
         raise ConfigError(
-            f"data.tokenizer={name!r} has no chat template: set data.chat_template to a file with one, or to plain"
+            f"{name} has no chat template: set data.chat_template to a file with one, or to plain"
         ) from error
     return found
 

@@ -91,13 +91,13 @@ class ChatData(OwnDocuments):
                 yield "\n".join(message["content"] for message in one.messages)
 
     def _encoder(self) -> ChatEncoder:
-        template = template_of(self._tokenizer, self.tokenizer_name, self.chat_template)
+        template = template_of(self._tokenizer, f"data.tokenizer={self.tokenizer_name!r}", self.chat_template)
         self._tokenizer.chat_template = template  # it is saved with the run
         return ChatEncoder(self._tokenizer, template, self.turns, self.block_size)
 
     def _encoder_of(self, tokenizer: PreTrainedTokenizerFast) -> ChatEncoder:
         """Return what turns conversations into tokens of a teacher, by its own template if it has one."""
-        name = str(self.teacher_tokenizer_name)
+        name = f"data.teacher_tokenizer={self.teacher_tokenizer_name!r}"
         own = None if tokenizer.chat_template else self.chat_template
         return TeacherChatEncoder(tokenizer, template_of(tokenizer, name, own), self._encoder())
 

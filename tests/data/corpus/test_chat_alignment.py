@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import processors
 
 from kd_lightning.data import ChatData
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
@@ -29,6 +31,9 @@ def teacher(folder: Path, template: str | None = GEMMA) -> str:
     made: Any = load_tokenizer("bpe:420", [" ".join(WORDS[:9])] * 4)
     made.add_special_tokens(
         {"bos_token": "<bos>", "eos_token": "<end>", "additional_special_tokens": ["<start>", "<end>"]}
+    )
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)]
     )
     made.chat_template = template
     write_tokenizer(made, folder)
@@ -66,7 +71,9 @@ def spanned(module: ChatData) -> list[tuple[str, bool]]:
         counted = batch["input_ids"][batch["labels"] != IGNORE]
         assert 0 < len(counted) < int(batch["attention_mask"].sum())
         assert not (counted == other.convert_tokens_to_ids("<start>")).any()
-        assert (batch["input_ids"][:, 0] == other.bos_token_id).all(), "its template writes it"
+        begins = batch["position_ids"][batch["attention_mask"] == 1] == 0
+        ids = batch["input_ids"][batch["attention_mask"] == 1]
+        assert torch.equal(ids == other.bos_token_id, begins), "once, whether its template writes it or not"
     return found
 
 
@@ -119,11 +126,12 @@ def test_a_teacher_reads_the_messages_that_fit_the_students_block(tmp_path: Path
 
 
 def test_one_template_serves_both_where_the_teacher_has_none(tmp_path: Path, tokenizer: Path) -> None:
+    """What its tokenizer puts before any text stands there, too."""
     bare = teacher(tmp_path / "bare", None)
     module = crossed(tmp_path, tokenizer, talks(9), chat_template="plain", teacher_tokenizer=bare)
-    module.prepare()
-    assert len(module._reading.compared[0]) == len(module._reading.turns[1].begins)  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"bare'? has no chat template: set data\.chat_template"):
+    found = spanned(module)
+    assert sum(ends for _, ends in found) == len(module._reading.turns[1].begins)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"^data\.teacher_tokenizer='.*bare' has no chat template: set data\.chat_"):
         crossed(tmp_path, tokenizer, talks(9), teacher_tokenizer=bare).prepare()
     with pytest.raises(ConfigError, match=r"data\.cross_tokenizer=true: .* set data\.turns to all, or last"):
         crossed(tmp_path, tokenizer, talks(9), turns="everything")
