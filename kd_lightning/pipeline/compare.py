@@ -135,7 +135,7 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     first = {stage: networks[found[0]] for stage, found in students.items()}
     timed, shown = measured(run, first)
     results = [
-        _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, timed[stage])
+        _student(run, stage, {folder: networks[folder] for folder in found}, evaluated, timed.get(stage, Speed()))
         for stage, found in students.items()
     ]
     records = {stage: [read_stage(folder) for folder in found] for stage, found in folders.items()}

@@ -108,6 +108,20 @@ def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: 
         )
 
 
+def test_prompts_that_leave_no_room_are_no_trouble_to_the_report(
+    composed: Composed, shrunk: list[str], tmp_path: Path
+) -> None:
+    """Conversations whose prompts fill more than half a block: nothing is timed, and all is scored."""
+    given = small("lm_chat", shrunk, composed, tmp_path)
+    lines = [{"prompt": f"{number} " + " ".join(made(1, number, (12, 12))), "response": "laws"} for number in range(20)]
+    (tmp_path / "years" / "conversations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = Run(composed(*given, "stages=[distill]"), Console(file=StringIO()))
+    train_all(run)
+    models = compare(run, "kd-train ...")["models"]
+    assert all(model["test"]["cross_entropy"]["mean"] > 0 for model in models.values())
+    assert not any("generation" in model for model in models.values())
+
+
 def test_conversations_are_learned_from_a_teacher_with_another_tokenizer(
     composed: Composed, shrunk: list[str], tmp_path: Path
 ) -> None:
