@@ -9,7 +9,7 @@ from torch import nn
 
 from kd_lightning.config.instantiate import build, lookup, parameters
 from kd_lightning.config.schema import Node
-from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_differences, tokenizer_fingerprint
 from kd_lightning.models.causal_lm import causal_lm, causal_lm_lora
 from kd_lightning.models.causal_lm_from_teacher import causal_lm_from_teacher
 from kd_lightning.models.fits import check_length
@@ -18,6 +18,7 @@ from kd_lightning.models.hf import pretrained
 from kd_lightning.models.rebuild import describe
 from kd_lightning.models.served import ServedLM
 from kd_lightning.pipeline.from_run import from_run
+from kd_lightning.runtime.assets import PRETRAINED
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import file_digest
 from kd_lightning.teachers import EnsembleNetwork, SideBySide
@@ -72,17 +73,27 @@ def build_network(
 
 
 def check_vocabulary(settings: Node, data: IndexedData, role: Role) -> None:
-    """Refuse pretrained embeddings of a whole vocabulary where the data number the tokens of a part of it.
+    """Refuse a pretrained language model that would read the data's tokens by other numbers than its own.
 
     Raises:
         ConfigError: Names the keys to change.
     """
     target = settings["_target_"]
-    if data.task.kept is not None and lookup(target) in (causal_lm, causal_lm_lora):
+    if lookup(target) not in (causal_lm, causal_lm_lora):
+        return
+    if data.task.kept is not None:
         raise ConfigError(
             f"{role}: {target.rpartition('.')[2]} has embeddings for {data.task.kept.size} tokens, of which "
             f"data.tokenizer=trimmed:NAME keeps {data.task.outputs}: set data.tokenizer=NAME, or choose a network that "
             f"is made anew (model@{'student' if role == 'student' else 'teacher.network'}=causal_lm_small)"
+        )
+    name, reader = settings["name"], data.tokenizer_of(role)
+    if reader is None or not (name in PRETRAINED or any(Path(name).expanduser().glob("tokenizer*"))):
+        return
+    if differs := tokenizer_differences(load_tokenizer(str(Path(name).expanduser())), reader):
+        raise ConfigError(
+            f"{role}: name={name} has a tokenizer of its own, which differs from the data's in "
+            f"{', '.join(differs)}: set data.tokenizer={name}, or choose another network"
         )
 
 

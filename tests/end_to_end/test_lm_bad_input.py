@@ -187,6 +187,21 @@ def test_a_pretrained_student_that_has_more_tokens_than_a_trimmed_vocabulary(giv
                      r"set data\.tokenizer=NAME", message)  # fmt: skip
 
 
+@pytest.mark.parametrize("network", ["causal_lm", "causal_lm_lora"])
+def test_a_pretrained_student_with_as_many_other_tokens(given: Given, network: str) -> None:
+    """Nothing but its tokenizer tells."""
+    write_tokenizer(load_tokenizer("bpe:300", [text[::-1] for text in TEXTS]), given.folder / "reversed")
+    own = given.teacher(llama(300), "reversed")
+    message = given.refused(
+        "stages=[baseline]", f"data.tokenizer={given.folder / 'tokenizer'}",
+        student=(f"model@student={network}", f"student.name={own}"),
+    )  # fmt: skip
+    assert re.search(
+        r"student: name=\S+ has a tokenizer of its own, which differs from the data's in their vocab", message
+    )
+    assert f"set data.tokenizer={own}" in message
+
+
 def test_teachers_without_a_fold_of_the_texts(given: Given) -> None:
     message = given.refused("teacher.folds=2")
     assert message.startswith("teacher.folds=2: blocks share documents")
