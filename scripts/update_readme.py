@@ -23,6 +23,7 @@ from typing import Any
 import advice
 import defaults
 import language_models
+import tasks
 from faults.page import table as fault_table
 from kd_lightning.evaluation.report import load_report, markdown_table, summary
 from kd_lightning.export.benchmark import markdown
@@ -321,7 +322,7 @@ TABLES = {
     "recipes": recipes, "recipe_goals": recipe_goals, "recipe_details": recipe_details, "recipe_tasks": recipe_tasks,
     "recipe_minutes": recipe_minutes, "faults": faults, "advice": advice.table, "defaults": defaults.table,
     "lm": language_models.table, "lm_quickstart": language_models.quickstart,
-    "lm_costs": language_models.costs,
+    "lm_costs": language_models.costs, "tasks": tasks.table,
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 

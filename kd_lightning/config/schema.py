@@ -67,8 +67,8 @@ class TeacherConfig:
     """The teacher: how it is loaded or fine-tuned, and how its outputs reach the students."""
 
     checkpoint: str | list[str] | None
-    """A finished teacher: a run folder of ours, or a Hugging Face folder or name; a list: their ensemble.
-    null: fine-tune `network`."""
+    """A finished teacher: a run folder of ours, a Hugging Face folder or name, or an ONNX file (FOLDER/model.onnx);
+    a list: their ensemble. null: fine-tune `network`."""
     url: str | None
     """Of a language model that an inference server runs, such as http://localhost:8000, in place of a checkpoint; its
     teacher.cache_top_k likeliest tokens are stored. A key is read from KD_TEACHER_API_KEY."""

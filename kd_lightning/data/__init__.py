@@ -16,6 +16,7 @@ from kd_lightning.data.sources.files import FileReader
 from kd_lightning.data.sources.hf_dataset import HFDataset
 from kd_lightning.data.sources.image_folder import ImageFolder
 from kd_lightning.data.sources.lm_text import LMTextData
+from kd_lightning.data.sources.personal_data import PersonalData
 from kd_lightning.data.sources.reviews import Reviews
 from kd_lightning.data.sources.sotu import Sotu
 from kd_lightning.data.sources.sotu_eras import SotuEras
@@ -41,6 +42,7 @@ __all__ = [
     "IndexedData",
     "LMTextData",
     "MultiTaskData",
+    "PersonalData",
     "Reviews",
     "Sotu",
     "SotuEras",

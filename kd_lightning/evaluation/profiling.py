@@ -190,15 +190,17 @@ def size(network: nn.Module, file: str | Path | None = None) -> Size:
     Args:
         network: The network.
         file: The safetensors file its weights were saved to; None serialises them in memory to learn the length. Tied
-            tensors are written once.
+            tensors are written once. ONNX files count as they are.
 
     Returns:
         The size.
     """
+    from kd_lightning.models.onnx import OnnxNetwork
     from kd_lightning.models.size import count_parameters
 
     parameters, without_embeddings = count_parameters(network)
     length = Path(file).stat().st_size if file is not None else _serialised_length(network)
+    length += sum(one.file.stat().st_size for one in network.modules() if isinstance(one, OnnxNetwork))
     return Size(parameters=parameters, parameters_without_embeddings=without_embeddings, bytes=length)
 
 

@@ -15,6 +15,7 @@ from kd_lightning.models.causal_lm_from_teacher import causal_lm_from_teacher
 from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.hf import pretrained
+from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.models.rebuild import describe
 from kd_lightning.models.served import ServedLM
 from kd_lightning.pipeline.from_run import from_run
@@ -48,8 +49,11 @@ def build_network(
     if role == "student" and takes_from_teacher(settings):
         assert teacher is not None
         given = {"teacher": source_of(teacher)}
-        if isinstance(given["teacher"], ServedLM):
-            raise ConfigError(f"student: {target} takes the teacher's weights, and those of teacher.url are not here")
+        if isinstance(given["teacher"], ServedLM | OnnxNetwork):
+            raise ConfigError(
+                f"student: {target} takes the teacher's weights, which a server or an ONNX file does not give; use "
+                "another network, such as model@student=bilstm"
+            )
         if lookup(target) in (from_teacher, embeddings_from_teacher, causal_lm_from_teacher):
             _check_tokens(data)
     takes = parameters(lookup(target))

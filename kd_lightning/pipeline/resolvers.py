@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.resolvers import ddp_strategy, fast_inference, fast_precision, folder_name, one_minus
 from kd_lightning.config.suited import LAYERS, network_for, of_reviews, suited_precision, suited_rate
+from kd_lightning.models.onnx import is_onnx, near
 from kd_lightning.runtime.errors import KDError
 from kd_lightning.training.run_folder import find_stage
 
@@ -20,7 +21,7 @@ def register_resolvers() -> None:
     """Make the `${name:...}` functions of conf/ known to OmegaConf."""
     OmegaConf.register_new_resolver("one_minus", one_minus, replace=True)
     OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
-    OmegaConf.register_new_resolver("fast_inference", fast_inference, replace=True)
+    OmegaConf.register_new_resolver("fast_inference", inference_precision, replace=True)
     OmegaConf.register_new_resolver("fused_for", lambda precision: not str(precision).startswith("16"), replace=True)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("keys_help", lambda _root_: keys_help(_root_), replace=True)
@@ -33,6 +34,13 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("ddp_strategy", ddp_strategy, replace=True)
     OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(map(int, numbers)), replace=True)
     OmegaConf.register_new_resolver("gpus_for", lambda kind, devices: None if kind == "cpu" else devices, replace=True)
+
+
+def inference_precision(*, _root_: DictConfig) -> str:
+    """Return the fastest precision of the teacher without a loss of accuracy; an ONNX file's is its own."""
+    checkpoint: Any = OmegaConf.select(_root_, "teacher.checkpoint")
+    names = checkpoint if OmegaConf.is_list(checkpoint) else [checkpoint]
+    return "float32" if any(name is not None and is_onnx(str(name)) for name in names) else fast_inference()
 
 
 def tokenizer_of(role: str, *, _root_: DictConfig) -> str | None:
@@ -70,6 +78,9 @@ def _tokenizer_of_run(folder: str | None) -> str | None:
 
 
 def tokenizer_beside(checkpoint: str) -> str:
-    """Return where a finished teacher's tokenizer is: in its folder, or under its Hugging Face name."""
+    """Return where a finished teacher's tokenizer is: a folder or a published name."""
+    if Path(checkpoint).suffix == ".onnx":
+        folders = near(Path(checkpoint))
+        return str(next((place for place in folders if (place / "tokenizer.json").is_file()), folders[0]))
     saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
     return next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))

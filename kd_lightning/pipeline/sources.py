@@ -9,6 +9,7 @@ from pathlib import Path
 from kd_lightning.config.instantiate import first_line, lookup
 from kd_lightning.config.schema import Node, RunConfig
 from kd_lightning.models.hf import locate, pretrained
+from kd_lightning.models.onnx import is_onnx, onnx_file
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.assets import PRETRAINED
 from kd_lightning.runtime.errors import ConfigError
@@ -24,7 +25,9 @@ def check_sources(cfg: RunConfig) -> None:
     """
     for key, name in _sources(cfg):
         if key.endswith("teacher.checkpoint"):
-            if teacher_stage(Path(name)) is None:
+            if is_onnx(name):
+                onnx_file(name, key)
+            elif teacher_stage(Path(name)) is None:
                 _check_source(key, name)
         elif key.endswith(".name"):
             _check_source(key, name)

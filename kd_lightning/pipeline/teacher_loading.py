@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import nn
 
+from kd_lightning.models.onnx import OnnxNetwork, near, onnx_file
 from kd_lightning.models.served import ServedLM, Server
 from kd_lightning.pipeline.resolvers import tokenizer_beside
 from kd_lightning.runtime.console import say
-from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.runtime.fingerprints import digest, file_digest, network_digest
+from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.fingerprints import digest, file_digest, network_digest, read_json
 from kd_lightning.runtime.memoize import shared, stamps
 from kd_lightning.teachers.ensemble import EnsembleNetwork
 from kd_lightning.training.run_folder import LOGS, best_training, check_stage, is_finished, load_stage, teacher_stage
@@ -46,9 +47,11 @@ class LoadedTeacher:
 
 
 def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Console) -> LoadedTeacher:
-    """Load a finished teacher: a run or stage folder, or from Hugging Face; a list is an ensemble."""
+    """Load a finished teacher: of a run, an ONNX file, of Hugging Face; a list is an ensemble."""
     if isinstance(checkpoint, list):
         return ensemble([_load_member(one, data, console) for one in checkpoint])
+    if (file := onnx_file(checkpoint)) is not None:
+        return _in_onnx(checkpoint, file, data, console)
     stage = teacher_stage(Path(checkpoint))
     if stage is not None:
         if stage.is_relative_to(Path(checkpoint, "teacher")) and is_finished(Path(checkpoint, "teacher_1")):
@@ -66,8 +69,44 @@ def load_teacher(checkpoint: str | list[str], data: IndexedData, console: Consol
     key = (checkpoint, type(data.task), data.task.outputs, data.task.kept, sorted(sizes.items()), stamps(checkpoint))
     teacher = shared("teacher", key, load)
     if data.class_names:
-        _check_class_order(checkpoint, teacher.network, data, console)
+        config: Any = teacher.network.config
+        _check_class_order(checkpoint, config.id2label, data, console)
     return teacher
+
+
+def _in_onnx(checkpoint: str, file: Path, data: IndexedData, console: Console) -> LoadedTeacher:
+    """Return a teacher that onnxruntime runs.
+
+    Raises:
+        ConfigError: The data are for a language model, or have other classes.
+    """
+    if data.task.generates:
+        raise ConfigError(f"teacher.checkpoint={checkpoint}: an ONNX file teaches classifiers, taggers and regressions")
+    weights = [one for one in sorted(file.parent.iterdir()) if one.name.startswith(file.name) and one.is_file()]
+
+    def load() -> LoadedTeacher:
+        return LoadedTeacher(OnnxNetwork(file).eval(), digest([file_digest(one) for one in weights]), checkpoint, None)
+
+    teacher = shared("teacher", (str(file.resolve()), stamps(str(file))), load)
+    if data.class_names and (names := _names_beside(file)):
+        _check_class_order(checkpoint, names, data, console)
+    return teacher
+
+
+def _names_beside(file: Path) -> dict[int, str]:
+    """Return the classes that `config.json` or `export.json` near an ONNX file names."""
+    for place in near(file):
+        for name, key in (("config.json", "id2label"), ("export.json", "class_names")):
+            content = read_json(place / name) if (place / name).is_file() else None
+            classes = content.get(key) if isinstance(content, dict) else None
+            numbered = enumerate(classes) if isinstance(classes, list) else (classes or {}).items()
+            try:
+                found = {int(code): str(one) for code, one in numbered}
+            except (TypeError, ValueError) as error:
+                raise KDError(f"{place / name}: expected numbered classes in {key}") from error
+            if found:
+                return found
+    return {}
 
 
 def served_teacher(teacher: TeacherConfig, data: IndexedData) -> LoadedTeacher:
@@ -129,10 +168,9 @@ def read_teacher(folder: Path, data: IndexedData) -> LoadedTeacher:
     return LoadedTeacher(model.network, fingerprint, str(folder), folder)
 
 
-def _check_class_order(checkpoint: str, network: nn.Module, data: IndexedData, console: Console) -> None:
-    """Refuse a Hugging Face teacher with the data's classes in another order."""
-    config: Any = network.config
-    names = [str(name) for _, name in sorted(config.id2label.items())]
+def _check_class_order(checkpoint: str, classes: dict[int, str], data: IndexedData, console: Console) -> None:
+    """Refuse a teacher with the data's classes in another order."""
+    names = [str(name) for _, name in sorted(classes.items())]
     theirs, ours = [name.casefold() for name in names], [name.casefold() for name in data.class_names]
     if theirs != ours and sorted(theirs) == sorted(ours):
         raise ConfigError(

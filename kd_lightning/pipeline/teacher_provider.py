@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from kd_lightning.config.schema import CACHE_MODES, CACHED
+from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.models.rebuild import describe, versions
 from kd_lightning.models.served import ServedLM
 from kd_lightning.pipeline.calibration import temperature_of
@@ -379,7 +380,8 @@ class TeacherProvider:
             together = {"members": members, "folds": folds, "combine": self.serving.combine}
             return {"teacher": together, "data": self.data.teacher_key}
         network, source = describe(member.network), None
-        if network is None:  # a user's own: its file decides what it computes, whatever its comments
+        if network is None and not isinstance(member.network, OnnxNetwork):
+            # a user's own: its file decides what it computes, whatever its comments
             network = read_json(member.folder / "model.json") if member.folder is not None else None
             source = digest(ast.dump(ast.parse(inspect.getsource(sys.modules[type(member.network).__module__]))))
         settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}

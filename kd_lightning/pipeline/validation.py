@@ -14,6 +14,7 @@ from kd_lightning.config.instantiate import build, first_line, processes
 from kd_lightning.config.nodes import check_node, nodes
 from kd_lightning.config.schema import CACHE_MODES, Node, RunConfig, TeacherConfig
 from kd_lightning.config.trust import trust_own
+from kd_lightning.models.onnx import is_onnx
 from kd_lightning.models.served import Server
 from kd_lightning.pipeline.trainer_checks import check_trainers, named, shards, try_trainers
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
@@ -78,6 +79,7 @@ def _check_teacher(teacher: TeacherConfig) -> None:
     """Check the teacher's keys against each other."""
     _check_device(teacher.device)
     _check_served(teacher)
+    _check_onnx(teacher)
     if teacher.folds > 1 and (wrong := _given({
         "teacher.checkpoint": teacher.checkpoint is not None, "teacher.seeds": teacher.seeds > 1,
         "teacher.ema": teacher.ema is not None, "teacher.weights": teacher.weights is not None,
@@ -124,6 +126,18 @@ def _check_served(teacher: TeacherConfig) -> None:
         "teacher.folds": teacher.folds > 1,
     }):  # fmt: skip
         raise ConfigError(f"teacher.url: a server gives its likeliest tokens alone; leave out {wrong}")
+
+
+def _check_onnx(teacher: TeacherConfig) -> None:
+    """Refuse what cannot be done to an ONNX file, which onnxruntime runs as it is."""
+    names = teacher.checkpoint if isinstance(teacher.checkpoint, list) else [teacher.checkpoint]
+    file = next((name for name in names if name is not None and is_onnx(name)), None)
+    if file is not None and (wrong := _given({
+        f"teacher.precision={teacher.precision}": teacher.precision != "float32",
+        "teacher.features": bool(teacher.features), "teacher.compile": teacher.compile,
+        "teacher.sharded": teacher.sharded, "teacher.device": teacher.device is not None,
+    })):  # fmt: skip
+        raise ConfigError(f"teacher.checkpoint={file}: onnxruntime runs it as it is, on the CPU; leave out {wrong}")
 
 
 def _check_device(name: str | None) -> None:

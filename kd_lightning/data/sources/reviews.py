@@ -55,7 +55,7 @@ class Reviews(TextData):
             source="reviews",
             where=lambda i: f"{path}: sentence {i + 1}",
         )
-        transfer = [text for name in self.transfer for text in _transfer(folder, name)]
+        transfer = [text for name in self.transfer for text in transfer_sentences(name)]
         sentiment = self._split(raw, ["negative", "positive"], transfer)
         return sentiment if self.labels == "sentiment" else self._all_kinds(folder, movie, sentiment)
 
@@ -108,7 +108,8 @@ def _rated(path: Path) -> Iterator[tuple[Sentence, float]]:
             yield (text.strip(),), float(rating)
 
 
-def _transfer(folder: Path, name: str) -> list[Sentence]:
+def transfer_sentences(name: str) -> list[Sentence]:
+    """Return the sentences of one of the other kinds, or of a file or data set."""
     if name in TRANSFER:
-        return [text for text, _ in _rated(folder / f"{TRANSFER[name]}_GroundTruth.txt")]
+        return [text for text, _ in _rated(fetch("reviews") / f"{TRANSFER[name]}_GroundTruth.txt")]
     return unlabelled(name, FileReader())

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kd_lightning.data.text.augment import MASK
 from kd_lightning.data.text.corpus import Sentence
-from kd_lightning.runtime.assets import PRETRAINED, discard_folder, fetch, new_folder
+from kd_lightning.runtime.assets import TOKENIZERS, discard_folder, fetch, new_folder
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.seals import check_seal, read_sealed, seal, write_sealed
 from kd_lightning.types import Batch
@@ -55,7 +55,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
-    place = str(fetch(name)) if name in PRETRAINED else name
+    place = str(fetch(name)) if name in TOKENIZERS else name
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
@@ -66,7 +66,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise many types here, all with one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kinds = f"{', '.join(PRETRAINED)}, wordpiece:SIZE, bpe:SIZE, a folder, or a Hugging Face name in reach"
+        kinds = f"{', '.join(TOKENIZERS)}, wordpiece:SIZE, bpe:SIZE, a folder, or a Hugging Face name in reach"
         unset = "; by default it is the tokenizer of teacher.checkpoint, or teacher.model"
         raise ConfigError(f"data.tokenizer={name!r}: expected {kinds} ({reason[:200]}){unset}") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -17,6 +17,7 @@ from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import following, trace, whole_lstms
 from kd_lightning.export.step import is_step, outputs_of, save_config, step_network
 from kd_lightning.models.causal_lm import CausalLM
+from kd_lightning.models.onnx import OnnxNetwork, open_session
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch
 
@@ -112,7 +113,7 @@ def _reader(model: Path, batches: Iterable[Batch], inputs: list[str]) -> Any:
     """Return the static quantiser's source of examples; a language model reads them from their beginning."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    past = _shapes(_session(model))
+    past = _shapes(open_session(model, torch.get_num_threads()))
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -130,9 +131,9 @@ def _reader(model: Path, batches: Iterable[Batch], inputs: list[str]) -> Any:
 
 def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Module:
     """Open the model in onnxruntime, on the CPU."""
-    session = _session(folder / FILE, threads)
     if not is_step(exported.inputs):
-        return OnnxNetwork(session, exported.inputs)
+        return OnnxNetwork(folder / FILE, threads)
+    session = open_session(folder / FILE, threads or torch.get_num_threads())
     outputs = outputs_of(exported.inputs)
 
     def run(entries: Sequence[Tensor]) -> list[Tensor]:
@@ -146,33 +147,6 @@ def load(folder: Path, exported: Exported, threads: int | None = None) -> nn.Mod
 def _shapes(session: Any) -> list[tuple[str, int, int]]:
     """Return the names of a language model's cached inputs, how many heads each has, and their size."""
     return [(one.name, one.shape[1], one.shape[3]) for one in session.get_inputs() if is_step([one.name])]
-
-
-def _session(file: Path, threads: int | None = None) -> Any:
-    """Open a model; threads as for `load`, None: as many as torch uses."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-class OnnxNetwork(nn.Module):
-    """A model in onnxruntime as a network.
-
-    Args:
-        session: The model.
-        inputs: Names of its inputs.
-    """
-
-    def __init__(self, session: Any, inputs: list[str]) -> None:
-        super().__init__()
-        self.session, self.inputs = session, inputs
-
-    def forward(self, **entries: Tensor) -> Tensor:
-        """Return the logits of a batch."""
-        return torch.from_numpy(self.session.run(["logits"], {name: entries[name].numpy() for name in self.inputs})[0])
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Measure one experiment of each further kind of task: teacher, the student from its data alone, distilled.
+
+python scripts/tasks.py            every experiment below; writes results/tasks.json
+python scripts/tasks.py ner_pii    this one; what is trained already is kept
+
+Each is one `kd-train` of its own process, as a user runs it: weights are selected on validation, and its report reads
+the test split once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kd_lightning.evaluation.report.table import count, short
+from trainings import ROOT, parsed, read_result, report_of, write_result
+
+RUNS, RESULT = ROOT / "runs" / "tasks", ROOT / "results" / "tasks.json"
+TASKS = {"ner_pii": "token classification"}
+"""The experiments, and what is predicted."""
+SEEDS = 5
+MODELS = ("teacher", "baseline", "distilled")
+
+
+def row(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report says of teacher and students."""
+    monitor, models = report["data"]["monitor"], report["models"]
+    return {
+        "monitor": monitor, "seeds": len(report["seeds"]), "splits": report["data"]["splits"],
+        "ratio": report["distillation_ratio"], "differences": report["differences"]["distilled"],
+        "models": {
+            name: {
+                "test": models[name]["test"][monitor], "size": models[name]["size"],
+                "latency_ms": models[name]["latency_ms"],
+            }
+            for name in MODELS if name in models
+        },
+        "stages_seconds": report["stages"], "warnings": report["warnings"], "command": report["command"],
+        "environment": report["environment"],
+    }  # fmt: skip
+
+
+def table() -> str:
+    """Return the docs' table of tasks, from results/tasks.json."""
+    document = read_result(RESULT)
+    if not document:
+        return "Not measured yet: `python scripts/tasks.py`.\n"
+    lines = [
+        "| `experiment=` | task, score | teacher | from its data alone | distilled | gap closed | parameters | "
+        "latency, ms |",
+        "|:--|:--|" + "--:|" * 6,
+    ]
+    for name, one in document.items():
+        models = [one["models"].get(model) for model in MODELS]
+        scores = [_written(model) for model in models]
+        gap = "" if one["ratio"]["mean"] is None else f"{one['ratio']['mean']:.2f}"
+        ends = [one["models"]["teacher"], one["models"]["distilled"]]
+        sizes = " → ".join(count(model["size"]["parameters"]) for model in ends)
+        speeds = " → ".join(short(model["latency_ms"]["p50"]) for model in ends)
+        what = f"{TASKS[name]}, {one['monitor'].replace('_', ' ')}"
+        lines.append(f"| `{name}` | {what} | {' | '.join(scores)} | {gap} | {sizes} | {speeds} |")
+    seeds = ", ".join(f"{name} {one['seeds']}" for name, one in document.items())
+    machine = next(iter(document.values()))["environment"]
+    return "\n".join(lines) + (
+        f"\n\nScores of the test split in %; seeds: {seeds}; on {machine['cpu']} with {machine['cores']} cores "
+        "(`results/tasks.json`).\n"
+    )
+
+
+def _written(model: dict[str, Any] | None) -> str:
+    """Return a score in percent, with its deviation over seeds."""
+    if model is None or model["test"]["mean"] is None:
+        return ""
+    found = f"{100 * model['test']['mean']:.1f}"
+    return found if model["test"]["std"] is None else f"{found} ± {100 * model['test']['std']:.1f}"
+
+
+def main() -> None:
+    """Train and write the results after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    given = parsed(parser, list(TASKS))
+    for name in given.names:
+        write_result(RESULT, row(report_of([f"experiment={name}", f"seeds={given.seeds}"], RUNS / name)), name)
+
+
+if __name__ == "__main__":
+    main()
