@@ -49,7 +49,7 @@ def settings(tmp_path: Path, checkpoint: Path, *more: str) -> list[str]:
     return [
         "data=token_files", f"data.train_file={tmp_path / 'train.conll'}", "data.batch_size=16", "data.max_length=24",
         "data.stride=8", f"teacher.checkpoint={checkpoint}", "model@student=bilstm", "student.embedding_size=16",
-        "student.hidden_size=16", "trainer.max_steps=40", "optimizer.lr=0.02", "validations=2",
+        "student.hidden_size=16", "trainer.max_steps=150", "optimizer.lr=0.02", "validations=2",
         "stages=[baseline,distill]", f"run_dir={tmp_path / 'run'}", *more,
     ]  # fmt: skip
 
