@@ -163,7 +163,7 @@ def _mixed(templates: Sequence[str], sentences: Sequence[str], count: int, seed:
     generator, made = np.random.default_rng(seed), []
     for _ in range(count):
         chosen = [pieces[i] for i in generator.choice(len(pieces), size=generator.integers(1, MOST_PIECES + 1))]
-        words = sentences[generator.integers(len(sentences))].split()[:MOST_WORDS] if sentences else []
+        words = sentences[int(generator.integers(len(sentences)))].split()[:MOST_WORDS] if sentences else []
         for piece in chosen:
             words.insert(int(generator.integers(len(words) + 1)), piece)
         made.append(" ".join(words))
