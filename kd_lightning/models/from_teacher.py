@@ -46,8 +46,8 @@ def from_teacher(
     1910.01108).
 
     Args:
-        teacher: A sequence classifier of `transformers`, or a `PooledClassifier`.
-        num_classes: Number of classes of the student.
+        teacher: A sequence classifier of `transformers`, a `PooledClassifier` or a `SentenceEncoder`.
+        num_classes: Number of classes of the student, or how wide its embedding is.
         layers: Which layers, in this order, counted from 0; negative ones from the end. A number k takes k layers
             evenly spaced up to the last: layer `(i + 1) n // k - 1` for i = 0..k-1, so 3 of 6 are layers 1, 3 and 5. A
             share below 1 takes so much of the n layers, at least one.
@@ -224,7 +224,7 @@ def _build(teacher: nn.Module, config: PreTrainedConfig, num_classes: int) -> nn
     part = _hugging_face_part(teacher)
     network = fresh_network(type(part), config, config._attn_implementation)
     if isinstance(teacher, PooledClassifier):
-        return PooledClassifier(network, num_classes, teacher.pooling, teacher.dropout.p)
+        return teacher.like(network, num_classes)
     return network
 
 

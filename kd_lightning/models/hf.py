@@ -63,9 +63,10 @@ class PooledClassifier(nn.Module):
         self.encoder, self.num_classes, self.pooling = encoder, num_classes, pooling
         self.dropout = nn.Dropout(dropout)
         config: PreTrainedConfig = encoder.config  # type: ignore[assignment]
-        self.classifier = nn.Linear(config.hidden_size, num_classes)
-        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
-        nn.init.zeros_(self.classifier.bias)
+        linear = nn.Linear(config.hidden_size, num_classes)
+        nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(linear.bias)
+        self.classifier: nn.Module = linear
         self._takes_segments = "token_type_ids" in inspect.signature(encoder.forward).parameters
 
     def forward(
@@ -76,6 +77,10 @@ class PooledClassifier(nn.Module):
         segments = {"token_type_ids": token_type_ids} if self._takes_segments else {}
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask, **segments).last_hidden_state
         return ModelOutput(self.classifier(self.dropout(self._pool(hidden, mask.ne(0).unsqueeze(2)))))
+
+    def like(self, encoder: nn.Module, num_classes: int) -> PooledClassifier:
+        """Return one around another encoder, for so many classes."""
+        return PooledClassifier(encoder, num_classes, self.pooling, self.dropout.p)
 
     def _pool(self, hidden: Tensor, valid: Tensor) -> Tensor:
         if self.pooling == "first":

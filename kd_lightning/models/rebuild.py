@@ -23,7 +23,9 @@ from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier, Pooling, check_attention, check_attentions
+from kd_lightning.models.sentence_encoder import SentenceEncoder
 from kd_lightning.models.simkd import SimKDStudent
+from kd_lightning.models.static_embedding import StaticEmbedding
 from kd_lightning.models.text_cnn import TextCNN
 from kd_lightning.models.timm import timm_model
 from kd_lightning.runtime.errors import ConfigError
@@ -37,8 +39,9 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         A dict with `_target_` and its arguments (also what `hydra.utils.instantiate` takes), or None when the network
-        is not a `BiLSTM`, `TextCNN`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a network that has one,
-        a model class of the `transformers` library, or a `PooledClassifier` or `CausalLM` around one.
+        is not a `BiLSTM`, `TextCNN`, `StaticEmbedding`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a
+        network that has one, a model class of the `transformers` library, or a `PooledClassifier`, `SentenceEncoder` or
+        `CausalLM` around one.
     """
     network = unwrap(network)
     if isinstance(network, PooledClassifier):
@@ -46,6 +49,8 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
         if encoder is None:
             return None
         head = {"num_classes": network.num_classes, "pooling": network.pooling, "dropout": network.dropout.p}
+        if isinstance(network, SentenceEncoder):
+            return {"_target_": _name(SentenceEncoder), "encoder": encoder, **head, "normalise": network.normalise}
         return {"_target_": _name(pooled_classifier), "encoder": encoder, **head}
     if isinstance(network, CausalLM):
         inner = describe(network.network)
@@ -55,7 +60,7 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
         return (
             None if backbone is None else {"_target_": _name(SimKDStudent), "backbone": backbone, **network.arguments}
         )
-    if isinstance(network, BiLSTM | TextCNN | CNN | ResNet):
+    if isinstance(network, BiLSTM | TextCNN | StaticEmbedding | CNN | ResNet):
         return {"_target_": _name(type(network)), **network.arguments}
     if type(network).__module__.startswith("timm.") and isinstance(
         arguments := getattr(network, "arguments", None), dict
@@ -183,5 +188,17 @@ def _name(builder: Callable[..., nn.Module]) -> str:
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     _name(builder): builder
-    for builder in (hugging_face, pooled_classifier, CausalLM, BiLSTM, TextCNN, CNN, ResNet, SimKDStudent, timm_model)
+    for builder in (
+        hugging_face,
+        pooled_classifier,
+        SentenceEncoder,
+        CausalLM,
+        BiLSTM,
+        TextCNN,
+        StaticEmbedding,
+        CNN,
+        ResNet,
+        SimKDStudent,
+        timm_model,
+    )
 }

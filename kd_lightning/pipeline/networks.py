@@ -17,7 +17,9 @@ from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teach
 from kd_lightning.models.hf import pretrained
 from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.models.rebuild import describe
+from kd_lightning.models.sentence_encoder import sentence_encoder
 from kd_lightning.models.served import ServedLM
+from kd_lightning.models.static_embedding import static_embedding
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.assets import PRETRAINED
 from kd_lightning.runtime.errors import ConfigError, KDError
@@ -54,7 +56,7 @@ def build_network(
                 f"student: {target} takes the teacher's weights, which a server or an ONNX file does not give; use "
                 "another network, such as model@student=bilstm"
             )
-        if lookup(target) in (from_teacher, embeddings_from_teacher, causal_lm_from_teacher):
+        if lookup(target) in (from_teacher, embeddings_from_teacher, causal_lm_from_teacher, static_embedding):
             _check_tokens(data)
     takes = parameters(lookup(target))
     known = {**settings, **sizes, **given}
@@ -120,7 +122,7 @@ def has_start(settings: Node) -> bool:
 
 def starts_trained(settings: Node) -> bool:
     """Return whether a network of these settings starts from trained layers."""
-    return lookup(settings["_target_"]) in (from_teacher, from_run, pretrained)
+    return lookup(settings["_target_"]) in (from_teacher, from_run, pretrained, sentence_encoder)
 
 
 def start_of(settings: Node) -> dict[str, str]:
@@ -138,7 +140,7 @@ def source_of(teacher: nn.Module) -> nn.Module:
 
 
 def _check_tokens(data: IndexedData) -> None:
-    """Refuse a student with the word embeddings of a teacher that reads other tokens."""
+    """Refuse a student with vectors of the tokens of a teacher that reads others."""
     readers = [data.tokenizer_of("student"), data.tokenizer_of("teacher")]
     prints = {tokenizer_fingerprint(reader) for reader in readers if reader is not None}
     if len(prints) > 1:

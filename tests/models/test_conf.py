@@ -22,6 +22,7 @@ from tests.pipeline.test_from_run import write_student
 FOLDER = ROOT / "conf" / "model"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom")  # the user names its target
 FILLED_IN = {"num_classes", "vocab_size", "block_size", "pad_token_id", "channels", "teacher", "per_token"}
+FILLED_IN |= {"special_tokens", "single_token"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}
 VISION = ("cnn", "resnet", "resnet_small", "timm", "simkd_cnn")
 LANGUAGE = ("causal_lm", "causal_lm_lora", "causal_lm_small", "causal_lm_from_teacher", "smollm2", "gemma3_270m")
