@@ -23,6 +23,9 @@ Batch = dict[str, Tensor]
 * `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
 * `begins`: `(B, L)` bool, which kept tokens begin a word; absent where each does
 * `window_of`: `(B,)` int64, the number of the text that a row is a window of; -1 where it is a whole text
+* `group`, `place`, `text`: `(B,)` int64, of pairs and triplets of texts: the number of a text's own, 0 where it is the
+  query, 1 the positive and more a negative, and a number that equal texts have in common
+* `score`: `(B,)` float32, how similar the two texts of a pair are, NaN where nobody has scored them
 * `spans`: `(B, M, 4)` int64, where student's and teacher's tokens of the same text begin and end, of other tokenizers
 * `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's
 """

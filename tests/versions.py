@@ -26,9 +26,22 @@ from kd_lightning.data.corpus.conversations import Conversation
 from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
 from kd_lightning.data.text import augment, tokens, words
+from kd_lightning.data.text import embedding as pairs
+from kd_lightning.data.text.groups import TextGroup
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours
 from kd_lightning.data.text.tagged import Place, TaggedText, split_words
-from kd_lightning.models import bilstm, causal_lm, cnn, continuation, embedding, hf, simkd, text_cnn
+from kd_lightning.models import (
+    bilstm,
+    causal_lm,
+    cnn,
+    continuation,
+    embedding,
+    hf,
+    sentence_encoder,
+    simkd,
+    static_embedding,
+    text_cnn,
+)
 from kd_lightning.models.adapt import run_network
 from kd_lightning.teachers import frozen, sampled
 from kd_lightning.teachers.cache import manifest
@@ -236,6 +249,26 @@ DOCUMENTS = {
     "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]),
 }
 PIXELS = {"pixel_values": (torch.arange(2 * 3 * 64) * 0.37).sin().view(2, 3, 8, 8)}
+
+
+def make_pairs() -> Any:
+    """Return the columns of a pair, a triplet and a text alone, and batches of their groups and of their texts."""
+    groups = [TextGroup(("a b", "c"), 0.5), TextGroup(("d", "a b", "e f g")), TextGroup(("h",))]
+    columns = pairs.TextColumns(groups)
+    columns.score = np.nan_to_num(columns.score, nan=-1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [(text,) for group in groups for text in group.texts]
+        tokenizer = tokens.load_tokenizer("wordpiece:40", [text for (text,) in texts])
+        store = tokens.encode_store(tokenizer, texts, "0", 8, Path(folder))
+        found = []
+        for grouped in (True, False):
+            data = pairs.GroupDataset({"": store}, columns, range(len(texts)), grouped)
+            positions, lengths = data.turn(0)
+            batch = {name: value.tolist() for name, value in data[positions].items() if name != "labels"}
+            found.append([positions.tolist(), lengths.tolist(), batch])
+    return found
+
+
 COMPONENTS = {
     "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
     "words": Component(words.VERSION, "data/text/words.py", make_words),
@@ -274,6 +307,19 @@ COMPONENTS = {
         lambda: [of_network(partial(_pooled, pooling))() for pooling in get_args(hf.Pooling)],
         1e-4,
     ),
+    "SentenceEncoder": Component(
+        sentence_encoder.SentenceEncoder.VERSION,
+        "models/sentence_encoder.py",
+        of_network(lambda: sentence_encoder.SentenceEncoder(tiny("bert").bert, 5)),
+        1e-4,
+    ),
+    "StaticEmbedding": Component(
+        static_embedding.StaticEmbedding.VERSION,
+        "models/static_embedding.py",
+        of_network(lambda: static_embedding.StaticEmbedding(4, 30, 1, [2, 3])),
+        1e-4,
+    ),
+    "pairs": Component(pairs.VERSION, "data/text/embedding.py", make_pairs),
     "SimKDStudent": Component(
         simkd.SimKDStudent.VERSION,
         "models/simkd.py",

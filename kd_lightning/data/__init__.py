@@ -10,7 +10,9 @@ from kd_lightning.data.datamodule import IndexedData, selected
 from kd_lightning.data.image.datamodule import ImageCorpus, ImageData
 from kd_lightning.data.multi_task import MultiTaskData
 from kd_lightning.data.sources.chat import ChatData, Chatterbot
+from kd_lightning.data.sources.debian_pairs import DebianPairs
 from kd_lightning.data.sources.debian_sections import DebianSections
+from kd_lightning.data.sources.embedding_files import EmbeddingFiles
 from kd_lightning.data.sources.fashion_mnist import FashionMNIST
 from kd_lightning.data.sources.files import FileReader
 from kd_lightning.data.sources.hf_dataset import HFDataset
@@ -24,6 +26,7 @@ from kd_lightning.data.sources.text_files import TextFiles
 from kd_lightning.data.sources.token_files import TokenFiles
 from kd_lightning.data.text.corpus import Corpus, Examples
 from kd_lightning.data.text.datamodule import TextData
+from kd_lightning.data.text.embedding import EmbeddingData
 
 __all__ = [
     "ChatData",
@@ -31,7 +34,10 @@ __all__ = [
     "ClassificationData",
     "Corpus",
     "CorpusData",
+    "DebianPairs",
     "DebianSections",
+    "EmbeddingData",
+    "EmbeddingFiles",
     "Examples",
     "FashionMNIST",
     "FileReader",

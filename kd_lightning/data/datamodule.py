@@ -187,7 +187,7 @@ class IndexedData(L.LightningDataModule, ABC):
         return self.sizes["train"] - left_out
 
     @abstractmethod
-    def model_arguments(self, role: Role) -> dict[str, int]:
+    def model_arguments(self, role: Role) -> dict[str, Any]:
         """Return the constructor arguments that the data determine for a network."""
 
     @property

@@ -11,6 +11,7 @@ from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.multi_task import MultiTask, task_of
 from kd_lightning.tasks.regression import Regression
 from kd_lightning.tasks.scores import Scores, ScoreSpec
+from kd_lightning.tasks.sentence_embedding import SentenceEmbedding
 from kd_lightning.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Regression",
     "ScoreSpec",
     "Scores",
+    "SentenceEmbedding",
     "Task",
     "TokenClassification",
     "task_of",

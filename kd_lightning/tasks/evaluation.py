@@ -99,6 +99,7 @@ def evaluate_all(
     found = {}
     for name in against_labels:
         scores = against_labels[name].compute() | (against_teacher[name].compute() if name in against_teacher else {})
+        by_unit[name][0].add(against_labels[name].values())
         units = by_unit[name][0].sums() | by_unit[name][1].sums()
         parts = {key: sums.totals.sum() / sums.weights.sum() for key, sums in units.items() if sums.weights.any()}
         whole = {**scores, **{key: value for key, value in parts.items() if key not in scores}}

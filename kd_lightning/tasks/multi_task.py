@@ -18,6 +18,7 @@ from kd_lightning.tasks.causal_lm import CausalLanguageModeling
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.regression import Regression
 from kd_lightning.tasks.scores import Scores, ScoreSpec
+from kd_lightning.tasks.sentence_embedding import SentenceEmbedding
 from kd_lightning.tasks.token_classification import TokenClassification
 from kd_lightning.types import Batch, ModelOutput
 
@@ -124,13 +125,14 @@ def task_of(description: int | str | list[str] | dict[str, Any]) -> Task:
     >>> task_of({"domain": 4, "rating": "regression"}).outputs
     5
     """
-    if isinstance(description, str) and (found := CausalLanguageModeling.described(description)) is not None:
-        return found
+    if isinstance(description, str):
+        found = CausalLanguageModeling.described(description) or SentenceEmbedding.described(description)
+        return Regression() if found is None else found
     if isinstance(description, dict):
         return MultiTask({name: task_of(own) for name, own in description.items()})
     if isinstance(description, list):
         return TokenClassification(description)
-    return Classification(description) if isinstance(description, int) else Regression()
+    return Classification(description)
 
 
 class _Sum(Term):

@@ -100,12 +100,17 @@ class Scores(nn.Module):
     Args:
         metrics: By name; their states are sums.
 
+    Attributes:
+        divides: Whether the `states` of a split's parts add up to its own; otherwise all is scored together.
+
     >>> from kd_lightning.tasks.metrics import Accuracy
     >>> scores = Scores({"accuracy": Accuracy(2)})
     >>> scores.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), {})
     >>> scores.compute()
     {'accuracy': tensor(0.5000)}
     """
+
+    divides: bool = True
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         super().__init__()
@@ -145,6 +150,10 @@ class Scores(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all that was added, in all processes."""
         return {name: metric.compute() for name, metric in self.metrics.items()}  # type: ignore[operator]
+
+    def values(self) -> Values | None:
+        """Return the values that scores are means of, where they are known only once all was added and computed."""
+        return None
 
     def reset(self) -> None:
         """Forget what was added."""

@@ -184,7 +184,8 @@ class NetworkModule(L.LightningModule):
         known = is_labelled(batch["labels"])
         labelled = int((known & batch["keep"] if "keep" in batch else known).sum())
         output = ModelOutput(at_least_float32(logits))
-        self.log(f"{split}/loss", self.from_labels(output, output, batch), batch_size=labelled, sync_dist=True)
+        if labelled or "group" not in batch:  # pairs are not whole in batches of single texts
+            self.log(f"{split}/loss", self.from_labels(output, output, batch), batch_size=labelled, sync_dist=True)
         self.val_scores.update(logits, batch["labels"], batch)
 
     def log_scores(self, scores: Scores, split: str) -> None:

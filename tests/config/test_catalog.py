@@ -34,8 +34,10 @@ EXAMPLES, CLASSES, WORDS = 16, 3, 40
 # same of everything, so the smallest (MobileBERT's attentions) has 5e-4; what has no signal but rounding is below 1e-5.
 FLOOR = 1e-4
 STRATEGIES = {strategy.name: strategy for strategy in strategies(conf_dir() / "distillation")}
-PAIRS = [(name, kind) for name, strategy in STRATEGIES.items() for kind in strategy.models if kind != "language"]
-"""Those of language models alone are trained in tests/end_to_end/test_lm_experiments.py."""
+ALONE = ("language", "embedding")
+PAIRS = [(name, kind) for name, strategy in STRATEGIES.items() for kind in strategy.models if kind not in ALONE]
+"""Those of language models alone are trained in tests/end_to_end/test_lm_experiments.py, of embeddings in
+tests/end_to_end/test_sentence_embedding.py."""
 
 
 class Data(L.LightningDataModule):
@@ -126,14 +128,14 @@ def shares(module: DistillationModule, batch: Batch) -> dict[str, float]:
 
 def test_there_are_strategies_for_both_kinds() -> None:
     assert len(STRATEGIES) > 40
-    assert {kind for strategy in STRATEGIES.values() for kind in strategy.models} == {"text", "vision", "language"}
+    assert {kind for strategy in STRATEGIES.values() for kind in strategy.models} == {"text", "vision", *ALONE}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=lambda strategy: str(strategy.name))
 def test_every_file_says_what_it_is(strategy: Strategy) -> None:
     assert strategy.idea.endswith(".")
     assert strategy.paper
-    assert set(strategy.models) <= {"text", "vision", "language"}
+    assert set(strategy.models) <= {"text", "vision", *ALONE}
     assert strategy.models
 
 

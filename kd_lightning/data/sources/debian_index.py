@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kd_lightning.runtime.assets import apt_reason, home, new_folder, run_tool
-from kd_lightning.runtime.errors import DataError, KDError
+from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.runtime.files import temporary_folder
-from kd_lightning.runtime.seals import check_seal, read_sealed, seal, write_sealed
+from kd_lightning.runtime.seals import check_seal, read_sealed, seal, sha256, write_sealed
 
 NAME = "debian_sections"
 INDEX = "index.tsv"
@@ -52,6 +52,25 @@ class Package(NamedTuple):
     text: str
 
 
+class Described(NamedTuple):
+    """A binary package and all that its description says.
+
+    Attributes:
+        name: Unique.
+        source: The source package that it is built from.
+        summary: Its short description.
+        text: Its long one, in one line.
+    """
+
+    name: str
+    source: str
+    summary: str
+    text: str
+
+
+Row = TypeVar("Row", bound=Package | Described)
+
+
 def fetch_index() -> Path:
     """Return the folder with the index, `index.tsv`, reading Debian's when there is none yet.
 
@@ -60,21 +79,48 @@ def fetch_index() -> Path:
     Raises:
         KDError: apt could not deliver it, or the kept one is damaged.
     """
-    target = home() / "assets" / "debian-bookworm-index"
+    return _fetched("index", Package, _packages)
+
+
+def fetch_descriptions() -> Path:
+    """Return the folder with whole descriptions, likewise `index.tsv` and `index.json`.
+
+    Raises:
+        KDError: As of `fetch_index`.
+    """
+    return _fetched("descriptions", Described, _described)
+
+
+def _fetched(name: str, kind: type[Row], made: Callable[[Path], Iterator[Row]]) -> Path:
+    """Return the folder with the packages that are made of Debian's lists, reading these when there is none yet."""
+    target = home() / "assets" / f"debian-bookworm-{name}"
     if not target.is_dir():
         with new_folder(target) as folder, temporary_folder(target.parent, "download") as downloads:
             lists = _update(downloads, target / INDEX)
-            packages = sorted(set(_packages(lists)))
-            rows = ["\t".join(row) for row in (Package._fields, *packages)]
-            (folder / INDEX).write_text("\n".join(rows) + "\n", encoding="utf-8")
+            rows: list[tuple[str, ...]] = [kind._fields, *sorted(set(made(lists)))]
+            (folder / INDEX).write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
             write_sealed(folder / RECORD, {"release": _release(lists), "files": seal(folder, [INDEX])})
     remedy = "remove the folder, and the index is fetched anew"
     check_seal(target, read_sealed(target / RECORD, remedy)["files"], [INDEX], remedy)
     return target
 
 
-def read_index(path: Path) -> list[Package]:
-    """Read a kept index.
+def kept_index(path: Path, wanted: str | None) -> Path:
+    """Return the path of an index, after checking its sha256 where one is wanted.
+
+    Raises:
+        ConfigError: It has another.
+    """
+    if wanted is not None and wanted != (found := sha256(path)):
+        raise ConfigError(
+            f"data.sha256={wanted}, but {path} has {found}: set data.index_file to the index that is meant, or "
+            "data.sha256=null"
+        )
+    return path
+
+
+def read_index(path: Path, kind: type[Row]) -> list[Row]:
+    """Read a kept index of packages or of whole descriptions.
 
     Raises:
         DataError: It is none.
@@ -83,13 +129,13 @@ def read_index(path: Path) -> list[Package]:
         header, *rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path} cannot be read as a package index: {error}") from error
-    columns = list(Package._fields)
+    columns = list(kind._fields)
     if header.split("\t") != columns:
         raise DataError(f"{path}: line 1: expected the columns {', '.join(columns)}, as in a kept {INDEX}")
     cells = [row.split("\t") for row in rows]
     if wrong := next((number for number, row in enumerate(cells, 2) if len(row) != len(columns)), None):
         raise DataError(f"{path}: line {wrong}: expected {len(columns)} cells, separated by tabs")
-    return [Package(*row) for row in cells]
+    return [kind(*row) for row in cells]
 
 
 def _update(folder: Path, kept: Path) -> Path:
@@ -118,6 +164,25 @@ def _release(lists: Path) -> str:
 
 def _packages(lists: Path) -> Iterator[Package]:
     """Yield all packages that have a section and a description."""
+    for entry, short, body in _with_descriptions(lists):
+        section = entry.get("Section", "").rpartition("/")[2]  # contrib/games
+        if section:
+            yield Package(entry["Package"], _source(entry), section, description(short, body))
+
+
+def _described(lists: Path) -> Iterator[Described]:
+    """Yield all packages that have a short and a long description."""
+    for entry, short, body in _with_descriptions(lists):
+        if text := " ".join(line for line in body.split() if line != "."):  # a dot alone is an empty line
+            yield Described(entry["Package"], _source(entry), " ".join(short.split()), text)
+
+
+def _source(entry: dict[str, str]) -> str:
+    return entry.get("Source", entry["Package"]).partition(" ")[0]
+
+
+def _with_descriptions(lists: Path) -> Iterator[tuple[dict[str, str], str, str]]:
+    """Yield the entries of all packages that have a short description, with it and the long one."""
     long = {
         (entry.get("Package"), entry.get("Description-md5")): entry.get("Description-en", "")
         for path in lists.glob("*_Translation-en")
@@ -125,11 +190,9 @@ def _packages(lists: Path) -> Iterator[Package]:
     }
     for path in lists.glob("*_Packages"):
         for entry in _entries(path):
-            name, section = entry.get("Package", ""), entry.get("Section", "").rpartition("/")[2]  # contrib/games
             short = entry.get("Description", "").partition("\n")[0].strip()
-            if name and section and short:
-                body = long.get((name, entry.get("Description-md5")), "").partition("\n")[2]
-                yield Package(name, entry.get("Source", name).partition(" ")[0], section, description(short, body))
+            if entry.get("Package") and short:
+                yield entry, short, long.get((entry["Package"], entry.get("Description-md5")), "").partition("\n")[2]
 
 
 def description(short: str, body: str) -> str:

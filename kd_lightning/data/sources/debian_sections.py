@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.data.sources.debian_index import INDEX, fetch_index, read_index
+from kd_lightning.data.sources.debian_index import INDEX, Package, fetch_index, kept_index, read_index
 from kd_lightning.data.sources.files import FileReader
 from kd_lightning.data.sources.hf_dataset import unlabelled
 from kd_lightning.data.text.corpus import Corpus, assemble_groups
 from kd_lightning.data.text.datamodule import TextData
-from kd_lightning.runtime.errors import ConfigError, DataError
+from kd_lightning.runtime.errors import DataError
 from kd_lightning.runtime.seals import sha256
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,9 @@ class DebianSections(TextData):
     def read(self) -> Corpus:
         """Read the index, fetching it if need be, and split its packages."""
         path = Path(self.index_file).expanduser() if self.index_file else fetch_index() / INDEX
-        packages = read_index(path)
-        found = sha256(path)
-        if self.sha256 is not None and self.sha256 != found:
-            raise ConfigError(
-                f"data.sha256={self.sha256}, but {path} has {found}: set data.index_file to the index that "
-                "is meant, or data.sha256=null"
-            )
-        log.info("%s: %d packages, sha256 %s", path, len(packages), found)
+        packages = read_index(path, Package)
+        kept_index(path, self.sha256)
+        log.info("%s: %d packages, sha256 %s", path, len(packages), sha256(path))
         chosen = [package for package in packages if package.section in SECTIONS]
         if absent := set(SECTIONS) - {package.section for package in chosen}:
             raise DataError(f"{path}: there are no packages of {', '.join(sorted(absent))}: this is not Debian's index")

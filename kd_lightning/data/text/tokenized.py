@@ -54,7 +54,7 @@ class TokenizedData(IndexedData):
         """Whether the teacher's tokens differ from the student's."""
         return self.tokenizer_names["student"] != self.tokenizer_names["teacher"]
 
-    def model_arguments(self, role: Role) -> dict[str, int]:
+    def model_arguments(self, role: Role) -> dict[str, Any]:
         """Return a network's arguments from the data: `num_classes`, `vocab_size` and `pad_token_id`."""
         self.prepare()
         tokenizer = self.tokenizer_of(role)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kd_lightning.data import Corpus, DebianSections
-from kd_lightning.data.sources.debian_index import fetch_index, read_index
+from kd_lightning.data.sources.debian_index import Package, fetch_index, read_index
 from kd_lightning.data.sources.debian_sections import SECTIONS
 from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.runtime.seals import sha256
@@ -182,7 +182,7 @@ def test_debian_itself(real: Path) -> None:
     assert sizes["test"] > 7_000
     assert min(Counter(corpus.train.labels).values()) > 350
     assert 18 < median(len(text.split()) for text in parts["train"]) < 26
-    chosen = [package for package in read_index(real) if package.section in SECTIONS]
+    chosen = [package for package in read_index(real, Package) if package.section in SECTIONS]
     source_of = {package.text: package.source for package in reversed(chosen)}  # the first of duplicates stays
     train, validation, test = ({source_of[text] for text in parts[part]} for part in parts)
     assert not train & validation
