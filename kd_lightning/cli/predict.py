@@ -13,6 +13,7 @@ from kd_lightning.evaluation.evaluator import inputs_of, predict, read_inputs
 from kd_lightning.evaluation.run_files import data_settings, file_options, flag, reader_for
 from kd_lightning.runtime.borders import json_line, shown, visible
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.files import replacing
 
 if TYPE_CHECKING:
     from kd_lightning.data.text.corpus import Sentence
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--file", type=Path,
         help="a CSV, TSV, JSON or Parquet file; or any other with one sentence, or the path of one image, a line",
     )  # fmt: skip
+    parser.add_argument("--npy", type=Path, metavar="FILE", help="write embeddings to a new .npy file, a row a text")
     file_options(parser, labelled=False)
     decoding_options(parser)
     given = parser.parse_intermixed_args(arguments)  # options may stand before the sentences
@@ -77,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen:
             raise ConfigError(f"{flag(next(iter(chosen)))}: the model in {given.run} generates no text: leave it out")
         records = predict(model, inputs)
+        if given.npy is not None:
+            write_array(given.npy, records)
+            return
     kind = "text" if model.images is None else "image"
     texts = ["\t".join(text or ("",)) for text in inputs]
     if given.json:
@@ -86,6 +91,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [{} if one is None else model.task.cells(record, model.class_names)
              for one, record in zip(inputs, records, strict=True)]  # fmt: skip
     print_table(kind, texts, cells)
+
+
+def write_array(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the embeddings of texts as float32 `(N, D)`; of an empty text the row is NaN.
+
+    Raises:
+        ConfigError: The model embeds nothing, or there is a file of that name.
+    """
+    import numpy as np
+
+    rows = [record.get("embedding") for record in records]
+    width = next((len(row) for row in rows if row is not None), None)
+    if width is None:
+        raise ConfigError("--npy: the model embeds nothing: leave it out")
+    if path.exists() or path.suffix != ".npy":
+        raise ConfigError(f"--npy {path}: expected the name of a new file that ends in .npy")
+    found = np.array([[np.nan] * width if row is None else row for row in rows], np.float32)
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, found)
+    except OSError as error:
+        raise ConfigError(f"--npy {path} cannot be written: {error.strerror}") from error
+    print(f"{path}: {len(found)} embeddings of {width} numbers")
 
 
 def decoding_options(parser: argparse.ArgumentParser) -> None:

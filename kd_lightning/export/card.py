@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = {
     "onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "safetensors": "kd_lightning", "gguf": "gguf",
-    "peft": "peft",
+    "peft": "peft", "sentence_transformers": "sentence-transformers",
 }  # fmt: skip
 USE = {
     "onnx": "docs/export.md of kd_lightning has a script for onnxruntime alone.",
@@ -28,6 +28,7 @@ USE = {
     "safetensors": "Weights only; `model.json` describes their network. `kd-predict FOLDER` builds it.",
     "gguf": "`llama-cli -m model.gguf -p PROMPT` of llama.cpp, or "
     "`AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file='model.gguf')`.",
+    "sentence_transformers": "`SentenceTransformer(FOLDER).encode(texts)`.",
     "peft": "`AutoPeftModelForCausalLM.from_pretrained(FOLDER)` loads the pretrained model and these adapters.",
 }
 OF_STEPS = {
@@ -151,21 +152,22 @@ def _scores(exported: Exported, run: History) -> str:
                  for one in ("student", "export")]  # fmt: skip
         rows.append([specs[name].title, *cells])
     return "\n\n".join([
-        _test_table(run, specs),
+        _test_table(run, specs, task_of(exported.predicts).learns_from),
         f"On the {parity['examples']:,} validation examples, which decided on the quantisation:", as_markdown(rows),
         f"In brackets: 95% intervals, as the examples are a sample (shares: Wilson; others: {parity['resamples']:,} "
         "bootstrap resamples).",
     ])  # fmt: skip
 
 
-def _test_table(run: History, specs: Mapping[str, ScoreSpec]) -> str:
-    """Return the test scores of the run's teacher, the student from labels and this student."""
+def _test_table(run: History, specs: Mapping[str, ScoreSpec], learns_from: str) -> str:
+    """Return the test scores of the run's teacher, the student from labels, or such, and this student."""
     own = {score: value for score, value in run.test_scores(run.own_name).items() if specs[score].shown != "apart"}
     if not own:
         return "The run has no report of this student, so there are no test scores."
     n = run.data.sizes["test"]
     rows = [["", *(specs[score].title for score in own)]]
-    for name, title in {"teacher": "teacher", "baseline": "student from labels", run.own_name: "this student"}.items():
+    titles = {"teacher": "teacher", "baseline": f"student from {learns_from}", run.own_name: "this student"}
+    for name, title in titles.items():
         if scores := run.test_scores(name):
             title += " (float32)" if name == run.own_name else ""
             rows.append([title, *(_cell(specs[score], scores.get(score), n) for score in own)])
@@ -204,6 +206,8 @@ def _parity(exported: Exported) -> str:
         )
         limit = "" if tolerance["kl"] is None else f", allowed {tolerance['kl']:g}"
         lines.append(f"KL(student || export) {p['kl']:.2g} nats{limit}")
+    if p["cosine"] is not None:
+        lines.append(f"mean cosine of embeddings {p['cosine']:.6f}, at least {tolerance['agreement']}")
     if p["generated"] is not None:
         lines.append(f"of the tokens that it generates greedily {100 * p['generated']:.1f}% are the student's")
     return f"On the {p['examples']:,} validation examples:\n\n{_bullets(lines)}"

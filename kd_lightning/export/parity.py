@@ -36,7 +36,7 @@ class Tolerance:
         largest: Largest difference of logits, as a share of the student's largest logit (of 1 if that is less).
         mean: Mean difference, likewise.
         agreement: Share of examples that must get the same label; of a language model of tokens, also of those that it
-            generates.
+            generates; of embeddings the least mean cosine.
         kl: Mean KL(student || export) in nats a token; None: it is not limited.
     """
 
@@ -79,6 +79,7 @@ class Parity:
         scale: The tolerances of differences are shares of it.
         agreement: Share of the same labels, of several tasks the mean over those that have labels; None where none has.
         kl: Mean KL(student || export) in nats; likewise.
+        cosine: Mean cosine of the two embeddings of a text; None where nothing is embedded.
         generated: Share of the tokens which the export generates greedily, with its cache, that the student would; None
             where nothing is generated.
         student: The student's scores on these examples, among them `accuracy` and `ece`.
@@ -95,6 +96,7 @@ class Parity:
     scale: float
     agreement: float | None
     kl: float | None
+    cosine: float | None
     generated: float | None
     student: dict[str, float | None]
     export: dict[str, float | None]
@@ -120,6 +122,8 @@ class Parity:
             found.append(f"{self.same} agreement {self.agreement:.4f}, allowed {self.tolerance.agreement}")
         if self.kl is not None and self.tolerance.kl is not None and not self.kl <= self.tolerance.kl:
             found.append(f"KL {self.kl:.3g}, allowed {self.tolerance.kl:g}")
+        if self.cosine is not None and not self.cosine >= self.tolerance.agreement:
+            found.append(f"mean cosine {self.cosine:.4f}, allowed {self.tolerance.agreement}")
         if self.generated is not None and self.generated < self.tolerance.agreement:
             found.append(f"agreement of generated tokens {self.generated:.4f}, allowed {self.tolerance.agreement}")
         return "; ".join(found) or None
@@ -141,6 +145,8 @@ class Parity:
                 f"{self.same} agreement {self.agreement:.4f} (allowed {self.tolerance.agreement}), KL {self.kl:.2g}"
                 f"{'' if self.tolerance.kl is None else f' (allowed {self.tolerance.kl:g})'}"
             )
+        if self.cosine is not None:
+            lines.append(f"mean cosine {self.cosine:.6f} (allowed {self.tolerance.agreement})")
         if self.generated is not None:
             lines.append(f"greedy continuations: {100 * self.generated:.1f}% of the tokens are the student's")
         changes = [
@@ -187,6 +193,7 @@ def measure_parity(
         scale=max(1.0, gap.scale),
         agreement=_mean_of(fidelity, "agreement"),
         kl=_mean_of(fidelity, "kl_to_teacher"),
+        cosine=_mean_of(fidelity, "cosine_to_teacher"),
         generated=generated_alike(student, export, held_out) if task.generates else None,
         student=sampled[0].scores(),
         export=sampled[1].scores(),
@@ -246,7 +253,8 @@ class _Parts:
     """A model's scores, in parts of the examples from which intervals are resampled (Efron 1979).
 
     A part is one example of a split of up to `PARTS`, and more of a larger one, evenly from a batch. Two models whose
-    parts are of the same examples get the same resamples.
+    parts are of the same examples get the same resamples. Of scores that do not divide, such as those of ranks, the
+    parts are the units that they are means of, as queries; the others have no interval.
 
     Args:
         task: What is scored.
@@ -259,7 +267,9 @@ class _Parts:
 
     def add(self, logits: Tensor, rows: Batch) -> None:
         """Add a batch."""
-        for number in range(min(self.parts, len(logits))):
+        if not self.total.divides:
+            self.total.update(logits, rows["labels"], rows)
+        for number in range(min(self.parts, len(logits)) if self.total.divides else 0):
             part = slice(number, None, self.parts)
             own = {name: value[part] for name, value in rows.items()}
             self.total.reset()
@@ -268,16 +278,28 @@ class _Parts:
 
     def scores(self) -> dict[str, float | None]:
         """Return the scores of all parts together, as JSON can hold them."""
-        return {name: value if math.isfinite(value) else None for name, value in self._of(sum(self.states)).items()}  # type: ignore[arg-type]
+        found = self._of(sum(self.states)) if self.total.divides else self.whole()  # type: ignore[arg-type]
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+    def whole(self) -> dict[str, float]:
+        """Return scores that do not divide."""
+        return {name: float(value) for name, value in self.total.compute().items()}
 
     def intervals(self) -> dict[str, list[float] | None]:
         """Return each score's 95% interval; None for a score that is undefined on all resamples."""
         generator = torch.Generator().manual_seed(0)
-        states, count = torch.stack(self.states), len(self.states)
+        units: dict[str, tuple[Tensor, Tensor]] = {}
+        if not self.total.divides:
+            self.whole()
+            values = self.total.values()
+            units = {} if values is None else values.of
+        states = torch.stack(self.states) if self.states else torch.zeros(0)
+        count = len(states) or len(next(iter(units.values()), ((),))[0])
         found: defaultdict[str, list[float]] = defaultdict(list)
-        for _ in range(RESAMPLES):
-            times = torch.randint(count, (count,), generator=generator).bincount(minlength=count)
-            for name, value in self._of(times.double() @ states).items():
+        for _ in range(RESAMPLES if count else 0):
+            times = torch.randint(count, (count,), generator=generator).bincount(minlength=count).double()
+            means = {name: float((times @ v.double()) / (times @ w.double())) for name, (v, w) in units.items()}
+            for name, value in (self._of(times @ states) if len(states) else means).items():
                 if math.isfinite(value):
                     found[name].append(value)
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)

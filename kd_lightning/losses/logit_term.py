@@ -114,7 +114,10 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         ValueError: Names both shapes, or states that the labels are not classes.
     """
     if labels.is_floating_point():
-        raise ValueError("labels are scores, and this loss needs classes: use kd_lightning.losses.regression")
+        raise ValueError(
+            "labels are scores, and this loss needs classes: use kd_lightning.losses.regression; of pairs of texts "
+            "distillation=embed_distill or another for embeddings"
+        )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")
     classes = logits.shape[-1]

@@ -25,6 +25,8 @@ LEAST_SAME = 0.8
 """The share of rows with the same likeliest class from which it is."""
 MOST_ERROR = 0.1
 """Of predicted scores: the root of the mean squared difference, in standard deviations of the labels."""
+LEAST_COSINE = 0.99
+"""Of embeddings: their mean cosine."""
 BATCHES, ROWS, EXAMPLES, TOKENS = 4, 500, 16, 512
 """Batches at most, of so many examples or tokens at most; no more of them after so many rows."""
 
@@ -79,6 +81,9 @@ def _judged(precision: str, found: dict[str, float], count: int, labels: list[Te
         error = found["rmse_to_teacher"] / spread
         words.append(f"scores differ by {error:.2g} standard deviations (at most {MOST_ERROR:g})")
         fits = error <= MOST_ERROR
+    if "cosine_to_teacher" in found:
+        cosine = found["cosine_to_teacher"]
+        words, fits = [f"mean cosine {cosine:.5f} (at least {LEAST_COSINE:g})"], cosine >= LEAST_COSINE
     line = f"{precision} against float32: {', '.join(words) or 'not compared'}, over {count:,} rows"
     if not fits:
         other = "float32" if precision == "bf16" else "bf16, or float32"

@@ -37,7 +37,7 @@ STRATEGIES = {strategy.name: strategy for strategy in strategies(conf_dir() / "d
 ALONE = ("language", "embedding")
 PAIRS = [(name, kind) for name, strategy in STRATEGIES.items() for kind in strategy.models if kind not in ALONE]
 """Those of language models alone are trained in tests/end_to_end/test_lm_experiments.py, of embeddings in
-tests/end_to_end/test_sentence_embedding.py."""
+tests/config/test_embedding_strategies.py."""
 
 
 class Data(L.LightningDataModule):

@@ -31,7 +31,7 @@ from tests.whole_split import image_logits, text_logits
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
-OF_TRANSFORMERS = ("huggingface", "gguf", "peft")
+OF_TRANSFORMERS = ("huggingface", "gguf", "peft", "sentence_transformers")
 SENTENCES = ["we saw the soup today, very good bread", "an atom", "球赛 goal team"]
 
 

@@ -23,7 +23,7 @@ from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.pipeline.teacher_precision import check_precision
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.tasks import CausalLanguageModeling, Classification, Regression, Task
+from kd_lightning.tasks import CausalLanguageModeling, Classification, Regression, SentenceEmbedding, Task
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.teachers.cache import outputs
 from kd_lightning.types import Batch, ModelOutput
@@ -169,3 +169,28 @@ def test_a_run_is_refused_before_anything_is_trained_or_kept(
         else:
             start(run)
             assert said.getvalue().count("bf16 against float32: KL") == 1  # whoever asks
+
+
+class Embeds(nn.Module):
+    """A vector for each text, of which 16 bits keep little where a common part is large."""
+
+    def __init__(self, common: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(60, 8)
+        self.down = nn.Linear(8, 8)
+        with torch.no_grad():
+            self.table.weight.add_(common)
+            self.down.bias.copy_(-common * self.down.weight.sum(1))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.down(self.table(input_ids).mean(1))  # type: ignore[no-any-return]
+
+
+def test_embeddings_are_compared_by_their_cosines() -> None:
+    batches = [{**one, "labels": torch.full((2,), torch.nan), "index": torch.arange(2)} for one in blocks(60)]
+    data, fine, coarse = data_of(SentenceEmbedding(8), batches, 12), Embeds(0.0), Embeds(3000.0)
+    line = check_precision(fine, FrozenTeacher(fine, "bf16"), data, CPU)
+    assert re.fullmatch(r"bf16 against float32: mean cosine (1\.0|0\.99)\d+ \(at least 0\.99\), over 8 rows", line)
+    with pytest.raises(ConfigError, match=r"teacher\.precision=bf16 against float32: mean cosine"):
+        check_precision(coarse, FrozenTeacher(coarse, "bf16"), data, CPU)

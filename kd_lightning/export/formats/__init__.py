@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kd_lightning.export.source import Source
     from kd_lightning.training.run_folder import TrainedModel
 
-FORMATS = ("safetensors", "huggingface", "pt2", "onnx", "gguf", "peft")
+FORMATS = ("safetensors", "huggingface", "pt2", "onnx", "gguf", "peft", "sentence_transformers")
 QUANTIZE = ("none", "int8-weights", "int8-dynamic", "int8-static", "fp16", "bf16")
 
 

@@ -16,6 +16,8 @@ from kd_lightning.export.step import set_ends
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier
+from kd_lightning.models.sentence_encoder import SentenceEncoder
+from kd_lightning.models.static_embedding import StaticEmbedding
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import task_of
 
@@ -40,6 +42,8 @@ def check(model: TrainedModel) -> None:
             f"--format huggingface: this student has {len(model.task.tasks)} tasks ({', '.join(model.task.tasks)}), "
             "and from_pretrained supports only one; use safetensors, pt2, onnx"
         )
+    if isinstance(network, SentenceEncoder | StaticEmbedding):
+        raise ConfigError("--format huggingface: this student embeds texts; use --format sentence_transformers")
     if isinstance(network, PooledClassifier):
         raise ConfigError(
             f"--format huggingface: no class of transformers has this student's pooling={network.pooling}; train one "
@@ -65,7 +69,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
         set_ends(network.config, network.generation_config, source.model.tokenizer)
     embedding = network.get_input_embeddings()
     if isinstance(embedding, FactorizedEmbedding):
-        network.set_input_embeddings(_multiplied(embedding))
+        network.set_input_embeddings(multiplied(embedding))
     if names := source.model.class_names:
         network.config.id2label = dict(enumerate(names))
         network.config.label2id = {name: number for number, name in enumerate(names)}
@@ -75,7 +79,7 @@ def write(source: Source, quantize: str, folder: Path) -> Written:
     return Written([name for name in (*TEXT_INPUTS, "pixel_values") if name in source.held_out[0]])
 
 
-def _multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
+def multiplied(embedding: FactorizedEmbedding) -> nn.Embedding:
     """Return the full table of a factorised one, which no class of `transformers` has."""
     with torch.no_grad():
         full = embedding.table.weight @ embedding.projection.weight.T
