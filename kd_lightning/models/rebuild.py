@@ -50,7 +50,8 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
             return None
         head = {"num_classes": network.num_classes, "pooling": network.pooling, "dropout": network.dropout.p}
         if isinstance(network, SentenceEncoder):
-            return {"_target_": _name(SentenceEncoder), "encoder": encoder, **head, "normalise": network.normalise}
+            own = {"normalise": network.normalise, "projects": network.projects}
+            return {"_target_": _name(SentenceEncoder), "encoder": encoder, **head, **own}
         return {"_target_": _name(pooled_classifier), "encoder": encoder, **head}
     if isinstance(network, CausalLM):
         inner = describe(network.network)

@@ -36,7 +36,7 @@ class SentenceEncoder(PooledClassifier):
 
     .. math:: z = \frac{W \mathrm{pool}(h)}{\|W \mathrm{pool}(h)\|}
 
-    with hidden states h of the words. Where the embedding is as wide as these, there is no W.
+    with hidden states h of the words; where the embedding is as wide as these, there need be no W.
 
     Args:
         encoder: A Hugging Face encoder (`AutoModel`): returns `last_hidden_state` `(B, L, H)`.
@@ -44,6 +44,7 @@ class SentenceEncoder(PooledClassifier):
         pooling: `mean` or `max` over the words, or the state of the `first` token.
         dropout: Probability of dropping an entry of the pooled vector.
         normalise: Scale embeddings to length 1.
+        projects: Project an embedding that is as wide as the states, too; others always are.
 
     Raises:
         ConfigError: Unknown pooling.
@@ -58,11 +59,13 @@ class SentenceEncoder(PooledClassifier):
         pooling: Pooling = "mean",
         dropout: float = 0.0,
         normalise: bool = True,
+        projects: bool = False,
     ) -> None:
         super().__init__(encoder, num_classes, pooling, dropout)
         config: PreTrainedConfig = encoder.config  # type: ignore[assignment]
         self.normalise = normalise
-        if num_classes == config.hidden_size:
+        self.projects = projects or num_classes != config.hidden_size
+        if not self.projects:
             self.classifier = nn.Identity()
 
     def forward(
@@ -74,7 +77,7 @@ class SentenceEncoder(PooledClassifier):
 
     def like(self, encoder: nn.Module, num_classes: int) -> SentenceEncoder:
         """Return one around another encoder, with as many outputs."""
-        return SentenceEncoder(encoder, num_classes, self.pooling, self.dropout.p, self.normalise)
+        return SentenceEncoder(encoder, num_classes, self.pooling, self.dropout.p, self.normalise, self.projects)
 
 
 def sentence_encoder(
@@ -116,14 +119,12 @@ def sentence_encoder(
             encoder = AutoModel.from_pretrained(source, **inside, **options, dtype=torch.float32)
         own = _pooling(source, modules["Pooling"], name) if "Pooling" in modules and pooling == "checkpoint" else "mean"
         weights = _dense(source, modules["Dense"], name) if "Dense" in modules else None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ConfigError(cannot_load(name, "a sentence encoder", local, error)) from error
     width = config.hidden_size if weights is None else len(weights["weight"])
-    network = SentenceEncoder(
-        encoder, num_classes or width, own if pooling == "checkpoint" else pooling, dropout, normalise
-    )
+    kept = own if pooling == "checkpoint" else pooling
+    network = SentenceEncoder(encoder, num_classes or width, kept, dropout, normalise, weights is not None)
     if weights is not None and network.num_classes == width:
-        network.classifier = nn.Linear(weights["weight"].shape[1], width)
         network.classifier.load_state_dict(weights)
     return network.train()
 
@@ -156,6 +157,9 @@ def _modules(source: str, name: str, local: bool) -> dict[str, str]:
             f"{name}: modules.json has {', '.join(kinds)}; expected {', '.join(KINDS)}, in this order, Dense and "
             "Normalize where they are wanted"
         )
+    for module in listed:
+        if (place := Path(str(module["path"]))).is_absolute() or ".." in place.parts:
+            raise ConfigError(f"{name}: modules.json names the folder {str(place)!r}, which is not inside of it")
     return {kind: str(module["path"]) for kind, module in zip(kinds, listed, strict=True)}
 
 

@@ -44,7 +44,6 @@ class StaticEmbedding(nn.Module):
     """
 
     VERSION = 1
-    special: Tensor
 
     def __init__(
         self, num_classes: int, vocab_size: int, pad_token_id: int = 0, special_tokens: Sequence[int] = ()

@@ -10,6 +10,7 @@ from kd_lightning.config.instantiate import first_line, lookup
 from kd_lightning.config.schema import Node, RunConfig
 from kd_lightning.models.hf import locate, pretrained
 from kd_lightning.models.onnx import is_onnx, onnx_file
+from kd_lightning.models.sentence_encoder import sentence_encoder
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.assets import PRETRAINED
 from kd_lightning.runtime.errors import ConfigError
@@ -53,8 +54,8 @@ def _sources(cfg: RunConfig) -> Iterator[tuple[str, str]]:
             networks |= {f"{key}[{number}]": node for number, node in enumerate(given)}
     for key, node in networks.items():
         kind = lookup(node["_target_"]) if "_target_" in node else None
-        if kind is pretrained or kind is from_run:
-            name = "name" if kind is pretrained else "checkpoint"
+        if kind in (pretrained, sentence_encoder, from_run):
+            name = "checkpoint" if kind is from_run else "name"
             yield f"{key}.{name}", str(node[name])
 
 

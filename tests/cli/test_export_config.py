@@ -28,6 +28,7 @@ from tests.conftest import tiny_overrides, write_toy_csv
 from tests.data.images import write_fashion
 from tests.end_to_end.test_lm_experiments import SHRUNK, shrunk, small
 from tests.end_to_end.test_multi_task import NETWORKS, TASKS
+from tests.toy_pairs import pairs
 from tests.toy_reviews import write_archive, write_tokenizer
 
 __all__ = ["shrunk"]  # a fixture
@@ -42,6 +43,7 @@ EXPERIMENTS = [
     for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
     if not path.stem.startswith("lm_")
 ]
+PACKAGES = ["data.index_file=${oc.env:PACKAGES}", "data.train_examples=30", "data.validation_fraction=0.1"]
 CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
 
 
@@ -120,11 +122,14 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     size = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 12}
     BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder / "minilm")
     write_archive(folder / "reviews", movies=30, others=10)
-    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm")}
+    texts = [f"p{n}\t{n}\t{query}\t{text}" for n, (query, text) in enumerate(pairs())]
+    (folder / "packages.tsv").write_text("\n".join(["name\tsource\tsummary\ttext", *texts]) + "\n")
+    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm", "packages.tsv")}
 
 
 @pytest.fixture
 def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACKAGES", str(fetched["packages.tsv"]))
     for module in (
         "data.sources.reviews",
         "data.sources.fashion_mnist",
@@ -139,6 +144,7 @@ def brief(experiment: str, steps: int) -> list[str]:
     """An experiment as it stands, with all its classes and their sizes, for fewer steps."""
     more = [f"tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS[1:]] if "multi" in experiment else []
     budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}", "validations=2"]
+    more += PACKAGES if experiment == "embed_debian" else []
     return [f"experiment={experiment}", *budget, CAPTURE, *more]
 
 

@@ -85,6 +85,16 @@ def test_a_folder_of_sentence_transformers(checkpoint: Path, pooling: dict[str, 
     assert run_network(sentence_encoder(str(folder), num_classes=8).eval(), BATCH).logits.shape == (2, 8)
 
 
+def test_a_square_projection_is_kept(checkpoint: Path) -> None:
+    folder = as_sentence_transformer(checkpoint, {"pooling_mode": "mean"}, dense=8)
+    teacher = sentence_encoder(str(folder)).eval()
+    again = from_description(describe(teacher) or {}).eval()
+    again.load_state_dict(teacher.state_dict())
+    student = from_teacher(teacher, 8, layers=4).eval()
+    for network in (again, student):
+        torch.testing.assert_close(run_network(network, BATCH).logits, run_network(teacher, BATCH).logits)
+
+
 def test_folders_that_cannot_be_read_so(checkpoint: Path, tmp_path: Path) -> None:
     folder = as_sentence_transformer(checkpoint, {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
     with pytest.raises(ConfigError, match=r"it pools by \['mean', 'max'\]; expected one of mean, max, cls"):
@@ -93,6 +103,14 @@ def test_folders_that_cannot_be_read_so(checkpoint: Path, tmp_path: Path) -> Non
     (folder / "modules.json").write_text(json.dumps([listed[0], {**listed[1], "type": "my.LayerNorm"}]))
     with pytest.raises(ConfigError, match=r"modules\.json has Transformer, LayerNorm; expected Transformer, Pooling"):
         sentence_encoder(str(folder))
+    for place in ("../elsewhere", "/etc"):
+        (folder / "modules.json").write_text(json.dumps([listed[0], {**listed[1], "path": place}]))
+        with pytest.raises(ConfigError, match=r"modules\.json names the folder .*, which is not inside of it"):
+            sentence_encoder(str(folder))
+    for damaged in ("{}", '["a"]', "[{}]", "no json"):
+        (folder / "modules.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"cannot be loaded as a sentence encoder|modules\.json has"):
+            sentence_encoder(str(folder))
     with pytest.raises(ConfigError, match="pooling='men' is unknown"):
         sentence_encoder(str(folder), pooling="men")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no such folder"):

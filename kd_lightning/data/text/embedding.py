@@ -233,12 +233,8 @@ class EmbeddingData(TokenizedData):
         special = [token for token, is_one in zip(*map(encoded.get, _ENTRIES), strict=True) if is_one]
         before = encoded["special_tokens_mask"].index(0) if 0 in encoded["special_tokens_mask"] else 0
         template = [*special[:before], -1, *special[before:]]
-        return {
-            **found,
-            "num_classes": self.dimensions,
-            "special_tokens": sorted(set(special)),
-            "single_token": template,
-        }
+        around = {"special_tokens": sorted(set(special)), "single_token": template}
+        return {**found, **around, "num_classes": self.dimensions, "embeds": True}
 
     @property
     def input_format(self) -> dict[str, Any]:
