@@ -42,7 +42,7 @@ def contrastive(similarities: Tensor, positive: Tensor, others: Tensor, temperat
 
 
 class ContrastiveLoss(PairTerm):
-    """Contrast of pairs without scores with the batch's other documents; see `contrastive` for the formula.
+    """Contrast of unscored pairs with the batch's other documents; see `contrastive` for the formula.
 
     It uses no teacher: what a student learns from pairs alone.
 

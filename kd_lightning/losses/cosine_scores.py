@@ -35,7 +35,9 @@ def cosine_scores(similarities: Tensor, scores: Tensor) -> Tensor:
 
 
 class CosineScoreLoss(PairTerm):
-    """Squared error of the cosines of scored pairs; see `cosine_scores` for the formula. It uses no teacher.
+    """Squared error of the cosines of scored pairs; see `cosine_scores` for the formula.
+
+    It uses no teacher.
 
     Args:
         widths: See `PairTerm`.

@@ -1,4 +1,4 @@
-"""Similarity distributions: the other texts of a batch are as near to each text as they are for the teacher."""
+"""Similarity distributions: a batch's texts are as near to each other as they are for the teacher."""
 
 from __future__ import annotations
 

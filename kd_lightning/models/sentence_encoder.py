@@ -1,4 +1,4 @@
-"""Sentence encoders: a Hugging Face encoder, pooled, projected where its width is not wanted, of length 1."""
+"""Sentence encoders: a Hugging Face encoder, pooled, projected if need be, and scaled to length 1."""
 
 from __future__ import annotations
 

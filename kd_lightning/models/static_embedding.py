@@ -1,4 +1,4 @@
-"""Static sentence embeddings: one vector a token, and their mean for a text; no layers, hundreds of times faster."""
+"""Static sentence embeddings: one vector a token, and their mean for a text; there are no layers."""
 
 from __future__ import annotations
 

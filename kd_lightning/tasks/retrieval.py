@@ -1,4 +1,4 @@
-"""Scores of embeddings: texts found among others, pairs ranked as people rate them, nearness to a teacher's.
+"""Scores of embeddings: retrieval, rank correlation with scored pairs, and nearness to a teacher's.
 
 Ranks depend on all texts of a split, so the embeddings of the split are kept until it is scored; products with the
 corpus are taken a part of the queries at a time.
@@ -155,7 +155,7 @@ class Kept(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, embeddings: Tensor, others: Tensor, columns: Tensor) -> None:
-        """Add a batch: embeddings `(B, D)`, those of another model `(B, D')`, and numbers `(B, C)`, `index` first."""
+        """Add a batch: embeddings `(B, D)`, another model's `(B, D')`, numbers `(B, C)`, `index` first."""
         self.embeddings.append(embeddings.detach().float())
         self.others.append(others.detach().float())
         self.columns.append(columns.double())

@@ -152,7 +152,7 @@ class Scores(nn.Module):
         return {name: metric.compute() for name, metric in self.metrics.items()}  # type: ignore[operator]
 
     def values(self) -> Values | None:
-        """Return the values that scores are means of, where they are known only once all was added and computed."""
+        """Return the values that scores are means of, if they are known only after `compute`."""
         return None
 
     def reset(self) -> None:

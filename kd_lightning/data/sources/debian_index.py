@@ -92,7 +92,7 @@ def fetch_descriptions() -> Path:
 
 
 def _fetched(name: str, kind: type[Row], made: Callable[[Path], Iterator[Row]]) -> Path:
-    """Return the folder with the packages that are made of Debian's lists, reading these when there is none yet."""
+    """Return the folder with the packages of Debian's lists, which are read when there is none yet."""
     target = home() / "assets" / f"debian-bookworm-{name}"
     if not target.is_dir():
         with new_folder(target) as folder, temporary_folder(target.parent, "download") as downloads:

@@ -13,10 +13,11 @@ from kd_lightning.runtime.errors import ConfigError
 
 
 class EmbeddingFiles(EmbeddingData):
-    """Texts, pairs or triplets in CSV, TSV, JSON, Parquet or text files, or in a data set that `datasets` can load.
+    """Texts, pairs or triplets in files, or in a data set that `datasets` can load.
 
-    A record with an empty positive is a single text, which only the teacher teaches. Where a validation or test file is
-    not given, a part of the training groups is held out; groups with a text in common stay together.
+    Files are CSV, TSV, JSON, Parquet or text, also compressed (.gz). A record with an empty positive is a single text,
+    from which only a teacher's output is learned. Where a validation or test file is not given, a part of the training
+    groups is held out; groups with a text in common stay together.
 
     Args:
         train_file: The groups to train on.

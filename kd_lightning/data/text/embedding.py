@@ -1,4 +1,4 @@
-"""Texts, pairs and triplets as a `LightningDataModule`: read, split, tokenised once, in batches of like length."""
+"""Texts, pairs and triplets as a `LightningDataModule`, tokenised once, in batches of like length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single texts, pairs and triplets: what a source of them delivers, and the splits that all such sources share."""
+"""Single texts, pairs and triplets: what their sources deliver, and splits that keep them apart."""
 
 from __future__ import annotations
 

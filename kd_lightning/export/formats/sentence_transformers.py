@@ -1,4 +1,4 @@
-"""A folder for `SentenceTransformer(FOLDER)` of `sentence-transformers`, without our code or that package."""
+"""A folder for `SentenceTransformer(FOLDER)`, written without that package and read without ours."""
 
 from __future__ import annotations
 
