@@ -27,6 +27,8 @@ from kd_lightning.training.objective import Objective
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "strategies.md"
 MATH = re.compile(r"^\.\. math::(.*(?:\n(?:[ \t]+.*|\s*(?=\n[ \t])))*)", re.MULTILINE)
+SHOWN_ONCE = ("CrossEntropyLoss", "SoftTargetLoss", "ContrastiveLoss")
+"""Terms that many strategies have beside their own."""
 INTRO = """# Distillation strategies
 
 `kd-train distillation=NAME` trains with one of these. A strategy is a file in `conf/distillation/`, whose weights and
@@ -81,7 +83,7 @@ def section(strategy: Strategy, measured: dict[str, Any], base: float | None) ->
     """Return a strategy's part of the page."""
     built = objective(strategy.name)
     lines = [f"## `{strategy.name}`", "", strategy.idea, ""]
-    method = [term for term in built._terms() if type(term).__name__ not in ("CrossEntropyLoss", "SoftTargetLoss")]
+    method = [term for term in built._terms() if type(term).__name__ not in SHOWN_ONCE]
     shown = [formula for term in method or built._terms()[-1:] for formula in formulas(term)]
     for formula in dict.fromkeys(shown):
         lines += ["```math", formula, "```", ""]

@@ -53,8 +53,6 @@ def _is_optimizer(target: str) -> bool:
 
 _TEACHER_KEYS = (*CACHED, "cache", "predict_batch_size", "compile", "calibrate")
 """The keys below `teacher` that `FinishedTeacher` takes, of an assistant too."""
-_TEACHER_SIZES = ("num_classes", "pad_token_id", "per_token", "embeds")
-"""What the data decide about a network that `finished_network` loads."""
 
 
 def files(run: Run) -> Iterator[tuple[str, Node]]:

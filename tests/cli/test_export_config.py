@@ -103,7 +103,7 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
         for name, value in one.items():
             assert_same(value, other[name], f"{path}.{name}")
     elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=path)
     elif isinstance(one, list):
         assert len(one) == len(other), path
         for number, value in enumerate(one):
