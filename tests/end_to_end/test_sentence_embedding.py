@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +139,10 @@ def test_scores_of_a_split_are_those_of_the_report(run: Path, home: dict[str, st
 
 
 def st_embeddings(folder: Path, texts: tuple[str, ...]) -> Any:
-    """Embed with sentence-transformers, installed or in a folder that ST_PACKAGES names."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        if not (place := os.environ.get("ST_PACKAGES")):
-            pytest.skip("sentence-transformers is not installed, and ST_PACKAGES names no folder with it")
-        sys.path.append(place)
-    from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
-
-    return SentenceTransformer(str(folder), device="cpu").encode(list(texts))
+    """Embed with sentence-transformers."""
+    reason = "sentence-transformers is not installed (the extra dev)"
+    made = pytest.importorskip("sentence_transformers", reason=reason).SentenceTransformer(str(folder), device="cpu")
+    return made.encode(list(texts))
 
 
 @pytest.mark.parametrize("format", ["safetensors", "sentence_transformers", "onnx"])
