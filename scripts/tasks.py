@@ -1,6 +1,6 @@
 """Measure one experiment of each further kind of task: teacher, the student from its data alone, distilled.
 
-python scripts/tasks.py            every experiment below; writes results/tasks.json
+python scripts/tasks.py            all that is below; writes results/tasks.json
 python scripts/tasks.py ner_pii    this one; what is trained already is kept
 
 Each is one `kd-train` of its own process, as a user runs it: weights are selected on validation, and its report reads
@@ -16,10 +16,16 @@ from kd_lightning.evaluation.report.table import count, short
 from trainings import ROOT, parsed, read_result, report_of, write_result
 
 RUNS, RESULT = ROOT / "runs" / "tasks", ROOT / "results" / "tasks.json"
-TASKS = {"ner_pii": "token classification"}
-"""The experiments, and what is predicted."""
+TASKS = {
+    "ner_pii": ("token classification", ["experiment=ner_pii"]),
+    "embed_debian, static": (
+        "sentence embedding", ["experiment=embed_debian", "model@student=static_embedding"],
+    ),
+    "embed_debian": ("sentence embedding", ["experiment=embed_debian"]),
+}  # fmt: skip
+"""What is trained: the kind of task, and the settings."""
 SEEDS = 5
-MODELS = ("teacher", "baseline", "distilled")
+MODELS = ("teacher", "baseline", "baseline_initialised", "distilled")
 
 
 def row(report: dict[str, Any]) -> dict[str, Any]:
@@ -40,15 +46,15 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table() -> str:
-    """Return the docs' table of tasks, from results/tasks.json."""
-    document = read_result(RESULT)
+def table(kind: str) -> str:
+    """Return a page's table of a kind of task, from results/tasks.json."""
+    document = {name: one for name, one in read_result(RESULT).items() if TASKS[name][0] == kind}
     if not document:
         return "Not measured yet: `python scripts/tasks.py`.\n"
     lines = [
-        "| `experiment=` | task, score | teacher | from its data alone | distilled | gap closed | parameters | "
-        "latency, ms |",
-        "|:--|:--|" + "--:|" * 6,
+        "| `experiment=` | score | teacher | from its data alone | ... same start | distilled | gap closed | "
+        "parameters | latency, ms |",
+        "| :-- | :-- |" + " --: |" * 7,
     ]
     for name, one in document.items():
         models = [one["models"].get(model) for model in MODELS]
@@ -57,7 +63,7 @@ def table() -> str:
         ends = [one["models"]["teacher"], one["models"]["distilled"]]
         sizes = " → ".join(count(model["size"]["parameters"]) for model in ends)
         speeds = " → ".join(short(model["latency_ms"]["p50"]) for model in ends)
-        what = f"{TASKS[name]}, {one['monitor'].replace('_', ' ')}"
+        what = one["monitor"].replace("_", " ")
         lines.append(f"| `{name}` | {what} | {' | '.join(scores)} | {gap} | {sizes} | {speeds} |")
     seeds = ", ".join(f"{name} {one['seeds']}" for name, one in document.items())
     machine = next(iter(document.values()))["environment"]
@@ -81,7 +87,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     given = parsed(parser, list(TASKS))
     for name in given.names:
-        write_result(RESULT, row(report_of([f"experiment={name}", f"seeds={given.seeds}"], RUNS / name)), name)
+        settings = [*TASKS[name][1], f"seeds={given.seeds}"]
+        write_result(RESULT, row(report_of(settings, RUNS / name.replace(", ", "_"))), name)
 
 
 if __name__ == "__main__":

@@ -322,7 +322,8 @@ TABLES = {
     "recipes": recipes, "recipe_goals": recipe_goals, "recipe_details": recipe_details, "recipe_tasks": recipe_tasks,
     "recipe_minutes": recipe_minutes, "faults": faults, "advice": advice.table, "defaults": defaults.table,
     "lm": language_models.table, "lm_quickstart": language_models.quickstart,
-    "lm_costs": language_models.costs, "tasks": tasks.table,
+    "lm_costs": language_models.costs, "tags": partial(tasks.table, "token classification"),
+    "embeddings": partial(tasks.table, "sentence embedding"),
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 
