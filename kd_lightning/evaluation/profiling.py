@@ -195,12 +195,13 @@ def size(network: nn.Module, file: str | Path | None = None) -> Size:
     Returns:
         The size.
     """
-    from kd_lightning.models.onnx import OnnxNetwork
+    from kd_lightning.models.onnx import OnnxNetwork, weight_files
     from kd_lightning.models.size import count_parameters
 
     parameters, without_embeddings = count_parameters(network)
     length = Path(file).stat().st_size if file is not None else _serialised_length(network)
-    length += sum(one.file.stat().st_size for one in network.modules() if isinstance(one, OnnxNetwork))
+    files = [file for one in network.modules() if isinstance(one, OnnxNetwork) for file in weight_files(one.file)]
+    length += sum(file.stat().st_size for file in files)
     return Size(parameters=parameters, parameters_without_embeddings=without_embeddings, bytes=length)
 
 

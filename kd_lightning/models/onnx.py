@@ -56,6 +56,34 @@ def near(file: Path) -> list[Path]:
     return [file.parent, file.parent / "tokenizer", file.parent.parent]
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """Return what onnxruntime raises for a file or an input that it refuses."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+    return tuple(getattr(state, name) for name in names)
+
+
+def weight_files(file: Path) -> list[Path]:
+    """Return a file and those beside it that it keeps weights in.
+
+    Raises:
+        KDError: It is no ONNX file, or one of them is missing.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        tensors = onnx.load(str(file), load_external_data=False).graph.initializer
+    except DecodeError as error:
+        raise KDError(f"{file} is no ONNX file, or is damaged: {error}") from error
+    places = {entry.value for one in tensors for entry in one.external_data if entry.key == "location"}
+    found = [file, *(file.parent / place for place in sorted(places))]
+    if missing := [one for one in found if not one.is_file()]:
+        raise KDError(f"{file} keeps weights in {missing[0].name}, which is not beside it")
+    return found
+
+
 def open_session(file: Path, threads: int) -> Any:
     """Open a file in onnxruntime, on the CPU; no operators of elsewhere are loaded.
 
@@ -69,19 +97,14 @@ def open_session(file: Path, threads: int) -> Any:
     """
     try:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
     except ImportError as error:
         raise ConfigError(f"{file} needs onnxruntime: pip install 'kd-lightning[export]'") from error
-    refused = (
-        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented,
-        state.RuntimeException,
-    )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except refused as error:
+    except refusals() as error:
         reason = str(error).strip().splitlines()[0]
         raise KDError(f"{file}: onnxruntime cannot read it: {reason[:300]}") from error
 
@@ -119,6 +142,7 @@ class OnnxNetwork(nn.Module):
 
         Raises:
             ConfigError: It reads texts and the batch has images, or the other way round.
+            KDError: onnxruntime refuses the batch, as of a file for batches of one size only.
         """
         reads = "input_ids" if "input_ids" in self.inputs else "pixel_values"
         if reads not in entries:
@@ -129,7 +153,12 @@ class OnnxNetwork(nn.Module):
             name: (entries[name] if name in entries else fill[name](main)).cpu().numpy().astype(kind, copy=False)
             for name, kind in self.inputs.items()
         }
-        return torch.from_numpy(self._session().run([self.output], given)[0]).to(main.device)
+        try:
+            [found] = self._session().run([self.output], given)
+        except refusals() as error:
+            shape, reason = list(main.shape), " ".join(str(error).split())
+            raise KDError(f"{self.file} cannot compute {reads} of shape {shape}: {reason[:300]}") from error
+        return torch.from_numpy(found).to(main.device)
 
     def _session(self) -> Any:
         """Return the session for as many threads as there are to be; each is opened once."""

@@ -80,7 +80,7 @@ def _tokenizer_of_run(folder: str | None) -> str | None:
 def tokenizer_beside(checkpoint: str) -> str:
     """Return where a finished teacher's tokenizer is: a folder or a published name."""
     if Path(checkpoint).suffix == ".onnx":
-        folders = near(Path(checkpoint))
+        folders = near(Path(checkpoint).expanduser())
         return str(next((place for place in folders if (place / "tokenizer.json").is_file()), folders[0]))
     saved = [Path(checkpoint, stage, "tokenizer") for stage in ("teacher", "")]
     return next((str(folder) for folder in saved if folder.is_dir()), str(checkpoint))

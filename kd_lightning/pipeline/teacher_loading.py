@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import nn
 
-from kd_lightning.models.onnx import OnnxNetwork, near, onnx_file
+from kd_lightning.models.onnx import OnnxNetwork, near, onnx_file, weight_files
 from kd_lightning.models.served import ServedLM, Server
 from kd_lightning.pipeline.resolvers import tokenizer_beside
 from kd_lightning.runtime.console import say
@@ -82,12 +82,12 @@ def _in_onnx(checkpoint: str, file: Path, data: IndexedData, console: Console) -
     """
     if data.task.generates:
         raise ConfigError(f"teacher.checkpoint={checkpoint}: an ONNX file teaches classifiers, taggers and regressions")
-    weights = [one for one in sorted(file.parent.iterdir()) if one.name.startswith(file.name) and one.is_file()]
+    weights = weight_files(file)
 
     def load() -> LoadedTeacher:
         return LoadedTeacher(OnnxNetwork(file).eval(), digest([file_digest(one) for one in weights]), checkpoint, None)
 
-    teacher = shared("teacher", (str(file.resolve()), stamps(str(file))), load)
+    teacher = shared("teacher", (str(file.resolve()), stamps([str(one) for one in weights])), load)
     if data.class_names and (names := _names_beside(file)):
         _check_class_order(checkpoint, names, data, console)
     return teacher

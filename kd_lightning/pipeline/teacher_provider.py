@@ -160,8 +160,12 @@ class TeacherProvider:
     def _check_cache(self, loaded: LoadedTeacher | None) -> None:
         self._check_repeatable()
         top_k, outputs = self.serving.storage.top_k, self.data.task.outputs
+        key = "cache_top_k" if self.serving.cache_samples is None else "cache_samples"
+        if top_k is not None and self.data.task.classes is None:
+            raise ConfigError(
+                f"teacher.{key}={top_k} stores the likeliest classes, and these data have none: leave it out"
+            )
         if top_k is not None and top_k >= outputs:
-            key = "cache_top_k" if self.serving.cache_samples is None else "cache_samples"
             raise ConfigError(f"teacher.{key}={top_k} must be below the number of classes, {outputs}")
         if loaded is not None and self.serving.cache == "require":
             for member in self.members:

@@ -380,3 +380,9 @@ def test_a_loss_on_classes_is_refused_for_a_regression(
     with pytest.raises(ConfigError, match="distillation: labels are scores, and this loss needs classes"):
         run(composed(*regression, "distillation=soft_target"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_likeliest_of_no_classes_are_not_stored(composed: Composed, regression: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.cache_top_k=1 stores the likeliest classes, and these data have"):
+        run(composed(*regression, "teacher.cache_top_k=1"))
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from onnx import helper
 
 from kd_lightning.evaluation import profiling
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.onnx import OnnxNetwork, onnx_file
+from kd_lightning.models.onnx import OnnxNetwork, onnx_file, weight_files
 from kd_lightning.models.size import count_parameters
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.teachers import EnsembleNetwork, FrozenTeacher
@@ -123,3 +123,27 @@ def test_a_file_that_is_not_there_names_its_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^tasks\.x\.teacher\.checkpoint=.*gone\.onnx: there is no such file$"):
         onnx_file(str(tmp_path / "gone.onnx"), "tasks.x.teacher.checkpoint")
     assert onnx_file(str(tmp_path)) is None
+
+
+def test_weights_in_files_beside_it_count_as_its_own(tmp_path: Path) -> None:
+    model = onnx.load(str(write_tagger(tmp_path / "model.onnx", TABLE)))
+    [table] = [one for one in model.graph.initializer if one.name == "table"]
+    table.ClearField("raw_data")
+    table.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "weights.bin"), ("length", str(TABLE.nbytes))):
+        entry = table.external_data.add()
+        entry.key, entry.value = key, value
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(KDError, match=r"keeps weights in weights\.bin, which is not beside it"):
+        weight_files(tmp_path / "model.onnx")
+    (tmp_path / "weights.bin").write_bytes(TABLE.tobytes())
+    assert weight_files(tmp_path / "model.onnx") == [tmp_path / "model.onnx", tmp_path / "weights.bin"]
+    network = OnnxNetwork(tmp_path / "model.onnx")
+    assert network(input_ids=IDS).equal(torch.from_numpy(TABLE)[IDS])
+    assert profiling.size(network).bytes >= network.file.stat().st_size + TABLE.nbytes
+
+
+@pytest.mark.parametrize("ids", [[[1, 2, 99]], [[-100, 0, 1]]])
+def test_a_batch_that_it_cannot_compute_is_one_line(network: OnnxNetwork, ids: list[list[int]]) -> None:
+    with pytest.raises(KDError, match=r"model.onnx cannot compute input_ids of shape \[1, 3\]: [^\n]+$"):
+        network(input_ids=torch.tensor(ids))

@@ -118,14 +118,21 @@ class PersonalData(TaggedData):
         check_least(1, texts=texts, held_out_texts=held_out_texts)
         check_least(0, transfer_texts=transfer_texts)
         fractions = validation_fraction, test_fraction
-        if not all(0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
+        held = [round(fraction * len(TEMPLATES)) for fraction in fractions]
+        if min(held) < 1 or sum(held) >= len(TEMPLATES):
             raise ConfigError(
-                f"data.validation_fraction={validation_fraction} and data.test_fraction={test_fraction} must lie "
-                "between 0 and 1, their sum below 1"
+                f"data.validation_fraction={validation_fraction} and data.test_fraction={test_fraction} of "
+                f"{len(TEMPLATES)} templates leave a split without any: each must be a template at least, and both "
+                "together less than all"
+            )
+        if self.transfer and not transfer_texts:
+            raise ConfigError(
+                f"data.transfer={self.transfer}: pieces of templates are set among these, and data.transfer_texts=0 "
+                "makes none; set data.transfer_texts"
             )
         self.counts = {"train": texts, "transfer": transfer_texts}
         self.counts |= dict.fromkeys(("validation", "test"), held_out_texts)
-        self.fractions = fractions
+        self.held_out = held
 
     def read(self) -> TaggedCorpus:
         """Fill in the templates."""
@@ -147,7 +154,7 @@ class PersonalData(TaggedData):
 
     def _templates(self) -> list[list[str]]:
         """Return the templates of validation, test and training, at random."""
-        cuts = np.cumsum([round(fraction * len(TEMPLATES)) for fraction in self.fractions])
+        cuts = np.cumsum(self.held_out)
         order = np.random.default_rng(self.split_seed).permutation(len(TEMPLATES))
         return [[TEMPLATES[i] for i in part] for part in np.split(order, cuts)]
 

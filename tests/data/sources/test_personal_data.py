@@ -81,7 +81,10 @@ def test_it_is_a_data_module(own_home: Path) -> None:
     [
         ({"texts": 0}, "data.texts=0: expected 1 or more"),
         ({"transfer_texts": -1}, "data.transfer_texts=-1: expected 0 or more"),
-        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "must lie between 0 and 1, their sum below 1"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "leave a split without any"),
+        ({"validation_fraction": 0.005}, "data.validation_fraction=0.005"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.395}, "data.test_fraction=0.395"),
+        ({"transfer": ["nyt"], "transfer_texts": 0}, "set data.transfer_texts"),
     ],
 )
 def test_options_out_of_their_range_are_refused(options: dict[str, Any], message: str) -> None:
