@@ -68,10 +68,10 @@ def weight_files(file: Path) -> list[Path]:
     """Return a file and those beside it that it keeps weights in.
 
     Raises:
-        KDError: It is no ONNX file, or one of them is missing.
+        KDError: It is no ONNX file, or one of them is missing or outside of its folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         tensors = onnx.load(str(file), load_external_data=False).graph.initializer
@@ -79,6 +79,8 @@ def weight_files(file: Path) -> list[Path]:
         raise KDError(f"{file} is no ONNX file, or is damaged: {error}") from error
     places = {entry.value for one in tensors for entry in one.external_data if entry.key == "location"}
     found = [file, *(file.parent / place for place in sorted(places))]
+    if outside := [place for place in places if Path(place).is_absolute() or ".." in Path(place).parts]:
+        raise KDError(f"{file} names weights outside of its folder, {outside[0]}: they are not read")
     if missing := [one for one in found if not one.is_file()]:
         raise KDError(f"{file} keeps weights in {missing[0].name}, which is not beside it")
     return found

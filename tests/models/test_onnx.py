@@ -117,6 +117,8 @@ def test_weights_outside_its_folder_are_not_read(tmp_path: Path) -> None:
     (inside / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(KDError, match="escapes model directory"):
         OnnxNetwork(inside / "model.onnx")
+    with pytest.raises(KDError, match="names weights outside of its folder"):
+        weight_files(inside / "model.onnx")
 
 
 def test_a_file_that_is_not_there_names_its_key(tmp_path: Path) -> None:
