@@ -245,8 +245,9 @@ def _spearman_of_pairs(vectors: Tensor, group: Tensor, place: Tensor, score: Ten
 class TeacherScores(Scores):
     """How near embeddings are to a teacher's, of any width.
 
-    `spearman_to_teacher` is Spearman's correlation of the cosines of all pairs of up to 1,000 texts, spread evenly over
-    the split; `cosine_to_teacher` the mean cosine of a text's two embeddings, where both have one width.
+    `spearman_to_teacher` is Spearman's correlation of the cosines of all pairs of up to 1,000 texts, drawn from the split
+    at random, the same of each model; `cosine_to_teacher` the mean cosine of a text's two embeddings, where both have one
+    width.
     """
 
     divides = False
@@ -270,8 +271,8 @@ class TeacherScores(Scores):
         found: dict[str, Tensor] = {}
         if own.shape == teacher.shape:
             found["cosine_to_teacher"] = (own * teacher).sum(1).mean()
-        step = -(-len(own) // MOST_TEXTS)
-        cosines = [_above_diagonal(vectors[::step] @ vectors[::step].T) for vectors in (own, teacher)]
+        drawn = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:MOST_TEXTS].to(own.device)
+        cosines = [_above_diagonal(vectors[drawn] @ vectors[drawn].T) for vectors in (own, teacher)]
         invalid = own.isnan().any() | teacher.isnan().any() | torch.tensor(len(cosines[0]) < 2, device=own.device)
         rank = torch.nan if invalid else spearman_corrcoef(*(each.double() for each in cosines)).float()
         return {**found, "spearman_to_teacher": own.new_tensor(float(rank))}

@@ -129,6 +129,17 @@ def test_nearness_to_a_teacher_of_any_width() -> None:
     assert narrow["spearman_to_teacher"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_texts_are_drawn_from_queries_and_documents_alike() -> None:
+    """Queries and documents alternate; the student has the teacher's embeddings of the queries alone."""
+    generator = torch.Generator().manual_seed(4)
+    for count in (1_600, 2_400):
+        teacher, noise = (torch.randn(count, 8, generator=generator) for _ in range(2))
+        student = torch.where(torch.arange(count)[:, None] % 2 == 0, teacher, noise)
+        scores = TeacherScores()
+        scores.update(student, teacher, {"index": torch.arange(count)})
+        assert 0.2 < scores.compute()["spearman_to_teacher"] < 0.35  # a quarter of the pairs are of two queries
+
+
 class Table(nn.Module):
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
