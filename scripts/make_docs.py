@@ -27,7 +27,7 @@ from kd_lightning.training.objective import Objective
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "strategies.md"
 MATH = re.compile(r"^\.\. math::(.*(?:\n(?:[ \t]+.*|\s*(?=\n[ \t])))*)", re.MULTILINE)
-SHOWN_ONCE = ("CrossEntropyLoss", "SoftTargetLoss", "ContrastiveLoss")
+SHOWN_ONCE = ("CrossEntropyLoss", "SoftTargetLoss", "PairLabelsLoss")
 """Terms that many strategies have beside their own."""
 INTRO = """# Distillation strategies
 

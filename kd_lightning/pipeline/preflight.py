@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from kd_lightning.pipeline.stages import Stage
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
     from kd_lightning.tasks import Task
+
+
+FIRST = 20
+"""Training batches in which a distillation looks for what it compares."""
 
 
 def preflight(run: Run, stages: Sequence[Stage]) -> list[Trial]:
@@ -144,6 +149,8 @@ def _compare(
     if texts is not None:
         batch = run.task.compared(texts(data.few(), batch["keep"], student, stage.seed))
     _try_out(objective, student, teacher, batch, run.task, data.num_examples)
+    if run.task.learns_from == "pairs":
+        check_pairs(objective, run.data.select(tokens="student"))
     return _step_taught(stage, objective, student, teacher, batch, run.task)
 
 
@@ -189,6 +196,26 @@ def check_scheme(objective: Objective, cfg: RunConfig) -> None:
         )
     if cfg.assistants and not objective.uses_teacher:
         raise ConfigError("assistants hand on what the teacher predicts, and distillation reads no teacher")
+
+
+def check_pairs(objective: Objective, data: IndexedData) -> None:
+    """Refuse a distillation that finds nothing to compare in the first training batches.
+
+    Of terms that read the teacher one must: a student that learns from the pairs alone is the baseline.
+
+    Raises:
+        ConfigError: Names the keys to change.
+    """
+    weighted = {name: term for name, term in objective.terms.items() if objective.weights[name] != 0}
+    read = {name: term for name, term in weighted.items() if term.uses_teacher} or weighted
+    for batch in islice(data.train_dataloader(), FIRST):
+        if any(term.counts(batch).any() for term in read.values()):
+            return
+    raise ConfigError(
+        f"distillation: {', '.join(read)} finds nothing to compare in the training batches, so it would teach nothing: "
+        "contrast and margins are of pairs, margins of those without scores; set data.positive_column, or "
+        "data.score_column=null, or use distillation=embed_distill"
+    )
 
 
 def check_tokens(objective: Objective, run: Run) -> None:

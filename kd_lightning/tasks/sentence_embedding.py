@@ -9,8 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.losses.contrastive import ContrastiveLoss
-from kd_lightning.losses.cosine_scores import CosineScoreLoss
+from kd_lightning.losses.pair_labels import PairLabelsLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
@@ -104,7 +103,7 @@ class SentenceEmbedding(Task):
 
     def loss(self) -> Term:
         """Return the contrast with other texts of the batch, or the squared error of cosines as scores."""
-        return CosineScoreLoss(self.widths) if self.scored else ContrastiveLoss(widths=self.widths)
+        return PairLabelsLoss(widths=self.widths)
 
     def terms(self) -> tuple[dict[str, Term], dict[str, float]]:
         """Return `loss` as a term.

@@ -201,3 +201,16 @@ def test_other_losses_are_refused_in_one_line(run: Path, home: dict[str, str], t
     assert "distillation: labels are scores" in ended.stderr
     assert "distillation=embed_distill" in ended.stderr
     assert not (tmp_path / "run" / "seed_0").exists()
+
+
+def test_margins_of_scored_pairs_are_refused_in_one_line(run: Path, home: dict[str, str], tmp_path: Path) -> None:
+    """There are none, and the student would be the baseline."""
+    records = [{"query": q, "found": p, "like": n % 2} for n, (q, p) in enumerate(pairs())]
+    (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, records)))
+    line = [one for one in overrides(run.parent) if not one.startswith(("distillation=", "data.train_file"))]
+    line += ["distillation=margin_mse", f"data.train_file={tmp_path / 'scored.jsonl'}", "data.score_column=like"]
+    ended = command("kd-train", *line, f"run_dir={tmp_path / 'run'}", cwd=tmp_path, environment=home)
+    assert ended.returncode != 0
+    assert "distillation: kd finds nothing to compare in the training batches" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run" / "seed_0").exists()

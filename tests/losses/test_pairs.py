@@ -14,6 +14,7 @@ from torch import Tensor
 from kd_lightning.losses.contrastive import ContrastiveLoss, contrastive
 from kd_lightning.losses.cosine_scores import CosineScoreLoss, cosine_scores
 from kd_lightning.losses.margin_mse import MarginMSELoss, margin_mse
+from kd_lightning.losses.pair_labels import PairLabelsLoss
 from kd_lightning.losses.pairs import Pairs
 from kd_lightning.types import Batch, ModelOutput
 from tests.losses.conformance import randn
@@ -86,7 +87,17 @@ def test_scored_pairs_by_hand() -> None:
     assert ContrastiveLoss()(ModelOutput(STUDENT[:5]), ModelOutput(STUDENT[:5]), batch).item() == 0
 
 
-@pytest.mark.parametrize("term", [ContrastiveLoss(), MarginMSELoss(), CosineScoreLoss()])
+@pytest.mark.parametrize("score", [None, [1.0, 0.25, 0.5, math.nan, 0.0, 1.0]])
+def test_pairs_of_either_kind_teach(score: list[float] | None) -> None:
+    batch, output = rows(GROUPS, score), ModelOutput(STUDENT)
+    term, kinds = PairLabelsLoss(temperature=0.1, widths=[2]), [ContrastiveLoss(0.1, [2]), CosineScoreLoss([2])]
+    expected = [kind(output, output, batch) for kind in kinds]
+    assert [float(value) > 0 for value in expected] == [score is None, score is not None]
+    torch.testing.assert_close(term(output, output, batch), sum(expected))
+    assert term.counts(batch).tolist() == ([5, 0] if score is None else [0, 5])
+
+
+@pytest.mark.parametrize("term", [ContrastiveLoss(), MarginMSELoss(), CosineScoreLoss(), PairLabelsLoss()])
 def test_without_pairs_it_is_zero_with_a_graph(term: Any) -> None:
     student = torch.full((3, 4), torch.nan, requires_grad=True)
     value = term(ModelOutput(student), ModelOutput(student), rows([[0], [1], [2]]))
