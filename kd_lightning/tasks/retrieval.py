@@ -161,9 +161,12 @@ class Kept(Metric):
         self.columns.append(columns.double())
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all rows that were added."""
+        """Return all rows that were added; `(0, 1)` each where none was."""
         parts = (self.embeddings, self.others, self.columns)
-        embeddings, others, columns = (torch.cat(part) if isinstance(part, list) else part for part in parts)
+        embeddings, others, columns = (
+            part if isinstance(part, Tensor) else torch.cat(part) if part else torch.zeros(0, 1, device=self.device)
+            for part in parts
+        )
         order = columns[:, 0].argsort(stable=True)
         return embeddings[order], others[order], columns[order]
 

@@ -13,6 +13,7 @@ from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.tasks import SentenceEmbedding, task_of
 from kd_lightning.tasks.evaluation import evaluate_all
 from kd_lightning.tasks.retrieval import AT_ONCE, PairScores, TeacherScores, judged, ranking_scores, search
+from kd_lightning.tasks.scores import Scores
 from kd_lightning.types import Batch, ModelOutput
 
 NAN = math.nan
@@ -49,7 +50,7 @@ def test_ranks_by_hand() -> None:
 
 
 def test_relevance_follows_from_texts() -> None:
-    """Two groups with one query share their positives; a triplet's negative and a plain text are documents."""
+    """Two groups with one query share their positives; a triplet's negative is a document, a plain text neither."""
     batch = rows([[10, 11], [10, 12], [13, 14, 15], [16], [11, 10]])
     task = judged(batch["group"], batch["place"], batch["text"])
     texts = batch["text"]
@@ -138,6 +139,14 @@ def test_texts_are_drawn_from_queries_and_documents_alike() -> None:
         scores = TeacherScores()
         scores.update(student, teacher, {"index": torch.arange(count)})
         assert 0.2 < scores.compute()["spearman_to_teacher"] < 0.35  # a quarter of the pairs are of two queries
+
+
+@pytest.mark.parametrize("scores", [PairScores(False, [4]), PairScores(True), TeacherScores()])
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_without_texts_there_are_no_scores(scores: Scores) -> None:
+    found = scores.compute()
+    assert set(found) == set(scores.names)
+    assert all(value.isnan() for value in found.values())
 
 
 class Table(nn.Module):
