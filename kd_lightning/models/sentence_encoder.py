@@ -85,7 +85,7 @@ def sentence_encoder(
     num_classes: int | None = None,
     pooling: Literal["checkpoint", "mean", "max", "first"] = "checkpoint",
     dropout: float = 0.0,
-    normalise: bool = True,
+    normalise: bool | None = None,
     attn_implementation: str | None = None,
 ) -> nn.Module:
     """Load an encoder as a sentence encoder, in float32 and training mode.
@@ -97,7 +97,7 @@ def sentence_encoder(
             wide as it is.
         pooling: `checkpoint`: as its `modules.json` has it, else `mean`; or `mean`, `max`, `first`.
         dropout: Probability of dropping an entry of the pooled vector.
-        normalise: Scale embeddings to length 1.
+        normalise: Scale embeddings to length 1; None: if its `modules.json` does, or there is none.
         attn_implementation: `sdpa`, `eager`, ...; None: the fastest that is always there (sdpa).
 
     Raises:
@@ -123,7 +123,8 @@ def sentence_encoder(
         raise ConfigError(cannot_load(name, "a sentence encoder", local, error)) from error
     width = config.hidden_size if weights is None else len(weights["weight"])
     kept = own if pooling == "checkpoint" else pooling
-    network = SentenceEncoder(encoder, num_classes or width, kept, dropout, normalise, weights is not None)
+    scales = "Normalize" in modules if normalise is None else normalise
+    network = SentenceEncoder(encoder, num_classes or width, kept, dropout, scales, weights is not None)
     if weights is not None and network.num_classes == width:
         network.classifier.load_state_dict(weights)
     return network.train()
@@ -142,15 +143,20 @@ def _json(source: str, name: str) -> Any:
     return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
+def _settings(source: str, place: str) -> Any:
+    """Return the configuration of a module; its folder may be the checkpoint's own."""
+    return _json(source, Path(place, "config.json").as_posix()) or {}
+
+
 def _modules(source: str, name: str, local: bool) -> dict[str, str]:
-    """Return the folders of a checkpoint's modules by kind; of one of `transformers` that of its encoder.
+    """Return the folders of a checkpoint's modules by kind; of one of `transformers` encoder and Normalize.
 
     Raises:
         ConfigError: There are others than those that are read, or in another order.
     """
     listed = _json(source, "modules.json")
     if listed is None:
-        return {"Transformer": ""}
+        return {"Transformer": "", "Normalize": ""}
     kinds = [str(module["type"]).rpartition(".")[2] for module in listed]
     if kinds[:1] != ["Transformer"] or kinds != [kind for kind in KINDS if kind in kinds]:
         raise ConfigError(
@@ -169,7 +175,7 @@ def _pooling(source: str, place: str, name: str) -> Pooling:
     Raises:
         ConfigError: In another way than `Pooling` has.
     """
-    settings = _json(source, f"{place}/config.json") or {}
+    settings = _settings(source, place)
     given = settings.get("pooling_mode")
     modes = [given] if isinstance(given, str) else given or [
         mode for mode, key in (("mean", "mean_tokens"), ("cls", "cls_token"), ("max", "max_tokens"))
@@ -186,7 +192,7 @@ def _dense(source: str, place: str, name: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: It has an activation, or its weights are not there as safetensors.
     """
-    settings, weights = _json(source, f"{place}/config.json") or {}, _file(source, f"{place}/model.safetensors")
+    settings, weights = _settings(source, place), _file(source, Path(place, "model.safetensors").as_posix())
     activation = str(settings.get("activation_function", "torch.nn.modules.linear.Identity"))
     if not activation.endswith(".Identity") or weights is None:
         raise ConfigError(
