@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -47,7 +47,7 @@ def build_network(
         ConfigError: The settings do not fit the data, or the network could not be rebuilt.
     """
     check_vocabulary(settings, data, role)
-    sizes, target, given = data.model_arguments(role), settings["_target_"], {}
+    sizes, target, given = sizes_of(settings, data, role), settings["_target_"], {}
     if role == "student" and takes_from_teacher(settings):
         assert teacher is not None
         given = {"teacher": source_of(teacher)}
@@ -62,7 +62,7 @@ def build_network(
     known = {**settings, **sizes, **given}
     if lacking := [name for name, (_, required) in takes.items() if required and name not in known]:
         raise ConfigError(f"{role}: {target} needs {', '.join(lacking)}; {type(data).__name__} gives {list(sizes)}")
-    if settings.get("num_classes") not in (None, classes := sizes.get("num_classes")):
+    if "num_classes" in sizes and settings.get("num_classes") not in (None, classes := sizes["num_classes"]):
         wrong = settings["num_classes"]
         raise ConfigError(f"{role}: num_classes={wrong}, and the data have {classes}: leave it out")
     try:
@@ -76,6 +76,15 @@ def build_network(
         )
     check_length(network, data.input_format.get("max_length"), role)
     return network, filled(settings, data, role)
+
+
+def sizes_of(settings: Node, data: IndexedData, role: Role) -> dict[str, Any]:
+    """Return the arguments that the data give a network; a teacher's embedding is as wide as the network has it."""
+    sizes = data.model_arguments(role)
+    _, required = parameters(lookup(settings["_target_"])).get("num_classes", (None, False))
+    if role == "teacher" and sizes.get("embeds") and (settings.get("num_classes") is not None or not required):
+        del sizes["num_classes"]
+    return sizes
 
 
 def check_vocabulary(settings: Node, data: IndexedData, role: Role) -> None:
@@ -105,7 +114,7 @@ def check_vocabulary(settings: Node, data: IndexedData, role: Role) -> None:
 
 def filled(settings: Node, data: IndexedData, role: Role) -> Node:
     """Return a network's settings with what the data decide about it."""
-    takes, sizes = parameters(lookup(settings["_target_"])), data.model_arguments(role)
+    takes, sizes = parameters(lookup(settings["_target_"])), sizes_of(settings, data, role)
     return settings | {key: size for key, size in sizes.items() if key in takes and settings.get(key) is None}
 
 

@@ -248,8 +248,8 @@ def _spearman_of_pairs(vectors: Tensor, group: Tensor, place: Tensor, score: Ten
 class TeacherScores(Scores):
     """How near embeddings are to a teacher's, of any width.
 
-    `spearman_to_teacher` is Spearman's correlation of the cosines of all pairs of up to 1,000 texts, drawn at random and
-    alike for each model; `cosine_to_teacher` the mean cosine of a text's two embeddings, where both have one width.
+    `spearman_to_teacher` is Spearman's correlation of the cosines of all pairs of up to 1,000 texts, drawn at random
+    and alike for each model; `cosine_to_teacher` the mean cosine of a text's two embeddings, where both have one width.
     """
 
     divides = False

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.models.sentence_encoder import SentenceEncoder
-from kd_lightning.training.run_folder import load_run
+from kd_lightning.training.run_folder import load_run, load_stage
 from tests.forks import command
 from tests.toy_pairs import pairs, write_pairs
 
@@ -190,6 +190,28 @@ def test_the_network_is_a_sentence_encoder(run: Path) -> None:
     model = load_run(run)
     assert isinstance(model.network, SentenceEncoder)
     assert model.task.description == f"embedding of {WIDTH}, also at 8"
+
+
+def test_a_trained_teacher_is_as_wide_as_its_network(run: Path, home: dict[str, str], tmp_path: Path) -> None:
+    kept = (
+        "stages=",
+        "teacher.checkpoint",
+        "data.dimensions",
+        "model@",
+        "student.",
+        "+callbacks",
+        "trainer.max_epochs",
+    )
+    line = [one for one in overrides(run.parent) if not one.startswith(kept)]
+    line += [
+        "stages=[teacher,distill]", "model@teacher.network=sentence_encoder", "data.dimensions=12",
+        f"teacher.network.name={run.parent / 'teacher'}", "model@student=static_embedding", "trainer.max_epochs=1",
+        f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    of_command(home, "kd-train", *line, cwd=tmp_path)
+    network: Any = load_stage(tmp_path / "run" / "teacher").network
+    assert network.num_classes == WIDTH
+    assert load_run(tmp_path / "run").task.outputs == 12
 
 
 def test_other_losses_are_refused_in_one_line(run: Path, home: dict[str, str], tmp_path: Path) -> None:

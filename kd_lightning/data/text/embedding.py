@@ -225,7 +225,7 @@ class EmbeddingData(TokenizedData):
         return self._stores["teacher"].lengths
 
     def model_arguments(self, role: Role) -> dict[str, Any]:
-        """Return a network's arguments from the data: as many outputs as the embedding is wide, and the words.
+        """Return a network's arguments from the data: the width of the student's embedding, and the words.
 
         Of a static embedding also the tokens around a text, and a text of one token, -1 in that token's place.
         """

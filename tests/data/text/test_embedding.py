@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from kd_lightning.data import EmbeddingFiles
+from kd_lightning.data.datamodule import Role
+from kd_lightning.models.adapt import run_network
+from kd_lightning.pipeline.networks import build_network
 from kd_lightning.runtime.errors import ConfigError, DataError
 from tests.toy_pairs import pairs, write_pairs
 
@@ -152,6 +156,27 @@ def test_networks_get_their_sizes_and_static_ones_the_frame(made: Any) -> None:
     assert found["num_classes"] == 16
     assert found["special_tokens"] == sorted([tokenizer.cls_token_id, tokenizer.sep_token_id])
     assert found["single_token"] == [tokenizer.cls_token_id, -1, tokenizer.sep_token_id]
+
+
+def test_a_teacher_has_its_own_width_where_it_has_one(made: Any, tmp_path: Path) -> None:
+    data, path = made(max_length=16), str(tmp_path / "encoder")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=len(data.teacher_tokenizer), **sizes)).save_pretrained(path)
+    encoder = {"_target_": "kd_lightning.models.sentence_encoder.sentence_encoder", "name": path}
+    layer = {"_target_": "kd_lightning.models.bilstm.BiLSTM", "embedding_size": 4, "hidden_size": 4}
+
+    def width(settings: dict[str, Any], role: Role) -> int:
+        network, again = build_network(settings, data, role)
+        found = run_network(network.eval(), data.few()).logits.shape[1]
+        if role == "student" or settings is layer:
+            assert again["num_classes"] == found
+        return found
+
+    assert width(encoder, "teacher") == 8
+    assert width(encoder, "student") == width(layer, "student") == width(layer, "teacher") == 16
+    assert width({**layer, "num_classes": 12}, "teacher") == 12
+    with pytest.raises(ConfigError, match="student: num_classes=12, and the data have 16"):
+        width({**layer, "num_classes": 12}, "student")
 
 
 @pytest.mark.parametrize(
