@@ -16,7 +16,8 @@ from kd_lightning.types import Batch, ModelOutput
 EmbeddingProjector = Literal["pca", "linear", "none"]
 """How a student's embedding reaches the teacher's width, where it differs.
 
-* `pca`: a linear map that begins with the principal directions of the teacher's embeddings
+* `pca`: a linear map that begins with the principal directions of the teacher's embeddings of one batch
+  (`connecting_batch` of the data), which has no more directions than texts
 * `linear`: a linear map with random weights, of embeddings of the same width too
 * `none`: none; the widths must agree
 """

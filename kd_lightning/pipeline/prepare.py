@@ -23,7 +23,7 @@ from kd_lightning.pipeline.objectives import loss_settings, own_average, run_obj
 from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.callbacks import CacheFilling, MeanTeacher, TeacherTime
-from kd_lightning.training.distillation import DistillationModule, SupervisedModule
+from kd_lightning.training.distillation import DistillationModule, SupervisedModule, connecting_batch
 from kd_lightning.training.run_folder import load_stage
 from kd_lightning.training.stage import VERSION, Training
 
@@ -172,5 +172,5 @@ def _module(
         torch.manual_seed(stage.seed)
         if teacher is not None:
             teacher.to(torch.device("cpu"))  # where a new student is
-        module.connect(next(iter(data.val_dataloader())), data.num_examples)
+        module.connect(connecting_batch(data), data.num_examples)
     return module

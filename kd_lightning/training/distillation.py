@@ -119,7 +119,7 @@ class DistillationModule(NetworkModule):
                     "the objective has projectors to build: call module.connect(batch, examples) before fit"
                 )
             torch.manual_seed(self.seed)
-            batch = self.trainer.strategy.broadcast(next(iter(data.val_dataloader())))  # the same for all processes
+            batch = self.trainer.strategy.broadcast(connecting_batch(data))  # the same for all processes
             self.connect(batch, data.num_examples)
         super().setup(stage)
         if self.on_policy is not None and not hasattr(self.trainer.datamodule, "around"):  # type: ignore[attr-defined]
@@ -191,6 +191,12 @@ class DistillationModule(NetworkModule):
         if self.teacher is None or not self.objective.uses_teacher:
             return student
         return self.teacher(batch)
+
+
+def connecting_batch(data: Any) -> Batch:
+    """Return the batch of data that an objective is connected by: the first of validation, unless they choose one."""
+    batch: Batch = data.connecting_batch() if hasattr(data, "connecting_batch") else next(iter(data.val_dataloader()))
+    return batch
 
 
 class SupervisedModule(NetworkModule):

@@ -19,6 +19,7 @@ from kd_lightning.config.catalog import strategies
 from kd_lightning.config.instantiate import build, conf_dir
 from kd_lightning.data import EmbeddingFiles
 from kd_lightning.losses.embedding_mse import EmbeddingMSELoss
+from kd_lightning.losses.embedding_term import principal_directions
 from kd_lightning.losses.pair_labels import PairLabelsLoss
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.pipeline.preflight import check_pairs
@@ -94,6 +95,18 @@ def test_two_steps(name: str, data: EmbeddingFiles, composed: Callable[..., Dict
     logged = trainer.callback_metrics
     assert {"val/ndcg@10", "val/ndcg@10/4", "val/spearman_to_teacher"} <= set(logged)
     assert "val/loss" not in logged  # no batch of single texts has whole pairs
+
+
+def test_a_projector_starts_at_the_directions_of_the_drawn_texts(data: EmbeddingFiles) -> None:
+    teacher = network(data, 10).eval()
+    objective = Objective({"kd": EmbeddingMSELoss()}, {"kd": 1.0})
+    still = partial(torch.optim.SGD, lr=0.0)
+    module = DistillationModule(network(data, 6), FrozenTeacher(teacher), objective, still, task=data.task)
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", num_sanity_val_steps=0, **OFF)
+    trainer.fit(module, datamodule=data)
+    expected = principal_directions(FrozenTeacher(teacher)(data.connecting_batch()).logits, 6)
+    (projector,) = objective.terms["kd"].projectors  # type: ignore[misc, union-attr]
+    torch.testing.assert_close(projector.weight.detach(), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -272,6 +272,15 @@ class EmbeddingData(TokenizedData):
         data = self._dataset("validation", "validation", grouped=True)
         return data[data.firsts[:4]]
 
+    def connecting_batch(self) -> Batch:
+        """Return `eval_batch_size` training texts, drawn at random whatever their length.
+
+        The principal directions of the teacher's embeddings are those of these texts: of more directions than texts the
+        others are arbitrary.
+        """
+        data = self._dataset("train", "train")
+        return data[np.sort(np.random.default_rng(self.seed).permutation(len(data))[: self.eval_batch_size])]
+
     def _training_dataset(self) -> GroupDataset:
         return self._dataset("train", "transfer" if self._pool else "train", grouped=True)
 

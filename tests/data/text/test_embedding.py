@@ -62,6 +62,19 @@ def test_evaluations_go_through_texts_by_length_each_once(made: Any) -> None:
     assert few["place"].tolist() == [0, 1] * 4
 
 
+def test_projectors_are_sized_by_training_texts_of_all_lengths(made: Any) -> None:
+    """The first validation batch has the shortest texts alone, here queries."""
+    data = made(eval_batch_size=8)
+    assert set(next(iter(data.val_dataloader()))["place"].tolist()) == {0}
+    index = data.connecting_batch()["index"].numpy()
+    assert len(set(index)) == 8
+    assert max(index) < data.sizes["train"]
+    assert len(set(data.lengths[index])) > 1
+    assert set(data.connecting_batch()["place"].tolist()) == {0, 1}
+    assert np.array_equal(made(eval_batch_size=8).connecting_batch()["index"], index)
+    assert len(made(eval_batch_size=500).connecting_batch()["index"]) == data.sizes["train"]
+
+
 def test_tokens_are_those_of_the_texts(made: Any) -> None:
     data = made()
     texts = {text for pair in pairs() for text in pair}
