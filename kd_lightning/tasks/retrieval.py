@@ -48,7 +48,7 @@ class Judged(NamedTuple):
 def judged(group: Tensor, place: Tensor, text: Tensor) -> Judged:
     """Return the retrieval task of a split of pairs or triplets.
 
-    Queries are the different anchors that have a positive; the corpus is all other texts, each once. What is relevant
+    Queries are the different anchors that have a positive; the corpus is all positives and negatives, each text once. What is relevant
     for a query are the positives of all groups whose anchor has its text.
 
     Args:

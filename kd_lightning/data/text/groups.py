@@ -60,7 +60,8 @@ def assemble_texts(
 ) -> GroupCorpus:
     """Build the corpus; a split that was not given is held out of the training groups.
 
-    Groups that have a text or a source in common stay together, so that no text is in two splits. Repeats of a group,
+    Groups that have a text or a source in common stay together, so that no text is in two splits; single texts that have
+    nothing in common with a pair are trained on, since no score is of them. Repeats of a group,
     and texts of `transfer` that are validation or test texts, are dropped.
 
     Args:
@@ -111,17 +112,20 @@ def _warn_of_overlap(train: Sequence[TextGroup], seen: set[str], origin: str) ->
 
 
 def _held_out(groups: list[TextGroup], fractions: list[float], seed: int, origin: str) -> list[list[TextGroup]]:
-    """Return the rest and a part for each fraction, at random; what belongs together is in one part."""
+    """Return the rest and a part for each fraction of the pairs, at random; what belongs together is in one part."""
     check_fractions(fractions, origin)
     owner = connected(groups)
-    order = np.random.default_rng(seed).permutation(int(owner.max()) + 1 if len(owner) else 0)
+    paired = np.unique(owner[np.array([len(group.texts) > 1 for group in groups], bool)])
+    if not len(paired):
+        return [groups, *([] for _ in fractions)]
+    order = paired[np.random.default_rng(seed).permutation(len(paired))]
     sizes = [max(1, round(fraction * len(order))) for fraction in fractions]
     if sum(sizes) >= len(order):
         raise DataError(
-            f"{origin}: {len(groups)} groups of texts fall into {len(order)} that have nothing in common, too few to "
-            f"split into {len(sizes) + 1} parts; give data.validation_file and data.test_file"
+            f"{origin}: the pairs of {len(groups)} groups of texts fall into {len(order)} that have nothing in common, "
+            f"too few to split into {len(sizes) + 1} parts; give data.validation_file and data.test_file"
         )
-    part_of = np.empty(len(order), np.int64)
+    part_of = np.zeros(int(owner.max()) + 1, np.int64)
     for number, piece in enumerate(np.split(order, np.cumsum([len(order) - sum(sizes), *sizes])[:-1])):
         part_of[piece] = number
     return [[group for group, own in zip(groups, part_of[owner], strict=True) if own == number]

@@ -37,6 +37,19 @@ def test_groups_with_a_text_or_a_source_in_common_stay_together() -> None:
             assert not {one.source for one in part if one.source} & {one.source for one in other if one.source}
 
 
+def test_single_texts_are_trained_on() -> None:
+    """Held out they would be neither queries nor documents; one that is a pair's text stays with the pair."""
+    single = [TextGroup((f"alone {i}",)) for i in range(200)] + [TextGroup((f"query {i}",)) for i in range(40)]
+    corpus = whole([*single[:100], *PAIRS, *single[100:]])
+    held = [group for part in (corpus.validation, corpus.test) for group in part]  # type: ignore[attr-defined]
+    assert sum(len(group.texts) > 1 for group in held) == 12
+    assert not [group for group in held if group.texts[0].startswith("alone")]
+    assert {group.texts[0] for group in held if len(group.texts) == 1} == {
+        group.texts[0] for group in held if len(group.texts) > 1
+    }
+    assert len(corpus.train) == 280 - len(held)  # type: ignore[attr-defined]
+
+
 def test_a_chain_connects() -> None:
     chain = [TextGroup(("a", "b")), TextGroup(("x", "y")), TextGroup(("c", "d")), TextGroup(("B ", "c"))]
     assert connected(chain).tolist() == [0, 1, 0, 0]
@@ -47,7 +60,7 @@ def test_what_cannot_be_used() -> None:
     single = [TextGroup((f"text {i}",)) for i in range(40)]
     with pytest.raises(DataError, match=r"my\.csv: the validation split has no pairs"):
         whole(single)
-    with pytest.raises(DataError, match="2 groups of texts fall into 1 that have nothing in common, too few"):
+    with pytest.raises(DataError, match="the pairs of 2 groups of texts fall into 1 that have nothing in common, too few"):
         whole([TextGroup(("a", "b")), TextGroup(("a", "c"))])
     with pytest.raises(DataError, match="1 of 40 pairs have a score"):
         whole([*PAIRS[1:], TextGroup(("q", "t"), 0.5)])
