@@ -1,6 +1,6 @@
 """Scores of embeddings: retrieval, rank correlation with scored pairs, and nearness to a teacher's.
 
-Ranks depend on all texts of a split, so the embeddings of the split are kept until it is scored; products with the
+Ranks depend on all documents of a split, so the embeddings of the split are kept until it is scored; products with the
 corpus are taken a part of the queries at a time.
 """
 
@@ -48,8 +48,8 @@ class Judged(NamedTuple):
 def judged(group: Tensor, place: Tensor, text: Tensor) -> Judged:
     """Return the retrieval task of a split of pairs or triplets.
 
-    Queries are the different anchors that have a positive; the corpus is all positives and negatives, each text once. What is relevant
-    for a query are the positives of all groups whose anchor has its text.
+    Queries are the different anchors that have a positive; the corpus is all positives and negatives, each text once.
+    What is relevant for a query are the positives of all groups whose anchor has its text.
 
     Args:
         group: Number of each row's pair or triplet, `(N,)`.
@@ -228,12 +228,12 @@ class PairScores(Scores):
         return self._values
 
     def states(self) -> Tensor:
-        """Refuse: ranks are among all texts of a split.
+        """Refuse: ranks are among all documents of a split.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError("ranks are among all texts of a split: scores of its parts do not add up")
+        raise TypeError("ranks are among all documents of a split: scores of its parts do not add up")
 
 
 def _spearman_of_pairs(vectors: Tensor, group: Tensor, place: Tensor, score: Tensor) -> Tensor:

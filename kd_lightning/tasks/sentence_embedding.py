@@ -102,7 +102,7 @@ class SentenceEmbedding(Task):
         return "sentence-similarity"
 
     def loss(self) -> Term:
-        """Return the contrast with other texts of the batch, or the squared error of cosines as scores."""
+        """Return the contrast of pairs, or of scored ones the squared error of their cosines."""
         return PairLabelsLoss(widths=self.widths)
 
     def terms(self) -> tuple[dict[str, Term], dict[str, float]]:
@@ -119,7 +119,7 @@ class SentenceEmbedding(Task):
         return super().terms()
 
     def scores(self) -> Scores:
-        """Return nDCG, MRR and recall of the positives among all texts, or the correlation with the scores."""
+        """Return nDCG, MRR and recall of the positives among the documents, or the correlation with the scores."""
         return PairScores(self.scored, self.widths)
 
     def fidelity(self) -> Scores:

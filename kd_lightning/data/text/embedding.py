@@ -114,7 +114,7 @@ class EmbeddingData(TokenizedData):
 
     Every text has a stable `index`, and the teacher's embedding is stored for each. A training batch has
     `batch_size` whole groups, so that a query's positive is among its texts; an evaluation goes through the texts by
-    length. Scores are of queries, all other texts of the split being the corpus.
+    length. Scores are of queries, the split's positives and negatives being the corpus.
 
     Args:
         dimensions: D, how wide the student's embedding is; the teacher has its own width.

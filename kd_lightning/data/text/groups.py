@@ -60,15 +60,15 @@ def assemble_texts(
 ) -> GroupCorpus:
     """Build the corpus; a split that was not given is held out of the training groups.
 
-    Groups that have a text or a source in common stay together, so that no text is in two splits; single texts that have
-    nothing in common with a pair are trained on, since no score is of them. Repeats of a group,
-    and texts of `transfer` that are validation or test texts, are dropped.
+    Groups that have a text or a source in common stay together, so that no text is in two splits; single texts that
+    have nothing in common with a pair are trained on, since no score is of them. Repeats of a group, and texts of
+    `transfer` that are validation or test texts, are dropped.
 
     Args:
         train: Groups to train on.
         validation: Groups to select on.
         test: Groups to report on.
-        fractions: How much to hold out for a missing validation, and for a missing test.
+        fractions: How much of the pairs to hold out for a missing validation, and for a missing test.
         split_seed: Of what is held out.
         origin: What the data are called in messages.
         transfer: Further texts.
