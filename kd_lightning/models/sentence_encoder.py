@@ -149,7 +149,7 @@ def _settings(source: str, place: str) -> Any:
 
 
 def _modules(source: str, name: str, local: bool) -> dict[str, str]:
-    """Return the folders of a checkpoint's modules by kind; of one of `transformers` encoder and Normalize.
+    """Return the folders of a checkpoint's modules by kind; one of `transformers` is scaled, too.
 
     Raises:
         ConfigError: There are others than those that are read, or in another order.

@@ -79,7 +79,7 @@ def build_network(
 
 
 def sizes_of(settings: Node, data: IndexedData, role: Role) -> dict[str, Any]:
-    """Return the arguments that the data give a network; a teacher's embedding is as wide as the network has it."""
+    """Return a network's arguments from the data; a teacher of embeddings keeps a width of its own."""
     sizes = data.model_arguments(role)
     _, required = parameters(lookup(settings["_target_"])).get("num_classes", (None, False))
     if role == "teacher" and sizes.get("embeds") and (settings.get("num_classes") is not None or not required):

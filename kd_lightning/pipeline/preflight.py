@@ -206,7 +206,8 @@ def check_pairs(objective: Objective, data: IndexedData) -> None:
     Raises:
         ConfigError: Names the keys to change.
     """
-    weighted = {name: term for name, term in objective.terms.items() if objective.weights[name] != 0}
+    terms: Any = objective.terms
+    weighted = {name: term for name, term in terms.items() if objective.weights[name] != 0}
     read = {name: term for name, term in weighted.items() if term.uses_teacher} or weighted
     for batch in islice(data.train_dataloader(), FIRST):
         if any(term.counts(batch).any() for term in read.values()):

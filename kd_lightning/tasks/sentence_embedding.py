@@ -119,7 +119,7 @@ class SentenceEmbedding(Task):
         return super().terms()
 
     def scores(self) -> Scores:
-        """Return nDCG, MRR and recall of the positives among the documents, or the correlation with the scores."""
+        """Return nDCG, MRR and recall among the documents, or the correlation with the scores."""
         return PairScores(self.scored, self.widths)
 
     def fidelity(self) -> Scores:

@@ -194,7 +194,7 @@ class DistillationModule(NetworkModule):
 
 
 def connecting_batch(data: Any) -> Batch:
-    """Return the batch of data that an objective is connected by: the first of validation, unless they choose one."""
+    """Return the batch that projectors are built by: what the data choose, or the first of validation."""
     batch: Batch = data.connecting_batch() if hasattr(data, "connecting_batch") else next(iter(data.val_dataloader()))
     return batch
 

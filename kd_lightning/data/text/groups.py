@@ -112,7 +112,7 @@ def _warn_of_overlap(train: Sequence[TextGroup], seen: set[str], origin: str) ->
 
 
 def _held_out(groups: list[TextGroup], fractions: list[float], seed: int, origin: str) -> list[list[TextGroup]]:
-    """Return the rest and a part for each fraction of the pairs, at random; what belongs together is in one part."""
+    """Return the rest and a random part for each fraction of the pairs; connected groups stay together."""
     check_fractions(fractions, origin)
     owner = connected(groups)
     paired = np.unique(owner[np.array([len(group.texts) > 1 for group in groups], bool)])
