@@ -56,7 +56,7 @@ SUITED = {
     f"{_MODELS}.from_teacher.from_teacher": Suited(3e-4, True),
     "kd_lightning.pipeline.from_run.from_run": Suited(3e-4, True),
     f"{_MODELS}.sentence_encoder.sentence_encoder": Suited(5e-5, True),
-    f"{_MODELS}.static_embedding.static_embedding": Suited(1e-2, False),
+    f"{_MODELS}.static_embedding.static_embedding": Suited(1e-3, False),
     f"{_MODELS}.transformer.transformer": Suited(1e-3, True),
     f"{_MODELS}.bilstm.BiLSTM": Suited(2e-3, False),
     f"{_MODELS}.text_cnn.TextCNN": Suited(2e-3, False),

@@ -23,7 +23,7 @@ def from_run(
 
     Args:
         checkpoint: A run folder, whose best student is taken, or one of its stage folders.
-        num_classes: Number of classes C, those of the run; None for a language model.
+        num_classes: Number of outputs, those of the run; None for a language model.
         vocab_size: Number of token ids, for texts: the run's.
         initialise: `teacher`: with the weights it has; `random`: the same network with fresh ones, for the honest
             baseline from nothing.
@@ -41,10 +41,10 @@ def from_run(
             trained = load_run(find_stage(Path(checkpoint)))
         except KDError as error:
             raise ConfigError(f"student.checkpoint={checkpoint}: {error}") from error
-    if num_classes is not None and len(trained.class_names) != num_classes:
+    if num_classes is not None and trained.task.outputs != num_classes:
         raise ConfigError(
-            f"student.checkpoint={checkpoint} tells {len(trained.class_names)} classes apart and the data have "
-            f"{num_classes}: give a run of the same classes"
+            f"student.checkpoint={checkpoint} has {trained.task.outputs} outputs and the data need {num_classes}: "
+            "give a run of the same classes, or of embeddings as wide"
         )
     tokens = len(trained.tokenizer) if trained.tokenizer is not None else None
     if vocab_size is not None and tokens is not None and tokens != vocab_size:

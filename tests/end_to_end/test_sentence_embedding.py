@@ -16,6 +16,8 @@ from transformers import BertConfig, BertModel
 
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.models.sentence_encoder import SentenceEncoder
+from kd_lightning.pipeline.from_run import from_run
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import load_run, load_stage
 from tests.forks import command
 from tests.toy_pairs import pairs, write_pairs
@@ -236,3 +238,12 @@ def test_margins_of_scored_pairs_are_refused_in_one_line(run: Path, home: dict[s
     assert "distillation: kd finds nothing to compare in the training batches" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run" / "seed_0").exists()
+
+
+def test_a_finished_student_is_a_start_for_embeddings_as_wide(run: Path) -> None:
+    finished = load_run(run)
+    start = from_run(str(run), finished.task.outputs)
+    weights = finished.network.state_dict()
+    assert all(tensor.equal(weights[name]) for name, tensor in start.state_dict().items())
+    with pytest.raises(ConfigError, match="outputs and the data need 3: give a run of the same classes, or of embed"):
+        from_run(str(run), 3)

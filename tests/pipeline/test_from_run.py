@@ -69,7 +69,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"student\.checkpoint=.*holds no finished student"):
         from_run(str(tmp_path), 3)
     write_student(tmp_path / "run", student())
-    with pytest.raises(ConfigError, match=r"tells 3 classes apart and the data have 2"):
+    with pytest.raises(ConfigError, match=r"has 3 outputs and the data need 2"):
         from_run(str(tmp_path / "run"), 2)
     tokenizer = load_tokenizer("wordpiece:300", ["some words to learn from", "and some more"])
     write_student(tmp_path / "words", student(), tokenizer=tokenizer)
