@@ -18,6 +18,8 @@ from kd_lightning.losses.attention_transfer import AttentionTransferLoss
 from kd_lightning.losses.byot import BYOTLoss
 from kd_lightning.losses.cat_kd import CATKDLoss
 from kd_lightning.losses.channel_wise import ChannelWiseLoss
+from kd_lightning.losses.contrastive import ContrastiveLoss
+from kd_lightning.losses.cosine_scores import CosineScoreLoss
 from kd_lightning.losses.crd import CRDLoss
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.cross_tokenizer import CrossTokenizerLoss
@@ -25,6 +27,8 @@ from kd_lightning.losses.deep_mutual import DeepMutualLoss
 from kd_lightning.losses.dist import DISTLoss
 from kd_lightning.losses.distilbert_cosine import DistilBERTCosineLoss
 from kd_lightning.losses.dkd import DKDLoss
+from kd_lightning.losses.embedding_cosine import EmbeddingCosineLoss
+from kd_lightning.losses.embedding_mse import EmbeddingMSELoss
 from kd_lightning.losses.factor_transfer import FactorTransferLoss
 from kd_lightning.losses.feature_pair import FeaturePairTerm
 from kd_lightning.losses.fsp import FSPLoss
@@ -33,6 +37,7 @@ from kd_lightning.losses.generalized_jsd import GeneralizedJSDLoss
 from kd_lightning.losses.hint import HintLoss, LayerHintLoss
 from kd_lightning.losses.label_trust import LabelTrustLoss
 from kd_lightning.losses.logit_mse import LogitMSELoss
+from kd_lightning.losses.margin_mse import MarginMSELoss
 from kd_lightning.losses.mgd import MGDLoss
 from kd_lightning.losses.minilm import MiniLMLoss
 from kd_lightning.losses.minilmv2 import MiniLMv2Loss
@@ -41,11 +46,13 @@ from kd_lightning.losses.multi_label import MultiLabelLoss
 from kd_lightning.losses.nkd import NKDLoss
 from kd_lightning.losses.nst import NSTLoss
 from kd_lightning.losses.ofd import OFDLoss
+from kd_lightning.losses.pair_labels import PairLabelsLoss
 from kd_lightning.losses.pkd import PKDLoss
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.relations import RelationTerm
 from kd_lightning.losses.reverse_kl import ReverseKLLoss
 from kd_lightning.losses.review_kd import ReviewKDLoss
+from kd_lightning.losses.similarity_kl import SimilarityKLLoss
 from kd_lightning.losses.simkd import SimKDLoss
 from kd_lightning.losses.skew_kl import SkewKLLoss
 from kd_lightning.losses.soft_target import SoftTargetLoss
@@ -82,6 +89,11 @@ UNLABELLED: Batch = {"attention_mask": PADDING.long(), "index": torch.arange(SIZ
 IDS: Batch = UNLABELLED | {"input_ids": torch.zeros(SIZE, LENGTH, dtype=torch.long)}
 SOME = TOKEN_LABELS.masked_fill(TOKEN_LABELS == 2, IGNORE)
 TOKENS: Batch = {"labels": SOME, "attention_mask": PADDING.long(), "keep": PADDING}
+PAIRS: Batch = {
+    "group": torch.tensor([0, 1, 1, 2, 2, 3, 3]), "place": torch.tensor([0, 0, 1, 0, 1, 0, 1]),
+    "text": torch.arange(SIZE), "score": torch.tensor([NAN, 0.1, 0.1, 0.5, 0.5, 1.0, 1.0]),
+}  # fmt: skip
+"""A single text and scored pairs; no batch of a step has half of one."""
 TASKS: Batch = {"labels": SCORES, "task": torch.tensor([0, 0, 1, 0, 1, 1, 1])}
 
 
@@ -154,6 +166,10 @@ OTHERS: list[tuple[Callable[..., Term], tuple[int, ...], Batch]] = [
         (lambda: RegressionLoss(target="labels"), size, {"labels": labels})
         for size, labels in ((SCORE, SCORES), (SCORE, SCORES.unsqueeze(1)), (THREE, SEVERAL))
     ),
+    (EmbeddingMSELoss, ROWS, EXAMPLES),
+    (EmbeddingCosineLoss, ROWS, EXAMPLES),
+    (CosineScoreLoss, ROWS, PAIRS),
+    (PairLabelsLoss, ROWS, PAIRS),
     (lambda: TaskTerm(SoftTargetLoss(), "one", 0, range(0, 2), scores=True), ROWS, TASKS),
     (lambda: TaskTerm(RegressionLoss(target="labels"), "one", 1, range(2, 3), scores=True), ROWS, TASKS),
 ]  # fmt: skip
@@ -220,6 +236,7 @@ def test_no_term_is_forgotten() -> None:
         if issubclass(found, Term) and not inspect.isabstract(found) and not issubclass(found, RelationTerm)
     }  # fmt: skip
     others = {FeaturePairTerm, CrossTokenizerLoss}  # abstract in all but name; of two texts, in its own tests
+    others |= {ContrastiveLoss, MarginMSELoss, SimilarityKLLoss}  # of a batch as a whole
     assert terms - others == {type(make()) for make, _, _ in cases()}
 
 
