@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.runtime.onnx_files import weight_files
 from kd_lightning.runtime.threads import usable_cores
 from kd_lightning.types import Batch
 
@@ -195,7 +196,7 @@ def size(network: nn.Module, file: str | Path | None = None) -> Size:
     Returns:
         The size.
     """
-    from kd_lightning.models.onnx import OnnxNetwork, weight_files
+    from kd_lightning.models.onnx import OnnxNetwork
     from kd_lightning.models.size import count_parameters
 
     parameters, without_embeddings = count_parameters(network)

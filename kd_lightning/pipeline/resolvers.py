@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.resolvers import ddp_strategy, fast_inference, fast_precision, folder_name, one_minus
 from kd_lightning.config.suited import LAYERS, network_for, of_reviews, suited_precision, suited_rate
-from kd_lightning.models.onnx import is_onnx, near
 from kd_lightning.runtime.errors import KDError
+from kd_lightning.runtime.onnx_files import is_onnx, near
 from kd_lightning.training.run_folder import find_stage
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from kd_lightning.config.instantiate import first_line, lookup
 from kd_lightning.config.schema import Node, RunConfig
 from kd_lightning.models.hf import locate, pretrained
-from kd_lightning.models.onnx import is_onnx, onnx_file
 from kd_lightning.models.sentence_encoder import sentence_encoder
 from kd_lightning.pipeline.from_run import from_run
 from kd_lightning.runtime.assets import PRETRAINED
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.onnx_files import is_onnx, onnx_file
 from kd_lightning.training.run_folder import teacher_stage
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import nn
 
-from kd_lightning.models.onnx import OnnxNetwork, near, onnx_file, weight_files
+from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.models.served import ServedLM, Server
 from kd_lightning.pipeline.resolvers import tokenizer_beside
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import digest, file_digest, network_digest, read_json
 from kd_lightning.runtime.memoize import shared, stamps
+from kd_lightning.runtime.onnx_files import near, onnx_file, weight_files
 from kd_lightning.teachers.ensemble import EnsembleNetwork
 from kd_lightning.training.run_folder import LOGS, best_training, check_stage, is_finished, load_stage, teacher_stage
 

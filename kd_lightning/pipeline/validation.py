@@ -14,12 +14,12 @@ from kd_lightning.config.instantiate import build, first_line, processes
 from kd_lightning.config.nodes import check_node, nodes
 from kd_lightning.config.schema import CACHE_MODES, Node, RunConfig, TeacherConfig
 from kd_lightning.config.trust import trust_own
-from kd_lightning.models.onnx import is_onnx
 from kd_lightning.models.served import Server
 from kd_lightning.pipeline.trainer_checks import check_trainers, named, shards, try_trainers
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import check_place
 from kd_lightning.runtime.fingerprints import differences
+from kd_lightning.runtime.onnx_files import is_onnx
 from kd_lightning.teachers.ensemble import shares_of
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.run_folder import check_stage, is_finished, read_config

@@ -368,8 +368,8 @@ SHRUNK: dict[str, list[str]] = {
 
 
 RECIPES = {"reviews_bilstm", "reviews_tiny", "reviews_3layer", "reviews_bow", "fashion_resnet"}
-NO_SCHEMES = {"quickstart", *RECIPES, "multi_task", "embed_debian"}
-"""Tasks: tests/end_to_end/test_multi_task.py, test_sentence_embedding.py."""
+NO_SCHEMES = {"quickstart", *RECIPES, "multi_task", "embed_debian", "ner_pii"}
+"""Tasks: tests/end_to_end/test_multi_task.py, test_sentence_embedding.py, tests/pipeline/test_onnx_teacher.py."""
 
 
 def test_no_scheme_is_left_out() -> None:

@@ -262,10 +262,10 @@ def test_images(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_factorised_table_becomes_the_full_one_that_it_stands_for() -> None:
-    from kd_lightning.export.formats.huggingface import _multiplied
+    from kd_lightning.export.formats.huggingface import multiplied
 
     factorised = FactorizedEmbedding(11, 3, 8, padding_idx=1)
-    full = _multiplied(factorised)
+    full = multiplied(factorised)
     tokens = torch.arange(11)
     torch.testing.assert_close(full(tokens), factorised(tokens))
     assert full.padding_idx == 1

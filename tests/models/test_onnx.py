@@ -12,9 +12,10 @@ from onnx import helper
 
 from kd_lightning.evaluation import profiling
 from kd_lightning.models.adapt import run_network
-from kd_lightning.models.onnx import OnnxNetwork, onnx_file, weight_files
+from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.models.size import count_parameters
 from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.onnx_files import onnx_file, weight_files
 from kd_lightning.teachers import EnsembleNetwork, FrozenTeacher
 from tests.models.onnx_files import save, write_tagger
 

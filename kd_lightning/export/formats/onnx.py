@@ -17,8 +17,9 @@ from kd_lightning.export.formats import Written
 from kd_lightning.export.graph import following, trace, whole_lstms
 from kd_lightning.export.step import is_step, outputs_of, save_config, step_network
 from kd_lightning.models.causal_lm import CausalLM
-from kd_lightning.models.onnx import OnnxNetwork, open_session
+from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.onnx_files import open_session
 from kd_lightning.types import Batch
 
 if TYPE_CHECKING:
