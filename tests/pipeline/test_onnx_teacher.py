@@ -89,6 +89,27 @@ def test_stored_outputs_are_the_running_ones_and_name_the_file(
     assert other != folder  # another file, another teacher
 
 
+def test_a_file_without_a_description_has_the_datas_classes(
+    composed: Composed, tmp_path: Path, checkpoint: Path
+) -> None:
+    (checkpoint.parent / "config.json").unlink()
+    run = run_of(composed(*settings(tmp_path, checkpoint)))
+    (folder,) = build_caches(run)
+    assert folder.is_dir()
+
+
+def test_it_is_no_language_model(composed: Composed, tmp_path: Path, checkpoint: Path) -> None:
+    texts = [{"text": f"one two three and {number} more of them"} for number in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    line = [
+        "data=lm_text", f"data.train_file={tmp_path / 'texts.jsonl'}", f"teacher.checkpoint={checkpoint}",
+        "data.block_size=8", "stages=[distill]", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="an ONNX file teaches classifiers, taggers and regressions"):
+        train_all(run_of(composed(*line)))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
