@@ -42,11 +42,11 @@ from kd_lightning.training.distillation import DistillationModule, SupervisedMod
 from kd_lightning.training.module import NetworkModule
 from kd_lightning.training.objective import Objective
 from kd_lightning.types import IGNORE, Batch
-from tests.config.test_catalog import STRATEGIES, made
+from tests.config.test_catalog import ALONE, STRATEGIES, made
 from tests.conftest import write_toy_csv
 
 GLOBAL_BATCH = 16
-EACH = [(name, strategy.models[0]) for name, strategy in STRATEGIES.items() if strategy.models[0] != "language"]
+EACH = [(name, strategy.models[0]) for name, strategy in STRATEGIES.items() if strategy.models[0] not in ALONE]
 """Each strategy with its first kind of models."""
 STOPPED = 7
 """Steps from one checkpoint to the next where a training is begun again; an epoch has 16 and more."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -18,6 +20,7 @@ from transformers import BertConfig, BertModel
 from kd_lightning.cli.export_config import write
 from kd_lightning.cli.lightning import command_line
 from kd_lightning.config.instantiate import conf_dir
+from kd_lightning.data.sources.personal_data import TYPES
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import train_all
@@ -28,6 +31,7 @@ from tests.conftest import tiny_overrides, write_toy_csv
 from tests.data.images import write_fashion
 from tests.end_to_end.test_lm_experiments import SHRUNK, shrunk, small
 from tests.end_to_end.test_multi_task import NETWORKS, TASKS
+from tests.models.onnx_files import write_tagger
 from tests.toy_pairs import pairs
 from tests.toy_reviews import write_archive, write_tokenizer
 
@@ -44,6 +48,7 @@ EXPERIMENTS = [
     if not path.stem.startswith("lm_")
 ]
 PACKAGES = ["data.index_file=${oc.env:PACKAGES}", "data.train_examples=30", "data.validation_fraction=0.1"]
+TEMPLATES = ["data.texts=30", "data.transfer_texts=20", "data.held_out_texts=20"]
 CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
 
 
@@ -124,7 +129,12 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_archive(folder / "reviews", movies=30, others=10)
     texts = [f"p{n}\t{n}\t{query}\t{text}" for n, (query, text) in enumerate(pairs())]
     (folder / "packages.tsv").write_text("\n".join(["name\tsource\tsummary\ttext", *texts]) + "\n")
-    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm", "packages.tsv")}
+    write_tokenizer(folder / "rampart")
+    tags = ["O", *(f"{begin}-{kind}" for kind in TYPES for begin in "BI")]
+    (folder / "rampart" / "config.json").write_text(json.dumps({"id2label": dict(enumerate(tags))}))
+    table = np.random.default_rng(0).normal(size=(len(tokenizer), len(tags))).astype(np.float32)
+    write_tagger(folder / "rampart" / "model.onnx", table)
+    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm", "rampart", "packages.tsv")}
 
 
 @pytest.fixture
@@ -136,6 +146,7 @@ def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         "data.text.substitutes",
         "data.text.tokens",
         "models.hf",
+        "runtime.onnx_files",
     ):
         monkeypatch.setattr(f"kd_lightning.{module}.fetch", fetched.__getitem__)
 
@@ -144,7 +155,7 @@ def brief(experiment: str, steps: int) -> list[str]:
     """An experiment as it stands, with all its classes and their sizes, for fewer steps."""
     more = [f"tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS[1:]] if "multi" in experiment else []
     budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}", "validations=2"]
-    more += PACKAGES if experiment == "embed_debian" else []
+    more += {"embed_debian": PACKAGES, "ner_pii": TEMPLATES}.get(experiment, [])
     return [f"experiment={experiment}", *budget, CAPTURE, *more]
 
 

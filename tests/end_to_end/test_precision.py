@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kd_lightning.tasks import Regression
 from kd_lightning.training.distillation import SupervisedModule
 from tests import ROOT
-from tests.config.test_catalog import STRATEGIES, Data, Gradients, made
+from tests.config.test_catalog import ALONE, STRATEGIES, Data, Gradients, made
 from tests.losses.conformance import Case
 from tests.ranks import scaled
 
@@ -34,7 +34,7 @@ PRECISIONS = ("bf16-mixed", "16-mixed", "bf16-true")
 TRAININGS = [
     pytest.param(name, strategy.models[0], PRECISIONS[i % 3], marks=pytest.mark.slow if i % 4 else ())
     for i, (name, strategy) in enumerate(STRATEGIES.items())
-    if strategy.models[0] not in ("language", "embedding")
+    if strategy.models[0] not in ALONE
 ]
 """Each strategy with its first kind of models, in one of the three."""
 
