@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from trainings import ROOT, parsed, read_result, report_of, write_result
+from trainings import ROOT, parsed, percent, read_result, report_of, write_result
 
 RUNS, RESULT = ROOT / "runs" / "defaults", ROOT / "results" / "defaults.json"
 SETS: dict[str, list[str]] = {
@@ -72,20 +72,13 @@ def table() -> str:
     ]
     for budget, rows in document.items():
         for name, one in rows.items():
-            scores = [_percent(one.get(model)) for model in MODELS]
+            scores = [percent(one.get(model)) for model in MODELS]
             took = f"{one['seconds'] / 60:.0f} ({one['estimated_seconds'] / 60:.0f})" if one["seconds"] else ""
             shares = [_share(one["ratio"]), _share(one["ratio_same_start"])]
             lines.append(
                 f"| {name.replace('/', ', ')} | {budget} | {one['seeds']} | {' | '.join([*scores, *shares, took])} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def _percent(score: dict[str, Any] | None) -> str:
-    """Return a score in percent, with its deviation over seeds."""
-    if score is None or score["mean"] is None:
-        return ""
-    return f"{100 * score['mean']:.1f}" + (f" ± {100 * score['std']:.1f}" if score["std"] is not None else "")
 
 
 def _share(ratio: dict[str, Any]) -> str:

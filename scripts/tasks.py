@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from kd_lightning.evaluation.report.table import count, short
-from trainings import ROOT, parsed, read_result, report_of, write_result
+from trainings import ROOT, parsed, percent, read_result, report_of, write_result
 
 RUNS, RESULT = ROOT / "runs" / "tasks", ROOT / "results" / "tasks.json"
 TASKS = {
@@ -57,8 +57,7 @@ def table(kind: str) -> str:
         "| :-- | :-- |" + " --: |" * 7,
     ]
     for name, one in document.items():
-        models = [one["models"].get(model) for model in MODELS]
-        scores = [_written(model) for model in models]
+        scores = [percent(one["models"].get(model, {}).get("test")) for model in MODELS]
         gap = "" if one["ratio"]["mean"] is None else f"{one['ratio']['mean']:.2f}"
         ends = [one["models"]["teacher"], one["models"]["distilled"]]
         sizes = " → ".join(count(model["size"]["parameters"]) for model in ends)
@@ -71,14 +70,6 @@ def table(kind: str) -> str:
         f"\n\nScores of the test split in %; seeds: {seeds}; on {machine['cpu']} with {machine['cores']} cores "
         "(`results/tasks.json`).\n"
     )
-
-
-def _written(model: dict[str, Any] | None) -> str:
-    """Return a score in percent, with its deviation over seeds."""
-    if model is None or model["test"]["mean"] is None:
-        return ""
-    found = f"{100 * model['test']['mean']:.1f}"
-    return found if model["test"]["std"] is None else f"{found} ± {100 * model['test']['std']:.1f}"
 
 
 def main() -> None:

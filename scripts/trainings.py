@@ -163,6 +163,13 @@ def write_result(file: Path, row: dict[str, Any], *names: str) -> None:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def percent(score: dict[str, Any] | None) -> str:
+    """Return a score of a report in percent, with its deviation over seeds."""
+    if score is None or score["mean"] is None:
+        return ""
+    return f"{100 * score['mean']:.1f}" + (f" ± {100 * score['std']:.1f}" if score["std"] is not None else "")
+
+
 def without_traceback(main: Callable[[], None]) -> None:
     """Run a script; a user's mistake ends it in one line."""
     from kd_lightning.runtime.errors import KDError

@@ -19,7 +19,7 @@ _TYPES = {
 }  # fmt: skip
 _PACKED = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}
 """Operators whose weights are packed, and which of their inputs belong to these."""
-_SCALES = {"DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "MatMulInteger": (2, 3), "DynamicQuantizeLSTM": ()}
+_SCALES = {"DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "MatMulInteger": (2, 3)}
 """Operators and those of their inputs that are scales and zero points."""
 
 

@@ -42,6 +42,11 @@ def near(file: Path) -> list[Path]:
     return [file.parent, file.parent / "tokenizer", file.parent.parent]
 
 
+def missing_extra(file: Path) -> ConfigError:
+    """Return the refusal of a file where what reads it is not installed."""
+    return ConfigError(f"{file} needs onnx and onnxruntime: pip install 'kd-lightning[export]'")
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """Return what onnxruntime raises for a file or an input that it refuses."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -54,11 +59,14 @@ def weight_files(file: Path) -> list[Path]:
     """Return a file and those beside it that it keeps weights in.
 
     Raises:
+        ConfigError: onnx is not installed.
         KDError: It is no ONNX file, or one of them is missing or outside of its folder.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise missing_extra(file) from error
     try:
         tensors = onnx.load(str(file), load_external_data=False).graph.initializer
     except DecodeError as error:
@@ -86,7 +94,7 @@ def open_session(file: Path, threads: int) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ConfigError(f"{file} needs onnxruntime: pip install 'kd-lightning[export]'") from error
+        raise missing_extra(file) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -24,6 +24,18 @@ def save(path: Path, nodes: list[Any], inputs: list[str], outputs: list[str], **
     return path
 
 
+def keep_weights_in(path: Path, table: NDArray[np.float32], location: str) -> None:
+    """Have a tagger's file name another one, which is not written, as the place of its table."""
+    model = onnx.load(str(path))
+    [tensor] = [one for one in model.graph.initializer if one.name == "table"]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("length", str(table.nbytes))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    path.write_bytes(model.SerializeToString())
+
+
 def write_tagger(path: Path, table: NDArray[np.float32]) -> Path:
     """Logits (B, L, C): of each token the row of `table` (V, C) by its id."""
     nodes = [

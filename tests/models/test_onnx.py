@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import helper
@@ -17,7 +17,7 @@ from kd_lightning.models.size import count_parameters
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.onnx_files import onnx_file, weight_files
 from kd_lightning.teachers import EnsembleNetwork, FrozenTeacher
-from tests.models.onnx_files import save, write_tagger
+from tests.models.onnx_files import keep_weights_in, save, write_tagger
 
 TABLE = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
 IDS = torch.tensor([[1, 2, 3], [6, 5, 0]])
@@ -108,14 +108,7 @@ def test_weights_outside_its_folder_are_not_read(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "secret.bin").write_bytes(TABLE.tobytes())
-    model = onnx.load(str(write_tagger(inside / "model.onnx", TABLE)))
-    [table] = [one for one in model.graph.initializer if one.name == "table"]
-    table.ClearField("raw_data")
-    table.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", "../secret.bin"), ("length", str(TABLE.nbytes))):
-        entry = table.external_data.add()
-        entry.key, entry.value = key, value
-    (inside / "model.onnx").write_bytes(model.SerializeToString())
+    keep_weights_in(write_tagger(inside / "model.onnx", TABLE), TABLE, "../secret.bin")
     with pytest.raises(KDError, match="escapes model directory"):
         OnnxNetwork(inside / "model.onnx")
     with pytest.raises(KDError, match="names weights outside of its folder"):
@@ -129,14 +122,7 @@ def test_a_file_that_is_not_there_names_its_key(tmp_path: Path) -> None:
 
 
 def test_weights_in_files_beside_it_count_as_its_own(tmp_path: Path) -> None:
-    model = onnx.load(str(write_tagger(tmp_path / "model.onnx", TABLE)))
-    [table] = [one for one in model.graph.initializer if one.name == "table"]
-    table.ClearField("raw_data")
-    table.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", "weights.bin"), ("length", str(TABLE.nbytes))):
-        entry = table.external_data.add()
-        entry.key, entry.value = key, value
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    keep_weights_in(write_tagger(tmp_path / "model.onnx", TABLE), TABLE, "weights.bin")
     with pytest.raises(KDError, match=r"keeps weights in weights\.bin, which is not beside it"):
         weight_files(tmp_path / "model.onnx")
     (tmp_path / "weights.bin").write_bytes(TABLE.tobytes())
@@ -150,3 +136,11 @@ def test_weights_in_files_beside_it_count_as_its_own(tmp_path: Path) -> None:
 def test_a_batch_that_it_cannot_compute_is_one_line(network: OnnxNetwork, ids: list[list[int]]) -> None:
     with pytest.raises(KDError, match=r"model.onnx cannot compute input_ids of shape \[1, 3\]: [^\n]+$"):
         network(input_ids=torch.tensor(ids))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_without_the_extra_one_line_names_it(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tagger(tmp_path / "model.onnx", TABLE)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"needs onnx and onnxruntime: pip install 'kd-lightning\[export\]'"):
+        weight_files(path) if package == "onnx" else OnnxNetwork(path)
