@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHIPPED := runs/quickstart/onnx-int8
 
-.PHONY: demo test test-all lint type install clean
+.PHONY: demo test test-all lint type docs install clean
 
 demo: $(READY)
 	@$(BIN)/kd-train experiment=quickstart
@@ -18,7 +18,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal --durations=40
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,6 +26,10 @@ lint: $(READY)
 
 type: $(READY)
 	$(BIN)/mypy
+
+# The site of docs/ in build/site, without a network; a dead link is an error.
+docs: $(READY)
+	$(BIN)/python scripts/build_docs.py
 
 install: $(READY)
 

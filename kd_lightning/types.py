@@ -19,19 +19,30 @@ Batch = dict[str, Tensor]
   the document, and so are errors of means over them
 * `labels`: `(B,)` or `(B, L)` int64, `IGNORE` where there is no label; scores to regress are float32, NaN where none
 * `keep`: `(B, L)` bool, which rows of logits count
+* `masked_places`: `(B, M)` int64, where the masked tokens of a text are: logits are of these alone, and so are
+  `labels`, `keep` and `of_document`, `(B, M)`
 * `index`: `(B,)` int64, each example's stable position in its data set
 * `task`: `(B,)` int64, which of several tasks an example is of (`kd_lightning.tasks.MultiTask`)
 * `begins`: `(B, L)` bool, which kept tokens begin a word; absent where each does
 * `window_of`: `(B,)` int64, the number of the text that a row is a window of; -1 where it is a whole text
+* `question`: `(B,)` int64, the number of the question that a row is a window of: logits are of starts and ends of spans
 * `group`, `place`, `text`: `(B,)` int64, of pairs and triplets of texts: the number of a text's own, 0 where it is the
   query, 1 the positive and more a negative, and a number that equal texts have in common
 * `score`: `(B,)` float32, how similar the two texts of a pair are, NaN where nobody has scored them
 * `spans`: `(B, M, 4)` int64, where student's and teacher's tokens of the same text begin and end, of other tokenizers
-* `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's
+* `teacher_rows`: `(B, L')` bool, which of the teacher's tokens stand for those that `keep` has, in the same order
+* `teacher_*`: the same entries for a teacher whose tokenizer differs from the student's; `teacher_keep` `(B, L')` are
+  the rows of its own logits that are stored
 """
+
+NEXT_LOG_PROB = "next_log_prob"
+"""The feature `(B, L, 1)` of a language model: the log probability of each row's next token, 0 in the last row."""
 
 IGNORE = -100
 """The label that counts nowhere: neither in a loss nor in a metric (torch's `ignore_index` default)."""
+
+START, END = 1, 2
+"""The bits of a position's label, where labels are of spans: one starts there, one ends there."""
 
 AT_ONCE = 2**20
 """How many logits a CPU goes through together when the largest are looked for: they stay in its cache."""

@@ -23,7 +23,7 @@ from kd_lightning.runtime.files import write_file
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
     "start", "overhead", "cached", "online", "padding", "cache_io", "vocabulary", "scaling", "sweep", "peers",
-    "lm_step", "lm_memory", "lm_cache", "lm_corpus", "lm_peers",
+    "lm_step", "lm_logits", "lm_memory", "lm_cache", "lm_corpus", "lm_peers", "embed_peers", "deploy",
 )  # fmt: skip
 
 

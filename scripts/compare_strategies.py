@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.evaluation.report.style import COLOURS, MARKERS, SMALL, TITLE, Dot, dots, new_figure
 from trainings import (
     ROOT,
     Job,
@@ -156,24 +157,30 @@ def _add_minutes(started: float) -> None:
 
 
 def picture(content: dict[str, Any]) -> None:
-    """Draw each strategy's test accuracy, with a bar for one standard deviation over the seeds."""
-    from matplotlib.figure import Figure
-
-    rows = sorted(content["strategies"], key=lambda row: row["test"]["mean"])
+    """Draw each strategy's test accuracy, the best first, with a bar for one standard deviation over the seeds."""
+    rows = sorted(content["strategies"], key=lambda row: -row["test"]["mean"])
     base = next(row for row in rows if row["name"] == "labels_only")["test"]["mean"]
-    figure = Figure(figsize=(7.5, 1.2 + 0.22 * len(rows)), layout="constrained")
+    figure = new_figure(8, 1.2 + 0.22 * len(rows))
     axes = figure.add_subplot()
-    colours = ["#E69F00" if row["name"] == "labels_only" else "#0072B2" for row in rows]
-    means, deviations = [100 * row["test"]["mean"] for row in rows], [100 * row["test"]["std"] for row in rows]
-    axes.barh([row["name"] for row in rows], means, xerr=deviations, color=colours, ecolor="#444444", capsize=2)
-    axes.axvline(100 * base, color="#E69F00", linewidth=1, linestyle="--")
-    axes.set_xlim(left=min(means) - 4)
+    roles = ["baseline" if row["name"] == "labels_only" else "distilled" for row in rows]
+    some = zip(rows, roles, strict=True)
+    dots(
+        axes,
+        [Dot(row["name"], *_percents(row["test"]), COLOURS[role], MARKERS[role]) for row, role in some],
+        "{:.1f}".format,
+    )
+    axes.axvline(100 * base, color=COLOURS["baseline"], linewidth=1, linestyle="--", zorder=0)
+    means = [100 * row["test"]["mean"] for row in rows]
+    axes.set_xlim(min(means) - 1, max(means) + 1)  # whatever the bars
     axes.set_xlabel(f"test accuracy, % (mean and standard deviation of {content['seeds']} seeds); dashed: labels only")
-    axes.set_title("One student, one budget, every strategy", fontsize=11)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.margins(y=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("One student, one budget, every strategy", fontsize=TITLE)
+    axes.tick_params(axis="y", labelsize=SMALL)
     figure.savefig(ROOT / "results" / "strategies.png", dpi=150)
+
+
+def _percents(score: dict[str, Any]) -> tuple[float, tuple[float, float]]:
+    mean, deviation = 100 * score["mean"], 100 * score["std"]
+    return mean, (mean - deviation, mean + deviation)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.cli.benchmark import show
-from kd_lightning.export.benchmark import document, markdown, measure, picture, subjects_of, write
-from kd_lightning.export.write import export, plan
+from kd_lightning.export.benchmark import document, in_eight_bits, measure, subjects_of
+from kd_lightning.export.benchmark_files import markdown, picture, write
+from kd_lightning.export.write import export, filled, plan
 from kd_lightning.runtime.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +79,14 @@ def main() -> None:
         folders += [given.layers, *exports(given.layers, LAYERS)]
     subjects, stage = subjects_of(folders, given.threads)
     command = shlex.join(["python", *sys.argv])
-    result = document(measure(subjects, stage, given.threads), command, given.threads, str(given.run))
-    result["goals"] = goals(result, given.run, given.layers)
     out = given.run / "export" / "benchmark"
     shutil.rmtree(out, ignore_errors=True)  # ours, of an earlier call
-    write(result, out)
+    with filled(out) as folder:
+        rivals, unmeasured = in_eight_bits(subjects, folder, given.threads, given.run / "benchmark")
+        rows = measure([subjects[0], *rivals, *subjects[1:]], stage, given.threads)
+        result = document(rows, command, given.threads, str(given.run), unmeasured)
+        result["goals"] = goals(result, given.run, given.layers)
+        write(result, folder)
     write_file(ROOT / "results" / "export.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     picture(result, ROOT / "results" / "export.png")
     show(result, out)

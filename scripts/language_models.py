@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.evaluation.report.pictures import COLOURS, MARKERS, new_figure
+from kd_lightning.evaluation.report.style import COLOURS, MARKERS, new_figure
 from kd_lightning.evaluation.report.table import short
 from trainings import ROOT, parsed, read_result, report_of, write_result
 
@@ -58,7 +58,7 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
         "models": {
             name: {
                 "test": {score: one["test"].get(score) for score in SCORES}, "draft": one.get("draft"),
-                "generation": one.get("generation"), "parameters": one.get("parameters"),
+                "generation": one.get("generation"), "parameters": one.get("size", {}).get("parameters"),
             }
             for name, one in models.items()
         },
@@ -80,29 +80,6 @@ def table() -> str:
                 scores = [_written(one["models"][model]["test"][score]) for score in SCORES]
                 lines.append(f"| {name} | {title} | {' | '.join(scores)} | {one['seeds']} |")
     return "\n".join(lines) + "\n"
-
-
-def quickstart() -> str:
-    """Return README.md's sentence about `experiment=lm_quickstart`, from results/lm.json."""
-    document = read_result(RESULT)
-    if "lm_quickstart" not in document:
-        return "Not measured yet: `python scripts/language_models.py`.\n"
-    one = document["lm_quickstart"]
-    tests = {name: model["test"] for name, model in one["models"].items()}
-    start = "baseline_initialised" if "baseline_initialised" in tests else "baseline"
-    perplexity, kl, same = (
-        {name: test[score] and test[score]["mean"] for name, test in tests.items()}
-        for score in ("perplexity", "kl_to_teacher", "agreement")
-    )
-    minutes, machine = sum(one["stages_seconds"].values()) / 60, one["environment"]
-    return (
-        f"On held-out State of the Union addresses the distilled student has a perplexity of "
-        f"{perplexity['distilled']:.0f}, the same student from text alone {perplexity[start]:.0f} (the teacher "
-        f"{perplexity['teacher']:.0f}). Its KL to the teacher is {kl['distilled']:.2f} nats a token, of the other "
-        f"{kl[start]:.2f}. Its likeliest token is the teacher's for {100 * same['distilled']:.0f}% of tokens, of the "
-        f"other for {100 * same[start]:.0f}%. Measured with {one['seeds']} seed{'s' * (one['seeds'] > 1)} in "
-        f"{minutes:.0f} minutes on {machine['cpu']} with {machine['cores']} cores (`results/lm.json`).\n"
-    )
 
 
 def costs() -> str:

@@ -1,7 +1,10 @@
-"""Write docs/strategies.md from conf/distillation/*.yaml, the losses' docstrings and results/strategies.json.
+"""Write the pages of docs/ that files describe.
 
-python scripts/make_docs.py            write it
-python scripts/make_docs.py --check    fail if it is not what they say
+strategies.md: from conf/distillation/*.yaml, the losses' docstrings and results/strategies.json.
+configuration.md: from the commands' docstrings, the comments of conf/*/*.yaml and the docs of the configuration's keys.
+
+python scripts/make_docs.py            write them
+python scripts/make_docs.py --check    fail if they are not what the files say
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ import json
 import re
 import sys
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.cli.__main__ import commands
 from kd_lightning.config.catalog import Strategy, strategies
+from kd_lightning.config.help import keys
 from kd_lightning.config.instantiate import build, conf_dir
 from kd_lightning.losses.layers import LayerwiseTerm
 from kd_lightning.losses.term import Term
@@ -25,7 +31,21 @@ from kd_lightning.pipeline.resolvers import register_resolvers
 from kd_lightning.training.objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "strategies.md"
+GROUPS = {
+    "model": "`model@student=NAME` and `model@teacher.network=NAME`",
+    "data": "`data=NAME`; their keys: [data sets to try](data.md) and the tasks' pages",
+    "distillation": "`distillation=NAME`; formulas and papers: [strategies](strategies.md)",
+    "experiment": "`experiment=NAME`: a whole run, of which any key can be set",
+    "goal": "`goal=NAME`", "optimizer": "`optimizer=NAME`", "scheduler": "`scheduler=NAME`",
+    "trainer": "`trainer=NAME`", "logger": "`logger=NAME`", "sweep": "`sweep=NAME`",
+    "hydra/launcher": "`hydra/launcher=NAME`; `basic`, Hydra's own, runs one point after another",
+}  # fmt: skip
+"""How a choice of each group is named on a command line."""
+OWN_FILES = (
+    "text_files", "image_folder", "token_files", "question_files", "embedding_files", "ranking_files", "lm_text",
+    "chat",
+)  # fmt: skip
+"""Data whose keys have a table."""
 MATH = re.compile(r"^\.\. math::(.*(?:\n(?:[ \t]+.*|\s*(?=\n[ \t])))*)", re.MULTILINE)
 SHOWN_ONCE = ("CrossEntropyLoss", "SoftTargetLoss", "PairLabelsLoss")
 """Terms that many strategies have beside their own."""
@@ -42,6 +62,7 @@ student: [comparison.md](comparison.md). `python scripts/make_docs.py` writes th
 @cache
 def configuration() -> DictConfig:
     """Compose the configuration that a strategy's file refers to."""
+    register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config")
 
@@ -109,8 +130,7 @@ def _weight(weight: Any) -> str:
 
 
 def page() -> str:
-    """Return the whole page."""
-    register_resolvers()
+    """Return the whole page of strategies."""
     path = ROOT / "results" / "strategies.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["strategies"] if path.is_file() else []
     measured = {row["name"]: row for row in rows}
@@ -121,16 +141,80 @@ def page() -> str:
     return "\n".join([INTRO, *index, "", *(section(strategy, measured, base) for strategy in found)])
 
 
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of the comment that a configuration file begins with."""
+    lines = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=[.]) (?=[A-Z`])", comment)[0].rstrip(".")
+
+
+def choices(group: str, how: str) -> list[str]:
+    """Return the part of a group of configuration files."""
+    files = sorted((conf_dir() / group).glob("*.yaml"))
+    rows = [f"| `{path.stem}` | {_cell(first_sentence(path))} |" for path in files]
+    return [f"### `{group}`", "", f"{how}.", "", "| choice | what |", "| :-- | :-- |", *rows, ""]
+
+
+def configuration_page() -> str:
+    """Return the page of commands, choices and keys."""
+    lines = [
+        "# Commands, choices, keys", "",
+        "`KEY=VALUE` behind a command sets a key, `GROUP=NAME` picks a file of `conf/GROUP/`, and `kd-train --help` "
+        "prints all of them. `--config-dir FOLDER` adds groups of your own. `python scripts/make_docs.py` writes this "
+        "page.", "",
+        "## Commands", "", "| command | what |", "| :-- | :-- |",
+        *(f"| `kd {name}`, `kd-{name}` | {_cell(about)} |" for name, (_, about) in commands().items()), "",
+        "## Choices", "",
+        *(line for group, how in GROUPS.items() for line in choices(group, how)),
+        "## Keys", "",
+    ]  # fmt: skip
+    for name in OWN_FILES:
+        lines += data_keys(name)
+    for title, group in keys(configuration()).items():
+        lines += [f"### {title}", "", "| key | as it stands | takes | what |", "| :-- | :-- | :-- | :-- |"]
+        lines += [f"| `{k.path}` | {_value(k.value)} | {k.takes} | {_cell(k.doc)} |" for k in group]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def data_keys(name: str) -> list[str]:
+    """Return the part of the keys of a file of conf/data, with the comments before them."""
+    lines = [f"### Keys of `data={name}`", "", "| key | as it stands | what |", "| :-- | :-- | :-- |"]
+    comment: list[str] = []
+    after_key = True
+    for line in (conf_dir() / "data" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1:]:
+        if line.startswith("#"):
+            comment = [*([] if after_key else comment), line[1:].strip()]
+            after_key = False
+            continue
+        after_key = True
+        key, _, value = line.partition(": ")
+        if key != "_target_":  # a key without a comment of its own shares the one before
+            lines.append(f"| `data.{key}` | `{value}` | {_cell(' '.join(comment))} |")
+    return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _value(value: str | None) -> str:
+    return "a group" if value is None else f"`{value}`"
+
+
+def pages() -> dict[str, str]:
+    """Return the pages by their files' names; strategies are built with the configuration, so theirs is the last."""
+    return {"configuration.md": configuration_page(), "strategies.md": page()}
+
+
 def main() -> None:
     """Entry point."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        sys.exit(
-            "docs/strategies.md is not what the files say: python scripts/make_docs.py"
-            if PAGE.read_text() != text
-            else 0
-        )
-    PAGE.write_text(text, encoding="utf-8")
+    for name, text in pages().items():
+        path = ROOT / "docs" / name
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"docs/{name} is not what the files say: python scripts/make_docs.py")
 
 
 if __name__ == "__main__":

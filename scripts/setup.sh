@@ -23,7 +23,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # torch first and by its exact version: asked for as a dependency, pip may take a build several gigabytes larger.
 torch=$(grep '^torch==' constraints.txt)
-for args in "$torch" "-e .[dev,export,faker,hub,lm,slurm,sweep]"; do
+for args in "$torch" "-e .[dev,docs,export,faker,hub,lm,slurm,sweep]"; do
   # shellcheck disable=SC2086
   if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt $args >"$log" 2>&1; then
     # Whether the registry answers at all is asked of it: pip's own last words depend on what it had found before.
@@ -34,3 +34,4 @@ for args in "$torch" "-e .[dev,export,faker,hub,lm,slurm,sweep]"; do
     fail "installing $args failed (above)"
   fi
 done
+echo "setup: done; next: source $venv/bin/activate, then kd-doctor checks the installation"

@@ -40,6 +40,18 @@ import torch
 
 import findings
 from findings import AS_IT_STANDS, FOLDS_LINE, LABELS_LINE, SOFT_LINE, START_LINE, TRUST_LINE, Curves
+from kd_lightning.evaluation.report.style import (
+    COLOURS,
+    MARKERS,
+    SERIES,
+    SMALL,
+    TITLE,
+    End,
+    name_lines,
+    name_rows,
+    new_figure,
+    tidy,
+)
 from recipes import TRANSFER, teacher_of, train_teacher, trained_teachers
 from recipes import jobs as recipe_jobs
 from trainings import (
@@ -411,55 +423,85 @@ def measure(name: str, points: Sequence[Point]) -> Curves:
 
 
 STYLES: dict[str, dict[str, Any]] = {
-    LABELS_LINE: {"color": "#555555", "linestyle": "--"},
-    START_LINE: {"color": "#111111", "linestyle": ":"},
-}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe & Ito's, told apart by all
+    LABELS_LINE: {"color": COLOURS["baseline"], "marker": MARKERS["baseline"], "linestyle": "--"},
+    START_LINE: {
+        "color": COLOURS["baseline_initialised"], "marker": MARKERS["baseline_initialised"], "linestyle": ":",
+    },
+}  # fmt: skip
+OTHERS = tuple(colour for colour in SERIES if colour not in {style["color"] for style in STYLES.values()})
 
 
 def picture(name: str, curves: Curves) -> None:
-    """Draw the curves with a bar for one standard deviation over the seeds; of sensitivity a panel a temperature."""
-    from matplotlib.figure import Figure
+    """Draw the curves with a bar for one standard deviation over the seeds; of sensitivity a panel a temperature.
 
+    Settings that are names, with nothing between them, are rows, the best first.
+    """
     study = STUDIES[name]
-    percent = 100 if study.score == "accuracy" else 1
     panels = list(dict.fromkeys(line.split(", ")[0] for line in curves if line.startswith("T "))) or [""]
-    figure = Figure(figsize=(max(7.5, 4 * len(panels)), 4.8), layout="constrained")
+    names = [point["x"] for point in max(curves.values(), key=len) if isinstance(point["x"], str)]
+    figure = new_figure(max(8.5, 4 * len(panels)), 2.2 + 0.3 * len(names) if names else 4.8)
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    score = "test accuracy, %" if study.score == "accuracy" else "test calibration error (ECE)"
     for panel, axes in zip(panels, row, strict=True):
-        shown = [line for line in curves if not panel or line in STYLES or line.split(", ")[0] == panel]
-        lines = {line: curves[line] for line in shown}
-        colours = iter(COLOURS)
-        for number, (line, points) in enumerate(lines.items()):
-            style = STYLES.get(line) or {"color": next(colours), "linestyle": "-"}
-            x = [point["x"] for point in points]
-            if isinstance(x[0], str):  # names have nothing between them
-                style = {**style, "linestyle": ""}
-                names = [point["x"] for point in max(lines.values(), key=len)]
-                x = [names.index(one) + 0.15 * (number - (len(lines) - 1) / 2) for one in x]
-                crowded = {"rotation": 35, "ha": "right"} if len(names) > 6 else {}
-                axes.set_xticks(range(len(names)), names, **crowded)
-            y = [percent * point["test"]["mean"] for point in points]
-            bars = [percent * point["test"]["std"] for point in points]
-            label = line.removeprefix(f"{panel}, ") if panel else line
-            drawn = axes.errorbar(x, y, bars, marker="o", markersize=5, capsize=3, label=label, **style)
-            if name == "stage_budget":
-                axes.plot(x[0], y[0], "o", color="white", markeredgecolor=drawn[0].get_color(), markersize=6, zorder=3)
-        if study.logarithmic:
-            _label_decades(axes, {point["x"] for points in lines.values() for point in points})
-        axes.set_title(panel, fontsize=10)
-        axes.set_xlabel(study.x_label)
-        axes.spines[["top", "right"]].set_visible(False)
+        lines = {line: curves[line] for line in curves if not panel or line in STYLES or line.split(", ")[0] == panel}
+        (_rows if names else _lines)(axes, study, lines, panel, score)
+        axes.set_title(panel, fontsize=TITLE)
     if name == "stage_budget":
         best = findings.front(curves)
         row[0].plot([one[0] for one in best], [100 * one[1] for one in best], color="#bbbbbb", linewidth=5, zorder=0)
+        for line, *_ in row[0].containers:
+            x, y = (values[0] for values in line.get_data())
+            hollow = {"color": "white", "markeredgecolor": line.get_color(), "zorder": 3}
+            row[0].plot(x, y, marker=line.get_marker(), markersize=6, **hollow)
         row[0].set_title(
-            "hollow: from labels, filled: distilled, grey: nothing on reviews is faster and better", fontsize=9
+            "hollow: from labels, filled: distilled, grey: nothing on reviews is faster and better", fontsize=SMALL
         )
-    row[0].set_ylabel("test accuracy, %" if study.score == "accuracy" else "test calibration error (ECE)")
-    figure.suptitle(f"{study.question}\n(mean and standard deviation of {len(SEEDS)} seeds)", fontsize=10)
-    figure.legend(*row[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    figure.suptitle(f"{study.question}\n(mean and standard deviation of {len(SEEDS)} seeds)", fontsize=TITLE)
+    if names and len(curves) > 1:
+        handles = row[0].get_legend_handles_labels()
+        figure.legend(*handles, fontsize=SMALL, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(RESULTS / f"{name}.png", dpi=150)
+
+
+def _styled(lines: Curves) -> list[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
+    """Return each line with its points and how it is drawn."""
+    colours = iter(OTHERS if STYLES.keys() & lines.keys() else SERIES)
+    plain = {"marker": MARKERS["distilled"], "linestyle": "-"}
+    return [(line, points, STYLES.get(line) or plain | {"color": next(colours)}) for line, points in lines.items()]
+
+
+def _lines(axes: Any, study: Study, lines: Curves, panel: str, score: str) -> None:
+    """Draw the points of each line over numbers, with its name at the end."""
+    percent = 100 if study.score == "accuracy" else 1
+    ends: list[End] = []
+    for line, points, style in _styled(lines):
+        y = [percent * point["test"]["mean"] for point in points]
+        bars = [percent * point["test"]["std"] for point in points]
+        axes.errorbar([point["x"] for point in points], y, bars, markersize=5, capsize=3, **style)
+        if line not in STYLES or axes.get_subplotspec().is_last_col():  # what all panels have is named once
+            name = line.removeprefix(f"{panel}, ") if panel else line
+            ends.append(End(points[-1]["x"], y[-1], name, style["color"]))
+    if study.logarithmic:
+        _label_decades(axes, {point["x"] for points in lines.values() for point in points})
+    axes.set_xlabel(study.x_label)
+    axes.set_ylabel(score if axes.get_subplotspec().is_first_col() else "")
+    tidy(axes)
+    name_lines(axes, ends)
+
+
+def _rows(axes: Any, study: Study, lines: Curves, panel: str, score: str) -> None:
+    """Draw the points of each line in rows that have names, the best first."""
+    means: dict[str, list[float]] = {}
+    for point in (point for points in lines.values() for point in points):
+        means.setdefault(point["x"], []).append(point["test"]["mean"])
+    order = sorted(means, key=lambda x: -max(means[x]))
+    for number, (line, points, style) in enumerate(_styled(lines)):
+        y = [order.index(point["x"]) + 0.12 * (number - (len(lines) - 1) / 2) for point in points]
+        x, bars = ([100 * point["test"][key] for point in points] for key in ("mean", "std"))
+        axes.errorbar(x, y, xerr=bars, markersize=5, capsize=2, label=line, **{**style, "linestyle": "none"})
+    name_rows(axes, order)
+    axes.set_xlabel(score)
+    axes.set_ylabel(study.x_label)
 
 
 def _label_decades(axes: Any, numbers: set[float]) -> None:

@@ -163,11 +163,16 @@ def write_result(file: Path, row: dict[str, Any], *names: str) -> None:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def written(score: dict[str, Any] | None, write: Callable[[float], str]) -> str:
+    """Return a score of a report with its deviation over seeds; nothing where there is none."""
+    from kd_lightning.evaluation.report.table import spread as mean_and_deviation
+
+    return "" if score is None or score["mean"] is None else mean_and_deviation(score, write)
+
+
 def percent(score: dict[str, Any] | None) -> str:
     """Return a score of a report in percent, with its deviation over seeds."""
-    if score is None or score["mean"] is None:
-        return ""
-    return f"{100 * score['mean']:.1f}" + (f" ± {100 * score['std']:.1f}" if score["std"] is not None else "")
+    return written(score, lambda value: f"{100 * value:.1f}")
 
 
 def without_traceback(main: Callable[[], None]) -> None:

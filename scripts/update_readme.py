@@ -22,11 +22,13 @@ from typing import Any
 
 import advice
 import defaults
+import kinds
 import language_models
 import tasks
 from faults.page import table as fault_table
 from kd_lightning.evaluation.report import load_report, markdown_table, summary
-from kd_lightning.export.benchmark import markdown
+from kd_lightning.evaluation.report.style import COLOURS, GREY, TITLE, Dot, dots, new_figure
+from kd_lightning.export.benchmark_files import markdown
 from trainings import closed, gain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +117,7 @@ NO_RECIPES = "Not measured yet: `python scripts/recipes.py`, then `--final`, whi
 
 
 def recipes() -> str:
-    """Return the README's main table, each recipe's student beside its teacher, from results/quality.json."""
+    """Return docs/recipes.md's first table, each recipe's student beside its teacher, from results/quality.json."""
     if (content := _recipes()) is None:
         return NO_RECIPES
     lines = ["| recipe | student | teacher | from labels | distilled | gap closed |", "| :-- | :-- |" + " --: |" * 4]
@@ -295,35 +297,41 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def picture() -> None:
-    """Draw how long each library takes for the same distillation."""
-    from matplotlib.figure import Figure
-
+    """Draw how long each library takes for the same distillation, the fastest first."""
     measures = _read(ROOT / "results" / "benchmarks" / "peers.json")["measures"]
     seconds = [measure for measure in measures if measure["unit"] == "s"]
     students = list(dict.fromkeys(measure["name"].split(": ")[0] for measure in seconds))
-    figure = Figure(figsize=(10, 1.2 + 0.32 * len(seconds) / len(students)), layout="constrained")
+    figure = new_figure(10, 1.2 + 0.3 * len(seconds) / len(students))
     for axes, student in zip(figure.subplots(1, len(students), sharex=True, squeeze=False)[0], students, strict=True):
-        rows = [m for m in seconds if m["name"].startswith(f"{student}: ")]
-        rows.sort(key=lambda measure: -measure["median"])
-        names = [measure["name"].split(": ", 1)[1] for measure in rows]
-        spread = [[m["median"] - m["low"] for m in rows], [m["high"] - m["median"] for m in rows]]
-        colours = ["#1b6ca8" if name.startswith("ours") else "#b0b0b0" for name in names]
-        bars = axes.barh(names, [m["median"] for m in rows], xerr=spread, color=colours, ecolor="#444444", capsize=2)
-        axes.bar_label(bars, [f" {m['median']:.1f} s" for m in rows], padding=4, fontsize=9)
-        axes.set_title(f"MiniLM-L6 to {student}", fontsize=11)
+        rows = sorted((m for m in seconds if m["name"].startswith(f"{student}: ")), key=lambda m: m["median"])
+        named = [(row["name"].split(": ", 1)[1], row) for row in rows]
+        colours = [COLOURS["distilled"] if name.startswith("ours") else GREY for name, _ in named]
+        some = zip(named, colours, strict=True)
+        dots(
+            axes,
+            [Dot(name, row["median"], (row["low"], row["high"]), colour) for (name, row), colour in some],
+            "{:.1f} s".format,
+        )
+        axes.set_xlim(left=0)
+        axes.set_title(f"MiniLM-L6 to {student}", fontsize=TITLE)
         axes.set_xlabel("seconds (median; lowest to highest)")
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "results" / "peers.png", dpi=150)
 
 
+def quickstart_sentence() -> str:
+    """Return README.md's sentence about `experiment=quickstart`, from results/quickstart.json."""
+    return summary(load_report(ROOT / "results" / "quickstart.json")) + "\n"
+
+
 TABLES = {
+    "kinds": kinds.table, "quickstart_sentence": quickstart_sentence,
     "benchmarks": benchmarks, "gpu": gpu, "strategies": strategies, "export": exports, "sweep": sweep,
     "recipes": recipes, "recipe_goals": recipe_goals, "recipe_details": recipe_details, "recipe_tasks": recipe_tasks,
     "recipe_minutes": recipe_minutes, "faults": faults, "advice": advice.table, "defaults": defaults.table,
-    "lm": language_models.table, "lm_quickstart": language_models.quickstart,
-    "lm_costs": language_models.costs, "tags": partial(tasks.table, "token classification"),
-    "embeddings": partial(tasks.table, "sentence embedding"),
+    "lm": language_models.table, "lm_costs": language_models.costs,
+    "tags": partial(tasks.table, "token classification"),
+    "embeddings": partial(tasks.table, "sentence embedding"), "questions": partial(tasks.table, "question answering"),
+    "ranking": partial(tasks.table, "ranking"), "masked": partial(tasks.table, "masked language modelling"),
     **{f"ablation_{name}": partial(ablation, name) for name in ("reviews_bilstm", "reviews_3layer", "fashion_resnet")},
 }  # fmt: skip
 

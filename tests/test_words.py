@@ -28,8 +28,17 @@ BANNED = {
 """What it is instead: predicts, predictions, teacher outputs; the teacher runs; preflight; chance score."""
 
 ALLOWED = (
-    "question answering", "extractive QA",
+    "question answering", "Question answering", "question_answering", "question-answering", "extractive QA",
 )  # fmt: skip
+
+OF_QUESTIONS = (
+    "docs/question_answering.md", "docs/configuration.md",
+    "conf/data/question_files.yaml", "conf/data/debian_questions.yaml",
+    "tasks/question_answering.py", "tasks/spans.py", "data/text/questions.py", "data/text/question_windows.py",
+    "data/text/question_data.py", "data/sources/question_files.py", "data/sources/question_reader.py",
+    "data/sources/debian_questions.py", "evaluation/question_spans.py",
+)  # fmt: skip
+"""Where an answer is what a question of extractive question answering has, in SQuAD's words: the noun alone."""
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = sorted((ROOT / "kd_lightning").rglob("*.py"))
@@ -43,6 +52,8 @@ def test_no_banned_words() -> None:
         text = path.read_text(encoding="utf-8")
         for phrase in ALLOWED:
             text = text.replace(phrase, "")
+        if str(path).endswith(OF_QUESTIONS):
+            text = re.sub(r"answers?(?![A-Za-z])", "", text, flags=re.IGNORECASE)
         lines = enumerate(text.splitlines(), 1)
         found += [f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in lines if pattern.search(line)]
     assert not found, "\n".join(found)

@@ -19,24 +19,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.data.corpus import chat
+from kd_lightning.data.corpus import alignment, chat, masking
 from kd_lightning.data.corpus import store as corpus
 from kd_lightning.data.corpus.blocks import Packing, cut
 from kd_lightning.data.corpus.conversations import Conversation
 from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
-from kd_lightning.data.text import augment, tokens, words
+from kd_lightning.data.text import augment, lists, negatives, question_windows, ranking, tokens, words
 from kd_lightning.data.text import embedding as pairs
+from kd_lightning.data.text.grouped import GroupDataset
 from kd_lightning.data.text.groups import TextGroup
+from kd_lightning.data.text.questions import Answer, Question
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours
 from kd_lightning.data.text.tagged import Place, TaggedText, split_words
 from kd_lightning.models import (
+    bi_encoder,
     bilstm,
     causal_lm,
     cnn,
     continuation,
     embedding,
     hf,
+    masked_lm,
     sentence_encoder,
     simkd,
     static_embedding,
@@ -46,7 +50,7 @@ from kd_lightning.models.adapt import run_network
 from kd_lightning.teachers import frozen, sampled
 from kd_lightning.teachers.cache import manifest
 from kd_lightning.teachers.cache.outputs import Storage, decode, encode, specs_of
-from kd_lightning.types import ModelOutput
+from kd_lightning.types import NEXT_LOG_PROB, ModelOutput
 from tests.models.tiny import batch as a_batch
 from tests.models.tiny import tiny
 
@@ -105,6 +109,15 @@ def make_words() -> Any:
     return [getattr(windows, name).tolist() for name in ("tokens", "offsets", "words", "texts")]
 
 
+def make_question_windows() -> Any:
+    """Return questions about a text as windows of tokens, and their labels."""
+    tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
+    given = [Question("a", "A film?", TEXTS[0], (Answer("fine", 2),), ""), Question("b", "not", TEXTS[2], (), "")]
+    windows = question_windows.encode_questions(tokenizer, [(one.text, one.context) for one in given], 16, 7, 3)
+    found = [getattr(windows, name).tolist() for name in ("tokens", "chars", "offsets", "questions", "keep")]
+    return [*found, question_windows.span_labels_of(windows, given).tolist()]
+
+
 def make_corpus() -> Any:
     """Return documents encoded, each with an end, how many bytes each token stands for, and the blocks they fill."""
     tokenizer = tokens.load_tokenizer("wordpiece:60", TEXTS)
@@ -120,6 +133,39 @@ def make_corpus() -> Any:
             batch.pop("of_document", None)  # for the errors of scores alone: nothing that is kept depends on it
             found.append({name: entry.tolist() for name, entry in batch.items()})
         return found
+
+
+def make_aligned() -> Any:
+    """Return what a teacher with other tokens and one before each text reads of blocks, and the spans of both."""
+    own = tokens.load_tokenizer("wordpiece:60", TEXTS)
+    found: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = corpus.Source("", lambda: iter(TEXTS))
+        student, teacher = (
+            corpus.encode_corpus(corpus.TextEncoder(tokenizer, tokenizer.sep_token_id), {"train": source}, Path(folder))
+            for tokenizer in (own, tokens.load_tokenizer("wordpiece:75", TEXTS[:3]))
+        )
+        none = np.zeros(0, np.int64)
+        for packing in get_args(Packing):
+            blocks, _ = cut(student, {"train": np.array([0, 2, 1, 4])}, 6, packing, 0)
+            reading = alignment.TeacherReading(blocks, teacher, np.array([2]), True, 0, (none, none))
+            batch, spans = reading.batch(np.arange(len(blocks)))
+            found.append({name: entry.tolist() for name, entry in (*batch.items(), ("spans", spans))})
+    return found
+
+
+def make_masks() -> Any:
+    """Return masked blocks of documents of which one is cut, by two masks, and one that begins with another."""
+    lengths, ids = np.array([25, 7, 8]), np.arange(5, 45, dtype=np.uint16)
+    offsets, hashes = np.append(0, lengths.cumsum()), np.array([3, 2**63, 7], np.uint64)
+    documents = corpus.CorpusStore(Path(), ids, np.ones(40, np.uint16), offsets, hashes, {"train": 3}, None, "")
+    masks, found = masking.Masking(0.3, 4, np.arange(5), 50, 0), []
+    for packing, numbers in (("none", [0, 1, 2, 3]), ("concat", [1, 2])):
+        blocks, counts = cut(documents, {"train": np.array([2, 0, 1])}, 16, packing, 0)  # type: ignore[arg-type]
+        masked = masking.MaskedBlocks(blocks, masks, [1], [2], counts[0], 2)
+        batches = [masked.batch(np.array(numbers), np.full(len(numbers), turn)) for turn in (0, 1)]
+        found.append([{name: entry.tolist() for name, entry in batch.items()} for batch in batches])
+    return found
 
 
 def make_chat() -> Any:
@@ -194,6 +240,12 @@ def make_outputs() -> Any:
     return {**found, "own tokens": plain(frozen.FrozenTeacher(network)({**BATCH, **own}))}
 
 
+def make_next() -> Any:
+    """Return the feature of how likely each next token was."""
+    network = filled(causal_lm.causal_lm_small(30, 16, 8, 1, 2))
+    return plain(frozen.FrozenTeacher(network, features=[NEXT_LOG_PROB])(BATCH))
+
+
 def make_stored() -> Any:
     """Return what is stored of outputs in every way, and what is read back."""
     logits, mask = torch.tensor([[1.0, -2.0, 0.3, 4.1], [0.1, 0.2, -7.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -262,18 +314,56 @@ def make_pairs() -> Any:
         store = tokens.encode_store(tokenizer, texts, "0", 8, Path(folder))
         found = []
         for grouped in (True, False):
-            data = pairs.GroupDataset({"": store}, columns, range(len(texts)), grouped)
+            data = GroupDataset({"": store}, columns, range(len(texts)), grouped)
             positions, lengths = data.turn(0)
             batch = {name: value.tolist() for name, value in data[positions].items() if name != "labels"}
             found.append([positions.tolist(), lengths.tolist(), batch])
     return found
 
 
+RANKED = [
+    lists.RankedList("a b", ("c", "d e"), (0, 2)), lists.RankedList("c", ("f", "g", "d e"), (1, 0, 0.5)),
+]  # fmt: skip
+
+
+def make_rankings() -> Any:
+    """Return the columns of two queries, and batches of whole ones."""
+    rows = [(one.query, document) for one in RANKED for document in one.documents]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokens.load_tokenizer("wordpiece:40", [text for row in rows for text in row])
+        store = tokens.encode_store(tokenizer, rows, "0", 8, Path(folder))
+        data = GroupDataset({"": store}, ranking.GradeColumns(RANKED), range(len(rows)), grouped=True)
+        positions, lengths = data.turn(0)
+        return [positions.tolist(), lengths.tolist(), {name: value.tolist() for name, value in data[positions].items()}]
+
+
+def make_negatives() -> Any:
+    """Return the embeddings by which documents are found, and queries with those that are found."""
+
+    class Fixed(negatives.Encoder):
+        def nearest(self, queries: Any, documents: Any, count: int) -> Any:
+            return np.arange(count)[None].repeat(len(queries), 0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokens.load_tokenizer("wordpiece:30", TEXTS[:2])
+        bert: Any = filled(tiny("bert").bert)
+        bert.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        bert.save_pretrained(folder)
+        tokens.write_tokenizer(tokenizer, Path(folder))
+        encoder = Fixed(folder, 8)
+        found = negatives.with_negatives(RANKED, 2, encoder)
+        return [encoder.embed(TEXTS[:2]).tolist(), [[one.documents, one.grades] for one in found]]
+
+
 COMPONENTS = {
     "tokens": Component(tokens.VERSION, "data/text/tokens.py", make_tokens),
     "words": Component(words.VERSION, "data/text/words.py", make_words),
+    "question windows": Component(question_windows.VERSION, "data/text/question_windows.py", make_question_windows),
     "chat": Component(chat.VERSION, "data/corpus/chat.py", make_chat),
     "corpus": Component(corpus.VERSION, "data/corpus/store.py", make_corpus),
+    "aligned blocks": Component(alignment.VERSION, "data/corpus/alignment.py", make_aligned),
+    "next log probabilities": Component(frozen.VERSION, "teachers/frozen.py", make_next, 1e-4),
+    "masks": Component(masking.VERSION, "data/corpus/masking.py", make_masks),
     "views": Component(augment.VERSION, "data/text/augment.py", make_views),
     "pixels": Component(store.VERSION, "data/image/store.py", make_pixels, 1e-6),
     "image views": Component(images.VERSION, "data/image/datamodule.py", make_image_views),
@@ -301,6 +391,12 @@ COMPONENTS = {
         of_network(lambda: causal_lm.causal_lm_small(30, 8, 8, 1, 2), **DOCUMENTS),
         1e-4,
     ),
+    "MaskedLM": Component(
+        masked_lm.MaskedLM.VERSION,
+        "models/masked_lm.py",
+        of_network(lambda: masked_lm.masked_lm_small(30, 8, 0, 8, 1), **BATCH, masked_places=torch.tensor([[1], [2]])),
+        1e-4,
+    ),
     "PooledClassifier": Component(
         hf.PooledClassifier.VERSION,
         "models/hf.py",
@@ -320,6 +416,17 @@ COMPONENTS = {
         1e-4,
     ),
     "pairs": Component(pairs.VERSION, "data/text/embedding.py", make_pairs),
+    "rankings": Component(ranking.VERSION, "data/text/ranking.py", make_rankings),
+    "hard negatives": Component(negatives.VERSION, "data/text/negatives.py", make_negatives, 1e-4),
+    "BiEncoder": Component(
+        bi_encoder.BiEncoder.VERSION,
+        "models/bi_encoder.py",
+        of_network(
+            lambda: bi_encoder.BiEncoder(static_embedding.StaticEmbedding(4, 30, 1, [2]), 1),
+            **BATCH | {"token_type_ids": torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]])},
+        ),
+        1e-4,
+    ),
     "SimKDStudent": Component(
         simkd.SimKDStudent.VERSION,
         "models/simkd.py",

@@ -40,7 +40,7 @@ def show(result: Mapping[str, Any], out: Path) -> None:
     from rich.measure import Measurement
     from rich.table import Table
 
-    from kd_lightning.export.benchmark import table_rows
+    from kd_lightning.export.benchmark_files import table_rows
 
     heading, *body = table_rows(result)
     title = f"{result['threads']} thread(s), validation split; times faster and smaller than {result['against']}"

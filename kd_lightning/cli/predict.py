@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         model = load_model(given.run, given.seed)
         if lines is None:
-            inputs = read_inputs(model, given.file, reader_for(data_settings(given.run), given))
+            settings = {**model.task.input_columns, **data_settings(given.run)}
+            inputs = read_inputs(model, given.file, reader_for(settings, given))
         else:
             inputs = inputs_of(model, lines)
         chosen = {name: value for name in DECODING if (value := getattr(given, name)) is not None}

@@ -66,6 +66,16 @@ CORPUS_EPOCHS: dict[Budget, int] = {"quick": 1, "standard": 3, "best": 6}
 """How often language models go through their text."""
 
 
+def mask_sets(budget: Budget, max_epochs: int | str) -> int:
+    """Return how many masks a training block has: one an epoch (`trainer.max_epochs`), 4 at most.
+
+    >>> mask_sets("standard", "auto"), mask_sets("quick", 2), mask_sets("best", -1)
+    (3, 2, 4)
+    """
+    epochs = CORPUS_EPOCHS[budget] if max_epochs == "auto" else int(max_epochs)
+    return min(epochs, 4) if epochs > 0 else 4
+
+
 def teacher_epochs(budget: Budget, modality: Modality, labelled: int, each: float = 1.0) -> int:
     """Return how often a teacher is fine-tuned on each of its labelled examples, which are `worth` `each`.
 

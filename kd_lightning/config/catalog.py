@@ -21,8 +21,8 @@ class Strategy:
         name: Of the file, and so of the choice: `distillation=NAME`.
         idea: What the student learns from, in a sentence.
         paper: Authors, year and arXiv id.
-        models: The kinds of models it trains out of the box: `text`, `vision`; `language`: language models alone;
-            `embedding`: embeddings alone.
+        models: The kinds of models it trains out of the box: `text`, `vision`; `language`, `embedding`,
+            `ranking` and `spans`: language models, embeddings, rankings, or starts and ends of spans alone.
         remark: Its requirements, or "".
     """
 

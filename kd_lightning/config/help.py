@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,30 +30,61 @@ _GROUPS: dict[str, tuple[str, type]] = {
 }  # fmt: skip
 
 
-def keys_help(cfg: DictConfig) -> str:
-    """Return every key of a composed configuration with value, type and doc, by group."""
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration.
+
+    Attributes:
+        path: The key with those above it.
+        value: As a command line takes it; None for an object, whose arguments are `below`.
+        takes: What it takes, in words.
+        doc: What it is for.
+        below: The arguments as they stand, `KEY=VALUE`.
+    """
+
+    path: str
+    value: str | None
+    takes: str
+    doc: str
+    below: tuple[str, ...]
+
+
+def keys(cfg: DictConfig) -> dict[str, list[Key]]:
+    """Return every key of a composed configuration by group."""
     settings: Any = OmegaConf.to_container(cfg, resolve=False)
     values = {"": settings, **settings, "tasks.NAME": asdict(TaskConfig())}
-    lines: list[str] = []
+    found: dict[str, list[Key]] = {}
     for prefix, (title, kind) in _GROUPS.items():
-        lines += ["", title]
         types = hints(kind)
-        for key, doc in docs(kind).items():
-            if key not in ("teacher", "on_policy", "generated", "finetune", "tasks") or kind is TaskConfig:
-                path, value = f"{prefix}.{key}".lstrip("."), values[prefix].get(key)
-                lines += [f"  {line}" for line in _entry(path, value, types[key], doc)]
+        found[title] = [
+            _key(f"{prefix}.{name}".lstrip("."), values[prefix].get(name), types[name], doc)
+            for name, doc in docs(kind).items()
+            if name not in ("teacher", "on_policy", "generated", "finetune", "tasks") or kind is TaskConfig
+        ]
+    return found
+
+
+def _key(path: str, value: Any, expected: Any, doc: str) -> Key:
+    below = tuple(_leaves(path, value)) if isinstance(value, dict) else ()
+    is_object = expected == Node and isinstance(value, dict)
+    return Key(path, None if is_object else _written(value), words(expected), doc, below)
+
+
+def keys_help(cfg: DictConfig) -> str:
+    """Return every key of a composed configuration with value, type and doc, by group."""
+    lines: list[str] = []
+    for title, group in keys(cfg).items():
+        lines += ["", title]
+        for key in group:
+            lines += [f"  {line}" for line in _entry(key)]
     return "\n".join(lines[1:]).replace("$", "$$")  # Hydra fills in what stands after a single one
 
 
-def _entry(path: str, value: Any, expected: Any, doc: str) -> Iterator[str]:
+def _entry(key: Key) -> Iterator[str]:
     """Yield the lines about one key; of a class, its arguments follow."""
-    if expected == Node and isinstance(value, dict):
-        yield path
-    else:
-        yield f"{path}={_written(value)}  ({words(expected)})"
-    yield from textwrap.wrap(doc, 112, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-    if isinstance(value, dict):
-        yield from (f"    {leaf}" for leaf in _leaves(path, value))
+    yield key.path if key.value is None else f"{key.path}={key.value}  ({key.takes})"
+    yield from textwrap.wrap(key.doc, 112, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    yield from (f"    {leaf}" for leaf in key.below)
 
 
 def _leaves(path: str, value: dict[str, Any]) -> Iterator[str]:

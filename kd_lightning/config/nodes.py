@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from kd_lightning.config.instantiate import lookup, parameters
-from kd_lightning.config.values import words
+from kd_lightning.config.values import brackets, words
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
@@ -67,7 +67,7 @@ def _check_argument(key: str, value: Any, expected: Any) -> None:
     try:
         parser.parse_object({"value": value})
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{key}={value!r} is not {words(expected)}") from error
+        raise ConfigError(f"{key}={value!r} is not {words(expected)}{brackets(key, value, expected)}") from error
 
 
 def _needs_value(expected: Any) -> bool:

@@ -34,13 +34,28 @@ def folder_name(text: str) -> str:
 
 
 def fast_precision() -> str:
-    """Return `bf16-mixed` where the hardware multiplies bfloat16 natively, else `32-true`."""
+    """Return `bf16-mixed` where the hardware multiplies bfloat16 faster than float32, else `32-true`."""
     import torch
 
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+    processor = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16-mixed" if is_faster_in_bfloat16(processor) else "32-true"
+
+
+def is_faster_in_bfloat16(processor: str) -> bool:
+    """Return whether a processor multiplies bfloat16 faster than float32.
+
+    Those with AMX do, and AMD's with AVX512-BF16. A Xeon with AVX512-BF16 alone did matrix products at 0.6 of its speed
+    in float32.
+
+    Args:
+        processor: What `/proc/cpuinfo` says.
+
+    >>> is_faster_in_bfloat16("vendor_id: GenuineIntel; flags: avx512f avx512_bf16")
+    False
+    """
+    return "amx_bf16" in processor or ("avx512_bf16" in processor and "AuthenticAMD" in processor)
 
 
 def fast_inference() -> str:

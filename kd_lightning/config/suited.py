@@ -22,14 +22,19 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
     "embeddings": ("sentence_encoder", {
         "small": "static_embedding", "fast": "from_teacher", "accurate": "from_teacher",
     }),
+    "ranking": ("minilm", dict.fromkeys(("small", "fast", "accurate"), "bi_encoder")),
     "corpus": ("causal_lm", dict.fromkeys(("small", "fast", "accurate"), "causal_lm_small")),
+    "masks": ("masked_lm", {
+        "small": "masked_lm_small", "fast": "masked_lm_from_teacher", "accurate": "masked_lm_from_teacher",
+    }),
 }  # fmt: skip
 """By what the data are: the choice of conf/model for the teacher, and those for the student by goal."""
 
 OTHER_DATA = {
     "fashion_mnist": "image", "image_folder": "image", "lm_text": "corpus", "chat": "corpus",
     "chatterbot": "corpus", "sotu": "corpus", "multi_task": "tasks", "embedding_files": "embeddings",
-    "debian_pairs": "embeddings",
+    "debian_pairs": "embeddings", "general_text": "embeddings", "ranking_files": "ranking",
+    "debian_ranking": "ranking", "masked_text": "masks", "general_documents": "masks",
 }  # fmt: skip
 """The choices of conf/data that are no classification of texts."""
 
@@ -53,9 +58,13 @@ SUITED = {
     f"{_MODELS}.causal_lm.causal_lm_lora": Suited(2e-4, True),
     f"{_MODELS}.causal_lm.causal_lm_small": Suited(1e-3, True),
     f"{_MODELS}.causal_lm_from_teacher.causal_lm_from_teacher": Suited(3e-4, True),
+    f"{_MODELS}.masked_lm.masked_lm": Suited(1e-4, True),
+    f"{_MODELS}.masked_lm.masked_lm_small": Suited(1e-3, True),
+    f"{_MODELS}.masked_lm_from_teacher.masked_lm_from_teacher": Suited(3e-4, True),
     f"{_MODELS}.from_teacher.from_teacher": Suited(3e-4, True),
     "kd_lightning.pipeline.from_run.from_run": Suited(3e-4, True),
     f"{_MODELS}.sentence_encoder.sentence_encoder": Suited(5e-5, True),
+    f"{_MODELS}.bi_encoder_from_checkpoint.bi_encoder": Suited(5e-5, True),
     f"{_MODELS}.static_embedding.static_embedding": Suited(1e-3, False),
     f"{_MODELS}.transformer.transformer": Suited(1e-3, True),
     f"{_MODELS}.bilstm.BiLSTM": Suited(2e-3, False),

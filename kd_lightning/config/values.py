@@ -41,10 +41,23 @@ def check_value(key: str, value: Any, expected: Any) -> None:
         if value is None:
             raise ConfigError(f"{key} needs a value: {words(expected)}")
         near = did_you_mean(str(value), map(str, get_args(kind))) if get_origin(kind) is Literal else ""
-        raise ConfigError(f"{key}={value!r} is not {words(expected)}{near if 'did you mean' in near else ''}")
+        raise ConfigError(
+            f"{key}={value!r} is not {words(expected)}{near if 'did you mean' in near else ''}"
+            f"{brackets(key, value, expected)}"
+        )
     for limits in more:
         if isinstance(limits, Range) and isinstance(value, int | float) and value not in limits:
             raise ConfigError(f"{key}={value} must be {limits}")
+
+
+def brackets(key: str, value: Any, expected: Any) -> str:
+    """Return how a text is written where a list is expected: the end of a message.
+
+    >>> brackets("data.transfer", "more.txt", list[str])
+    ": a list is in brackets, 'data.transfer=[more.txt]'"
+    """
+    is_list = isinstance(value, str) and words(expected).startswith("a list")
+    return f": a list is in brackets, '{key}=[{value}]'" if is_list else ""
 
 
 def fits(value: Any, expected: Any) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,15 @@ class BatchDataset(Dataset[Batch], ABC):
     def lengths(self) -> NDArray[np.int64]:
         """The lengths by which batches are formed, `(len(self),)`."""
 
+    @property
+    def whole(self) -> Turn:
+        """The positions that an evaluation goes through, and their lengths."""
+        return np.arange(len(self)), self.lengths
+
+    def places(self, index: Iterable[int]) -> list[int]:
+        """Return the positions of the examples of these numbers; others have none here."""
+        return [number - self.span.start for number in index if number in self.span]
+
     def turn(self, epoch: int) -> Turn:
         """Return the positions that an epoch uses, and their lengths."""
         turn = self._turn(epoch)
@@ -67,6 +76,18 @@ def in_batches(data: BatchDataset, sampler: BucketBatchSampler, num_workers: int
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # otherwise each iterator draws from the global one
     )
+
+
+def spread(loader: Any, count: int) -> Iterator[Batch]:
+    """Fetch so many of a split's batches, from all over it, and no others; all where it has fewer.
+
+    Args:
+        loader: What `in_batches` returns.
+        count: How many.
+    """
+    steps = list(loader.sampler)
+    for place in sorted({(2 * number + 1) * len(steps) // (2 * count) for number in range(count)}):
+        yield loader.dataset[steps[place]]
 
 
 def merged(parts: Sequence[tuple[torch.Tensor, Batch, Mapping[str, int]]], size: int) -> Batch:

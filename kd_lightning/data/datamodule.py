@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import numbers
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,10 @@ Role = Literal["teacher", "student"]
 
 
 def check_least(lowest: int, **options: int) -> None:
-    """Refuse data options below `lowest`."""
+    """Refuse data options that are no whole numbers, or below `lowest`."""
     for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ConfigError(f"data.{name}={value!r}: expected a whole number")
         if value < lowest:
             raise ConfigError(f"data.{name}={value}: expected {lowest} or more")
 
@@ -67,6 +70,8 @@ class IndexedData(L.LightningDataModule, ABC):
         image_format: The preprocessing of images; None for other data.
         other_tokens: Whether the teacher's outputs are of other rows than the student's.
         modality: What an example is, which decides how much of it a budget is.
+        sets_by: The key that is null where training inputs are made anew in every epoch, and the one that sets how many
+            there are for the epochs to take turns with.
         worth: For how many short texts, or images, an example counts there; set by `prepare`.
     """
 
@@ -74,6 +79,7 @@ class IndexedData(L.LightningDataModule, ABC):
     image_format: ImageFormat | None = None
     other_tokens: bool = False
     modality: Modality = "text"
+    sets_by: tuple[str, str] = ("data.view_sets", "teacher.cache_views")
     worth: float = 1.0
 
     def __init__(
@@ -358,7 +364,9 @@ class IndexedData(L.LightningDataModule, ABC):
     def _evaluation_loader(self, first: str, last: str) -> DataLoader[Batch]:
         data = self._dataset(first, last)
         rank, world = self._share
-        sampler = BucketBatchSampler(data.lengths, self.eval_batch_size, shuffle=False, rank=rank, world_size=world)
+        sampler = BucketBatchSampler(
+            lambda _: data.whole, self.eval_batch_size, shuffle=False, rank=rank, world_size=world
+        )
         return in_batches(data, sampler, self.num_workers, self.seed)
 
     # -- resuming -----------------------------------------------------------------------------------------------------

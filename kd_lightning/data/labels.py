@@ -15,6 +15,7 @@ from kd_lightning.types import IGNORE
 log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d*([eE][+-]?\d{1,2})?)?")
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MISSING = ("", "nan", "+nan", "-nan")
 ClassNames = Sequence[str | int | float]
 """Names of the classes as a configuration writes them."""
@@ -73,6 +74,20 @@ def number_of(label: str) -> int | None:
         return None
     number = Decimal(label)
     return int(number) if number % 1 == 0 else None
+
+
+def decimal_of(cell: object) -> float:
+    """Return a cell's number; NaN for anything else, such as an integer that no float holds.
+
+    >>> [decimal_of(cell) for cell in ("2.5", " 1e3", 3, 10**400, "1_0", "high", None)]
+    [2.5, 1000.0, 3.0, nan, nan, nan, nan]
+    """
+    if isinstance(cell, str):
+        return float(cell) if _DECIMAL.fullmatch(cell.strip()) else math.nan
+    try:
+        return float(cell) if isinstance(cell, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def key_of(label: str) -> object:

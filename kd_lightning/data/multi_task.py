@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -227,6 +227,11 @@ class MixedDataset(BatchDataset):
     def lengths(self) -> NDArray[np.int64]:
         """The lengths by which batches are formed."""
         return np.concatenate([part.lengths for part in self.alike])
+
+    def places(self, index: Iterable[int]) -> list[int]:
+        """Return the positions of the examples of these numbers, which are over all tasks."""
+        numbers, runs = list(index), zip(self.parts, self.firsts, self.starts, strict=True)
+        return [start + at for part, first, start in runs for at in part.places(number - first for number in numbers)]
 
     def _turn(self, epoch: int) -> Turn:
         """Return the positions of an epoch, `counts` of each task, and their lengths."""

@@ -69,6 +69,9 @@ def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict
     """
     import torch
 
+    from kd_lightning.evaluation.masks import filled
+    from kd_lightning.evaluation.question_spans import found_spans
+
     given = [one for one in inputs if one is not None]
     if not given:
         raise DataError("no sentences: every line is empty")
@@ -77,8 +80,13 @@ def predict(model: TrainedModel, inputs: Sequence[Sentence | None]) -> list[dict
     found: dict[int, dict[str, Any]] = {}
     network = model_of(model)
     with torch.inference_mode():
-        if model.task.per_token:
+        if model.task.in_context:
+            found |= enumerate(found_spans(model, [(one[0], one[1]) for one in given]))
+        elif model.task.per_token:
             found |= enumerate(entities(model, [one[0] for one in given]))
+        elif model.task.fills:
+            lines = [number for number, one in enumerate(inputs, start=1) if one is not None]
+            found |= enumerate(filled(model, [one[0] for one in given], lines))
         for batch in () if found else image_batches(model, paths) if reads_images else text_batches(model, given):
             logits = network(batch).logits.float()
             read = model.task.read(logits, batch, model.class_names)
@@ -109,7 +117,7 @@ def entities(model: TrainedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
     tagged = [TaggedText(text, split_words(text), None, Place("input", i)) for i, text in enumerate(texts, start=1)]
     windows = encode_words(tokenizer, tagged, model.max_length, model.max_length // 4)
     unknown = np.zeros(len(windows.tokens), np.int64)
-    data = WordDataset(windows, unknown, False, range(len(windows)), int(tokenizer.pad_token_id))
+    data = WordDataset({"": windows}, unknown, False, range(len(windows)), {"": int(tokenizer.pad_token_id)})
     network = model_of(model)
     of_window: dict[int, Tensor] = {}
     order = np.argsort(windows.lengths, kind="stable")
@@ -136,7 +144,7 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
     """Score a model on a labelled file: CSV, TSV, JSON or Parquet.
 
     Args:
-        model: A classifier of texts.
+        model: A classifier of texts, or one that ranks them.
         file: The file.
         reader: Reads it.
         numbered: Whether its labels may be the classes' numbers where these are called by words.
@@ -151,7 +159,9 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
 
     if model.tokenizer is None:
         raise ConfigError(f"the model in {model.folder} has no tokenizer: it does not read text")
-    if model.task.classes is None or model.task.per_token:
+    if model.task.learns_from == "grades":
+        return _score_queries(model, file, reader)
+    if model.task.classes is None or model.task.per_token or model.task.learns_from == "text":
         raise ConfigError(
             f"the model in {model.folder} predicts more than a class: score it on its own splits, without --file"
         )
@@ -159,6 +169,27 @@ def score_file(model: TrainedModel, file: str, reader: FileReader, numbered: boo
     examples = encode_labels(reader.examples(file), model.class_names, numbered)
     labels = torch.tensor(examples.labels)
     batches = ({**batch, "labels": labels[batch["index"]]} for batch in text_batches(model, examples.texts))
+    return evaluate(model.task, model_of(model), batches)
+
+
+GRADED = {"query_column": "text_column", "document_column": "text_pair_column", "grade_column": "label_column"}
+"""The options of the command line by those of queries with graded documents."""
+
+
+def _score_queries(model: TrainedModel, file: str, reader: FileReader) -> Evaluation:
+    """Score a model on a file of queries with graded documents."""
+    from kd_lightning.data.sources.list_reader import ListReader
+    from kd_lightning.data.text.lists import check_ranked
+    from kd_lightning.data.text.ranking import GradeColumns
+    from kd_lightning.tasks.evaluation import evaluate
+
+    lists = ListReader(
+        reader.text_column, reader.text_pair_column, reader.label_column, format=reader.format,
+        encoding=reader.encoding, quotes=reader.quotes, key=lambda option: reader.key(GRADED.get(option, option)),
+    ).lists(file, judged=True)  # fmt: skip
+    check_ranked(lists, file, "give documents of grade 0")
+    columns, rows = GradeColumns(lists), [(one.query, document) for one in lists for document in one.documents]
+    batches = ({**batch, **columns.at(batch["index"].numpy())} for batch in text_batches(model, rows))
     return evaluate(model.task, model_of(model), batches)
 
 
@@ -184,8 +215,9 @@ def inputs_of(model: TrainedModel, lines: Sequence[str]) -> list[Sentence | None
     from kd_lightning.data.text.corpus import is_blank
 
     found: list[Sentence | None] = []
+    most = 1 if model.task.in_context else -1  # a context may have tabs of its own
     for line in lines:
-        texts = tuple(text.strip() for text in (line.split("\t") if model.texts == 2 else [line]))
+        texts = tuple(text.strip() for text in (line.split("\t", most) if model.texts == 2 else [line]))
         if len(texts) != (model.texts or 1) and not is_blank(line):
             raise DataError(f"the model in {model.folder} reads pairs, two texts with a tab between: {line!r} is none")
         found.append(None if is_blank(line) else texts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, TextStreamer
 
+from kd_lightning.data.text.ends import text_ends
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.hf import quiet_loading
@@ -190,29 +191,6 @@ def ends_of(config: Any, tokenizer: Any, chat: bool) -> list[int]:
     own = getattr(config, "eos_token_id", None)
     found = [*own] if isinstance(own, list) else [own]
     return sorted({*text_ends(tokenizer, chat), *(int(end) for end in found if end is not None)})
-
-
-def text_ends(tokenizer: Any, chat: bool = True) -> list[int]:
-    """Return the tokens that end a text, with `chat` also the one that ends a turn."""
-    found = [tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
-    if chat and tokenizer.chat_template:
-        found.append(_turn_end(tokenizer))
-    return sorted({int(end) for end in found if end is not None})
-
-
-def _turn_end(tokenizer: Any) -> int | None:
-    """Return the special token that ends a reply in the chat template, often another than that of texts."""
-    from jinja2 import TemplateError
-
-    reply = "reply"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError):  # a template for users' turns alone
-        return None
-    after = tokenizer(text.rpartition(reply)[2].strip(), add_special_tokens=False)["input_ids"]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return after[0] if after and after[0] in special else None
 
 
 def positions_of(config: Any) -> int | None:

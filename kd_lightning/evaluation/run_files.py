@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from kd_lightning.training.run_folder import read_config, run_root
 
@@ -60,10 +60,14 @@ def reader_for(settings: Mapping[str, Any], given: argparse.Namespace) -> FileRe
     from kd_lightning.data.sources.hf_dataset import GLUE
 
     text, pair = GLUE.get(settings.get("config_name") or "", ("text", None))
+    label = settings.get("label_column") or "label"
+    if "query_column" in settings:
+        text, pair = settings["query_column"], settings.get("document_column") or "document"
+        label = settings.get("grade_column") or "grade"
     return FileReader(
         text_column=given.text_column or settings.get("text_column") or text,
         text_pair_column=given.text_pair_column or settings.get("text_pair_column") or pair,
-        label_column=getattr(given, "label_column", None) or settings.get("label_column") or "label",
+        label_column=getattr(given, "label_column", None) or label,
         format=given.format or _format(settings, Path(given.file or "")),
         encoding=given.encoding or settings.get("encoding") or "utf-8",
         quotes=given.quotes != "false" if given.quotes else settings.get("quotes") is not False,
@@ -72,9 +76,10 @@ def reader_for(settings: Mapping[str, Any], given: argparse.Namespace) -> FileRe
 
 
 def _format(settings: Mapping[str, Any], file: Path) -> Any:
-    """Return the run's file format, for a file with the same or an unknown suffix."""
-    from kd_lightning.data.sources.records import format_of
+    """Return the run's file format, if it is one of tables, for a file with the same or an unknown suffix."""
+    from kd_lightning.data.sources.records import Format, format_of
 
     known = format_of(file)
     alike = known is None or known == format_of(Path(settings.get("train_file") or ""))
-    return settings.get("format") if alike else None
+    own = settings.get("format")
+    return own if alike and own in get_args(Format) else None

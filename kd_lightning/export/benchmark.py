@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.config.trust import trusts_all
 from kd_lightning.data.corpus.blocks import unpacked
-from kd_lightning.export.exported import is_export, read_exported
+from kd_lightning.export.benchmark_files import token_ms, write
+from kd_lightning.export.exported import copy_export, is_export, read_exported
 from kd_lightning.export.source import find_student, role_of, run_data
-from kd_lightning.runtime.borders import code, drawn, tell
-from kd_lightning.runtime.borders import markdown as escaped
+from kd_lightning.runtime.borders import tell
 from kd_lightning.runtime.errors import ConfigError, KDError
 
 if TYPE_CHECKING:
@@ -44,19 +43,23 @@ class Subject:
         name: In the table.
         kind: `teacher`, `student` or the export's format.
         folder: Where it was loaded from.
-        file: Its weights.
+        file: What is loaded.
+        bytes: Size of its weights.
         model: The loaded model.
         role: Whose tokens it uses.
         run: The run that it was found in; None for an export.
+        of: `teacher` or `student`, of which it is or which it exports.
     """
 
     name: str
     kind: str
     folder: Path
     file: Path
+    bytes: int
     model: TrainedModel
     role: Any
     run: Path | None = None
+    of: str = "student"
 
 
 def benchmark(
@@ -78,7 +81,7 @@ def benchmark(
         ConfigError: There is no run among the folders, they do not fit each other, or `out` is not empty.
         KDError: A folder is damaged, or does not load.
     """
-    from kd_lightning.export.write import check_vacant
+    from kd_lightning.export.write import check_vacant, filled
 
     if threads < 1:
         raise ConfigError(f"--threads {threads}: expected 1 or more")
@@ -86,8 +89,12 @@ def benchmark(
     out = out or run / "benchmark"
     check_vacant(out)
     subjects, stage = subjects_of(folders, threads, seed)
-    result = document(measure(subjects, stage, threads), command, threads, str(run))
-    write(result, out)
+    with filled(out) as folder:
+        rivals, unmeasured = in_eight_bits(subjects, folder, threads, run / "benchmark")
+        at = next(place for place, one in enumerate(subjects) if one.kind == "student")
+        rows = measure([*subjects[:at], *rivals, *subjects[at:]], stage, threads)
+        result = document(rows, command, threads, str(run), unmeasured)
+        write(result, folder)
     return result, out
 
 
@@ -138,7 +145,60 @@ def _teacher_of(run: Path) -> Path | None:
 def _trained(name: str, kind: str, stage: Path, run: Path) -> Subject:
     from kd_lightning.training.run_folder import load_run
 
-    return Subject(name, kind, stage, stage / "model.safetensors", load_run(stage), role_of(stage), run)
+    model, file = load_run(stage), stage / "model.safetensors"
+    return Subject(name, kind, stage, file, file.stat().st_size, model, role_of(stage), run, kind)
+
+
+def in_eight_bits(
+    subjects: Sequence[Subject], folder: Path, threads: int, earlier: Path
+) -> tuple[list[Subject], dict[str, str]]:
+    """Export each teacher as ONNX in 8 bits: the rival that a student must beat.
+
+    Not of language models, which these 8 bits ruin.
+
+    Args:
+        subjects: The models, teachers among them.
+        folder: Where the exports go, as `teacher-XXXXXXXX` with the first digits of the weights' sha256.
+        threads: CPU threads of each.
+        earlier: A folder of an earlier benchmark, whose exports of these very weights are copied.
+
+    Returns:
+        The exports, and by row why one is missing.
+    """
+    from kd_lightning.export.write import Plan, export
+    from kd_lightning.training.run_folder import read_stage
+
+    found: list[Subject] = []
+    unmeasured: dict[str, str] = {}
+    for one in subjects:
+        if one.kind != "teacher" or one.run is None or one.model.task.generates:
+            continue
+        title, weights = f"{one.name}, onnx int8-dynamic", read_stage(one.folder)["files"][one.file.name]
+        out = folder / f"teacher-{weights[:8]}"
+        try:
+            if not _reused(earlier / out.name, out, weights):
+                tell(f"{one.name}: exporting it as ONNX in 8 bits")
+                command = f"kd-benchmark {one.run}"
+                export(Plan(one.run, one.folder, "onnx", "int8-dynamic", out, command, card=False))
+            own = _exported(out, threads, [one])
+        except KDError as error:
+            tell(f"{title}: not measured ({error})")
+            unmeasured[title] = str(error)
+            continue
+        found.append(replace(own, name=title, of="teacher"))
+    return found, unmeasured
+
+
+def _reused(earlier: Path, out: Path, weights: str) -> bool:
+    """Copy an earlier export of these weights, if it is one; otherwise a line says why not."""
+    if not is_export(earlier):
+        return False
+    try:
+        copy_export(earlier, out, "onnx", "int8-dynamic", weights)
+    except KDError as error:
+        tell(f"{earlier} is not used: {error}")
+        return False
+    return True
 
 
 def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
@@ -147,8 +207,8 @@ def _exported(folder: Path, threads: int, before: Sequence[Subject]) -> Subject:
     exported = read_exported(folder)
     model = load_export(folder, threads)
     name = exported.title if folder.name == exported.title else f"{exported.title} ({folder.name})"
-    role = next(subject.role for subject in before if subject.kind == "student")
-    return Subject(name, exported.format, folder, folder / exported.model, model, role)
+    role = next((subject.role for subject in before if subject.kind == "student"), before[0].role)
+    return Subject(name, exported.format, folder, folder / exported.model, exported.bytes, model, role)
 
 
 def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict[str, Any]]:
@@ -182,7 +242,8 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         raise ConfigError("two folders have the same name: rename one, so that the table's rows are unique")
     speeds = _generated(subjects, whole, threads) if task.generates else _timed(subjects, data, threads)
     models: dict[str, Model] = {
-        s.name: FrozenTeacher(s.model.network, teacher_precision(s.folder, s.run)) if s.role == "teacher"
+        s.name: FrozenTeacher(s.model.network, teacher_precision(s.folder, s.run))
+        if s.role == "teacher" and s.run is not None
         else of_network(s.model.network)
         for s in subjects
     }  # fmt: skip
@@ -190,7 +251,7 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
     read = whole.select(tokens="both" if "teacher" in data else "student")
     alone = (one for batch in read.val_dataloader() for one in unpacked(batch))  # graphs do not keep documents apart
     evaluated = evaluate_all(task, models, alone, reference=student)
-    size = 1 if task.generates else SIZES[-1]  # a block's logits are large
+    size = 1 if task.generates or task.fills else SIZES[-1]  # a block's logits are large
     largest = {role: [unpacked(batch)[0] for batch in _batches(own, size)[:2]] for role, own in data.items()}
     rows = []
     for subject in subjects:
@@ -198,9 +259,10 @@ def measure(subjects: Sequence[Subject], stage: Path, threads: int) -> list[dict
         rows.append({
             "name": subject.name,
             "kind": subject.kind,
+            "of": subject.of,
             **speeds[subject.name],
             "peak_memory_bytes": peak_memory(subject, largest[subject.role], threads),
-            "file_bytes": subject.file.stat().st_size,
+            "file_bytes": subject.bytes,
             "score": {"title": task.specs[task.monitor].title, "value": scores[task.monitor]},
             "agreement_with_student": scores.get("agreement"),
         })  # fmt: skip
@@ -277,7 +339,7 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
 
     from kd_lightning.runtime.files import naming
 
-    kinds = ("onnx",) if subject.model.task.generates else ("onnx", "pt2")
+    kinds = ("onnx",) if subject.model.task.generates else ("onnx", "pt2", "openvino", "executorch")
     kind = subject.kind if subject.kind in kinds else "folder"
     path = subject.file if kind != "folder" else subject.folder
     entries = {f"{i}/{name}": value.numpy() for i, batch in enumerate(batches) for name, value in batch.items()}
@@ -297,7 +359,9 @@ def peak_memory(subject: Subject, batches: Sequence[Batch], threads: int) -> int
     return int(done.stdout)
 
 
-def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run: str) -> dict[str, Any]:
+def document(
+    rows: Sequence[Mapping[str, Any]], command: str, threads: int, run: str, unmeasured: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the result: the rows, with each one's ratios to the teacher (or else the student)."""
     from kd_lightning.evaluation.profiling import environment
     from kd_lightning.evaluation.report.build import to_plain
@@ -305,99 +369,12 @@ def document(rows: Sequence[Mapping[str, Any]], command: str, threads: int, run:
     base = next((row for row in rows if row["kind"] == "teacher"), rows[0])
     compared = []
     for row in rows:
-        ours, theirs = _token_ms(row), _token_ms(base)
+        ours, theirs = token_ms(row), token_ms(base)
         faster = theirs / ours if ours and theirs else None
         smaller = base["file_bytes"] / row["file_bytes"]
         compared.append({**row, "times_faster": faster, "times_smaller": smaller})
     plain: dict[str, Any] = to_plain({
         "run": run, "command": command, "threads": threads, "against": base["name"], "rows": compared,
-        "environment": environment(),
+        "unmeasured": unmeasured, "environment": environment(),
     })  # fmt: skip
     return plain
-
-
-def _token_ms(row: Mapping[str, Any]) -> float | None:
-    """Return the milliseconds of an example or, of a language model, of a token, if measured."""
-    if "latency_ms" in row:
-        return float(row["latency_ms"]["p50"])
-    return 1000 / row["generation"]["decode_per_second"] if row["generation"] else None
-
-
-def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the table as text: a heading and a row for each model."""
-    from kd_lightning.evaluation.report.table import GENERATED, MISSING, file_size, generated_cell, short
-
-    first = result["rows"][0]
-    sizes = list(first.get("throughput", ()))
-    speeds = ["p50 / p95, ms", *(f"examples/s ({size})" for size in sizes)] if sizes else list(GENERATED)
-    heading = ["", first["score"]["title"], *speeds[:1], "times faster", *speeds[1:]]
-    rows = [[*heading, "peak memory", "file", "times smaller"]]
-    for row in result["rows"]:
-        if sizes:
-            cells = [f"{short(row['latency_ms']['p50'])} / {short(row['latency_ms']['p95'])}"]
-            cells += [MISSING if value is None else short(value) for value in row["throughput"].values()]
-        else:
-            cells = [generated_cell(row, title) for title in speeds]
-        value, faster = row["score"]["value"], row["times_faster"]
-        score = MISSING if value is None else f"{value:.4f}"
-        cells = [row["name"], score, cells[0], MISSING if faster is None else f"{faster:.1f}", *cells[1:]]
-        cells += [file_size(row["peak_memory_bytes"]), file_size(row["file_bytes"]), f"{row['times_smaller']:.1f}"]
-        rows.append(cells)
-    return rows
-
-
-def picture(result: Mapping[str, Any], file: Path) -> None:
-    """Draw latency and file size of each, as bars."""
-    from matplotlib.figure import Figure
-
-    rows = result["rows"][::-1]
-    one = "example (median)" if "latency_ms" in rows[0] else "token"
-    names = [drawn(row["name"]) for row in rows]
-    figure = Figure(figsize=(11, 1.2 + 0.4 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    panels = (
-        (left, [_token_ms(row) or math.nan for row in rows], f"ms for one {one}", "{:.3g}"),
-        (right, [row["file_bytes"] / 1e6 for row in rows], "MB on disk", "{:.3g}"),
-    )
-    colours = ["#b0b0b0" if row["kind"] == "teacher" else "#1b6ca8" for row in rows]
-    for axes, values, title, label in panels:
-        bars = axes.barh(range(len(rows)), values, color=colours)
-        axes.set_yticks(range(len(rows)), names)
-        axes.bar_label(bars, [f" {label.format(value)}" for value in values], fontsize=9)
-        axes.set_xlabel(title)
-        axes.set_xscale("log")
-        axes.margins(x=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """Return the table in Markdown, with a line about where it was measured."""
-    from kd_lightning.evaluation.report.table import as_markdown
-    from kd_lightning.evaluation.report.text import generation_text
-
-    machine = result["environment"]
-    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    where = f"{machine['cpu']}, {threads}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-    title, own = (
-        result["rows"][0]["score"]["title"],
-        "of onnx with onnxruntime alone, of pt2 with torch, of others with",
-    )
-    against = (
-        f"{title[0].upper()}{title[1:]} on the validation split. Times faster and smaller: than {result['against']}"
-    )
-    how = escaped(generation_text(result["rows"], result["against"]))
-    about = f"{against}. Peak memory is a process's own: {own} Lightning. {how}{' ' * bool(how)}"
-    return f"{as_markdown(table_rows(result))}\n\n{about}{code(result['command'])}, {where}."
-
-
-def write(result: Mapping[str, Any], out: Path) -> None:
-    """Write `benchmark.json`, `benchmark.md` and `benchmark.png` into a folder that was not there."""
-    from kd_lightning.export.write import filled
-    from kd_lightning.runtime.files import write_file
-    from kd_lightning.runtime.fingerprints import write_json
-
-    with filled(out) as folder:
-        write_json(folder / "benchmark.json", result)
-        write_file(folder / "benchmark.md", markdown(result) + "\n")
-        picture(result, folder / "benchmark.png")

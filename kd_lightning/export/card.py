@@ -13,18 +13,23 @@ from kd_lightning.export.history import KNOWN, History, hub_names
 from kd_lightning.export.step import PAST
 from kd_lightning.runtime.borders import code, html_free, markdown, visible
 from kd_lightning.runtime.files import write_file
-from kd_lightning.tasks import ScoreSpec, task_of
+from kd_lightning.tasks import ScoreSpec, Task, task_of
 
 if TYPE_CHECKING:
     from kd_lightning.export.source import Source
 
 LIBRARIES = {
     "onnx": "onnx", "huggingface": "transformers", "pt2": "pytorch", "safetensors": "kd_lightning", "gguf": "gguf",
-    "peft": "peft", "sentence_transformers": "sentence-transformers",
+    "peft": "peft", "sentence_transformers": "sentence-transformers", "executorch": "executorch",
+    "openvino": "openvino",
 }  # fmt: skip
 USE = {
     "onnx": "docs/export.md of kd_lightning has a script for onnxruntime alone.",
     "pt2": "`torch.export.load('model.pt2').module()` takes the inputs by name and returns logits; needs only torch.",
+    "executorch": "One example at a time, in ExecuTorch's runtime with XNNPACK: docs/export.md of kd_lightning has a "
+    "script in Python, and what an Android or iOS app needs.",
+    "openvino": "`openvino.Core().compile_model('model.xml', 'CPU')` takes any number of examples; `model.bin` "
+    "is beside it.",
     "safetensors": "Weights only; `model.json` describes their network. `kd-predict FOLDER` builds it.",
     "gguf": "`llama-cli -m model.gguf -p PROMPT` of llama.cpp, or "
     "`AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file='model.gguf')`.",
@@ -41,6 +46,11 @@ TRANSFORMERS = {
     "`AutoModelForSequenceClassification.from_pretrained`.",
     "image-classification": "`AutoModelForImageClassification.from_pretrained(FOLDER)`; it has no image processor.",
     "token-classification": "`pipeline('token-classification', FOLDER, aggregation_strategy='first')`.",
+    "question-answering": "`AutoModelForQuestionAnswering.from_pretrained(FOLDER)`; `start_logits` and `end_logits` "
+    "are the two columns.",
+    "text-ranking": "`CrossEncoder(FOLDER).predict(pairs)` of sentence-transformers, or "
+    "`AutoModelForSequenceClassification.from_pretrained(FOLDER)`.",
+    "fill-mask": "`pipeline('fill-mask', FOLDER)` or `AutoModelForMaskedLM.from_pretrained(FOLDER)`.",
     "text-generation": "`pipeline('text-generation', FOLDER)` or `AutoModelForCausalLM.from_pretrained(FOLDER)`.",
 }
 """How `--format huggingface` is loaded, by the hub's name of the task."""
@@ -145,33 +155,39 @@ def _use(exported: Exported) -> str:
 
 def _scores(exported: Exported, run: History) -> str:
     """Return tables of the run's models on test, and of student and export on validation."""
-    parity, specs = exported.parity, task_of(exported.predicts).specs
-    rows = [["", "student", "this export"]]
+    parity, task = exported.parity, task_of(exported.predicts)
+    specs, rows = task.specs, [["", "student", "this export"]]
     for name in parity["student"]:
         cells = [_cell(specs[name], parity[one].get(name), parity["examples"], parity[f"{one}_intervals"].get(name))
                  for one in ("student", "export")]  # fmt: skip
         rows.append([specs[name].title, *cells])
     return "\n\n".join([
-        _test_table(run, specs, task_of(exported.predicts).learns_from),
-        f"On the {parity['examples']:,} validation examples, which decided on the quantisation:", as_markdown(rows),
+        _test_table(run, specs, task),
+        f"On the {parity['examples']:,} validation {_examples(task)}, which decided on the quantisation:",
+        as_markdown(rows),
         f"In brackets: 95% intervals, as the examples are a sample (shares: Wilson; others: {parity['resamples']:,} "
         "bootstrap resamples).",
     ])  # fmt: skip
 
 
-def _test_table(run: History, specs: Mapping[str, ScoreSpec], learns_from: str) -> str:
+def _examples(task: Task) -> str:
+    """Return what the examples of a split are."""
+    return "windows" if task.in_context else "examples"
+
+
+def _test_table(run: History, specs: Mapping[str, ScoreSpec], task: Task) -> str:
     """Return the test scores of the run's teacher, the student from labels, or such, and this student."""
     own = {score: value for score, value in run.test_scores(run.own_name).items() if specs[score].shown != "apart"}
     if not own:
         return "The run has no report of this student, so there are no test scores."
     n = run.data.sizes["test"]
     rows = [["", *(specs[score].title for score in own)]]
-    titles = {"teacher": "teacher", "baseline": f"student from {learns_from}", run.own_name: "this student"}
+    titles = {"teacher": "teacher", "baseline": f"student from {task.learns_from}", run.own_name: "this student"}
     for name, title in titles.items():
         if scores := run.test_scores(name):
             title += " (float32)" if name == run.own_name else ""
             rows.append([title, *(_cell(specs[score], scores.get(score), n) for score in own)])
-    return f"On the {n:,} test examples, which were evaluated once:\n\n{as_markdown(rows)}"
+    return f"On the {n:,} test {_examples(task)}, which were evaluated once:\n\n{as_markdown(rows)}"
 
 
 def _cell(spec: ScoreSpec, value: float | None, n: int, interval: list[float] | None = None) -> str:

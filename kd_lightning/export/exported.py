@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import stat
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ class Exported:
     """An exported student.
 
     Attributes:
-        format: `safetensors`, `huggingface`, `pt2`, `onnx`, `gguf` or `peft`.
+        format: One of `kd_lightning.export.formats.FORMATS`.
         quantize: The precision of its weights: `none`, `int8-weights`, `int8-dynamic`, `int8-static`, `fp16` or
             `bf16`.
-        model: The file with the weights.
+        model: The file that is loaded.
         inputs: Names of its inputs, in order.
         class_names: In the order of the logits.
         predicts: The task's description for `kd_lightning.tasks.task_of`.
@@ -30,12 +32,14 @@ class Exported:
         texts: How many texts an example has; None likewise.
         pad_token_id: The padding id; None likewise.
         images: The preprocessing of images; None for a network without images.
+        windows: Of questions with contexts `max_question_length` and `stride`; None for other inputs.
         network: The student's class.
         parameters: How many it has.
-        bytes: Length of the weights' file.
+        bytes: Length of it, and of a file of weights beside it.
         opset: ONNX's; None in the other formats.
         run: The run, as the user named it.
         stage: The student's stage in that run.
+        weights: The sha256 of that stage's file of weights.
         command: The command line that wrote it.
         parity: Its difference from the student (`kd_lightning.export.parity`).
         environment: The versions that wrote it.
@@ -53,12 +57,14 @@ class Exported:
     texts: int | None
     pad_token_id: int | None
     images: dict[str, Any] | None
+    windows: dict[str, int] | None
     network: str
     parameters: int
     bytes: int
     opset: int | None
     run: str
     stage: str
+    weights: str
     command: str
     parity: dict[str, Any]
     environment: dict[str, str | None]
@@ -94,5 +100,34 @@ def read_exported(folder: Path) -> Exported:
     names = [field.name for field in fields(Exported)]
     if missing := [name for name in names if name not in content]:
         raise KDError(f"{folder / FILE} lacks {', '.join(missing)}: export it again")
+    for name in (content["model"], *content["files"]):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise KDError(f"{folder / FILE} names {name!r}, which is outside its folder: export it again")
     check_seal(folder, content["files"], content["files"], "export it again")
     return Exported(**{name: content[name] for name in names})
+
+
+def copy_export(folder: Path, out: Path, format: str, quantize: str, weights: str) -> None:
+    """Copy an export of these very weights: its description and the files in its seal.
+
+    Args:
+        folder: The export.
+        out: Where it goes; it does not exist.
+        format: What it must be.
+        quantize: Likewise.
+        weights: The sha256 of the weights that it must have been made of.
+
+    Raises:
+        KDError: It is damaged or something else, or the folder holds a link, a pipe or a device; nothing was copied.
+    """
+    for path in (folder, *folder.rglob("*")):
+        kind = path.lstat().st_mode
+        if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
+            raise KDError(f"{path} is a link or no regular file, and is not copied: remove it")
+    exported = read_exported(folder)
+    for name, expected in (("format", format), ("quantize", quantize), ("weights", weights)):
+        if (found := getattr(exported, name)) != expected:
+            raise KDError(f"{folder / FILE} has {name} {found!r}, expected {expected!r}")
+    for name in (FILE, *exported.files):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name, follow_symlinks=False)

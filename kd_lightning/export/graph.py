@@ -1,8 +1,9 @@
-"""Traces a student to a graph of tensor operations without our code, for the formats pt2 and onnx."""
+"""Traces a student to a graph of tensor operations without our code, for the formats that are one."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def in_precision(network: nn.Module, quantize: str) -> nn.Module:
     return copy.deepcopy(network).eval().to(DTYPES.get(quantize, torch.float32))
 
 
-def trace(network: nn.Module, batch: Batch, max_length: int | None, quantize: str) -> Traced:
+def trace(network: nn.Module, batch: Batch, max_length: int | None, quantize: str, alone: bool = False) -> Traced:
     """Return a network as a graph for any number of examples and any length.
 
     Args:
@@ -75,6 +76,7 @@ def trace(network: nn.Module, batch: Batch, max_length: int | None, quantize: st
         batch: Some examples.
         max_length: The longest text in tokens.
         quantize: The precision of weights and computation.
+        alone: For one example, of any length.
 
     Raises:
         KDError: `torch.export` cannot trace the network.
@@ -85,14 +87,15 @@ def trace(network: nn.Module, batch: Batch, max_length: int | None, quantize: st
         _without_traces(program)
         return Traced(program, inputs, outputs_of(inputs), axes)
     names = [name for name in INPUTS if name in batch]
-    sample = {name: _at_least_two(batch[name]) for name in names}
-    program = _program(network, sample, max_length)
+    sample = {name: batch[name][:1] if alone else _at_least_two(batch[name]) for name in names}
+    axes = free_axes(names, max_length, alone)
+    program = _program(network, sample, axes)
     read = {node.name for node in program.graph.nodes if node.op == "placeholder" and any(map(_computes, node.users))}
     used = [name for name in names if name in read]
     if used != names:  # a network that ignores the mask does not require one
-        sample = {name: sample[name] for name in used}
-        program = _program(network, sample, max_length)
-    return Traced(program, used, ["logits"], free_axes(used, max_length))
+        sample, axes = {name: sample[name] for name in used}, free_axes(used, max_length, alone)
+        program = _program(network, sample, axes)
+    return Traced(program, used, ["logits"], axes)
 
 
 def _computes(node: Any) -> bool:
@@ -100,13 +103,13 @@ def _computes(node: Any) -> bool:
     return node.target is not torch.ops.aten.sym_size.int
 
 
-def free_axes(names: list[str], max_length: int | None) -> dict[str, dict[int, Any]]:
+def free_axes(names: list[str], max_length: int | None, alone: bool = False) -> dict[str, dict[int, Any]]:
     """Return the dynamic axes of the inputs by name."""
-    batch, length = Dim("batch", min=1), Dim("length", min=1, max=max_length)
-    return {name: {0: batch, 1: length} if name in TEXT_INPUTS else {0: batch} for name in names}
+    rows, length = {} if alone else {0: Dim("batch", min=1)}, Dim("length", min=1, max=max_length)
+    return {name: {**rows, 1: length} if name in TEXT_INPUTS else rows for name in names}
 
 
-def _program(network: nn.Module, sample: dict[str, Tensor], max_length: int | None) -> ExportedProgram:
+def _program(network: nn.Module, sample: dict[str, Tensor], axes: dict[str, dict[int, Any]]) -> ExportedProgram:
     if not sample:
         raise ConfigError(f"a network with none of the inputs {', '.join(INPUTS)} cannot be exported")
     wrapped = _Logits(network).eval()
@@ -115,7 +118,7 @@ def _program(network: nn.Module, sample: dict[str, Tensor], max_length: int | No
         warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export.*")
         program = following(
             _cannot_trace(network),
-            lambda: torch.export.export(wrapped, (), sample, dynamic_shapes=free_axes(list(sample), max_length)),
+            lambda: torch.export.export(wrapped, (), sample, dynamic_shapes=axes),
         )
     _without_traces(program)
     return program
@@ -152,6 +155,19 @@ def _at_least_two(entry: Tensor) -> Tensor:
     """Return at least two rows: the exporter takes an axis of length 1 as constant."""
     rows = entry[:4]
     return torch.cat([rows, rows]) if len(rows) == 1 else rows
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide the exporters' warnings about their own internals, such as deprecations."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

@@ -53,22 +53,27 @@ class Int8Embedding(_Int8):
         return F.embedding(ids, self.levels) * F.embedding(ids, self.scale)
 
 
-def in_int8(network: nn.Module) -> nn.Module:
+def in_int8(network: nn.Module, tables_only: bool = False) -> nn.Module:
     """Return a copy of a network whose linear layers and tables are in 8 bits.
 
+    Args:
+        network: It is copied, not changed.
+        tables_only: Leave linear layers as they are; a network without a table is then only copied.
+
     Raises:
-        ConfigError: It has none.
+        ConfigError: It has neither.
     """
+    kinds = (nn.Embedding,) if tables_only else (nn.Linear, nn.Embedding, Conv1D)
     network = copy.deepcopy(network).eval()
     made: dict[int, tuple[Tensor, Tensor]] = {}  # by the weight, which several layers may share
     for name, layer in list(network.named_modules()):
-        if type(layer) not in (nn.Linear, nn.Embedding, Conv1D):  # a class of these may do more
+        if type(layer) not in kinds:  # a class of these may do more
             continue
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         levels, scale = made.setdefault(id(layer.weight), _levels(weight.detach().float()))
         new = Int8Embedding(levels, scale) if isinstance(layer, nn.Embedding) else Int8Linear(levels, scale, layer.bias)
         network.set_submodule(name, new)
-    if not made:
+    if not made and not tables_only:
         raise ConfigError(
             f"{type(network).__name__} has no linear layer or table to hold in 8 bits: use another format"
         )

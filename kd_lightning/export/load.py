@@ -53,7 +53,7 @@ def _load(folder: Path, exported: Exported, threads: int | None) -> TrainedModel
     images = None if exported.images is None else ImageFormat(**exported.images)
     return TrainedModel(
         network.eval(), tokenizer, exported.class_names, exported.max_length, exported.texts, folder,
-        task_of(exported.predicts), images,
+        task_of(exported.predicts), images, exported.windows,
     )  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def measure_parity(
         student_intervals=sampled[0].intervals(),
         export_intervals=sampled[1].intervals(),
         resamples=RESAMPLES,
-        tolerance=(OF_TOKENS if task.generates else TOLERANCES)[quantize],
+        tolerance=(OF_TOKENS if task.generates or task.fills else TOLERANCES)[quantize],
     )
 
 

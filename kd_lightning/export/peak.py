@@ -2,8 +2,8 @@
 
 python -m kd_lightning.export.peak KIND FILE BATCHES.npz THREADS True|False
 
-KIND is `onnx` or `pt2` for a file of those formats; `folder` for a run or export that this package loads. The last
-argument is whether they may run code.
+KIND is `onnx`, `openvino`, `pt2` or `executorch` for a file of those formats; `folder` for a run or export that this
+package loads. The last argument is whether they may run code.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ def runner(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         reads = session.get_inputs()
         return lambda batch: session.run(None, {one.name: batch.get(one.name, _nothing(one, batch)) for one in reads})
+    if kind == "openvino":
+        import openvino
+
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        model = openvino.Core().compile_model(path, "CPU", options)
+        wanted = [one.any_name for one in model.inputs]
+        return lambda batch: model({name: batch[name] for name in wanted})
     import torch
 
     torch.set_num_threads(threads)
@@ -50,6 +57,12 @@ def runner(kind: str, path: str, threads: int) -> Callable[[Batch], Any]:
         graph = load_graph(Path(path)).module()
         reads = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         return lambda batch: graph(**{name: torch.from_numpy(batch[name]) for name in reads})
+    if kind == "executorch":
+        from kd_lightning.export.exported import read_exported
+        from kd_lightning.export.formats.executorch import ExecutorchNetwork, open_program
+
+        graph = ExecutorchNetwork(open_program(Path(path), threads), read_exported(Path(path).parent).inputs)
+        return lambda batch: graph(**{name: torch.from_numpy(entry) for name, entry in batch.items()})
     from kd_lightning.export.load import load_model
     from kd_lightning.models.adapt import run_network
 
@@ -69,7 +82,7 @@ def main() -> None:
     with trusting(trust == "True"):
         run = runner(kind, path, int(threads))
     for batch in read_batches(batches):
-        if kind == "onnx":
+        if kind in ("onnx", "openvino"):
             run(batch)
         else:
             import torch

@@ -126,7 +126,7 @@ def run_data(stage: Path, remedy: str = "restore them, or train again") -> Index
             "again, which writes it again"
         )
     cfg = read_config(root)
-    settings = _without_caches(found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root))
+    settings = _bare(found(cfg["data"], was=Path(cfg.get("run_dir", root)), now=root))
     data: IndexedData = build_saved(settings, root / "config.yaml")
     data.read_with(saved_tokenizers(stage, root))
     trained_on = read_task(stage)["data"]
@@ -139,11 +139,15 @@ def run_data(stage: Path, remedy: str = "restore them, or train again") -> Index
     return data
 
 
-def _without_caches(settings: Any) -> Any:
-    """Return data settings without cache folders, which a foreign run must not choose."""
+def _bare(settings: Any) -> Any:
+    """Return data settings without generated texts and without cache folders, which are the reader's.
+
+    No score is of those texts, so the model that wrote them is not needed any more.
+    """
     if not isinstance(settings, dict):
         return settings
-    return {key: None if key == "cache_dir" else _without_caches(value) for key, value in settings.items()}
+    own = {"cache_dir": None, "generate": 0}
+    return {key: own[key] if key in own else _bare(value) for key, value in settings.items()}
 
 
 def saved_tokenizers(stage: Path, root: Path) -> dict[Role, str]:

@@ -30,6 +30,7 @@ class Plan:
         quantize: One of the format's.
         out: The export folder.
         command: The command line.
+        card: Whether to write a model card.
     """
 
     run: Path
@@ -38,6 +39,7 @@ class Plan:
     quantize: str
     out: Path
     command: str
+    card: bool = True
 
 
 def plan(run: Path, format: str, quantize: str, out: Path, command: str, seed: int | None = None) -> Plan:
@@ -72,12 +74,13 @@ def export(plan: Plan) -> tuple[Exported, Parity]:
             loaded = chosen.load(folder, exported)
         parity = following(
             f"{exported.title} cannot run {exported.network}",
-            lambda: measure_parity(source.model.network, loaded, source.held_out, source.model.task, plan.quantize),
+            lambda: measure_parity(source.model.network, loaded, source.held_out, source.data.task, plan.quantize),
         )
         require(parity, exported.title)
         exported = Exported(**{**asdict(exported), "parity": parity.to_dict()})
         exported.write(folder)
-        write_card(exported, source, folder)
+        if plan.card:
+            write_card(exported, source, folder)
     return exported, parity
 
 
@@ -101,6 +104,7 @@ def describe(plan: Plan, source: Source, chosen: Format, written: Written, folde
     from kd_lightning.evaluation.generation import generator_of
     from kd_lightning.evaluation.profiling import environment
     from kd_lightning.models.size import count_parameters
+    from kd_lightning.training.run_folder import read_stage
 
     model = source.model
     return Exported(
@@ -114,12 +118,14 @@ def describe(plan: Plan, source: Source, chosen: Format, written: Written, folde
         texts=model.texts,
         pad_token_id=None if model.tokenizer is None else int(model.tokenizer.pad_token_id),
         images=None if model.images is None else asdict(model.images),
+        windows=model.windows,
         network=type(generator_of(model.network) or model.network).__name__,
         parameters=count_parameters(model.network).total,
-        bytes=(folder / chosen.FILE).stat().st_size,
+        bytes=sum((folder / name).stat().st_size for name in (chosen.FILE, *written.beside)),
         opset=written.opset,
         run=str(plan.run),
         stage=str(plan.stage.relative_to(plan.run)) if plan.stage.is_relative_to(plan.run) else plan.stage.name,
+        weights=read_stage(plan.stage)["files"]["model.safetensors"],
         command=plan.command,
         parity={},
         files={},

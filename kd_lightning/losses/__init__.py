@@ -4,8 +4,8 @@ They need torch and nothing else.
 
 Functions whose value is a mean over examples or positions take torch's `reduction`. Those that compare a batch's
 relations or distributions as a whole (`rkd`, `pkt`, `similarity_preserving`, `correlation_congruence`, `dist`,
-`similarity_kl`, `contrastive`, `margin_mse`), or several networks or exits at once (`deep_mutual`, `byot`), are one
-number and have none.
+`similarity_kl`, `contrastive`, `margin_mse`), a query's documents (`list_labels`, `listwise_kl`, `ranknet`), or several
+networks or exits at once (`deep_mutual`, `byot`), are one number and have none.
 
 A method is imported from its file, `from kd_lightning.losses.dkd import DKDLoss, dkd`; the reference method's stand
 here too.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kd_lightning.losses.chunked_linear import NoTeacher, chunked_sums
 from kd_lightning.losses.logit_term import check_labels
+from kd_lightning.losses.merged import merged
 from kd_lightning.losses.term import Averages, Reduction, Term, check_mask, in_float32, kept_rows, only_counted, reduce
 from kd_lightning.types import IGNORE, Batch, ModelOutput
 
@@ -47,6 +48,10 @@ def cross_entropy(
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     counts = labels != IGNORE
     counts = counts if mask is None else counts & mask
+    if logits.ndim == 3 and not label_smoothing:  # of tokens, where classes may be many: fewer passes over the logits
+        right = merged(logits, labels.new_empty(*labels.shape, 0), labels, counts)[1]
+        assert right is not None
+        return reduce(-right, counts, reduction)
     values = F.cross_entropy(
         only_counted(logits, counts).flatten(0, -2),
         labels.flatten(),

@@ -116,7 +116,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.is_floating_point():
         raise ValueError(
             "labels are scores, and this loss needs classes: use kd_lightning.losses.regression; of pairs of texts "
-            "distillation=embed_distill or another for embeddings"
+            "distillation=embed_distill or another for embeddings, of a query's documents distillation=listwise_kl"
         )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape {tuple(logits.shape[:-1])} of the logits")

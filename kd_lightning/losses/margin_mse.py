@@ -1,4 +1,4 @@
-"""Margins: how much nearer a query's positive is than each of the batch's other documents."""
+"""Margins: how far a query's positive is above each of its negatives."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def margin_mse(student: Tensor, teacher: Tensor, positive: Tensor, others: Tenso
     .. math:: \frac{1}{P} \sum_i \frac{1}{|N_i|} \sum_{j \in N_i}
               \left( (s_{i,p(i)} - s_{ij}) - (t_{i,p(i)} - t_{ij}) \right)^2
 
-    with cosines s of the student's and t of the teacher's embeddings. The paper has one mined negative for each query,
-    scored by a cross-encoder; here they are all other documents of the batch. A query without a negative counts zero.
+    with scores s of the student and t of the teacher. The paper has one mined negative for each query, scored by a
+    cross-encoder; `MarginMSEScoresLoss` has all that the query has, and `MarginMSELoss` all other documents of the
+    batch, with the cosines of embeddings as scores. A query without a negative counts zero.
 
     Args:
-        student: Cosines of queries and documents, `(P, M)`.
+        student: Scores of queries and documents, `(P, M)`.
         teacher: The teacher's, of the same shape; gets no gradient.
         positive: Each query's positive among the documents, `(P,)`.
         others: Which documents are its negatives, `(P, M)` bool.
@@ -34,14 +35,14 @@ def margin_mse(student: Tensor, teacher: Tensor, positive: Tensor, others: Tenso
         >>> margin_mse(student, teacher, torch.tensor([0]), torch.tensor([[False, True]])).item()
         1.0
     """
-    check_same_shape(student, teacher, "cosines")
+    check_same_shape(student, teacher, "scores")
     check_mask(others, student.shape)
     margins = [at - at.gather(1, positive[:, None]) for at in (student, teacher.detach())]
     return masked_mean((margins[0] - margins[1]).square().unsqueeze(-1), others).mean()
 
 
 class MarginMSELoss(PairTerm):
-    """Margins of a batch's queries; see `margin_mse` for the formula.
+    """Margins of a batch's queries, by the cosines of embeddings; see `margin_mse` for the formula.
 
     Args:
         widths: See `PairTerm`.

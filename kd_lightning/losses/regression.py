@@ -15,6 +15,7 @@ from kd_lightning.losses.term import (
     check_positive,
     check_same_shape,
     in_float32,
+    kept_rows,
     only_counted,
     reduce,
 )
@@ -75,7 +76,8 @@ def regression(
 class RegressionLoss(Term):
     """Learning scores from the teacher or from labels; see `regression` for the formula.
 
-    Scores are the logits, `(B,)` or `(B, K)`; `(B, 1)` and `(B,)` are the same. As labels, NaN and -100 mean none; a
+    Scores are the logits, `(B,)` or `(B, K)`, or of tokens `(B, L, K)` where the batch keeps them; `(B, 1)` and `(B,)`
+    are the same. As labels, NaN and -100 mean none; a
     batch without `labels` gives 0.
 
     Args:
@@ -96,7 +98,7 @@ class RegressionLoss(Term):
         self.kind: Kind = kind
         self.threshold = threshold
         self.uses_teacher = target == "teacher"
-        self.averages = "examples" if self.uses_teacher else "labels"
+        self.averages = "logits" if self.uses_teacher else "labels"
 
     def counts(self, batch: Batch) -> Tensor:
         """Return how many examples have a target."""
@@ -106,7 +108,12 @@ class RegressionLoss(Term):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean over the examples that have a target."""
+        mask = kept_rows(student.logits, batch) if student.logits.ndim > 2 else None
         scores = _scores(student.logits)
+        if self.uses_teacher and mask is not None:
+            check_same_shape(student.logits, teacher.logits)
+            rows, expected = (output.logits.flatten(0, -2) for output in (student, teacher))
+            return regression(rows, expected, self.kind, self.threshold, mask.flatten())
         if self.uses_teacher:
             return regression(scores, _scores(teacher.logits), self.kind, self.threshold)
         if "labels" not in batch:

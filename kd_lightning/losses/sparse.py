@@ -29,7 +29,8 @@ from torch import Tensor
 
 from kd_lightning.losses.chunked_linear import chunked_sums
 from kd_lightning.losses.fused_linear import FusedLoss
-from kd_lightning.losses.logit_term import half_distance, jsd, kl, skewed
+from kd_lightning.losses.logit_term import check_labels, half_distance, jsd, kl, skewed
+from kd_lightning.losses.merged import merged
 from kd_lightning.losses.sparse_linear import SparseTeacher
 from kd_lightning.losses.term import (
     Averages,
@@ -80,10 +81,16 @@ def sparse_kd(
     check_divergence(divergence, beta)
     check_rows(student_logits.shape, teacher, divergence)
     check_mask(mask, student_logits.shape[:-1])
-    log_s = bucketed(only_counted(student_logits, mask), teacher.ids)
+    log_s = merged(student_logits, teacher.ids, mask=mask)[0]
+    return reduce(_divergences(log_s, teacher, divergence, beta, mask), mask, reduction)
+
+
+def _divergences(
+    log_s: Tensor, teacher: SparseLogits, divergence: Divergence, beta: float, mask: Tensor | None
+) -> Tensor:
+    """Return the divergence of each row, of the student's log probabilities of K classes and the tail."""
     log_t = teacher_buckets(teacher, mask).to(log_s.dtype)
-    values = expected_kl(log_s, log_t) if teacher.drawn else compare(log_s, log_t, divergence, beta)
-    return reduce(values, mask, reduction)
+    return expected_kl(log_s, log_t) if teacher.drawn else compare(log_s, log_t, divergence, beta)
 
 
 def sparse_linear_kd(
@@ -170,11 +177,7 @@ def expected_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
 
 def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
     """Return log probabilities of some classes and of the tail of all others, `(..., K + 1)`."""
-    values = logits.gather(-1, ids)
-    if ids.shape[-1] < logits.shape[-1]:
-        others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        values = torch.cat([values, others], dim=-1)
-    return values.log_softmax(-1)
+    return merged(logits, ids)[0]
 
 
 def teacher_buckets(teacher: SparseLogits, mask: Tensor | None) -> Tensor:
@@ -253,18 +256,28 @@ class SparseKDLoss(Term):
     def with_labels(
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch, ce_weight: float, kd_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Return cross-entropy and divergence of a student without logits.
+        """Return cross-entropy and divergence from one pass over the student's logits or output layer.
 
-        They are from one pass over its output layer. The gradient of both together, `ce_weight * ce + kd_weight * kd`,
-        is that of the sum; all of it is the divergence's here, and neither has a gradient of its own.
+        Of a student without logits, the gradient of both together, `ce_weight * ce + kd_weight * kd`, is that of the
+        sum; all of it is the divergence's here, and neither has a gradient of its own.
         """
+        if student.logits.shape[-1]:
+            sparse, mask = self._sparse(teacher), kept_rows(student.logits, batch)
+            check_rows(student.logits.shape, sparse, self.divergence)
+            check_labels(batch["labels"], student.logits)
+            log_s, right = merged(student.logits, sparse.ids, batch["labels"], mask)
+            kd = _divergences(log_s, sparse, self.divergence, self.beta, mask)
+            assert right is not None
+            return reduce(-right, mask, "mean"), reduce(kd, mask, "mean")
         both = self._chunked(student, teacher, batch, ce_weight, kd_weight)
         return both.ce, both.kd + (both.loss - both.loss.detach()) / kd_weight
 
     def _sparse(self, teacher: ModelOutput) -> SparseLogits:
         if teacher.sparse is not None:
             return teacher.sparse
-        return SparseLogits.of(teacher.logits.detach(), min(self.top_k, teacher.logits.shape[-1]))
+        logits = at_least_float32(teacher.logits.detach())
+        logits = logits - logits.amax(-1, keepdim=True)  # large ones lose nothing to rounding
+        return SparseLogits.of(logits, min(self.top_k, logits.shape[-1]))
 
     def _chunked(
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch, ce_weight: float = 0.0, kd_weight: float = 1.0

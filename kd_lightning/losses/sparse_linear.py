@@ -55,6 +55,7 @@ class SparseTeacher:
         softmax over the tail alone.
         """
         z = at_least_float32(z_s)
+        z = z.sub_(z.amax(1, keepdim=True))  # large logits then lose nothing to rounding
         merged = z.gather(1, ids)
         right = None if labels is None else z.gather(1, labels[:, None])[:, 0]
         share = z.scatter_(1, ids, -math.inf)

@@ -9,7 +9,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ Averages = Literal["examples", "sequences", "labels", "logits", "tokens"]
 Depth = Callable[[str], int]
 """How many layers a network has of a kind: `hidden`, `attention`, `qkv` or `feature_maps`."""
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Term(nn.Module, ABC):
@@ -116,14 +117,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     """Compute a loss in float32, or float64 for float64 inputs: casts half precision, disables autocast.
 
     Autocast would do the products of matrices in a loss in 16 bits even for float32 arguments.
     """
 
     @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.autocast(next(_tensors([*args, *kwargs.values()])).device.type, enabled=False):
             return function(*(_widened(x) for x in args), **{key: _widened(x) for key, x in kwargs.items()})
 
@@ -218,10 +219,15 @@ def kept_rows(logits: Tensor, batch: Batch) -> Tensor | None:
         `(B, L)` bool; None for `(B, C)` logits.
 
     Raises:
-        ValueError: Token-level logits, and no `keep` of their shape.
+        ValueError: Token-level logits, and no `keep` of their shape; or they are of starts and ends of spans.
     """
     if logits.ndim == 2:
         return None
+    if "question" in batch:
+        raise ValueError(
+            "it compares the classes of a row, and logits of starts and ends of spans are compared over positions: use "
+            "distillation=span_soft_target or another for spans"
+        )
     keep = batch.get("keep")
     if keep is None or keep.shape != logits.shape[:-1]:
         given = "no `keep`" if keep is None else f"`keep` {tuple(keep.shape)}"

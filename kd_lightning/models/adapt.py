@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,9 +28,12 @@ from kd_lightning.types import Batch, ModelOutput
 
 NEVER_READ = (
     "labels", "keep", "index", "task", "token_bytes", "of_document", "begins", "window_of", "spans", "group", "place",
-    "text", "score",
+    "text", "score", "rows", "question",
 )  # fmt: skip
 """Entries of a batch that state what is predicted of it."""
+
+PLACES = "masked_places"
+"""The entry that says of which tokens there are logits."""
 
 _MAIN_ENTRIES = ("input_ids", "pixel_values")
 _PARALLEL_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel)
@@ -43,6 +46,9 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
     `**kwargs` that does not name `attention_mask` gets every other entry, so that a thin wrapper of the user's does not
     lose the mask. Compiled and DDP/FSDP-wrapped networks are called through their wrappers, with the signature of what
     they wrap.
+
+    Where a batch has `masked_places` `(B, M)`, logits are of these tokens alone: a forward that names them computes no
+    others, and of any other network's logits `(B, L, V)` these rows are returned.
 
     Args:
         network: Any module; see the top of this file for what its forward may take and return.
@@ -64,12 +70,15 @@ def run_network(network: nn.Module, batch: Batch) -> ModelOutput:
         )
     arguments = {name: _narrowed(batch[name], network) for name in names if name in batch}
     missing = [name for name in forward.required if name not in arguments]
+    places = None if forward.takes_places else batch.get(PLACES)
     if arguments and not missing:
-        return _as_output(network(**arguments), network)
+        if forward.takes_places and PLACES in batch:
+            arguments[PLACES] = batch[PLACES]
+        return _at(places, _as_output(network(**arguments), network))
     main = next((name for name in _MAIN_ENTRIES if name in batch and name not in forward.names), None)
     if main is not None and missing and missing == forward.main_parameter:
         arguments.pop(main, None)  # for forward(x, **kwargs): not by position and by name
-        return _as_output(network(_narrowed(batch[main], network), **arguments), network)
+        return _at(places, _as_output(network(_narrowed(batch[main], network), **arguments), network))
     raise ConfigError(_cannot_call(network, forward, missing, batch))
 
 
@@ -104,6 +113,7 @@ class _Forward:
     required: list[str]  # those without a default
     main_parameter: list[str]  # the first one, if it is required: gets the main tensor whatever its name
     takes_everything: bool  # **kwargs, and the mask is not among the names
+    takes_places: bool
 
 
 def _forward_of(module: nn.Module) -> _Forward:
@@ -119,7 +129,8 @@ def _inspect(function: Callable[..., Any], is_method: bool) -> _Forward:
     required = [p.name for p in named if p.default is p.empty]
     by_position = [p.name for p in named[:1] if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
     has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return _Forward(names, required, by_position, has_keywords and "attention_mask" not in names)
+    takes_places = any(p.name == PLACES for p in named)
+    return _Forward(names, required, by_position, has_keywords and "attention_mask" not in names, takes_places)
 
 
 def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
@@ -132,7 +143,19 @@ def _narrowed(x: Tensor, network: nn.Module) -> Tensor:
 
 def is_input(name: str) -> bool:
     """Say whether a network may see this entry of a batch."""
-    return name not in NEVER_READ and not name.startswith("teacher_")
+    return name not in NEVER_READ and name != PLACES and not name.startswith("teacher_")
+
+
+def _at(places: Tensor | None, output: ModelOutput) -> ModelOutput:
+    """Return an output with the logits of these tokens alone; as it is where it has no row for each token."""
+    if places is None or output.logits.ndim != 3:
+        return output
+    return replace(output, logits=at_places(output.logits, places))
+
+
+def at_places(values: Tensor, places: Tensor) -> Tensor:
+    """Return the rows `(B, M, H)` of values `(B, L, H)` at places `(B, M)`."""
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _as_output(output: Any, network: nn.Module) -> ModelOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -131,8 +132,9 @@ class BiLSTM(nn.Module):
         self._show(0, hidden, lengths, positions, order)
         for i, (ahead, back) in enumerate(zip(self.forward_layers, self.backward_layers, strict=True), start=1):
             hidden = self.dropout(hidden)
-            reversed_states = back(hidden.gather(1, reverse.expand_as(hidden)))[0]
-            hidden = torch.cat([ahead(hidden)[0], reversed_states.gather(1, reverse.expand_as(reversed_states))], dim=2)
+            reversed_states = _states(back, hidden.gather(1, reverse.expand_as(hidden)))
+            back_in_place = reversed_states.gather(1, reverse.expand_as(reversed_states))
+            hidden = torch.cat([_states(ahead, hidden), back_in_place], dim=2)
             self._show(i, hidden, lengths, positions, order)
         return hidden
 
@@ -171,6 +173,24 @@ class BiLSTM(nn.Module):
                         gate.zero_()
                 if name.startswith("bias_ih"):
                     gates[1].fill_(1.0)
+
+
+def _states(lstm: nn.Module, inputs: Tensor) -> Tensor:
+    """Return an LSTM's states `(B, L, H)`; in float32 on a CPU that has no kernel for one in 16 bits."""
+    halved = inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if halved and not _has_kernel(torch.get_autocast_dtype("cpu")):
+        with torch.autocast("cpu", enabled=False):
+            return lstm(inputs.float())[0]  # type: ignore[no-any-return]
+    return lstm(inputs)[0]  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _has_kernel(dtype: torch.dtype) -> bool:
+    """Return whether this processor computes LSTMs in a dtype; without oneDNN torch's own code does."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return True
+    kernels: Any = torch.ops.mkldnn
+    return bool(kernels._is_mkldnn_fp16_supported() if dtype == torch.float16 else kernels._is_mkldnn_bf16_supported())
 
 
 def _in_place(hidden: Tensor, lengths: Tensor, positions: Tensor, order: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kd_lightning.models.adapt import evaluating
-from kd_lightning.models.hf import cannot_load, check_attention, locate, quiet_loading, read_config
 from kd_lightning.models.lora import ALL_LINEAR, Lora, add_adapters
+from kd_lightning.models.pretrained_lm import check_whole, pretrained_lm
 from kd_lightning.models.sizes import check_sizes
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.types import MOST_PADDING_ROWS, ModelOutput
+from kd_lightning.types import ModelOutput
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ def causal_lm(
     """Load a pretrained causal language model, in float32 and training mode.
 
     Args:
-        name: A folder saved by `save_pretrained`, or a name on the Hugging Face hub.
+        name: A folder saved by `save_pretrained`, a GGUF file, which is dequantised to bfloat16 once, or a name on the
+            Hugging Face hub.
         vocab_size: Tokens of the data's tokenizer, which must be the model's own.
         block_size: Tokens of a block.
         attn_implementation: `sdpa`, `eager`, ...; None: sdpa.
@@ -184,27 +185,11 @@ def _pretrained(
     name: str, vocab_size: int, block_size: int | None, attn_implementation: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     """Load the network of `causal_lm`."""
-    check_attention(attn_implementation, "attn_implementation")
-    source, local = locate(name)
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    try:
-        with quiet_loading(hide_bar=local):
-            config = read_config(source, name, {"local_files_only": local, "trust_remote_code": trust_remote_code})
-            network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(cannot_load(name, "a causal language model", local, error)) from error
-    embedding: Any = network.get_input_embeddings()
-    rows = int(embedding.num_embeddings)
-    if not vocab_size <= rows <= vocab_size + MOST_PADDING_ROWS:
-        raise ConfigError(
-            f"name={name!r} has embeddings for {rows} tokens and the data's tokenizer has {vocab_size}: read with the "
-            f"checkpoint's own tokenizer, data.tokenizer={name}"
-        )
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if block_size is not None and longest is not None and block_size > longest:
-        raise ConfigError(f"data.block_size={block_size}: {name} has positions for {longest} tokens; set it lower")
+    network, missing = pretrained_lm(
+        AutoModelForCausalLM, "a causal language model", name, vocab_size, block_size, attn_implementation,
+        trust_remote_code,
+    )  # fmt: skip
+    check_whole(name, missing)
     return network
 
 

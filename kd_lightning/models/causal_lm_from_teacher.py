@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.embedding import principal_components
+from kd_lightning.models.fits import check_block
 from kd_lightning.models.from_teacher import chosen_layers, copy_weights, student_config
 from kd_lightning.models.hf import layer_stack
 from kd_lightning.models.initialise import Initialise, check_initialise
@@ -59,9 +60,7 @@ def causal_lm_from_teacher(
     source = teacher.network
     chosen = chosen_layers(layers, source.config.num_hidden_layers)
     config = student_config(source.config, chosen, int(source.config.num_labels or 0))
-    longest = getattr(config, "max_position_embeddings", None)
-    if block_size is not None and longest is not None and block_size > longest:
-        raise ConfigError(f"data.block_size={block_size}: the teacher has positions for {longest} tokens; set it lower")
+    check_block(source, block_size, "the teacher")
     if width is not None:
         narrow(config, width)
     network = fresh_network(type(source), config, config._attn_implementation)

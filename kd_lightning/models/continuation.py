@@ -18,8 +18,9 @@ VERSION = 1
 
 
 def continuations(
-    model: CausalLM, prompts: Sequence[Tensor], new_tokens: int, ends: Sequence[int], temperature: float, seed: int
-) -> list[Tensor]:
+    model: CausalLM, prompts: Sequence[Tensor], new_tokens: int, ends: Sequence[int], temperature: float, seed: int,
+    top_p: float = 1.0,
+) -> list[Tensor]:  # fmt: skip
     """Return what a language model draws after each text, one token after the other.
 
     In eval mode (no dropout) and without a graph, with the model's cache of keys and values. Neither the modes of its
@@ -32,6 +33,8 @@ def continuations(
         ends: The tokens that end a text; the one that does is part of what is returned.
         temperature: Tokens are drawn from `softmax(logits / temperature)`; 0 takes the likeliest.
         seed: Of the draw: the same texts with the same seed are continued alike.
+        top_p: Tokens are drawn from the likeliest ones that have so much of the mass together (Holtzman et al. 2019,
+            arXiv 1904.09751); 1: from all.
 
     Returns:
         The drawn token ids, one or more a text, on the device of the texts.
@@ -43,10 +46,11 @@ def continuations(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
     rows = network.get_input_embeddings().num_embeddings
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=new_tokens, eos_token_id=list(ends) or None, pad_token_id=0, use_cache=True,
         suppress_tokens=list(range(model.vocab_size, rows)) or None,  # rows that no token has
-        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
+        **(sampling if temperature else {"do_sample": False}),
     )  # fmt: skip
     cuda = [device] if device.type == "cuda" else []
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=cuda), quiet_loading(hide_bar=False):

@@ -14,7 +14,7 @@
 1. A network that names them: any module with an attribute `feature_names: dict[str, str]`, from names of this table (or
    of its own) to the names of the modules that output them; `hidden[i]` for every i from 0 to the number of layers,
    the other kinds from 0 on. Ours have one (`BiLSTM`, `TextCNN`, `CNN`, `ResNet`); a wrapper around such a module
-   needs none.
+   needs none. An empty one: the network has no features of a batch's rows, and any name is refused (`BiEncoder`).
 2. A Hugging Face network with one stack of layers, or the one inside another module. `qkv[i]` where each layer has a
    query, key and value projection of its own (BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, ViT, DeiT, ...).
 3. A timm network, by its `feature_info` (`hidden[i]` for its vision transformers); one with a list of modules called
@@ -230,7 +230,17 @@ def depth(network: nn.Module, kind: str) -> int:
 
 
 def _catalogue(root: nn.Module) -> dict[str, _Source]:
-    """Return every neutral feature name of a network, and where the feature comes from."""
+    """Return every neutral feature name of a network, and where the feature comes from.
+
+    Raises:
+        ConfigError: Its modules output nothing of the batch's rows, or it names what is no module.
+    """
+    _, closed = _outermost(root, lambda m: getattr(m, "feature_names", None) == {})
+    if closed is not None:
+        raise ConfigError(
+            f"{type(closed).__name__} has no features: its modules see other rows than the batch has; compare its "
+            "output alone"
+        )
     linear = [  # quantised ones, too
         path
         for path, m in root.named_modules()

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 
 from kd_lightning.models.adapt import run_network
 from kd_lightning.runtime.errors import ConfigError
@@ -33,6 +34,28 @@ def check_length(network: nn.Module, max_length: int | None, owner: str) -> None
             f"data.max_length={max_length}: the {owner} has positions for at most {limit} tokens; set "
             f"data.max_length={limit} or lower"
         )
+
+
+def check_block(network: PreTrainedModel, block_size: int | None, owner: str) -> None:
+    """Refuse blocks longer than a language model has positions.
+
+    Args:
+        network: The model.
+        block_size: Tokens of a block; None: of any number.
+        owner: Whose it is, or its name.
+
+    Raises:
+        ConfigError: Names both.
+    """
+    limit = text_positions(network)
+    if block_size is not None and limit is not None and block_size > limit:
+        raise ConfigError(f"data.block_size={block_size}: {owner} has positions for {limit} tokens; set it lower")
+
+
+def text_positions(network: PreTrainedModel) -> int | None:
+    """Return how many tokens a language model has positions for, by its table and configuration."""
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    return min((count for count in (longest, most_positions(network)) if count is not None), default=None)
 
 
 def most_positions(network: nn.Module) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -26,8 +27,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kd_lightning.models.spans import KIND, as_tokens
 from kd_lightning.runtime.assets import PRETRAINED, fetch
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.gguf_files import folder_of, is_gguf
 from kd_lightning.types import ModelOutput
 
 Pooling = Literal["mean", "max", "first"]
@@ -100,6 +103,7 @@ def pretrained(
     trust_remote_code: bool = False,
     pad_token_id: int | None = None,
     per_token: bool = False,
+    spans: bool = False,
 ) -> nn.Module:
     """Load a pretrained encoder or a finished classifier, in float32 and training mode.
 
@@ -122,6 +126,7 @@ def pretrained(
             classifies at the last token that is another, takes it in place of its checkpoint's, which often has none.
             None: the checkpoint's.
         per_token: Classify each token, with the head that `AutoModelForTokenClassification` gives this architecture.
+        spans: Its logits are of starts and ends of spans: only a network for question answering keeps its head.
 
     Returns:
         The Hugging Face model, or a `PooledClassifier` around it.
@@ -149,18 +154,22 @@ def pretrained(
                 _pad_with(encoder, pad_token_id, name)
                 _freeze(encoder, frozen_layers)
                 return PooledClassifier(encoder, num_classes, pooling, dropout).train()
-            keeps_head = _has_classifier(config, per_token) and config.num_labels == num_classes
+            kinds = _kinds(per_token, spans)
+            keeps_head = _has_head(config, kinds) and config.num_labels == num_classes
             if not keeps_head:
                 options |= {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-            network: nn.Module = _classifier(config, per_token).from_pretrained(source, **options)
+            auto = AutoModelForQuestionAnswering if spans and keeps_head else _classifier(config, per_token)
+            network: Any = auto.from_pretrained(source, **options)
+            if spans:
+                network = as_tokens(network) if keeps_head else _with_fresh_head(network)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigError(
             cannot_load(name, "a token classifier" if per_token else "a classifier", local, error)
         ) from error
-    _log_head(name, config, num_classes, per_token)
+    _log_head(name, config, num_classes, kinds)
     _pad_with(network, pad_token_id, name)
-    _freeze(network.base_model, frozen_layers)  # type: ignore[arg-type]
-    return network.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
+    _freeze(network.base_model, frozen_layers)
+    return network.train()  # type: ignore[no-any-return]  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
 
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -265,7 +274,7 @@ def finished(name: str, num_classes: int, pad_token_id: int | None = None, per_t
         raise ConfigError(
             cannot_load(name, "a token classifier" if per_token else "a classifier", local, error)
         ) from error
-    fits = _has_classifier(config, per_token)
+    fits = _has_head(config, _kinds(per_token))
     if not fits or config.num_labels != num_classes:
         what, none = (
             ("token classifier", "no token classifier") if per_token else ("classifier", "an encoder without a head")
@@ -278,12 +287,13 @@ def finished(name: str, num_classes: int, pad_token_id: int | None = None, per_t
     return pretrained(name, num_classes, pad_token_id=pad_token_id, per_token=per_token)
 
 
-def locate(name: str, key: str = "name") -> tuple[str, bool]:
+def locate(name: str, key: str = "name", assets: Sequence[str] = PRETRAINED) -> tuple[str, bool]:
     """Return the name for `from_pretrained` and whether it is on this machine.
 
     Args:
         name: As for `pretrained`.
         key: The key that names it.
+        assets: Those that fit, for messages.
 
     Raises:
         ConfigError: It is a path, but not a folder of a checkpoint.
@@ -295,16 +305,24 @@ def locate(name: str, key: str = "name") -> tuple[str, bool]:
         if not (path / "config.json").is_file():
             raise ConfigError(f"{key}={name!r} is a folder without config.json: give one saved by save_pretrained()")
         return str(path), True
+    if is_gguf(name):
+        return str(folder_of(name)), True
     if path.is_file():
         raise ConfigError(f"{key}={name!r} is a file: give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        kinds = f"a folder, {', '.join(PRETRAINED)} or a name on the Hugging Face hub"
+        kinds = f"a folder, {', '.join(assets)} or a name on the Hugging Face hub"
         raise ConfigError(f"{key}={name!r}: no such folder; give {kinds}")
     return name, False
 
 
-def _has_classifier(config: PreTrainedConfig, per_token: bool) -> bool:
-    kinds = ("ForTokenClassification",) if per_token else ("ForSequenceClassification", "ForImageClassification")
+def _kinds(per_token: bool, spans: bool = False) -> tuple[str, ...]:
+    """Return how the names of classes end whose head may be kept."""
+    if spans:
+        return (KIND,)
+    return ("ForTokenClassification",) if per_token else ("ForSequenceClassification", "ForImageClassification")
+
+
+def _has_head(config: PreTrainedConfig, kinds: tuple[str, ...]) -> bool:
     return any(str(name).endswith(kinds) for name in config.architectures or ())
 
 
@@ -317,8 +335,17 @@ def _classifier(config: PreTrainedConfig, per_token: bool) -> Any:
     return AutoModelForImageClassification if of_images and not of_texts else AutoModelForSequenceClassification
 
 
-def _log_head(name: str, config: PreTrainedConfig, num_classes: int, per_token: bool) -> None:
-    if not _has_classifier(config, per_token):
+def _with_fresh_head(network: PreTrainedModel) -> PreTrainedModel:
+    """Draw the layers beyond the encoder anew: the checkpoint's classes are no starts and ends."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith(f"{network.base_model_prefix}."):
+            nn.init.normal_(module.weight, std=getattr(network.config, "initializer_range", 0.02))
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def _log_head(name: str, config: PreTrainedConfig, num_classes: int, kinds: tuple[str, ...]) -> None:
+    if not _has_head(config, kinds):
         log.info("%s: an encoder; new classification head for %d classes", name, num_classes)
     elif config.num_labels != num_classes:
         log.warning(

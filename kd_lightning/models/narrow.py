@@ -50,9 +50,9 @@ class Cut:
             return self.units[layer], self.hidden
         if found:
             return self.hidden, self.units[layer]
-        if "_embeddings." in name or "classifier." in name:
+        if "_embeddings." in name or "classifier." in name or ".decoder." in name:
             return None, self.hidden
-        return (self.hidden, self.hidden) if "pooler." in name else (None, None)
+        return (self.hidden, self.hidden) if "pooler." in name or ".transform." in name else (None, None)
 
 
 def narrow_config(config: PreTrainedConfig, width: int) -> None:

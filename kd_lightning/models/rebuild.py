@@ -18,11 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.attention import PROBABILITIES
+from kd_lightning.models.bi_encoder import BiEncoder
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.cnn import CNN, ResNet
 from kd_lightning.models.embedding import FactorizedEmbedding
 from kd_lightning.models.hf import PooledClassifier, Pooling, check_attention, check_attentions
+from kd_lightning.models.masked_lm import MaskedLM
 from kd_lightning.models.sentence_encoder import SentenceEncoder
 from kd_lightning.models.simkd import SimKDStudent
 from kd_lightning.models.static_embedding import StaticEmbedding
@@ -40,8 +42,8 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
     Returns:
         A dict with `_target_` and its arguments (also what `hydra.utils.instantiate` takes), or None when the network
         is not a `BiLSTM`, `TextCNN`, `StaticEmbedding`, `CNN` or `ResNet`, a `timm_model`, a `SimKDStudent` around a
-        network that has one, a model class of the `transformers` library, or a `PooledClassifier`, `SentenceEncoder` or
-        `CausalLM` around one.
+        network that has one, a model class of the `transformers` library, or a `PooledClassifier`, `SentenceEncoder`,
+        `BiEncoder`, `CausalLM` or `MaskedLM` around one.
     """
     network = unwrap(network)
     if isinstance(network, PooledClassifier):
@@ -53,9 +55,9 @@ def describe(network: nn.Module) -> dict[str, Any] | None:
             own = {"normalise": network.normalise, "projects": network.projects}
             return {"_target_": _name(SentenceEncoder), "encoder": encoder, **head, **own}
         return {"_target_": _name(pooled_classifier), "encoder": encoder, **head}
-    if isinstance(network, CausalLM):
+    if isinstance(network, BiEncoder | CausalLM | MaskedLM):
         inner = describe(network.network)
-        return None if inner is None else {"_target_": _name(CausalLM), "network": inner, **network.arguments}
+        return None if inner is None else {"_target_": _name(type(network)), "network": inner, **network.arguments}
     if isinstance(network, SimKDStudent):
         backbone = describe(network.backbone)
         return (
@@ -193,7 +195,9 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
         hugging_face,
         pooled_classifier,
         SentenceEncoder,
+        BiEncoder,
         CausalLM,
+        MaskedLM,
         BiLSTM,
         TextCNN,
         StaticEmbedding,

@@ -22,6 +22,7 @@ from kd_lightning.models.hf import (
     quiet_loading,
     read_config,
 )
+from kd_lightning.runtime.assets import ENCODERS
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.types import ModelOutput
 
@@ -107,7 +108,7 @@ def sentence_encoder(
     if pooling not in choices:
         raise ConfigError(f"pooling={pooling!r} is unknown{did_you_mean(pooling, choices)}")
     check_attention(attn_implementation, "attn_implementation")
-    source, local = locate(name)
+    source, local = locate(name, assets=ENCODERS)
     found: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     options = found | ({} if attn_implementation is None else {"attn_implementation": attn_implementation})
     try:

@@ -14,6 +14,12 @@ def check_sizes(dropout: float = 0.0, **sizes: int) -> None:
         raise ConfigError(f"dropout={dropout} is not a probability: give a number from 0 to below 1")
 
 
+def check_heads(num_heads: int, hidden_size: int) -> None:
+    """Raise `ConfigError` for heads that do not divide the width."""
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ConfigError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}: choose a divisor")
+
+
 def check_padding(pad_token_id: int, vocab_size: int) -> None:
     """Raise `ConfigError` for a padding id that is not a token of the vocabulary."""
     if not 0 <= pad_token_id < vocab_size:

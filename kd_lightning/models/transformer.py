@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 from transformers.activations import ACT2FN
 
 from kd_lightning.models.hf import PooledClassifier, check_unpooled
+from kd_lightning.models.sizes import check_heads
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
@@ -50,8 +51,7 @@ def transformer(
     Raises:
         ConfigError: Heads that do not divide the width, an unknown activation or pooling, a pooling of single tokens.
     """
-    if num_heads < 1 or hidden_size % num_heads:
-        raise ConfigError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}: choose a divisor")
+    check_heads(num_heads, hidden_size)
     if hidden_act not in ACT2FN:
         raise ConfigError(f"hidden_act={hidden_act!r} is unknown{did_you_mean(hidden_act, ACT2FN)}")
     options: dict[str, Any] = {"num_labels": num_classes, "attn_implementation": "sdpa"}  # taken by its base class

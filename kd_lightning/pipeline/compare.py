@@ -14,6 +14,7 @@ from torch import nn
 
 from kd_lightning.evaluation import profiling
 from kd_lightning.evaluation.report import (
+    PAGE,
     DataSummary,
     ModelResult,
     OutputsTime,
@@ -24,7 +25,10 @@ from kd_lightning.evaluation.report import (
     role,
     write_report,
 )
+from kd_lightning.pipeline.artefacts import publish
+from kd_lightning.pipeline.details import described
 from kd_lightning.pipeline.prepare import new_networks
+from kd_lightning.pipeline.run_records import mark_reported
 from kd_lightning.pipeline.speeds import TEACHER, Speed, measured
 from kd_lightning.pipeline.stages import SHORT, plan
 from kd_lightning.pipeline.teacher_check import findings_of
@@ -46,11 +50,12 @@ from kd_lightning.types import Batch, ModelOutput, SparseLogits
 if TYPE_CHECKING:
     from kd_lightning.pipeline.context import Run
     from kd_lightning.pipeline.teacher_loading import LoadedTeacher
+    from kd_lightning.tasks.details import Details
     from kd_lightning.teachers import Teacher
 
 TITLES: dict[str, tuple[str, str]] = {
     "baseline": ("baseline", "student from labels"),
-    "baseline_initialised": ("baseline_initialised", "student from labels, initialised"),
+    "baseline_initialised": ("baseline_initialised", "student from labels, same start"),
     "distill": ("distilled", "distilled student"),
     "finetune": ("finetuned", "distilled, then fine-tuned"),
 }
@@ -73,8 +78,10 @@ def compare(run: Run, command: str) -> dict[str, Any]:
     if report is None:
         report = _make(run, folders, command, trainings)
         write_report(report, run.folder)
+        publish(run, report)
+    mark_reported(run.folder, trainings)
     print_table(report, run.console)
-    say(run.console, f"report: {run.folder / 'report.md'}")
+    say(run.console, f"report: {run.folder / 'report.md'}, as one page: {run.folder / PAGE}")
     return report
 
 
@@ -91,7 +98,7 @@ def _known_report(run: Run, trainings: str) -> dict[str, Any] | None:
         return None
     text = run.folder / "report.md"
     shown = _PICTURES.findall(text.read_text(encoding="utf-8")) if text.is_file() else [text.name]
-    if not all((run.folder / name).is_file() for name in shown):
+    if not all((run.folder / name).is_file() for name in (*shown, PAGE)):
         write_report(report, run.folder)
     return report
 
@@ -131,7 +138,11 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
     untrained = _untrained(run)
     if run.task.generates:
         say(run.console, f"report  networks are scored on {data.sizes['test']:,} blocks of the test split")
-    evaluated = _evaluated(run, {str(one): network for one, network in networks.items()} | untrained)
+    watched = {str(found[0]): run.task.details() for found in students.values()}
+    if run.compares:
+        watched[TEACHER] = run.task.details()
+    evaluated = _evaluated(run, {str(one): network for one, network in networks.items()} | untrained, watched)
+    names = {TEACHER: TEACHER, **{str(found[0]): _name(stage) for stage, found in students.items()}}
     first = {stage: networks[found[0]] for stage, found in students.items()}
     timed, shown = measured(run, first)
     results = [
@@ -173,8 +184,9 @@ def _make(run: Run, folders: dict[str, list[Path]], command: str, trainings: str
             learns_from=run.task.learns_from,
         ),
         stages_seconds={stage: sum(record["seconds"] for record in found) for stage, found in records.items()},
-        notes=[*_of_other_tokens(run), *_of_served(run, evaluated), *_notes(run, records.get("distill", []))],
+        notes=[*_of_left_out(run), *_of_served(run, evaluated), *_notes(run, records.get("distill", []))],
         samples=[{**one, "models": {_name(stage): text for stage, text in one["models"].items()}} for one in shown],
+        details=described(run, {names[name]: parts for name, parts in watched.items()}),
     )  # fmt: skip
 
 
@@ -202,15 +214,18 @@ def _steps(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list
     return {stage: [one["steps"] for one in found] for stage, found in records.items() if stage.startswith("baseline")}
 
 
-def _of_other_tokens(run: Run) -> list[str]:
-    """Return the test scores of a teacher with a tokenizer of its own that compare it with its students."""
+def _of_left_out(run: Run) -> list[str]:
+    """Return why a teacher is not among the models, and its scores if it only reads other tokens."""
     if not run.has_teacher or run.compares:
         return []
-    data = run.data.select(tokens="teacher")
-    found = evaluate(data.task, run.predicting_teacher.to(run.device), data.test_dataloader(), run.device).scores
-    specs = data.task.specs
-    compared = ", ".join(f"{specs[name].title} {value:.3f}" for name, value in found.items() if specs[name].across)
-    line = f"The teacher has tokens of its own. Of its test scores these can be compared: {compared}."
+    if run.has_fresh_head:
+        line = "The teacher's head is new and untrained: its scores, and agreement with it, are left out."
+    else:
+        data = run.data.select(tokens="teacher")
+        found = evaluate(data.task, run.predicting_teacher.to(run.device), data.test_dataloader(), run.device).scores
+        specs = data.task.specs
+        compared = ", ".join(f"{specs[name].title} {value:.3f}" for name, value in found.items() if specs[name].across)
+        line = f"The teacher has tokens of its own. Of its test scores these can be compared: {compared}."
     say(run.console, line)
     return [line]
 
@@ -242,8 +257,14 @@ def _untrained(run: Run) -> dict[str, nn.Module]:
         return {UNTRAINED: new_networks(run, stages[0])[0]} if stages and run.task.generates else {}
 
 
-def _evaluated(run: Run, students: Mapping[str, nn.Module]) -> Evaluated:
-    """Score all networks of the run together, so that the teacher predicts each batch once."""
+def _evaluated(run: Run, students: Mapping[str, nn.Module], watched: Mapping[str, Mapping[str, Details]]) -> Evaluated:
+    """Score all networks of the run together, so that the teacher predicts each batch once.
+
+    Args:
+        run: The run.
+        students: By name.
+        watched: What is shown of some of them on the test split.
+    """
     models: dict[str, Model] = {name: of_network(network, run.device) for name, network in students.items()}
     data, reference = run.data.select(tokens="both" if run.compares else "student"), None
     if run.compares:
@@ -251,8 +272,10 @@ def _evaluated(run: Run, students: Mapping[str, nn.Module]) -> Evaluated:
         teacher.to(run.device)
         url, count = run.cfg.teacher.url, run.cfg.teacher.cache_top_k
         models[TEACHER] = teacher if url is None or count is None else _served(teacher, count)
-    loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-    found = {split: evaluate_all(run.task, models, loader, run.device, reference) for split, loader in loaders.items()}
+    found = {
+        "validation": evaluate_all(run.task, models, data.val_dataloader(), run.device, reference),
+        "test": evaluate_all(run.task, models, data.test_dataloader(), run.device, reference, watched),
+    }
     if reference is not None:
         teacher.flush()
     return found

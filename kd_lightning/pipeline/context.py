@@ -193,8 +193,15 @@ class Run:
 
     @property
     def compares(self) -> bool:
-        """Whether there is a teacher whose predictions are for the students' tokens."""
-        return self.has_teacher and not self.data.other_tokens
+        """Whether there is a teacher whose predictions are for the students' tokens, and have been learned."""
+        return self.has_teacher and not self.data.other_tokens and not self.has_fresh_head
+
+    @property
+    def has_fresh_head(self) -> bool:
+        """Whether a finished teacher's head is new, so that its predictions are no better than chance."""
+        if "teacher" in self.cfg.stages or not self.has_teacher:
+            return False
+        return any(getattr(one.network, "fresh_head", False) for one in (self.teacher, *self.teacher.members))
 
     @cached_property
     def providers(self) -> list[Provider]:

@@ -6,15 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.config.instantiate import build, in_sweep, processes
 from kd_lightning.data import MultiTaskData
+from kd_lightning.data.batches import spread
 from kd_lightning.evaluation.profiling import single_examples
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.pipeline.speeds import TEACHER, generation_seconds
@@ -65,35 +67,62 @@ class Trial:
 def estimate(run: Run, stages: Sequence[Stage], trials: Sequence[Trial]) -> Clock | None:
     """Print how long the unfinished stages take, and return the clock; None where it is unknown.
 
-    It is unknown for several processes and a served teacher, and left out in a sweep, whose points are many.
+    It is left out for few steps, and in a sweep, whose points are many.
     """
     todo = [stage for stage in stages if not is_finished(run.folder / stage.path)]
-    if sum(stage.steps for stage in todo) < LEAST or in_sweep() or processes(run.cfg.trainer) > 1:
+    if sum(stage.steps for stage in todo) < LEAST or in_sweep():
         return None
-    if run.cfg.teacher.url is not None:
+    missing = partial(_missing, run, todo)
+    clock = expected(run, stages, trials, missing)
+    if clock is not None:
+        say(run.console, _line(run, todo, clock, missing() if clock.outputs else 0))
+    return clock
+
+
+def expected(run: Run, stages: Sequence[Stage], trials: Sequence[Trial], missing: Callable[[], int]) -> Clock | None:
+    """Return time and memory of the unfinished stages; None for several processes, a served teacher.
+
+    Args:
+        run: The run.
+        stages: All of its stages.
+        trials: What the preflight has tried.
+        missing: Returns for how many examples the teacher is still to predict.
+    """
+    if processes(run.cfg.trainer) > 1 or run.cfg.teacher.url is not None:
         return None
     found = {_kind(trial.stage): trial for trial in trials}
     if taught := [trial for trial in trials if trial.stage.kind == "distill"]:
         found |= {_kind(stage): taught[0] for stage in stages if stage.kind == "finetune"}
-    parts: dict[str, float] = {}
-    costs: dict[int, float] = {}
-    outputs, missing = 0.0, 0
+    clock = Clock({})
+    costs: dict[int, tuple[float, int]] = {}
     with torch.random.fork_rng(devices=[]):
-        for stage in todo:
+        for stage in stages:
+            if is_finished(run.folder / stage.path):
+                continue
             trial = found.get(_kind(stage))
             if trial is None:
                 return None
             if id(trial) not in costs:
                 costs[id(trial)] = _training(run, trial)
-            parts[stage.path] = costs[id(trial)] * stage.steps / trial.stage.steps
-            if stage.distils and trial.teacher is not None and not outputs:
-                missing = _missing(run, todo)
-                outputs = _outputs(run, trial.teacher, missing)
-                parts[stage.path] += outputs
-        parts["report"] = sum(_profile(run, trial) for trial in trials) + _generation(run, stages, found)
-    clock = Clock(parts, outputs)
-    say(run.console, _line(run, todo, clock, missing))
+            seconds, clock.memory[stage.path] = costs[id(trial)]
+            clock.parts[stage.path] = seconds * stage.steps / trial.stage.steps
+            if stage.distils and trial.teacher is not None:
+                clock.memory[stage.path] += _teacher_bytes(run, trials)
+                if not clock.outputs:
+                    clock.outputs = _outputs(run, trial.teacher, missing())
+                    clock.parts[stage.path] += clock.outputs
+        clock.parts["report"] = sum(_profile(run, trial) for trial in trials) + _generation(run, stages, found)
     return clock
+
+
+def _teacher_bytes(run: Run, trials: Sequence[Trial]) -> int:
+    """Return the bytes of the weights of the teachers, finished or like those that are tried."""
+    tried = [trial.network for trial in trials if trial.stage.kind == "teacher"]
+    return sum(map(_bytes, tried or [run.teacher.network]))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
 
 
 def _kind(stage: Stage) -> Kind:
@@ -124,8 +153,8 @@ def _number(stages: Sequence[Stage], name: str) -> str:
     return f"{several} of {' to '.join(f'{number:,}' for number in {steps[0]: 0, steps[-1]: 0})} steps"
 
 
-def _training(run: Run, trial: Trial) -> float:
-    """Return the seconds of a stage's steps and of its looks at the validation split."""
+def _training(run: Run, trial: Trial) -> tuple[float, int]:
+    """Return the seconds of a stage's steps and of its looks at the validation split, and its bytes."""
     from kd_lightning.pipeline.prepare import training_data
 
     stage, data = trial.stage, training_data(run, trial.stage)
@@ -135,29 +164,47 @@ def _training(run: Run, trial: Trial) -> float:
     optimizer = build(stage.optimizer)(parameter_groups(trial.module.to(device).train()))
     teacher = None if trial.teacher is None else trial.teacher.to(device)
     live = stage.teacher is None or run.cfg.teacher.cache == "off"
-    chosen = [on(batch, device) for batch in _typical(data.train_dataloader())]
-    expected = {id(batch): teacher(batch) for batch in chosen} if teacher is not None and not live else {}
+    seen = _seen(data.train_dataloader())
+    chosen, largest = [on(batch, device) for batch in _typical(seen)], on(seen[-1], device)
+    given = {id(batch): teacher(batch) for batch in (*chosen, largest)} if teacher is not None and not live else {}
 
     def step(batch: Batch) -> None:
         with _precision(stage.trainer.get("precision"), device):
-            loss = trial.loss(batch, teacher(batch) if teacher is not None and live else expected.get(id(batch)))
+            loss = trial.loss(batch, teacher(batch) if teacher is not None and live else given.get(id(batch)))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trial.module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     seconds = _seconds(step, chosen)
+    memory = _step_bytes(trial, optimizer, step, largest)
     looks = (stage.validations + 1) * _evaluation(trial.network, data.val_dataloader(), device)
-    return stage.steps * int(stage.trainer.get("accumulate_grad_batches", 1)) * seconds + looks
+    return stage.steps * int(stage.trainer.get("accumulate_grad_batches", 1)) * seconds + looks, memory
 
 
-def _evaluation(network: nn.Module, loader: Iterable[Batch], device: torch.device) -> float:
-    """Return the seconds in which a network predicts a split."""
-    batches = list(loader)
+def _step_bytes(trial: Trial, optimizer: torch.optim.Optimizer, step: Callable[[Batch], None], batch: Batch) -> int:
+    """Return what a step holds: weights, gradients, optimizer, and what gradients need of the batch."""
+    own = {value.untyped_storage().data_ptr() for value in (*trial.module.parameters(), *trial.module.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided and (place := tensor.untyped_storage()).data_ptr() not in own:
+            kept[place.data_ptr()] = place.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step(batch)
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    gradients = [weight for weight in trial.module.parameters() if weight.requires_grad]
+    return _bytes(trial.module) + sum(value.nbytes for value in (*moments, *gradients)) + sum(kept.values())
+
+
+def _evaluation(network: nn.Module, loader: Any, device: torch.device) -> float:
+    """Return the seconds in which a network predicts a split, of which it is given a few batches."""
     with evaluating(network), torch.inference_mode():
-        chosen = [on(batch, device) for batch in _typical(batches)]
+        chosen = [on(batch, device) for batch in spread(loader, TIMED)]
         each = _seconds(lambda batch: run_network(network, batch), chosen)
-    return each * len(batches)
+    return each * len(loader)
 
 
 def _missing(run: Run, todo: Sequence[Stage]) -> int:
@@ -207,9 +254,14 @@ def _generation(run: Run, stages: Sequence[Stage], trials: Mapping[Kind, Trial])
     return generation_seconds(run, networks if teacher is None else {**networks, TEACHER: teacher})
 
 
+def _seen(loader: Iterable[Batch]) -> list[Batch]:
+    """Return a loader's first batches, the largest last."""
+    return sorted(islice(loader, SEEN), key=lambda batch: max(value.numel() for value in batch.values()))
+
+
 def _typical(loader: Iterable[Batch]) -> list[Batch]:
     """Return some batches of typical sizes."""
-    batches = sorted(islice(loader, SEEN), key=lambda batch: max(value.numel() for value in batch.values()))
+    batches = _seen(loader)
     return [batches[(2 * number + 1) * len(batches) // (2 * TIMED)] for number in range(TIMED)]
 
 

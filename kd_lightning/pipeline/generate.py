@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,26 +14,21 @@ from kd_lightning.config.schema import GeneratedConfig
 from kd_lightning.data.corpus.datamodule import GENERATED, CorpusData
 from kd_lightning.data.corpus.generated import written
 from kd_lightning.data.corpus.store import Source
-from kd_lightning.evaluation.generation import text_ends
+from kd_lightning.data.kept_texts import KeptTexts
+from kd_lightning.data.text.ends import text_ends
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.causal_lm import CausalLM
 from kd_lightning.models.continuation import VERSION, continuations
 from kd_lightning.models.rebuild import describe, versions
 from kd_lightning.runtime.assets import home
-from kd_lightning.runtime.clock import duration
-from kd_lightning.runtime.console import Pace, say
-from kd_lightning.runtime.errors import ConfigError, KDError
-from kd_lightning.runtime.files import alone
+from kd_lightning.runtime.console import say
+from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import digest
+from kd_lightning.runtime.mixing import mixed_seed
 from kd_lightning.runtime.processes import first
-from kd_lightning.runtime.seals import read_sealed, write_sealed
-from kd_lightning.training.module import mixed_seed
 
 if TYPE_CHECKING:
     from kd_lightning.pipeline.context import Run
-
-PIECE = 64
-"""Texts in a file: the most that a kill loses."""
 
 
 def check_generator(run: Run, teacher: nn.Module | None) -> None:
@@ -77,7 +70,7 @@ def add_texts(run: Run, kept: bool = False) -> None:
         ConfigError: `teacher.cache=require`, and they are not kept.
     """
     settings, data = run.cfg.generated, run.data
-    if not settings.texts or not isinstance(data, CorpusData) or GENERATED in data.parts:
+    if not settings.texts or not isinstance(data, CorpusData) or not data.task.generates or GENERATED in data.parts:
         return
     if not all(part.has_teacher for part in run.parts.values()):
         return
@@ -88,11 +81,12 @@ def add_texts(run: Run, kept: bool = False) -> None:
             if run.cfg.teacher.cache == "require":
                 raise ConfigError("teacher.cache=require, but its generated texts are not kept; kd cache build does")
             return
-        texts.complete(run)
+        _complete(run, texts)
         if too_long:
             room = data.block_size - settings.new_tokens
             say(run.console, f"teacher  left out {too_long} prompts of more than {room} tokens (data.block_size)")
-        run.learn_from(data.with_texts(Source(texts.folder.name, texts.documents), settings.originals))
+        documents = Source(texts.folder.name, lambda: itertools.starmap(written, texts))
+        run.learn_from(data.with_texts(documents, settings.originals))
 
 
 def _prompts(data: CorpusData, settings: GeneratedConfig) -> tuple[list[list[int]], int]:
@@ -102,7 +96,7 @@ def _prompts(data: CorpusData, settings: GeneratedConfig) -> tuple[list[list[int
     return fit, len(found) - len(fit)
 
 
-def _texts(run: Run, prompts: Sequence[Sequence[int]], data: CorpusData) -> _Texts:
+def _texts(run: Run, prompts: Sequence[Sequence[int]], data: CorpusData) -> KeptTexts:
     teacher, settings = run.providers[0].loaded, run.cfg.generated
     ends = text_ends(data.tokenizer_of("teacher"))
     key = {
@@ -111,86 +105,24 @@ def _texts(run: Run, prompts: Sequence[Sequence[int]], data: CorpusData) -> _Tex
         "tokenizer": data.teacher_key["tokenizer"], "prompts": digest(prompts), "count": len(prompts), "ends": ends,
         "new_tokens": settings.new_tokens, "temperature": settings.temperature, "texts": settings.texts,
         "seed": settings.seed if settings.temperature else None,
+        "batch": run.cfg.teacher.predict_batch_size if settings.temperature else None,  # what is drawn together
     }  # fmt: skip
-    return _Texts(home() / "generated" / digest(key), [*prompts] * settings.texts, key)
+    return KeptTexts(home() / "generated" / digest(key), [*prompts] * settings.texts, key, "teacher")
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Generated texts: files of `PIECE` each, written in one step with a checksum, beside their settings.
+def _complete(run: Run, texts: KeptTexts) -> None:
+    """Have the teacher generate what is missing."""
+    teacher, key = run.provider_of(*run.parts.values()).generator, texts.key
+    tokenizer: Any = run.data.tokenizer_of("teacher")
 
-    Attributes:
-        folder: Where they are, named after all that decides them.
-        prompts: What each begins with.
-        key: What decides them.
-    """
+    def draw(prompts: Sequence[Sequence[int]], start: int) -> list[list[int]]:
+        frozen = teacher()
+        model: Any = unwrap(frozen.network)
+        with frozen.autocast(run.device):
+            drawn = continuations(
+                model, [torch.tensor(one) for one in prompts], key["new_tokens"], key["ends"], key["temperature"],
+                mixed_seed(key["seed"] or 0, start),
+            )  # fmt: skip
+        return [one.tolist() for one in drawn]
 
-    folder: Path
-    prompts: Sequence[Sequence[int]]
-    key: dict[str, Any]
-
-    @property
-    def pieces(self) -> int:
-        return -(-len(self.prompts) // PIECE)
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.json"
-
-    def read(self, number: int) -> list[str]:
-        """Return the documents of a piece."""
-        found = read_sealed(self.path(number), "it is generated anew")["texts"]
-        return [written(*([int(token) for token in one[part].split()] for part in ("prompt", "new"))) for one in found]
-
-    def documents(self) -> Iterator[str]:
-        """Yield all documents."""
-        return itertools.chain.from_iterable(map(self.read, range(self.pieces)))
-
-    def complete(self, run: Run) -> None:
-        """Generate the pieces that are missing or damaged; one process does, others wait for it."""
-        with alone(self.folder / ".lock", lambda line: say(run.console, f"{line}, which generates {self.folder}")):
-            todo = [number for number in range(self.pieces) if not self._intact(run, number)]
-            count, begun = len(self.prompts), time.monotonic()
-            if not todo:
-                say(run.console, f"teacher  {count} generated texts are in {self.folder}")
-                return
-            write_sealed(self.folder / "settings.json", self.key)
-            pace, tokens = Pace(), 0
-            for done, number in enumerate(todo):
-                tokens += self._generate(run, number)
-                if pace.due:
-                    left = pace.left(done + 1, len(todo))
-                    say(run.console, f"teacher  generated {done + 1} of {len(todo)} times {PIECE} texts, {left}")
-        new = min(len(todo) * PIECE, count)
-        took = f"{tokens} tokens in {duration(time.monotonic() - begun)}"
-        say(run.console, f"teacher  generated {new} of {count} texts, {took}, kept in {self.folder}")
-
-    def _intact(self, run: Run, number: int) -> bool:
-        if not self.path(number).is_file():
-            return False
-        try:
-            self.read(number)
-        except KDError as error:
-            say(run.console, f"teacher  {error}")
-            return False
-        return True
-
-    def _generate(self, run: Run, number: int) -> int:
-        """Generate a piece, and return how many tokens that were."""
-        size, teacher = run.cfg.teacher.predict_batch_size, run.provider_of(*run.parts.values()).generator()
-        model: Any = unwrap(teacher.network)
-        tokenizer: Any = run.data.tokenizer_of("teacher")
-        found: list[dict[str, str]] = []
-        tokens = 0
-        for start in range(number * PIECE, min((number + 1) * PIECE, len(self.prompts)), size):
-            chosen = self.prompts[start : min(start + size, (number + 1) * PIECE)]
-            with teacher.autocast(run.device):
-                drawn = continuations(
-                    model, [torch.tensor(one) for one in chosen], self.key["new_tokens"], self.key["ends"],
-                    self.key["temperature"], mixed_seed(self.key["seed"] or 0, start),
-                )  # fmt: skip
-            for prompt, new in zip(chosen, (one.tolist() for one in drawn), strict=True):
-                ids = {"prompt": " ".join(map(str, prompt)), "new": " ".join(map(str, new))}
-                found.append({**ids, "text": tokenizer.decode(new)})
-                tokens += len(new)
-        write_sealed(self.path(number), {"texts": found})
-        return tokens
+    texts.complete(draw, tokenizer.decode, run.cfg.teacher.predict_batch_size, partial(say, run.console))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -56,6 +57,10 @@ class JointProvider:
     def caches(self) -> list[TeacherCache]:
         """Return all teachers' caches."""
         return [cache for provider in self.providers.values() for cache in provider.caches()]
+
+    def stored(self) -> dict[Path, int]:
+        """Return how many outputs are stored for use, by the cache; see `TeacherProvider.stored`."""
+        return {place: known for one in self.providers.values() for place, known in one.stored().items()}
 
     @property
     def reads_other_tokens(self) -> bool:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from kd_lightning.config.instantiate import build, lookup, parameters
 from kd_lightning.config.schema import Node
-from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_differences, tokenizer_fingerprint
+from kd_lightning.data.text.tokens import encode_batch, load_tokenizer, tokenizer_differences, tokenizer_fingerprint
+from kd_lightning.models.bi_encoder import BiEncoder
+from kd_lightning.models.bi_encoder_from_checkpoint import bi_encoder
 from kd_lightning.models.causal_lm import causal_lm, causal_lm_lora
 from kd_lightning.models.causal_lm_from_teacher import causal_lm_from_teacher
 from kd_lightning.models.fits import check_length
 from kd_lightning.models.from_teacher import embeddings_from_teacher, from_teacher
 from kd_lightning.models.hf import pretrained
+from kd_lightning.models.masked_lm import masked_lm
+from kd_lightning.models.masked_lm_from_teacher import masked_lm_from_teacher
 from kd_lightning.models.onnx import OnnxNetwork
 from kd_lightning.models.rebuild import describe
 from kd_lightning.models.sentence_encoder import sentence_encoder
@@ -30,6 +35,11 @@ from kd_lightning.training.run_folder import find_stage
 if TYPE_CHECKING:
     from kd_lightning.data import IndexedData
     from kd_lightning.data.datamodule import Role
+
+FROM_TEACHER = (
+    from_teacher, embeddings_from_teacher, causal_lm_from_teacher, masked_lm_from_teacher, static_embedding,
+)  # fmt: skip
+"""What makes students with the teacher's word embeddings."""
 
 
 def build_network(
@@ -47,16 +57,17 @@ def build_network(
         ConfigError: The settings do not fit the data, or the network could not be rebuilt.
     """
     check_vocabulary(settings, data, role)
-    sizes, target, given = sizes_of(settings, data, role), settings["_target_"], {}
+    sizes, target = sizes_of(settings, data, role), settings["_target_"]
+    given: dict[str, Any] = {"data": data} if lookup(target) is from_run else {}
     if role == "student" and takes_from_teacher(settings):
         assert teacher is not None
-        given = {"teacher": source_of(teacher)}
+        given["teacher"] = source_of(teacher)
         if isinstance(given["teacher"], ServedLM | OnnxNetwork):
             raise ConfigError(
                 f"student: {target} takes the teacher's weights, which a server or an ONNX file does not give; use "
                 "another network, such as model@student=bilstm"
             )
-        if lookup(target) in (from_teacher, embeddings_from_teacher, causal_lm_from_teacher, static_embedding):
+        if lookup(target) in FROM_TEACHER:
             _check_tokens(data)
     takes = parameters(lookup(target))
     known = {**settings, **sizes, **given}
@@ -74,13 +85,35 @@ def build_network(
             f"{role}: {target} makes a {type(network).__name__} from the teacher, which could not be "
             "rebuilt without it: give it a constructor of plain values, and copy weights in a script of your own"
         )
-    check_length(network, data.input_format.get("max_length"), role)
+    check_reads(network, data, role)
     return network, filled(settings, data, role)
+
+
+def check_reads(network: nn.Module, data: IndexedData, role: Role) -> None:
+    """Refuse inputs that are longer than a network has positions, or that a bi-encoder cannot take apart.
+
+    Raises:
+        ConfigError: Names the key to change.
+    """
+    check_length(network, data.input_format.get("max_length"), role)
+    if not any(isinstance(module, BiEncoder) for module in network.modules()):
+        return
+    tokenizer = data.tokenizer_of(role)
+    if tokenizer is None or data.input_format.get("texts") != 2:
+        raise ConfigError(f"{role}: a bi-encoder scores pairs of texts, which {type(data).__name__} does not have")
+    encoded = encode_batch(tokenizer, [("a", "b")], 16)
+    types = encoded.get("token_type_ids", torch.zeros(1, 1)).flatten().tolist()
+    if types != sorted(types) or set(types) != {0, 1}:
+        raise ConfigError(
+            f"{role}: a bi-encoder takes query and document apart at their token types, 0 and then 1, and this "
+            f"tokenizer gives a pair {types if 'token_type_ids' in encoded else 'none'}: use one of BERT's, such as "
+            "data.tokenizer=minilm, or another network"
+        )
 
 
 def sizes_of(settings: Node, data: IndexedData, role: Role) -> dict[str, Any]:
     """Return a network's arguments from the data; a teacher of embeddings keeps a width of its own."""
-    sizes = data.model_arguments(role)
+    sizes = data.model_arguments(role) | ({"spans": True} if data.task.in_context else {})
     _, required = parameters(lookup(settings["_target_"])).get("num_classes", (None, False))
     if role == "teacher" and sizes.get("embeds") and (settings.get("num_classes") is not None or not required):
         del sizes["num_classes"]
@@ -94,7 +127,7 @@ def check_vocabulary(settings: Node, data: IndexedData, role: Role) -> None:
         ConfigError: Names the keys to change.
     """
     target = settings["_target_"]
-    if lookup(target) not in (causal_lm, causal_lm_lora):
+    if lookup(target) not in (causal_lm, causal_lm_lora, masked_lm):
         return
     if data.task.kept is not None:
         raise ConfigError(
@@ -131,7 +164,7 @@ def has_start(settings: Node) -> bool:
 
 def starts_trained(settings: Node) -> bool:
     """Return whether a network of these settings starts from trained layers."""
-    return lookup(settings["_target_"]) in (from_teacher, from_run, pretrained, sentence_encoder)
+    return lookup(settings["_target_"]) in (from_teacher, from_run, pretrained, sentence_encoder, bi_encoder)
 
 
 def start_of(settings: Node) -> dict[str, str]:

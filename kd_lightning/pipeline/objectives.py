@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kd_lightning.config.instantiate import build
-from kd_lightning.evaluation.generation import text_ends
+from kd_lightning.data.text.ends import text_ends
 from kd_lightning.losses.term import Scheduled, Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.teachers import EMATeacher

@@ -14,11 +14,11 @@ from kd_lightning.losses.cross_tokenizer import CrossTokenizerLoss
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.features import FeatureTap
-from kd_lightning.models.fits import check_length, check_single
+from kd_lightning.models.fits import check_single
 from kd_lightning.pipeline.estimate import Trial
 from kd_lightning.pipeline.generate import add_texts, check_generator
 from kd_lightning.pipeline.joint_provider import JointProvider
-from kd_lightning.pipeline.networks import build_network, takes_from_teacher
+from kd_lightning.pipeline.networks import build_network, check_reads, takes_from_teacher
 from kd_lightning.pipeline.objectives import own_average, run_objective, student_texts
 from kd_lightning.pipeline.trainer_checks import named
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 
 FIRST = 20
 """Training batches in which a distillation looks for what it compares."""
+
+NOTHING = {
+    "pairs": "contrast and margins are of pairs, margins of those without scores; set data.positive_column, or "
+    "data.score_column=null, or use distillation=embed_distill",
+    "grades": "scores are compared within a query, which needs two documents or more, and for margins a relevant one "
+    "among them; set data.negative_column, or give more documents",
+}
+"""What data lack whose batches have nothing to compare, by what a network learns from without a teacher."""
 
 
 def preflight(run: Run, stages: Sequence[Stage]) -> list[Trial]:
@@ -97,7 +105,7 @@ def _teacher(
     teacher = part.cfg.teacher
     if teacher.checkpoint is not None:
         loaded = run.provider_of(part).loaded
-        check_length(loaded.network, part.data.input_format.get("max_length"), "teacher")
+        check_reads(loaded.network, part.data, "teacher")
         return loaded.network, loaded
     if teacher.folds > 1:
         part.data.folds(teacher.folds)  # refuses what cannot be
@@ -149,7 +157,7 @@ def _compare(
     if texts is not None:
         batch = run.task.compared(texts(data.few(), batch["keep"], student, stage.seed))
     _try_out(objective, student, teacher, batch, run.task, data.num_examples)
-    if run.task.learns_from == "pairs":
+    if run.task.learns_from in NOTHING:
         check_pairs(objective, run.data.select(tokens="student"))
     return _step_taught(stage, objective, student, teacher, batch, run.task)
 
@@ -214,8 +222,7 @@ def check_pairs(objective: Objective, data: IndexedData) -> None:
             return
     raise ConfigError(
         f"distillation: {', '.join(read)} finds nothing to compare in the training batches, so it would teach nothing: "
-        "contrast and margins are of pairs, margins of those without scores; set data.positive_column, or "
-        "data.score_column=null, or use distillation=embed_distill"
+        f"{NOTHING[data.task.learns_from]}"
     )
 
 
@@ -233,17 +240,26 @@ def check_tokens(objective: Objective, run: Run) -> None:
             "data.cross_tokenizer: teacher and student have other tokens, and distillation compares the same ones: use "
             "distillation=cross_tokenizer"
         )  # fmt: skip
-    cache, share = run.cfg.teacher.cache, run.cfg.on_policy.share
-    if crosses and cache != "off":
-        raise ConfigError(
-            f"data.cross_tokenizer=true with teacher.cache={cache}: sorted probabilities and spans are compared, which "
-            "a cache does not store: set teacher.cache=off"
-        )
-    if crosses and share:
-        raise ConfigError(
-            f"data.cross_tokenizer=true with on_policy.share={share:g}: what the student writes has no tokens of the "
-            "teacher's: set on_policy.share=0"
-        )
+    teacher, share = run.cfg.teacher, run.cfg.on_policy.share
+    cannot = {
+        f"teacher.cache_samples={teacher.cache_samples}": (
+            teacher.cache_samples is not None, "sorted probabilities are compared, and drawn tokens are not the "
+            "likeliest: set teacher.cache_top_k, or teacher.cache=off, and cache_samples=null",
+        ),
+        "teacher.calibrate=true": (
+            teacher.calibrate is True, "likelihoods of spans are compared as the teacher gives them: set it to auto",
+        ),
+        f"teacher.url={teacher.url}": (
+            teacher.url is not None, "a server gives its likeliest tokens, and spans need each one's probability: use "
+            "teacher.checkpoint",
+        ),
+        f"on_policy.share={share:g}": (
+            share, "what the student writes has no tokens of the teacher's: set on_policy.share=0",
+        ),
+    }  # fmt: skip
+    for given, (is_set, why) in cannot.items() if crosses else ():
+        if is_set:
+            raise ConfigError(f"data.cross_tokenizer=true with {given}: {why}")
 
 
 def _needs_teacher(run: Run) -> bool:
@@ -337,7 +353,9 @@ def _try_out(
         with named("teacher"):
             expected = output if teacher is None else teacher(batch)
             if "spans" not in batch:
-                task.check_logits(expected.logits, batch)
+                sparse = expected.sparse
+                whole = sparse and torch.empty(*sparse.rest.shape, sparse.classes, device="meta")
+                task.check_logits(expected.logits if whole is None else whole, batch)
         if not all(x.isfinite().all() for x in (expected.logits, *expected.features.values())) and teacher is not None:
             raise ConfigError(
                 "teacher: the teacher's outputs are not finite (NaN or infinite): its weights are damaged, or overflow "

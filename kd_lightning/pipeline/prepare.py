@@ -46,7 +46,7 @@ def prepare(run: Run, stage: Stage) -> Training:
     """Build a stage's networks, and return what `train` needs; the stages before it are finished."""
     data, cfg = training_data(run, stage), run.cfg
     network, network_settings, peers = new_networks(run, stage)
-    settings = {"network": network_settings, **_deciding(run, stage, data), **_origins(run, stage, network)}
+    settings = stage_settings(run, stage, network, network_settings)
     training = Training(
         name=stage.name, folder=_kept(run, stage, settings), settings=settings, network=network,
         network_settings=network_settings, module=partial(_supervised, run, stage), data=data, role=stage.role,
@@ -57,6 +57,12 @@ def prepare(run: Run, stage: Stage) -> Training:
     if stage.distils:
         _add_teacher(run, stage, training, peers)
     return training
+
+
+def stage_settings(run: Run, stage: Stage, network: nn.Module, network_settings: Node) -> dict[str, Any]:
+    """Return everything that decides a stage's result; the stages before it are finished."""
+    deciding = _deciding(run, stage, training_data(run, stage))
+    return {"network": network_settings, **deciding, **_origins(run, stage, network)}
 
 
 def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Module]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.config.budget import mask_sets
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.resolvers import ddp_strategy, fast_inference, fast_precision, folder_name, one_minus
 from kd_lightning.config.suited import LAYERS, network_for, of_reviews, suited_precision, suited_rate
@@ -31,6 +32,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("suited_precision", suited_precision, replace=True)
     OmegaConf.register_new_resolver("of_reviews", of_reviews, replace=True)
     OmegaConf.register_new_resolver("tokenizer_of", tokenizer_of, replace=True)
+    OmegaConf.register_new_resolver("mask_sets", mask_sets, replace=True)
     OmegaConf.register_new_resolver("ddp_strategy", ddp_strategy, replace=True)
     OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(map(int, numbers)), replace=True)
     OmegaConf.register_new_resolver("gpus_for", lambda kind, devices: None if kind == "cpu" else devices, replace=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from kd_lightning.pipeline.estimate import estimate
 from kd_lightning.pipeline.generate import add_texts
 from kd_lightning.pipeline.preflight import preflight
 from kd_lightning.pipeline.prepare import prepare
+from kd_lightning.pipeline.run_records import write_plan
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.pipeline.teacher_check import finish_teacher
 from kd_lightning.runtime.clock import duration
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from kd_lightning.pipeline.context import Part, Run
 
 
-def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
+def train_all(run: Run, begin: Callable[[], None] | None = None, command: str = "") -> None:
     """Train every configured stage that is not finished yet.
 
     Args:
         run: What is trained.
         begin: Called once nothing is refused any more, and before anything is trained or written.
+        command: The command that goes on with it, for `kd-status`.
 
     Raises:
         ConfigError: Before any training, for what does not fit.
@@ -50,12 +52,21 @@ def train_all(run: Run, begin: Callable[[], None] | None = None) -> None:
         if stage.distils:
             add_texts(run)
         fresh = not is_finished(run.folder / stage.path)
+        if fresh:  # where the first stages are finished, with these settings
+            _keep_plan(run, stages, command)
         _train(run, stage)
         if fresh:  # it can be used while the others are trained
             _keep_config(run)
         if run.clock is not None and stage.path in run.clock.parts:
             say(run.console, f"about {duration(run.clock.left(stage.path))} left")
+    _keep_plan(run, stages, command)
     _keep_config(run)
+
+
+def _keep_plan(run: Run, stages: Sequence[Stage], command: str) -> None:
+    """Write what is going to be trained; no finished stage has refused it so far."""
+    if rank() == 0:
+        write_plan(run.folder, stages, run.clock, command)
 
 
 def _keep_config(run: Run) -> None:

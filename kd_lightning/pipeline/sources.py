@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kd_lightning.config.instantiate import first_line, lookup
 from kd_lightning.config.schema import Node, RunConfig
+from kd_lightning.models.bi_encoder_from_checkpoint import bi_encoder
 from kd_lightning.models.hf import locate, pretrained
 from kd_lightning.models.sentence_encoder import sentence_encoder
 from kd_lightning.pipeline.from_run import from_run
-from kd_lightning.runtime.assets import PRETRAINED
+from kd_lightning.runtime.assets import ENCODERS, PRETRAINED
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.onnx_files import is_onnx, onnx_file
 from kd_lightning.training.run_folder import teacher_stage
+
+NEGATIVES = "data.negatives_by"
 
 
 def check_sources(cfg: RunConfig) -> None:
@@ -30,6 +33,8 @@ def check_sources(cfg: RunConfig) -> None:
                 onnx_file(name, key)
             elif teacher_stage(Path(name)) is None:
                 _check_source(key, name)
+        elif key == NEGATIVES:
+            _check_source(key, name, ENCODERS)
         elif key.endswith(".name"):
             _check_source(key, name)
         elif not Path(name).is_dir():
@@ -38,6 +43,8 @@ def check_sources(cfg: RunConfig) -> None:
 
 def _sources(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the names of networks that this run loads, each with its key."""
+    if cfg.data.get("hard_negatives"):
+        yield NEGATIVES, str(cfg.data["negatives_by"])
     teachers = {"teacher": cfg.teacher.chosen(("checkpoint", "network"))}
     teachers |= {f"tasks.{name}.teacher": task.teacher for name, task in cfg.tasks.items()}
     networks: dict[str, Node] = {}
@@ -54,18 +61,18 @@ def _sources(cfg: RunConfig) -> Iterator[tuple[str, str]]:
             networks |= {f"{key}[{number}]": node for number, node in enumerate(given)}
     for key, node in networks.items():
         kind = lookup(node["_target_"]) if "_target_" in node else None
-        if kind in (pretrained, sentence_encoder, from_run):
+        if kind in (pretrained, sentence_encoder, bi_encoder, from_run):
             name = "checkpoint" if kind is from_run else "name"
             yield f"{key}.{name}", str(node[name])
 
 
-def _check_source(key: str, name: str) -> None:
+def _check_source(key: str, name: str, assets: Sequence[str] = PRETRAINED) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if name in PRETRAINED:  # fetched where it is read
         return
     try:
-        source, local = locate(name, key)
+        source, local = locate(name, key, assets)
         if not local and not isinstance(try_to_load_from_cache(source, "config.json"), str):
             HfApi().model_info(source, timeout=10)
     except ConfigError as error:  # it looks like a path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.config.instantiate import lookup
+from kd_lightning.data.batches import spread
 from kd_lightning.evaluation.report import read_curves
 from kd_lightning.losses.term import masked_mean
 from kd_lightning.models.hf import pretrained
@@ -35,6 +36,7 @@ from kd_lightning.types import Batch, is_labelled
 
 if TYPE_CHECKING:
     from kd_lightning.config.schema import Node
+    from kd_lightning.data import IndexedData
     from kd_lightning.pipeline.context import Run
     from kd_lightning.pipeline.stages import Stage
     from kd_lightning.tasks import Task
@@ -220,7 +222,7 @@ def _fitted(run: Run, stage: Stage, task: Task) -> dict[str, Any]:
     name = "hidden[-1]" if "attention_mask" in data.few() else "pooled"
     own = FrozenTeacher(network, run.parts[stage.part].cfg.teacher.precision, [name]).to(run.device)
     train = _embedded(own, name, data.train_dataloader(), run.device)
-    validation = _embedded(own, name, _spread(list(data.val_dataloader())), run.device)
+    validation = _embedded(own, name, _few(data), run.device)
     score = linear_accuracy(train, validation, task.classes)
     seconds = time.monotonic() - started
     return {"score": score, "train": len(train[1]), "validation": len(validation[1]), "seconds": seconds}
@@ -244,7 +246,6 @@ def _embedded(
     return torch.cat(pooled), torch.cat(labels)
 
 
-def _spread(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Return about `MOST_EXAMPLES` examples, in batches from all over a split that is sorted by length."""
-    examples = sum(len(batch["labels"]) for batch in batches)
-    return batches[:: math.ceil(examples / MOST_EXAMPLES)]
+def _few(data: IndexedData) -> Iterator[Batch]:
+    """Return about `MOST_EXAMPLES` validation examples, in batches of all lengths."""
+    return spread(data.val_dataloader(), math.ceil(MOST_EXAMPLES / data.eval_batch_size))

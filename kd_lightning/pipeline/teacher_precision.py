@@ -6,11 +6,12 @@ causal language model's likeliest tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.data.batches import spread
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.evaluation import of_network
 from kd_lightning.types import Batch
@@ -27,8 +28,12 @@ MOST_ERROR = 0.1
 """Of predicted scores: the root of the mean squared difference, in standard deviations of the labels."""
 LEAST_COSINE = 0.99
 """Of embeddings: their mean cosine."""
+LEAST_RANK = 0.95
+"""Of rankings: Spearman's correlation of the scores of a query's documents, on average."""
 BATCHES, ROWS, EXAMPLES, TOKENS = 4, 500, 16, 512
 """Batches at most, of so many examples or tokens at most; no more of them after so many rows."""
+WINDOWS = 8
+"""Examples of a batch where a whole window of tokens is compared as one row, as starts and ends of spans are."""
 
 
 def check_precision(network: nn.Module, teacher: FrozenTeacher, data: IndexedData, device: torch.device) -> str:
@@ -58,7 +63,7 @@ def check_precision(network: nn.Module, teacher: FrozenTeacher, data: IndexedDat
                 continue  # a teacher that is broken in float32 is refused for that
             scores.update(teacher(batch).logits, expected, rows)
             labels.append(rows["labels"][kept].float())
-            count += int(kept.sum())
+            count += len(expected) if task.in_context else int(kept.sum())
     teacher.to(here)
     network.to(here)
     found = {name: float(value) for name, value in scores.compute().items()} if count else {}
@@ -84,6 +89,9 @@ def _judged(precision: str, found: dict[str, float], count: int, labels: list[Te
     if "cosine_to_teacher" in found:
         cosine = found["cosine_to_teacher"]
         words, fits = [f"mean cosine {cosine:.5f} (at least {LEAST_COSINE:g})"], cosine >= LEAST_COSINE
+    if "top_to_teacher" in found:
+        rank = found["spearman_to_teacher"]
+        words, fits = [f"rank correlation {rank:.4f} by query (at least {LEAST_RANK:g})"], rank >= LEAST_RANK
     line = f"{precision} against float32: {', '.join(words) or 'not compared'}, over {count:,} rows"
     if not fits:
         other = "float32" if precision == "bf16" else "bf16, or float32"
@@ -94,8 +102,5 @@ def _judged(precision: str, found: dict[str, float], count: int, labels: list[Te
 def _batches(data: IndexedData) -> list[Batch]:
     """Return a few batches of short, middling and long validation examples."""
     longest = max(int(data.lengths.max()), 1)
-    loader: Any = data.with_batches(eval_batch_size=max(min(EXAMPLES, TOKENS // longest), 1)).val_dataloader()
-    steps = list(loader.sampler)
-    chosen = {(2 * number + 1) * len(steps) // (2 * BATCHES) for number in range(BATCHES)}
-    found: list[Batch] = [loader.dataset[steps[at]] for at in sorted(chosen)]
-    return found
+    size = WINDOWS if data.task.in_context else max(min(EXAMPLES, TOKENS // longest), 1)
+    return list(spread(data.with_batches(eval_batch_size=size).val_dataloader(), BATCHES))

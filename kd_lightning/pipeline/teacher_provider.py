@@ -173,9 +173,10 @@ class TeacherProvider:
 
     def _check_repeatable(self) -> None:
         if not self.data.repeatable:
+            renewed, key = self.data.sets_by
             raise ConfigError(
-                "data.view_sets=null makes new views in every epoch, and outputs for these cannot be kept: set "
-                "teacher.cache_views=K, to go through K sets of views, or teacher.cache=off"
+                f"{renewed}=null makes new inputs in every epoch, and outputs for these cannot be kept: set {key}=K, "
+                "to go through K sets of them, or teacher.cache=off"
             )
 
     # -- the teacher that a training calls ----------------------------------------------------------------------------
@@ -298,6 +299,15 @@ class TeacherProvider:
     def caches(self) -> list[TeacherCache]:
         """Return the teacher's cache, or each member's of an ensemble; none where outputs are not kept."""
         return [self.cache(member) for member in self.members] if self.serving.cache != "off" else []
+
+    def stored(self) -> dict[Path, int]:
+        """Return how many outputs are stored for use, by the cache of each member; nothing is written."""
+        folders = [self._folder(self._key(member)) for member in self.members] if self.serving.cache != "off" else []
+        kept = self.serving.cache != "refresh"
+        return {
+            place: Manifest.read(place / MANIFEST).known if kept and (place / MANIFEST).exists() else 0
+            for place in folders
+        }
 
     def cache(self, member: LoadedTeacher) -> TeacherCache:
         """Return a teacher's cache: opened, begun or, with `cache=refresh`, built anew."""

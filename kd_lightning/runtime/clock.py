@@ -14,11 +14,14 @@ class Clock:
         parts: Expected seconds of each stage, by its path, and of the `report`.
         outputs: Those among them in which the teacher predicts for its students.
         begun: When the run began, in seconds of `time.monotonic`.
+        memory: Expected bytes of each stage, by its path: weights, gradients, optimizer, what a step keeps for its
+            gradients, and a teacher's weights. What torch and the data take besides is not counted.
     """
 
     parts: dict[str, float]
     outputs: float = 0.0
     begun: float = field(default_factory=time.monotonic)
+    memory: dict[str, int] = field(default_factory=dict)
     _done: float = 0.0
 
     @property

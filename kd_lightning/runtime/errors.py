@@ -67,6 +67,7 @@ _ENVIRONMENT = _DISK | {
     errno.ENOTEMPTY: "choose a new folder",
     errno.ENOENT: "it does not exist, cannot be created, or was removed meanwhile",
     errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENXIO: "that is a pipe or a device, not a file: remove it, or choose another path",
     errno.ELOOP: "its links lead in a circle",
 }
 """Faults outside of the program."""

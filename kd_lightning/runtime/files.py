@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import re
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import filelock
 
+from kd_lightning.runtime.borders import visible
 from kd_lightning.runtime.errors import ConfigError, KDError, environment_fault, nameless_disk_fault
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 _LONG_AGO = 86_400.0
 """Seconds after which a temporary file of another machine counts as abandoned."""
+WATCHED = 1.0
+"""Seconds within which those who look whether a lock is held have let go of it."""
 _numbers = itertools.count()
 
 
@@ -169,6 +173,43 @@ class Busy(Exception):
     """Another process holds a lock; its text names it."""
 
 
+def holder(lock: Path) -> str | None:
+    """Return who holds a lock, such as `process 12 on machine`, without writing or waiting; None: nobody.
+
+    A lock that cannot be looked at, such as another user's or a pipe of its name, counts as held by `unknown`, with
+    the reason.
+    """
+    try:
+        with _opened(lock) as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _named_in(descriptor)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"unknown ({lock.name}: {error.strerror})"
+    return None
+
+
+@contextmanager
+def _opened(lock: Path) -> Iterator[int]:
+    """Open a lock's file for reading; neither a link is followed nor a pipe's writer waited for."""
+    descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(lock))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _named_in(descriptor: int) -> str:
+    """Return the holder that a lock's file names, as one line to print."""
+    lines = os.pread(descriptor, 200, 0).decode(errors="replace").splitlines()
+    return visible(lines[0]).strip() if lines and lines[0].strip() else "another process"
+
+
 @contextmanager
 def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator[None]:
     """Hold a lock, which the system releases when its holder dies; reentrant within a process.
@@ -176,24 +217,24 @@ def alone(lock: Path, say: Callable[[str], None], wait: bool = True) -> Iterator
     Args:
         lock: Its file, which is not removed.
         say: Receives a line with the process that this one waits for.
-        wait: Whether to wait at all.
+        wait: Whether to wait longer than for those who look whether it is held, as `holder` does.
 
     Raises:
         Busy: Another process has it and `wait` is False.
         OSError: The lock cannot be created.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))  # or filelock would wait
+    os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))  # or filelock would wait
     held = filelock.FileLock(lock, thread_local=False, is_singleton=True)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=WATCHED)
     except filelock.Timeout:
-        holder = ""
-        with suppress(OSError):  # the holder's name is optional
-            holder = lock.read_text(encoding="utf-8").strip()
+        name = "another process"
+        with suppress(OSError), _opened(lock) as descriptor:  # the holder's name is optional
+            name = _named_in(descriptor)
         if not wait:
-            raise Busy(holder or "another process") from None
-        say(f"waiting for {holder or 'another process'}")
+            raise Busy(name) from None
+        say(f"waiting for {name}")
         held.acquire()  # without a limit: the holder may train for days, and the system releases a dead one's lock
     try:
         with suppress(OSError):  # a full disk

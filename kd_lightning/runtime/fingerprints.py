@@ -26,13 +26,18 @@ def read_json(path: Path) -> Any:
     """Read JSON, or raise `KDError` naming the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise KDError(f"{path} cannot be read: {error}") from error
 
 
 def digest(settings: Any) -> str:
     """Return a fingerprint of plain settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def content_digest(content: Any) -> str:
+    """Return the sha256 of plain values, texts with halves of characters included."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def file_digest(path: Path) -> str:

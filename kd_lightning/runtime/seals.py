@@ -33,16 +33,18 @@ def read_sealed(path: Path, remedy: str, required: bool = True) -> dict[str, Any
         KDError: It is missing, or differs from what was written.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe's writer would be waited for
+            raise OSError("it is no file")
         text = path.read_bytes()
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+        if isinstance(content, dict) and CHECKSUM not in content and not required:
+            return content
+        whole = isinstance(content, dict) and sealed_text(content).encode() == text
+    except (OSError, ValueError, RecursionError) as error:
         raise KDError(f"{path} cannot be read ({error}): {remedy}") from error
-    if isinstance(content, dict) and CHECKSUM not in content and not required:
-        return content
-    if not isinstance(content, dict) or sealed_text(content).encode() != text:
+    if not whole:
         raise KDError(f"{path} is damaged, its checksum does not match: {remedy}")
-    del content[CHECKSUM]
-    return content
+    return {key: value for key, value in content.items() if key != CHECKSUM}
 
 
 def sealed_text(content: Mapping[str, Any]) -> str:

@@ -9,9 +9,11 @@ Everything that depends on what is predicted belongs to the task. A batch goes t
 | `compared(batch)["keep"]` | absent: every row counts | `(B, L)` bool: the rows that count |
 
 A loss or a score over tokens is that of the kept rows in line, `logits[keep]` `(N, C)` and `labels[keep]` `(N,)`; what
-stands in other rows reaches neither value nor gradient. The logits are never cut or shifted: where a row predicts
-another token than its own (`next_tokens`), labels and `keep` move to it. `attention_mask` stays as it is, for losses on
-hidden states.
+stands in other rows reaches neither value nor gradient. Only where logits are of starts and ends of spans, `(B, L, 2)`,
+distributions are over an example's kept rows (`QuestionAnswering`). Where few tokens of a text are predicted, logits
+are of these alone, `(B, M, C)`, and so are labels and `keep` (`MaskedLanguageModeling`). The logits are never cut or
+shifted: where a row predicts another token than its own (`next_tokens`), labels and `keep` move to it.
+`attention_mask` stays as it is, for losses on hidden states.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.tasks.details import Details
 from kd_lightning.tasks.scores import Mode, Scores, ScoreSpec
 from kd_lightning.types import Batch
 
@@ -42,7 +45,12 @@ class Task(ABC):
         unit: What is drawn independently, and so what errors of scores are by.
         learns_from: What a network learns from without a teacher.
         per_token: Whether a network predicts for each token of a text, and not for the text.
+        in_context: Whether a text is a question, and what is predicted a span of the context that comes with it.
+        complete: Whether it has all that its scores read; otherwise the data's own task has.
+        input_columns: What a table's columns of inputs are called, by the options that name them.
+        embeds: Whether what it predicts of a text is a vector to compare it by.
         generates: Whether what it predicts of a text is how it goes on (`kd_lightning.evaluation.generation`).
+        fills: Whether what it predicts of a text are the tokens at its masks (`kd_lightning.evaluation.masks`).
         kept: Which of a checkpoint's classes there are, where it has more; None: all.
     """
 
@@ -54,7 +62,12 @@ class Task(ABC):
     unit: str = "example"
     learns_from: str = "labels"
     per_token: bool = False
+    in_context: bool = False
+    complete: bool = True
+    input_columns: Mapping[str, str] = {}
+    embeds: bool = False
     generates: bool = False
+    fills: bool = False
     kept: Any = None
 
     @property
@@ -106,6 +119,14 @@ class Task(ABC):
 
         return finished(checkpoint, self.outputs, sizes.get("pad_token_id"))
 
+    def published(self, network: nn.Module) -> nn.Module:
+        """Return a network of transformers as the class that is expected for this task there."""
+        return network
+
+    def as_published(self, folder: str, sizes: Mapping[str, int]) -> nn.Module:
+        """Load what `published` returned with that class; arguments as for `finished`."""
+        return self.finished(folder, sizes)
+
     @abstractmethod
     def loss(self) -> Term:
         """Return how it is learned from labels."""
@@ -121,6 +142,10 @@ class Task(ABC):
     @abstractmethod
     def fidelity(self) -> Scores:
         """Return the scores against a teacher's logits."""
+
+    def details(self) -> dict[str, Details]:
+        """Return what a report shows beside scores, by part of the task; the whole's name is empty."""
+        return {}
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return logits `(B, C)` as predictions: scores as they are, and the probabilities of classes."""

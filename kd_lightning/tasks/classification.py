@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.tasks.base import Task, refuse_nan
+from kd_lightning.tasks.details import ClassDetails, Details
 from kd_lightning.tasks.metrics import Accuracy, Agreement, CalibrationError, CrossEntropy, MacroF1, TeacherStudentKL
 from kd_lightning.tasks.scores import Scores, ScoreSpec, Values
 from kd_lightning.types import IGNORE, Batch
@@ -61,6 +62,10 @@ class Classification(Task):
     def fidelity(self) -> Scores:
         """Return agreement with the teacher, and the divergence from it."""
         return Scores({"agreement": Agreement(), "kl_to_teacher": TeacherStudentKL()})
+
+    def details(self) -> dict[str, Details]:
+        """Return what is taken for what, calibration, and the examples where the teacher differs."""
+        return {"": ClassDetails(self.outputs)}
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the classes' probabilities."""

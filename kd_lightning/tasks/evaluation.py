@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.tasks.base import Task
+from kd_lightning.tasks.details import Details
 from kd_lightning.tasks.scores import ByUnit, UnitSums
 from kd_lightning.types import Batch, ModelOutput, is_labelled
 
@@ -60,6 +61,7 @@ def evaluate_all(
     batches: Iterable[Batch],
     device: torch.device | str = "cpu",
     reference: str | None = None,
+    details: Mapping[str, Mapping[str, Details]] | None = None,
 ) -> dict[str, Evaluation]:
     """Score several models on a split, side by side on each batch, in this process alone.
 
@@ -69,6 +71,7 @@ def evaluate_all(
         batches: With whatever each of the models reads.
         device: Where they compute.
         reference: Which of them is the others' teacher; they are scored against its logits, too.
+        details: What is to be shown of some of them, by name: each batch is added.
 
     Returns:
         What each comes to, by name. Of a reference that gives some of its logits alone these are its scores against
@@ -96,10 +99,15 @@ def evaluate_all(
                 by_unit[name][0].add(against_labels[name].update(own, rows["labels"], rows))
                 if name in against_teacher:
                     by_unit[name][1].add(against_teacher[name].update(own, expected, rows))
+                for one in (details or {}).get(name, {}).values() if isinstance(own, Tensor) else ():
+                    taught = name != reference and isinstance(expected, Tensor)
+                    one.update(own, expected if taught else None, rows)
     found = {}
     for name in against_labels:
         scores = against_labels[name].compute() | (against_teacher[name].compute() if name in against_teacher else {})
         by_unit[name][0].add(against_labels[name].values())
+        if name in against_teacher:
+            by_unit[name][1].add(against_teacher[name].values())
         units = by_unit[name][0].sums() | by_unit[name][1].sums()
         parts = {key: sums.totals.sum() / sums.weights.sum() for key, sums in units.items() if sums.weights.any()}
         whole = {**scores, **{key: value for key, value in parts.items() if key not in scores}}

@@ -16,6 +16,10 @@ from kd_lightning.runtime.borders import markdown
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.causal_lm import CausalLanguageModeling
 from kd_lightning.tasks.classification import Classification
+from kd_lightning.tasks.details import Details, PartDetails
+from kd_lightning.tasks.masked_lm import MaskedLanguageModeling
+from kd_lightning.tasks.question_answering import QuestionAnswering
+from kd_lightning.tasks.ranking import DESCRIPTION, Ranking
 from kd_lightning.tasks.regression import Regression
 from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.tasks.sentence_embedding import SentenceEmbedding
@@ -86,6 +90,14 @@ class MultiTask(Task):
         """Return how near each task's predictions are to its teacher's."""
         return _TaskScores(self, {name: task.fidelity() for name, task in self.tasks.items()})
 
+    def details(self) -> dict[str, Details]:
+        """Return each task's own, by its name."""
+        return {
+            name: PartDetails(inner, number, self.spans[name], task.classes is not None)
+            for number, (name, task) in enumerate(self.tasks.items())
+            for inner in task.details().values()
+        }
+
     def columns(self, names: Sequence[str]) -> str:
         """Return which are whose."""
         parts = [
@@ -125,9 +137,12 @@ def task_of(description: int | str | list[str] | dict[str, Any]) -> Task:
     >>> task_of({"domain": 4, "rating": "regression"}).outputs
     5
     """
+    if description == DESCRIPTION:
+        return Ranking()
     if isinstance(description, str):
-        found = CausalLanguageModeling.described(description) or SentenceEmbedding.described(description)
-        return Regression() if found is None else found
+        kinds = (CausalLanguageModeling, MaskedLanguageModeling, SentenceEmbedding, QuestionAnswering)
+        found = (task for kind in kinds if (task := kind.described(description)) is not None)
+        return next(found, Regression())
     if isinstance(description, dict):
         return MultiTask({name: task_of(own) for name, own in description.items()})
     if isinstance(description, list):
@@ -143,6 +158,10 @@ class _Sum(Term):
     def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, float]) -> None:
         super().__init__()
         self.terms, self.weights = nn.ModuleDict(terms), dict(weights)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Return how many labels the batch has, `(1,)`."""
+        return torch.cat([term.counts(batch) for term in self.terms.values()]).sum().view(1)  # type: ignore[operator]
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the sum."""

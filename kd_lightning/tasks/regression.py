@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.tasks.base import Task, refuse_nan
+from kd_lightning.tasks.details import Details, ScoreDetails
 from kd_lightning.tasks.metrics import Pearson, RootMeanSquare
 from kd_lightning.tasks.scores import Scores, ScoreSpec
 from kd_lightning.types import Batch, is_labelled
@@ -50,6 +51,10 @@ class Regression(Task):
     def fidelity(self) -> Scores:
         """Return the root of the mean squared difference from the teacher."""
         return _Differences({"rmse_to_teacher": RootMeanSquare()}, labels=False)
+
+    def details(self) -> dict[str, Details]:
+        """Return the examples where the teacher's score differs most."""
+        return {"": ScoreDetails()}
 
     def read(self, logits: Tensor, rows: Batch, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the score."""

@@ -39,7 +39,7 @@ class SentenceEmbedding(Task):
     ['ndcg@10', 'mrr@10', 'recall@1', 'recall@10', 'ndcg@10/64']
     """
 
-    unit, learns_from = "query", "pairs"
+    unit, learns_from, embeds = "query", "pairs", True
     tags = ("sentence-transformers", "feature-extraction")
 
     def __init__(self, width: int, scored: bool = False, widths: Sequence[int] = (), pairs: bool = True) -> None:

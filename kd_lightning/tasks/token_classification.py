@@ -12,6 +12,7 @@ from kd_lightning.losses.cross_entropy import CrossEntropyLoss
 from kd_lightning.losses.term import Term
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks.base import Task, refuse_nan
+from kd_lightning.tasks.details import Details, TokenDetails
 from kd_lightning.tasks.entities import EntityScores, spans_of, split_tag
 from kd_lightning.tasks.metrics import Accuracy, Agreement, CrossEntropy, TeacherStudentKL
 from kd_lightning.tasks.scores import Scores, ScoreSpec
@@ -92,6 +93,10 @@ class TokenClassification(Task):
     def fidelity(self) -> Scores:
         """Return agreement with the teacher, and the divergence from it, over tokens."""
         return Scores({"agreement": Agreement(), "kl_to_teacher": TeacherStudentKL()})
+
+    def details(self) -> dict[str, Details]:
+        """Return which tag is taken for which, and calibration, over words."""
+        return {"": TokenDetails(self.outputs)}
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the tags' probabilities."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_lightning.runtime.console import Pace
 from kd_lightning.runtime.errors import CacheError
-from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, check_room, estimate
+from kd_lightning.teachers.cache.fill import attention_mask, check_repeatable, check_room, estimate, stored_rows
 from kd_lightning.teachers.cache.outputs import Storage, specs_of
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.clock import PREDICTING
@@ -33,7 +33,7 @@ class StoredForm(WrappedTeacher):
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return the other teacher's output, with sparse logits where they are read back so."""
         output = self.inner(batch)
-        spec = specs_of(output, attention_mask(batch), self.storage)[0]
+        spec = specs_of(output, attention_mask(batch), self.storage, stored_rows(batch))[0]
         if output.sparse is not None or not spec.sparse or spec.top_k is None:
             return output
         return ModelOutput(output.logits[..., :0], output.features, SparseLogits.of(output.logits, spec.top_k))
@@ -90,7 +90,7 @@ class CachedTeacher(Teacher):
         with torch.autocast(index.device.type, enabled=False):  # of a training in 16 bits; the teacher has its own
             if not self.cache.complete and not bool(self.cache.known(index).all()):
                 self._fill(batch, index, mask)
-            return self.cache.lookup(index, mask, self.features, batch.get("keep"))
+            return self.cache.lookup(index, mask, self.features, stored_rows(batch))
 
     def _fill(self, batch: Batch, index: Tensor, mask: Tensor | None) -> None:
         if self.teacher is None:
@@ -100,10 +100,10 @@ class CachedTeacher(Teacher):
             output = self.teacher(batch)
         else:
             output = check_repeatable(self.teacher, batch)
-            size = estimate(self.cache, output, mask, self.lengths, batch.get("keep"))
+            size = estimate(self.cache, output, mask, self.lengths, stored_rows(batch))
             self.say(f"teacher  outputs are cached as they are computed: {size}, in {self.cache.folder}")
             check_room(self.cache, size)
-        self.cache.add(index, output, mask, PREDICTING.seconds - before, batch.get("keep"))
+        self.cache.add(index, output, mask, PREDICTING.seconds - before, stored_rows(batch))
         if self._pace is None:
             self._pace = Pace(self.cache.stored)
         elif self._pace.due:

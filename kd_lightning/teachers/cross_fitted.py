@@ -34,6 +34,7 @@ class CrossFittedTeacher(EnsembleTeacher):
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """Return each example's logits in float32."""
+        self.refuse_spans(batch)
         index = batch["index"]
         fold = self.folds[index.cpu()].to(index.device)
         unseen = fold < 0  # by any

@@ -50,10 +50,21 @@ class EnsembleTeacher(Teacher):
         """Run every member and return the combined logits in float32.
 
         Raises:
-            ConfigError: Members with different numbers of classes.
+            ConfigError: Members with different numbers of classes, or starts and ends of spans without `logits` and
+                weights of numbers.
         """
+        self.refuse_spans(batch)
         outputs = [member(batch).logits for member in self.members]
         return ModelOutput(combined(outputs, self.weights, self.combine))
+
+    def refuse_spans(self, batch: Batch) -> None:
+        """Refuse probabilities of classes of a batch whose logits are of starts and ends of spans.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        if "question" in batch:
+            check_scores("confidence" if self.weights is None else self.weights, self.combine)
 
     def to(self, device: torch.device) -> Self:
         """Move every member to a device."""
@@ -159,16 +170,20 @@ def combined(outputs: list[Tensor], shares: list[float] | None, combine: Combine
 
 
 def check_scores(weights: Weights | Literal["learned"], combine: Combine) -> None:
-    """Refuse settings that need probabilities for an ensemble of regressions.
+    """Refuse settings that need probabilities of classes for an ensemble of regressions, or of spans.
 
     Raises:
         ConfigError: Names the key.
     """
     if combine == "probabilities":
-        raise ConfigError("teacher.combine=probabilities: teachers that predict scores have none, use logits")
+        raise ConfigError(
+            "teacher.combine=probabilities: teachers that predict scores, or starts and ends of spans, have none: "
+            "use logits"
+        )
     if isinstance(weights, str):
         raise ConfigError(
-            f"teacher.weights={weights} needs probabilities, and the teachers predict scores: give numbers"
+            f"teacher.weights={weights} needs probabilities of classes, and the teachers predict scores or spans: give "
+            "numbers"
         )
 
 

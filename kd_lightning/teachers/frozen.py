@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import nn
 
+from kd_lightning.losses.cross_tokenizer import next_log_probs
 from kd_lightning.models.adapt import unwrap
 from kd_lightning.models.features import FeatureTap
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.runtime.sharding import shard
 from kd_lightning.teachers.clock import PREDICTING
-from kd_lightning.types import Batch, ModelOutput
+from kd_lightning.types import NEXT_LOG_PROB, Batch, ModelOutput
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -84,7 +86,8 @@ class FrozenTeacher(nn.Module, Teacher):
     """Runs a frozen network: always in eval mode, without gradients, under `inference_mode`.
 
     The distilling module keeps it outside its own module tree, so it is in no optimizer, DDP wrapper or checkpoint. If
-    the batch has entries for the teacher (`teacher_input_ids`, from another tokenizer), the network gets those.
+    the batch has entries for the teacher (`teacher_input_ids`, from another tokenizer), the network gets those; and of
+    its logits those at `teacher_rows` are returned at the batch's `keep`, zero elsewhere.
 
     The precision is independent of the student's:
 
@@ -101,7 +104,8 @@ class FrozenTeacher(nn.Module, Teacher):
         network: Any network. In float32, without features and uncompiled, it is frozen in place; otherwise it is copied
             and left unchanged.
         precision: What the network computes in; logits are always float32.
-        features: What to return with the logits; see `kd_lightning.models.features`.
+        features: What to return with the logits; see `kd_lightning.models.features`. `next_log_prob` too, of a network
+            of logits per token.
         compile: Compile the forward pass, once for all batch sizes and lengths; needs a C++ compiler on a CPU.
         sharded: Whether the processes of a training share the weights (`shard`), each holding a shard of every layer;
             the network is copied.
@@ -128,7 +132,8 @@ class FrozenTeacher(nn.Module, Teacher):
         if sharded and (precision in ("int8-dynamic", "8bit") or compile):
             key = "compile=true" if compile else f"precision={precision}"
             raise ConfigError(f"teacher.{key}: such weights cannot be shared; set teacher.sharded=false")
-        if precision != "float32" or features or compile or sharded:
+        inside = [name for name in features if name != NEXT_LOG_PROB]
+        if precision != "float32" or inside or compile or sharded:
             network = copy.deepcopy(unwrap(network))
         if precision == "int8-dynamic":
             network = _quantised(network)
@@ -138,7 +143,7 @@ class FrozenTeacher(nn.Module, Teacher):
             _cast_once(network, _HALF[precision])
         self.network, self.precision = network.requires_grad_(False), precision
         self.features, self.sharded = tuple(features), sharded
-        self._tap = FeatureTap(network, features)
+        self._tap = FeatureTap(network, inside)
         if compile:
             network.compile(dynamic=True)
         self.train(False)
@@ -166,21 +171,56 @@ class FrozenTeacher(nn.Module, Teacher):
     def forward(self, batch: Batch) -> ModelOutput:
         """Return the network's output without a graph: float32 logits, features as computed."""
         own = {key.removeprefix(_PREFIX): value for key, value in batch.items() if key.startswith(_PREFIX)}
-        if own:
-            batch = own
+        keep, batch = batch.get("keep"), own or batch
         device = next(iter(batch.values())).device
         self.check(device)
-        with PREDICTING.running(device), torch.inference_mode(), self.autocast(device):
+        with PREDICTING.running(device), torch.inference_mode(), self.autocast(device), self._computing(device):
             output = self._tap(batch)
         # A clone is an ordinary tensor: autograd refuses to save inference tensors for a loss's backward pass.
         features = {name: x.clone() if x.is_inference() else x for name, x in output.features.items()}
-        return ModelOutput(output.logits.to(torch.float32, copy=True), features, output.sparse)
+        logits = output.logits.to(torch.float32, copy=True)
+        if NEXT_LOG_PROB in self.features:
+            features[NEXT_LOG_PROB] = self._next_log_probs(logits, batch)
+        if keep is not None and "rows" in own:
+            moved = logits.new_zeros(*keep.shape, logits.shape[-1])
+            moved[keep] = logits[own["rows"]]
+            logits = moved
+        return ModelOutput(logits, features, output.sparse)
+
+    def _next_log_probs(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the feature `next_log_prob`, 0 at padding.
+
+        Raises:
+            ConfigError: The network gives no logits for each token of the text.
+        """
+        ids = batch.get("input_ids")
+        if ids is None or logits.ndim != 3 or logits.shape[:2] != ids.shape or not logits.shape[-1]:
+            raise ConfigError(
+                f"the teacher's {NEXT_LOG_PROB} needs all its logits for each token, and it gives "
+                f"{tuple(logits.shape)}: use a language model, without teacher.url"
+            )
+        found = next_log_probs(logits, ids)
+        mask = batch.get("attention_mask")
+        return found if mask is None else found.masked_fill(mask[..., None] == 0, 0.0)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context in which the network computes in this precision."""
         half = torch.float16 if self.precision == "8bit" else _HALF.get(self.precision)
         # Disabled, it also keeps the student's autocast out.
         return torch.autocast(device.type, half or torch.bfloat16, half is not None)
+
+    @contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        """Name the precision where torch has no kernel for it on this processor, such as of an LSTM in bf16."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.precision == "float32" or "primitive" not in str(error):
+                raise
+            raise ConfigError(
+                f"teacher.precision={self.precision}: this {device.type} cannot compute "
+                f"{type(unwrap(self.network)).__name__} so; set teacher.precision=float32"
+            ) from error
 
     def check(self, device: torch.device) -> None:
         """Refuse a device that cannot compute in the teacher's precision.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_lightning.models.adapt import PLACES
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.mixing import mixed
 from kd_lightning.teachers.frozen import Teacher, WrappedTeacher
@@ -40,7 +41,7 @@ class SampledTeacher(WrappedTeacher):
     """Draws classes of each token from another teacher's logits; see the top of this file.
 
     Args:
-        inner: The other teacher, of logits per token `(B, L, V)`.
+        inner: The other teacher, of logits per token `(B, L, V)`, or per masked one.
         count: K, below V.
 
     Raises:
@@ -60,6 +61,8 @@ class SampledTeacher(WrappedTeacher):
                 f"{tuple(output.logits.shape)}: it is for language models, and below their number of tokens"
             )
         starts = starts_of(batch[f"{own}input_ids"], batch.get(f"{own}attention_mask"))
+        if PLACES in batch:
+            starts = starts.gather(1, batch[PLACES])
         return ModelOutput(output.logits[..., :0], output.features, drawn(output.logits, self.count, starts))
 
 

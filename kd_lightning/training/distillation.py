@@ -17,9 +17,10 @@ from kd_lightning.models.adapt import evaluating, run_network
 from kd_lightning.models.cohort import Cohort
 from kd_lightning.models.features import FeatureTap
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.mixing import mixed_seed
 from kd_lightning.tasks import Task
 from kd_lightning.teachers import FrozenTeacher, Teacher
-from kd_lightning.training.module import NetworkModule, mixed_seed
+from kd_lightning.training.module import NetworkModule
 from kd_lightning.training.objective import Objective
 from kd_lightning.training.on_policy import Continued, OnPolicy
 from kd_lightning.training.optim import OptimizerCallable, SchedulerCallable

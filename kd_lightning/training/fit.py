@@ -14,11 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
-from kd_lightning.config.instantiate import build
+from kd_lightning.config.instantiate import build, first_line
 from kd_lightning.runtime import signals
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import Interrupted, KDError
 from kd_lightning.runtime.files import alone, naming, remove_temporary
+from kd_lightning.runtime.limits import PATIENCE, within
 from kd_lightning.runtime.processes import environment, first, rank
 from kd_lightning.runtime.seals import write_sealed
 from kd_lightning.training.callbacks import Compilation, Divergence, Preemption, StageProgress
@@ -125,7 +126,7 @@ def _fit(training: Training, console: Console) -> None:
         raise KDError(f"{training.name} ended without a look at validation: a callback must have stopped it before one")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # else the next stage would log into the same run
+            _finish(logger, training, console)  # else the next stage would log into the same run
     with first():
         if rank() == 0:
             # The timer counts what a killed attempt took, too; it stays in spawned processes where there are several.
@@ -133,6 +134,14 @@ def _fit(training: Training, console: Console) -> None:
             device = trainer.strategy.root_device
             keep(training, module, Path(best.best_model_path), training.steps, seconds, device)
             remove_checkpoints(training.folder / "checkpoints")
+
+
+def _finish(logger: WandbLogger, training: Training, console: Console) -> None:
+    """End W&B's run of a stage; what cannot be sent in time stays in the stage's folder."""
+    try:
+        within(PATIENCE, logger.experiment.finish)
+    except Exception as error:  # the training is done, and W&B's errors are of many kinds
+        say(console, f"{training.name}  its W&B run is not finished: {first_line(error)}")
 
 
 def _best(training: Training) -> ModelCheckpoint:

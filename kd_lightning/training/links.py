@@ -17,7 +17,7 @@ def check_links(folder: Path, shared_dir: str | None) -> None:
     Raises:
         ConfigError: Names the link.
     """
-    for pattern in ("slurm", "tasks", "tasks/*", "seed_*"):
+    for pattern in (".lock", "slurm", "tasks", "tasks/*", "seed_*"):
         _refuse(folder.glob(pattern))
     shared = None if shared_dir is None else Path(shared_dir).resolve()
     for pattern in ("teacher*", "assistant_*", "seed_*/*"):

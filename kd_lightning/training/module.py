@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 from kd_lightning.losses.term import at_least_float32
 from kd_lightning.models.adapt import run_network
+from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.mixing import mixed_seed
 from kd_lightning.runtime.sharding import shard
 from kd_lightning.tasks import Scores, Task
 from kd_lightning.training import lightning_patches
@@ -85,6 +87,9 @@ class NetworkModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Set up means over whole steps (see `StepCounts`), and allow terms to skip steps."""
         trainer: Any = self.trainer
+        if not self.task.complete:
+            self.task = completed(self.task, trainer.datamodule)
+            self.val_scores = self.task.scores()
         self.step = StepCounts(trainer, self._counts)
         if stage == "fit" and self.wraps and hasattr(trainer.datamodule, "around"):
             last = trainer.datamodule.around
@@ -181,11 +186,10 @@ class NetworkModule(L.LightningModule):
 
     def score(self, logits: Tensor, batch: Batch, split: str = "val") -> None:
         """Update and log the scores of a split, of a batch as `Task.compared` returns it."""
-        known = is_labelled(batch["labels"])
-        labelled = int((known & batch["keep"] if "keep" in batch else known).sum())
         output = ModelOutput(at_least_float32(logits))
-        if labelled or "group" not in batch:  # pairs are not whole in batches of single texts
-            self.log(f"{split}/loss", self.from_labels(output, output, batch), batch_size=labelled, sync_dist=True)
+        counted = int(self.from_labels.counts(batch).sum())
+        if counted and ("group" not in batch or is_labelled(batch["labels"]).any()):  # pairs of single texts: by chance
+            self.log(f"{split}/loss", self.from_labels(output, output, batch), batch_size=counted, sync_dist=True)
         self.val_scores.update(logits, batch["labels"], batch)
 
     def log_scores(self, scores: Scores, split: str) -> None:
@@ -249,12 +253,18 @@ class NetworkModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def mixed_seed(*numbers: int) -> int:
-    """Mix integers into one 63-bit seed with SplitMix64's finaliser."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1
+def completed(task: Task, data: Any) -> Task:
+    """Return the data's own task, which has all that the scores of a task read.
+
+    Raises:
+        ConfigError: The data have none, or another.
+    """
+    own: Task | None = getattr(data, "task", None)
+    if own is None:
+        raise ConfigError(
+            f"scores of {task.description} read the data's texts: give data with a `task`, as trainer.fit(module, "
+            "datamodule=...), or the module that task"
+        )
+    if own.settings != task.settings:
+        raise ConfigError(f"the module's task is {task.description}, and the data's is {own.description}: give one")
+    return own

@@ -138,8 +138,8 @@ class Objective(nn.Module):
         stages pays for one stage at a time (unless all weights are 0). A term whose weight is the number 0 is computed,
         to be watched.
 
-        The parts have graphs of their own with `apart`. Without it, cross-entropy and `SparseKDLoss` of a student that
-        leaves out its output layer are computed in one pass over that layer, and only their sum has a gradient.
+        The parts have graphs of their own with `apart`. Without it, cross-entropy and `SparseKDLoss` are computed in
+        one pass over the student's logits; where it leaves out its output layer, only their sum has a gradient.
         """
         student, teacher = _widened(student), _widened(teacher)
         weights = self._weights(progress)
@@ -161,13 +161,13 @@ class Objective(nn.Module):
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch, weights: Mapping[str, float],
         shares: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Return the means of cross-entropy and sparse divergence from one pass over the output layer.
+        """Return the means of cross-entropy and sparse divergence from one pass over the logits.
 
         There are none where they count different rows, or where each needs a gradient of its own.
         """
         names = {type(term): name for name, term in self.terms.items()}
         ce, kd = names.get(CrossEntropyLoss), names.get(SparseKDLoss)
-        if student.logits.shape[-1] or ce is None or kd is None or type(self.balance) is not Balance:
+        if ce is None or kd is None or type(self.balance) is not Balance:
             return {}
         labels, divergence = self.terms[ce], self.terms[kd]
         assert isinstance(labels, CrossEntropyLoss)

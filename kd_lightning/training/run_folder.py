@@ -55,6 +55,7 @@ class TrainedModel:
         folder: The folder it was loaded from.
         task: The task.
         images: The preprocessing of images; None for a network without images.
+        windows: Of questions with contexts `max_question_length` and `stride`; None for other inputs.
     """
 
     network: nn.Module
@@ -65,6 +66,7 @@ class TrainedModel:
     folder: Path
     task: Task
     images: ImageFormat | None = None
+    windows: dict[str, int] | None = None
 
 
 def save_network(
@@ -178,8 +180,9 @@ def load_stage(stage: Path, trust: bool = False) -> TrainedModel:
     names = task["class_names"]
     predicts = task_of(task.get("predicts", len(names)))
     return TrainedModel(
-        network.eval(), tokenizer, names, task.get("max_length"), task.get("texts"), stage, predicts, images
-    )
+        network.eval(), tokenizer, names, task.get("max_length"), task.get("texts"), stage, predicts, images,
+        task.get("windows"),
+    )  # fmt: skip
 
 
 def teacher_precision(stage: Path, run: Path | None = None) -> Precision:

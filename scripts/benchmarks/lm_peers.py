@@ -28,7 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -45,6 +44,7 @@ from benchmarks.lm_task import (
     sparse_objective,
 )
 from benchmarks.peers import install
+from benchmarks.peers_task import plain_trainer
 from benchmarks.task import ALPHA, CLIP, optimizer, silence
 from kd_lightning.config.resolvers import fast_inference
 from kd_lightning.data import Sotu
@@ -113,11 +113,7 @@ def ours(blocks: int, trimmed: bool, float32: bool) -> dict[str, float]:
             addresses().tokenizer_of("student").save_pretrained(tokenizer)
         data = few_addresses(blocks, tokenizer)
         student, above = network(STUDENT, data), smollm2_shaped(len(data.tokenizer_of("student")))
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_epochs=EPOCHS, gradient_clip_val=CLIP, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-            num_sanity_val_steps=0, use_distributed_sampler=False,
-        )  # fmt: skip
+        trainer = plain_trainer(EPOCHS)
         started = time.perf_counter()
         teacher = FrozenTeacher(above, "float32" if float32 else fast_inference())
         cache = TeacherCache.create(

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ NAMES = (
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal takes for orders: control characters but for tabs and ends of lines, and turns of direction."""
 LIVE = re.compile(r"<(script|img|iframe|svg|a)\b[^>]*(alert|onerror|evil)|(?<!\\)\]\(http://evil", re.IGNORECASE)
-"""A name that a browser or a Markdown viewer would act upon."""
+"""A name that a Markdown viewer would act upon."""
 
 
 def trials(folder: Path, seed: int, count: int, quick: bool = False) -> list[Callable[[], dict[str, Any]]]:
@@ -94,8 +95,27 @@ def _shown(ended: Outcome, line: tuple[str, ...]) -> str | None:
     return None if ended.code == 0 or ended.in_one_line else "at length"
 
 
+class _Acting(HTMLParser):
+    """What a browser would do with a page besides showing it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Note elements and attributes that run or load, but for pictures that the page itself holds."""
+        if tag in ("script", "iframe", "svg", "a", "object", "embed", "link", "form"):
+            self.found.append(tag)
+        for name, value in attributes:
+            loads = name in ("src", "href", "srcset", "data") and not (value or "").startswith("data:image/png;base64,")
+            if loads or name.startswith("on"):
+                self.found.append(f"{tag} {name}={value}")
+
+
 def _live(file: Path) -> bool:
-    return bool(LIVE.search(file.read_text(encoding="utf-8", errors="replace")))
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return bool(_Acting(text).found if file.suffix == ".html" else LIVE.search(text))
 
 
 def _outside(place: Place) -> dict[str, int]:

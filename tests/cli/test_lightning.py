@@ -223,7 +223,7 @@ def test_a_function_with_arguments_is_checked() -> None:
     ("overrides", "says"),
     [
         (["temperatur=3"], "temperatur: there is no such key; did you mean 'temperature'"),
-        (["distillation=sft_target"], "distillation=sft_target: there is no such choice; did you mean 'soft_target'?"),
+        (["distillation=regresion"], "distillation=regresion: there is no such choice; did you mean 'regression'?"),
         (["optimizer.lr=fast"], "optimizer.lr='fast' is not a number"),
         (["trainer._target_=tests.cli.test_lightning.Own"], "trainer: kd-cli uses lightning.Trainer, not tests"),
     ],

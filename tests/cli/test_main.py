@@ -28,7 +28,7 @@ def test_every_command_has_a_script_of_its_own_that_runs_the_same_module() -> No
     assert {f"kd-{name}": f"{module}:main" for name, (module, _) in commands().items()} == {
         name: place for name, place in SCRIPTS.items() if name != "kd"
     }
-    assert len(commands()) == 10
+    assert len(commands()) == 12
     for place in SCRIPTS.values():
         module, _, function = place.partition(":")
         assert callable(getattr(importlib.import_module(module), function))

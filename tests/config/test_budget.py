@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
+from omegaconf import DictConfig
 
 from kd_lightning.config.budget import (
     AMOUNTS,
@@ -74,3 +76,20 @@ def test_long_texts_get_fewer_examples_of_everything() -> None:
     )
     assert views_and_sets("standard", "text", 2_000, 0, long) < views_and_sets("standard", "text", 2_000, 0)
     assert worth(size=4 * SHORT * BYTES_PER_TOKEN, max_length=SHORT) == 1.0  # cut to be short
+
+
+@pytest.mark.parametrize("data", ["masked_text", "general_documents"])
+@pytest.mark.parametrize(
+    ("overrides", "sets"),
+    [
+        (["budget=quick"], 1),
+        (["budget=standard"], 3),
+        (["budget=best"], 4),
+        (["trainer.max_epochs=2"], 2),
+        (["trainer.max_epochs=-1", "trainer.max_steps=9"], 4),
+    ],
+)
+def test_a_block_has_no_more_masks_than_epochs_read(
+    composed: Callable[..., DictConfig], data: str, overrides: list[str], sets: int
+) -> None:
+    assert composed(f"data={data}", *overrides).data.mask_sets == sets

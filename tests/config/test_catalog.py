@@ -34,10 +34,11 @@ EXAMPLES, CLASSES, WORDS = 16, 3, 40
 # same of everything, so the smallest (MobileBERT's attentions) has 5e-4; what has no signal but rounding is below 1e-5.
 FLOOR = 1e-4
 STRATEGIES = {strategy.name: strategy for strategy in strategies(conf_dir() / "distillation")}
-ALONE = ("language", "embedding")
+ALONE = ("language", "embedding", "ranking", "spans")
 PAIRS = [(name, kind) for name, strategy in STRATEGIES.items() for kind in strategy.models if kind not in ALONE]
 """Those of language models alone are trained in tests/end_to_end/test_lm_experiments.py, of embeddings in
-tests/config/test_embedding_strategies.py."""
+tests/config/test_embedding_strategies.py, of rankings in tests/config/test_ranking_strategies.py,
+of spans in tests/config/test_span_strategies.py."""
 
 
 class Data(L.LightningDataModule):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kd_lightning.data import MultiTaskData, TextFiles
-from kd_lightning.data.multi_task import draws
+from kd_lightning.data.multi_task import MixedDataset, draws
+from kd_lightning.data.shown import shown
 from kd_lightning.data.sources.reviews import Reviews
 from kd_lightning.runtime.errors import ConfigError
 from tests.data.conftest import toy_rows
@@ -243,3 +244,23 @@ def test_labels_of_a_regression_are_floats_and_none_is_nan(
     assert data.num_classes == 1
     fresh = Reviews("rating", tokenizer=tokenizer, views=1, view_sets=None)
     assert any((batch["labels"] == -100).any() for batch in fresh.train_dataloader())
+
+
+def test_examples_are_shown_as_the_student_reads_them(
+    make: Callable[..., MultiTaskData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make({"small": {"views": 1, "view_sets": 2}}, eval_batch_size=7)
+    index = [int(batch["index"][0]) for batch in data.test_dataloader()]
+    fetched: list[int] = []
+    real = MixedDataset.__getitem__
+    monkeypatch.setattr(MixedDataset, "__getitem__", lambda *given: fetched.extend(given[1]) or real(*given))
+    found = shown(data, [*index, 0])  # which is no test example
+    assert len(fetched) == len(index) < data.sizes["test"], "others were read"
+    monkeypatch.undo()
+    assert set(found) == set(index)
+    assert all(shown(one, [one._spans["test"][2]]).keys() == {one._spans["test"][2]} for one in data.tasks.values())
+    tokens = {int(batch["index"][0]): batch["input_ids"][0] for batch in data.select("student").test_dataloader()}
+    tokenizer = data.tokenizer_of("student")
+    for number, one in found.items():
+        assert one == {"text": tokenizer.decode(tokens[number], skip_special_tokens=True)}
+    assert shown(data, []) == {}

@@ -20,7 +20,7 @@ from tests.conftest import tiny_overrides
 
 Composed = Callable[..., DictConfig]
 PLACES = (
-    "slurm", "tasks", "tasks/domain", "seed_0", "teacher", "teacher_1", "assistant_1", "seed_0/distill",
+    ".lock", "slurm", "tasks", "tasks/domain", "seed_0", "teacher", "teacher_1", "assistant_1", "seed_0/distill",
     "seed_0/baseline", "teacher/checkpoints", "teacher/.lock", "seed_0/distill/checkpoints", "seed_0/distill/csv",
     "seed_0/distill/csv/version_0", "seed_0/distill/csv/version_0/metrics.csv", "seed_0/distill/tokenizer",
     "seed_0/distill/checkpoints/best.ckpt", "seed_0/distill/diverged",

@@ -18,7 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.runtime.errors import KDError
 from tests.data.corpus.texts import made
 
@@ -60,19 +60,23 @@ class Given:
             (place / file.name).write_bytes(file.read_bytes())
         return place
 
-    def refused(self, *overrides: str, student: Sequence[str] = SMALL) -> str:
-        """Return the message of a run that must not begin to train."""
-        run_dir = self.folder / "run"
+    def run(self, *overrides: str, student: Sequence[str] = SMALL) -> Run:
+        """Return a small run on them."""
         cfg = self.composed(
             "data=lm_text", f"data.train_file={self.folder / 'texts.jsonl'}",
             f"data.tokenizer={self.folder / 'tokenizer'}", "data.block_size=16", "data.batch_size=4",
             "model@teacher.network=causal_lm_small", "teacher.network.hidden_size=16", "teacher.network.num_layers=1",
             "teacher.network.num_heads=2", *student, "teacher.trainer.max_epochs=1", "trainer.max_steps=2",
-            "teacher.precision=float32", "temperature=1", f"run_dir={run_dir}", *overrides,
+            "teacher.precision=float32", "temperature=1", f"run_dir={self.folder / 'run'}", *overrides,
         )  # fmt: skip
+        return Run(cfg, Console(file=StringIO(), width=120))
+
+    def refused(self, *overrides: str, student: Sequence[str] = SMALL) -> str:
+        """Return the message of a run that must not begin to train."""
         with pytest.raises(KDError) as caught:
-            train_all(Run(cfg, Console(file=StringIO(), width=120)))
-        assert not list(run_dir.rglob("*.safetensors")) + list(run_dir.rglob("*.ckpt")), "something was trained"
+            train_all(self.run(*overrides, student=student))
+        trained = [file for kind in ("*.safetensors", "*.ckpt") for file in (self.folder / "run").rglob(kind)]
+        assert not trained, "something was trained"
         message = str(caught.value)
         assert "\n" not in message.strip()
         return message
@@ -202,6 +206,26 @@ def test_a_pretrained_student_with_as_many_other_tokens(given: Given, network: s
     assert f"set data.tokenizer={own}" in message
 
 
+def test_a_cache_of_other_blocks(given: Given) -> None:
+    """In the same folder, or as the nearest that there is."""
+    taught = ("stages=[distill]", f"teacher.checkpoint={given.teacher(llama(300))}", "distillation=soft_target")
+    place = given.folder / "outputs"
+    build_caches(given.run(*taught, f"teacher.cache={place}"))
+    build_caches(given.run(*taught, "teacher.cache=auto"))
+    for cache in (place, "require"):
+        message = given.refused(*taught, f"teacher.cache={cache}", "data.block_size=8")
+        assert re.search(r"data\.block_size was 16, now 8", message)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with(given: Given) -> None:
+    def bare(tokenizer: Any) -> None:
+        tokenizer.pad_token = tokenizer.eos_token = tokenizer.unk_token = None
+
+    given.tokenizer("bare", bare)
+    message = given.refused(f"data.tokenizer={given.folder / 'bare'}")
+    assert re.search(r"data\.tokenizer='\S+bare' has no token to pad with; set pad_token", message)
+
+
 def test_teachers_without_a_fold_of_the_texts(given: Given) -> None:
     message = given.refused("teacher.folds=2")
     assert message.startswith("teacher.folds=2: blocks share documents")
@@ -211,12 +235,13 @@ def test_teachers_without_a_fold_of_the_texts(given: Given) -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["teacher.cache=auto"], r"data\.cross_tokenizer=true with teacher\.cache=auto: .* set teacher\.cache=off"),
+        (["teacher.cache_samples=8"], r"teacher\.cache_samples=8: .* not the likeliest: set teacher\.cache_top_k"),
+        (["teacher.cache=off", "teacher.calibrate=true"], r"teacher\.calibrate=true: likelihoods of .* set it to auto"),
         (["teacher.cache=off", "on_policy.share=0.5", "on_policy.prompt_tokens=4"],
          r"data\.cross_tokenizer=true with on_policy\.share=0\.5: .* set on_policy\.share=0"),
     ],
 )  # fmt: skip
-def test_a_teacher_of_other_tokens_that_is_stored_or_reads_the_students_texts(
+def test_a_teacher_of_other_tokens_that_is_drawn_from_or_reads_the_students_texts(
     given: Given, more: list[str], expected: str
 ) -> None:
     given.tokenizer("added", lambda tokenizer: tokenizer.add_tokens([AddedToken("<|tool|>", special=True)]))

@@ -14,12 +14,13 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from kd_lightning.cli.cache import main as kd_cache
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.models.causal_lm import causal_lm_small
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.run import build_caches, train_all
 from tests.data.corpus.texts import made
 
 Composed = Callable[..., DictConfig]
@@ -106,6 +107,25 @@ def test_every_experiment_runs(composed: Composed, shrunk: list[str], tmp_path: 
         assert re.search(
             r"The teacher has tokens of its own\. .*: bits per byte \d\.\d+\.", " ".join(output.getvalue().split())
         )
+
+
+def test_what_a_teacher_of_other_tokens_predicts_is_stored_once_for_all_seeds(
+    composed: Composed, shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kd cache` builds, shows and verifies it, and a training that may not run the teacher reads it."""
+    given = small("lm_cross_tokenizer", shrunk, composed, tmp_path)
+    (folder,) = build_caches(Run(composed(*given), Console(file=StringIO())))
+    for command in ("info", "verify"):
+        with pytest.raises(SystemExit) as ended:
+            kd_cache([command, str(folder)])
+        assert not ended.value.code
+    assert re.search(r"top 64.*next_log_prob 1 per token, float16", " ".join(capsys.readouterr().out.split()))
+    run = Run(
+        composed(*given, "stages=[distill]", "seeds=2", "teacher.cache=require"), Console(file=StringIO())
+    )  # fmt: skip
+    train_all(run)
+    records = [json.loads((tmp_path / f"run/seed_{seed}/distill/stage.json").read_text()) for seed in (0, 1)]
+    assert [record["steps"] for record in records] == [2, 2]
 
 
 def test_prompts_that_leave_no_room_are_no_trouble_to_the_report(

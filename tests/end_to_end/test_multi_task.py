@@ -129,6 +129,13 @@ def test_the_experiment_runs_and_reports_each_task_and_their_average(
     assert models["teacher"]["title"] == "3 teachers"
     assert models["teacher"]["latency_ms"]["p50"] > models["distilled"]["latency_ms"]["p50"]
     assert report["data"]["monitor"] == "average"
+    parts = {part["name"]: part for part in report["details"]["parts"]}
+    assert set(parts) == set(TASKS)
+    assert all(one["text"] for part in parts.values() for one in part["apart"])
+    for part in parts.values():
+        if counts := part["models"]["distilled"]:
+            seed = models["distilled"]["test"][f"{part['name']}/accuracy"]["values"][0]
+            assert sum(counts["right"]) / sum(counts["labels"]) == pytest.approx(seed)
     assert report["data"]["chance_score"] is report["differences"]["distilled"]["baseline"]["standard_error"] is None
     assert models["distilled"]["curves"][0]["validation_score"]["steps"] == [29, 59]
     assert set(models["distilled"]["curves"][0]["gradient_share"]) == {
@@ -368,6 +375,9 @@ def test_a_regression_is_trained_selected_and_reported_by_correlation(
     assert set(models["distilled"]["test"]) == {"pearson", "rmse", "rmse_to_teacher"}
     assert "val/pearson" in said
     assert report["data"]["monitor"] == "pearson"
+    [part] = report["details"]["parts"]
+    assert [set(one) for one in part["apart"]] == [{"index", "distance", "label", "student", "teacher", "text"}] * 12
+    assert part["models"]["distilled"] == {}, "of scores nothing is counted"
     assert (tmp_path / "run/curves.png").is_file()
     assert "| Pearson correlation | " in (tmp_path / "run/report.md").read_text()
     best = max((0, 1), key=lambda seed: record(tmp_path / f"run/seed_{seed}/distill")["validation"]["pearson"])

@@ -92,6 +92,14 @@ def test_every_stage_leaves_a_network_and_the_report_compares_them(
     assert models["distilled"]["test"]["accuracy"]["mean"] > 0.5
     assert len(models["baseline"]["test"]["accuracy"]["values"]) == 2
     assert report["seeds"] == [0, 1]
+    [part] = report["details"]["parts"]
+    assert set(part["models"]) == set(models)
+    for name, counts in part["models"].items():  # those of the first seed
+        assert sum(counts["labels"]) == report["data"]["n_test"]
+        accuracy = sum(counts["right"]) / report["data"]["n_test"]
+        assert accuracy == pytest.approx(models[name]["test"]["accuracy"]["values"][0])
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert part["apart"][0]["text"] in page
     assert load_report(tmp_path / "run") == report
     steps = [
         json.loads((tmp_path / "run" / "seed_0" / stage / "stage.json").read_text())["steps"]

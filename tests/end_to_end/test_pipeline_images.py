@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -89,6 +91,10 @@ def test_every_stage_and_the_commands_on_a_finished_run(
     assert models["distilled"]["test"]["accuracy"]["mean"] > 0.5
     assert report["data"]["splits"] == {"train": 270, "views": 270, "transfer": 0, "validation": 30, "test": 60}
     assert report["data"]["chance_score"] == pytest.approx(0.1)
+    [part] = report["details"]["parts"]
+    assert sum(part["models"]["teacher"]["labels"]) == 60
+    picture = Image.open(io.BytesIO(base64.b64decode(part["apart"][0]["png"])))
+    assert (picture.format, picture.size, picture.mode) == ("PNG", (28, 28), "L")
     assert "teacher  predicted 90 examples" in output, "the rest of its outputs were kept while the first epoch trained"
 
     folder = pipeline.folder
@@ -149,7 +155,7 @@ def test_online_and_cached_teacher_train_the_same_student(
 
 def test_fresh_views_go_with_a_running_teacher_only(composed: Composed, overrides: list[str]) -> None:
     short = ["data.view_sets=null", "trainer.max_steps=4", "teacher.trainer.max_steps=4"]
-    with pytest.raises(ConfigError, match=r"data\.view_sets=null makes new views in every epoch"):
+    with pytest.raises(ConfigError, match=r"data\.view_sets=null makes new inputs in every epoch"):
         run(composed(*overrides, *short))
     _, report, _ = run(composed(*overrides, *short, "teacher.cache=off"))
     assert report["data"]["splits"]["views"] == 0

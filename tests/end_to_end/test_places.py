@@ -18,7 +18,8 @@ from kd_lightning.cli.export_config import main as kd_config
 from kd_lightning.cli.report import main as kd_report
 from kd_lightning.data.image.store import store_images
 from kd_lightning.data.text.tokens import encode_store, load_tokenizer
-from kd_lightning.export import benchmark
+from kd_lightning.export import benchmark_files
+from kd_lightning.export.write import filled
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.files import check_place
 from tests.end_to_end.test_environment import disk_of, ends
@@ -88,7 +89,8 @@ def write_images(cache: Path) -> None:
 
 
 def write_benchmark(cache: Path) -> None:
-    benchmark.write({"a figure": "0" * 20_000}, cache / "benchmark")
+    with filled(cache / "benchmark") as folder:
+        benchmark_files.write({"a figure": "0" * 20_000}, folder)
 
 
 @pytest.mark.parametrize("write", [write_tokens, write_images, write_benchmark])

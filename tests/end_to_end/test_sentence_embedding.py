@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
+from kd_lightning.models.adapt import run_network
 from kd_lightning.models.sentence_encoder import SentenceEncoder
 from kd_lightning.pipeline.from_run import from_run
-from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.training.run_folder import load_run, load_stage
 from tests.forks import command
 from tests.toy_pairs import pairs, write_pairs
@@ -240,10 +240,13 @@ def test_margins_of_scored_pairs_are_refused_in_one_line(run: Path, home: dict[s
     assert not (tmp_path / "run" / "seed_0").exists()
 
 
-def test_a_finished_student_is_a_start_for_embeddings_as_wide(run: Path) -> None:
+def test_a_finished_student_is_a_start_for_embeddings_and_for_classes(run: Path) -> None:
     finished = load_run(run)
-    start = from_run(str(run), finished.task.outputs)
     weights = finished.network.state_dict()
+    start = from_run(str(run), finished.task.outputs, embeds=True)
     assert all(tensor.equal(weights[name]) for name, tensor in start.state_dict().items())
-    with pytest.raises(ConfigError, match="outputs and the data need 3: give a run of the same classes, or of embed"):
-        from_run(str(run), 3)
+    classifier = from_run(str(run), 3)
+    kept = {name for name, tensor in classifier.state_dict().items() if name in weights and tensor.equal(weights[name])}
+    assert {name for name in classifier.state_dict() if name.startswith("encoder.")} <= kept
+    tokens = {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    assert run_network(classifier, tokens).logits.shape == (2, 3)

@@ -152,3 +152,23 @@ def test_the_network_is_a_class_of_transformers(run: Path) -> None:
     assert type(model.network).__name__ == "BertForTokenClassification"
     assert model.task.monitor == "entity_f1"
     assert model.class_names == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def test_a_teacher_of_other_tokens_teaches_by_words(run: Path, home: dict[str, str]) -> None:
+    """It teaches the same from its cache as in every step, and its windows are cut as the student's are."""
+    line = [
+        *SMALL[:-1], f"data.train_file={run.parent / 'train.conll'}", "data.tokenizer=wordpiece:90",
+        f"data.teacher_tokenizer={run / 'teacher' / 'tokenizer'}", f"teacher.checkpoint={run}", "stages=[distill]",
+        "data.max_length=32", "trainer.max_epochs=2",
+    ]  # fmt: skip
+    found = {}
+    for cache in ("auto", "off"):
+        folder = run.with_name(f"others_{cache}")
+        of_command(home, "kd-train", *line, f"run_dir={folder}", f"teacher.cache={cache}", cwd=run.parent)
+        found[cache] = load_file(folder / "seed_0" / "distill" / "model.safetensors")
+    assert found["auto"].keys() == found["off"].keys()
+    for name, tensor in found["auto"].items():
+        torch.testing.assert_close(tensor, found["off"][name], rtol=1e-3, atol=1e-4)
+    report = json.loads((run.with_name("others_auto") / "report.json").read_text())
+    (teacher,) = (json.loads((run / "report.json").read_text())["models"]["teacher"]["test"]["entity_f1"]["values"],)
+    assert report["models"]["teacher"]["test"]["entity_f1"]["values"] == pytest.approx(teacher, abs=0.02)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kd_lightning.cli.export import main as kd_export
+from kd_lightning.export.formats import format_named
 from tests.export.runs import bilstm_run, cnn_run, multi_task_run, regression_run, transformer_run
 from tests.toy_reviews import write_archive
 
@@ -47,12 +49,19 @@ def pictures(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Exports = Callable[..., Path]
 
 
+def needs(format: str) -> None:
+    """Skip a test where a package of a format is missing."""
+    if missing := [name for name in format_named(format).NEEDS if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)}: not installed, and needed for {format}")
+
+
 @pytest.fixture(scope="package")
 def exports(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Export a run, once in each format. Read only."""
     made: dict[tuple[Path, str, str], Path] = {}
 
     def export(run: Path, format: str, quantize: str = "none") -> Path:
+        needs(format)
         key = (run, format, quantize)
         if key not in made:
             out = tmp_path_factory.mktemp("export") / "deep" / "out"

@@ -137,13 +137,17 @@ def own_run(folder: Path, kind: type[Bag]) -> Path:
     return write_run(folder, data, settings, kind(**sizes), **target, **sizes)
 
 
-def cnn_run(folder: Path, **format: Any) -> Path:
+def small_cnn(**sizes: Any) -> CNN:
+    return CNN(**sizes, widths=[8, 16])
+
+
+def cnn_run(folder: Path, make: Callable[..., nn.Module] = small_cnn, **format: Any) -> Path:
     images = write_folder(folder.parent / "images", {"train": 40})
     options: dict[str, Any] = {"folder": str(images), "image_size": 16, "eval_batch_size": 3, **format}
     data = ImageFolder(**options)
     data.prepare()
     settings = {"_target_": "kd_lightning.data.ImageFolder", **options}
-    return write_run(folder, data, settings, CNN(**data.model_arguments("student"), widths=[8, 16]))
+    return write_run(folder, data, settings, make(**data.model_arguments("student")))
 
 
 def regression_run(folder: Path) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,13 @@ from omegaconf import OmegaConf
 
 from kd_lightning.cli.benchmark import main as kd_benchmark
 from kd_lightning.data.text.tokens import load_tokenizer
-from kd_lightning.export.benchmark import Subject, benchmark, peak_memory
-from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.export.benchmark import Subject, _reused, benchmark, in_eight_bits, peak_memory, subjects_of
+from kd_lightning.export.exported import copy_export, read_exported
+from kd_lightning.export.source import find_student
+from kd_lightning.export.write import Plan
+from kd_lightning.export.write import export as write_export
+from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.seals import write_sealed
 from kd_lightning.training.run_folder import finish_stage, read_stage
 from tests.export.conftest import Exports
 
@@ -31,7 +39,12 @@ def test_everything_is_measured_and_written(
     folders = [str(exports(bilstm, *format)) for format in (("onnx", "int8-dynamic"), ("pt2",))]
     kd_benchmark([str(bilstm), *folders, "--threads", "1", "--out", str(tmp_path / "measured"), "--trust"])
     result = json.loads((tmp_path / "measured" / "benchmark.json").read_text(encoding="utf-8"))
-    assert [row["kind"] for row in result["rows"]] == ["teacher", "student", "onnx", "pt2"]
+    assert [row["kind"] for row in result["rows"]] == ["teacher", "onnx", "student", "onnx", "pt2"]
+    rival = result["rows"][1]
+    assert (rival["name"], rival["of"]) == ("teacher, onnx int8-dynamic", "teacher")
+    assert rival["times_smaller"] > 3
+    (kept,) = (tmp_path / "measured").glob("teacher-*")
+    assert {path.name for path in kept.iterdir()} >= {"model.onnx", "export.json"}
     assert result["threads"] == 1
     by_kind = {row["kind"]: row for row in result["rows"]}
     for row in result["rows"]:
@@ -64,8 +77,96 @@ def test_exports_alone_have_nobody_to_ask_about(bilstm: Path, exports: Exports, 
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no memory, which takes a process for each model: the first test does."""
+    """Measure no memory, which takes a process for each model, and export no teacher: the first test does."""
     monkeypatch.setattr("kd_lightning.export.benchmark.peak_memory", lambda *_: 10**8)
+    monkeypatch.setattr("kd_lightning.export.benchmark.in_eight_bits", lambda *_: ([], {}))
+
+
+def test_a_teacher_in_eight_bits_is_exported_once_and_what_fails_is_a_line(
+    bilstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Path] = []
+
+    def export(plan: Plan) -> None:
+        made.append(plan.out)
+        if len(made) == 1:
+            raise KDError("it differs from the student")
+        write_export(plan)
+
+    monkeypatch.setattr("kd_lightning.export.write.export", export)
+    subjects, _ = subjects_of([bilstm], 1)
+    none, unmeasured = in_eight_bits(subjects, tmp_path / "first", 1, tmp_path / "nowhere")
+    assert none == []
+    assert unmeasured == {"teacher, onnx int8-dynamic": "it differs from the student"}
+    assert "teacher, onnx int8-dynamic: not measured (it differs from the student)" in capsys.readouterr().out
+    (one,), unmeasured = in_eight_bits(subjects, tmp_path / "second", 1, tmp_path / "nowhere")
+    assert unmeasured == {}
+    (one.folder / "beside").write_text("not in its seal")
+    (again,), _ = in_eight_bits(subjects, tmp_path / "third", 1, tmp_path / "second")
+    assert len(made) == 2
+    assert not (again.folder / "beside").exists()
+    assert (one.name, one.kind, one.of, one.role) == ("teacher, onnx int8-dynamic", "onnx", "teacher", "teacher")
+    assert again.file.parent.parent == tmp_path / "third"
+    assert again.file.read_bytes() == one.file.read_bytes()
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_why_a_teacher_in_eight_bits_is_missing_is_written(
+    bilstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "logits differ by <b>9</b>, allowed 0.5"
+    monkeypatch.setattr(
+        "kd_lightning.export.benchmark.in_eight_bits", lambda *_: ([], {"teacher, onnx int8-dynamic": reason})
+    )
+    measured([bilstm], tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
+    assert written["unmeasured"] == {"teacher, onnx int8-dynamic": reason}
+    page = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
+    assert "Not measured: teacher, onnx int8-dynamic (logits differ by" in page
+    assert "<b>" not in page
+
+
+def changed(folder: Path, **keys: str) -> None:
+    content = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    write_sealed(folder / "export.json", content | keys)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: changed(folder, format="pt2"), r"has format 'pt2', expected 'onnx'"),
+        (lambda folder: changed(folder, quantize="none"), r"has quantize 'none', expected 'int8-dynamic'"),
+        (lambda folder: changed(folder, weights="0" * 64), r"has weights '0{64}', expected '"),
+        (
+            lambda folder: changed(folder, model="../model.onnx"),
+            r"names '\.\./model.onnx', which is outside its folder",
+        ),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"another"), r"model.onnx is damaged"),
+        (lambda folder: (folder / "more").symlink_to(folder.parent), r"more is a link or no regular file"),
+        (lambda folder: linked(folder / "model.onnx"), r"model.onnx is a link or no regular file"),
+        (lambda folder: linked(folder), r"is a link or no regular file"),
+        (lambda folder: os.mkfifo(folder / "pipe"), r"pipe is a link or no regular file"),
+    ],
+    ids=["format", "quantize", "weights", "outside", "damaged", "link", "model", "folder", "pipe"],
+)
+def test_no_other_model_is_taken_for_the_teacher_in_eight_bits(
+    bilstm: Path, exports: Exports, tmp_path: Path, spoil: Callable[[Path], Any], says: str
+) -> None:
+    made = exports(bilstm, "onnx", "int8-dynamic")
+    weights = read_exported(made).weights
+    assert weights == hashlib.sha256((find_student(bilstm) / "model.safetensors").read_bytes()).hexdigest()
+    earlier = shutil.copytree(made, tmp_path / "earlier")
+    copy_export(earlier, tmp_path / "first", "onnx", "int8-dynamic", weights)
+    assert read_exported(tmp_path / "first") == read_exported(made)
+    spoil(earlier)
+    with pytest.raises(KDError, match=says):
+        copy_export(earlier, tmp_path / "out", "onnx", "int8-dynamic", weights)
+    assert not (tmp_path / "out").exists()
+    assert not _reused(earlier, tmp_path / "out", weights)
+
+
+def linked(path: Path) -> None:
+    path.symlink_to(path.rename(path.parent.parent / "moved"))
 
 
 def measured(folders: list[Path], out: Path) -> list[dict[str, Any]]:
@@ -107,6 +208,7 @@ def test_batches_that_the_split_cannot_fill_are_no_figures(bilstm: Path, tmp_pat
     assert "| – |" in (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_runs_that_read_other_tokens_are_not_compared(bilstm: Path, tmp_path: Path) -> None:
     other = shutil.copytree(bilstm, tmp_path / "other")
     load_tokenizer("wordpiece:300", ["nothing of the kind"] * 3).save_pretrained(

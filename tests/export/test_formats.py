@@ -49,10 +49,10 @@ def expected(run: Path) -> list[tuple[str, float]]:
 @pytest.mark.parametrize(
     ("format", "quantize"),
     [
-        (format, quantize)
+        pytest.param(format, quantize, marks=[pytest.mark.slow] if format == "executorch" else [])
         for format in FORMATS
         for quantize in format_named(format).QUANTIZE
-        if format not in OF_TRANSFORMERS
+        if format not in OF_TRANSFORMERS and (format, quantize) != ("openvino", "int8-static")
     ],
 )
 def test_a_bilstm_predicts_alike(
@@ -67,8 +67,9 @@ def test_a_bilstm_predicts_alike(
         assert parity["agreement"] == 1.0
     else:
         assert parity["largest_difference"] > 0, "nothing was quantised"
-    assert exported.bytes == (out / exported.model).stat().st_size
-    own = {"model.json"} if format == "safetensors" else set()
+    own = {"safetensors": {"model.json"}, "openvino": {"model.bin"}}.get(format, set())
+    weights = {exported.model} | (own if format == "openvino" else set())
+    assert exported.bytes == sum((out / name).stat().st_size for name in weights)
     files = {exported.model, "export.json", "README.md", "tokenizer.json", "tokenizer_config.json"} | own
     assert {path.name for path in out.iterdir()} == files
     assert [path.name for path in out.parent.iterdir()] == ["out"], "something was left beside it"
@@ -116,13 +117,24 @@ def test_our_other_networks_predict_alike(
             (*OURS, "transformers", "onnxruntime"),
             [(student, "pt2", "none") for student in ("bilstm", "bert", "rating")],
         ),
+        pytest.param(
+            "executorch",
+            (*OURS, "transformers", "onnxruntime"),
+            [("bilstm", "executorch", "none"), ("bert", "executorch", "none"), ("bert", "executorch", "int8-dynamic")],
+            marks=pytest.mark.slow,
+        ),
+        (
+            "openvino",
+            (*OURS, "torch", "transformers", "onnx", "onnxruntime", "nncf"),
+            [("bilstm", "openvino", "none"), ("bert", "openvino", "none"), ("bert", "openvino", "int8-static")],
+        ),
         (
             "transformers",
             OURS,
             [*(("bert", "huggingface", kind) for kind in ("none", "fp16", "bf16")), ("rating", "huggingface", "none")],
         ),
     ],
-    ids=["onnx", "pt2", "huggingface"],
+    ids=["onnx", "pt2", "executorch", "openvino", "huggingface"],
 )  # fmt: skip
 def test_a_format_needs_its_own_runtime_alone(
     request: pytest.FixtureRequest, exports: Exports, tmp_path: Path, word: str, without: tuple[str, ...],

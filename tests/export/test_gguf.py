@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from kd_lightning.data.text.tokens import load_tokenizer
@@ -16,7 +20,9 @@ from kd_lightning.data.text.trim import trim_tokenizer
 from kd_lightning.evaluation.generation import Decoding, generate
 from kd_lightning.export.formats import gguf as format
 from kd_lightning.export.load import load_export
-from kd_lightning.models.causal_lm import CausalLM
+from kd_lightning.models.causal_lm import CausalLM, causal_lm
+from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.run import train_all
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import CausalLanguageModeling
 from kd_lightning.training.run_folder import TrainedModel, load_run
@@ -62,6 +68,40 @@ def test_it_holds_each_tensor_and_the_sizes(llama: Path, exports: Exports) -> No
     tokenizer: Any = load_run(llama).tokenizer
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.token_type"][tokenizer.eos_token_id] == gguf.TokenType.CONTROL
+
+
+def test_a_file_of_it_teaches_as_a_folder_does(
+    llama: Path, exports: Exports, tmp_path: Path, composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network and tokenizer are read from it, and once for all runs."""
+    monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "home"))
+    file, trained = exports(llama, "gguf") / "model.gguf", load_run(llama)
+    student, own = trained.network, trained.tokenizer
+    read = load_tokenizer(str(file))
+    assert read.get_vocab() == own.get_vocab()  # type: ignore[union-attr]
+    ids = torch.tensor([read(" ".join(TEXTS))["input_ids"]])
+    found = causal_lm(str(file), len(read)).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, student.eval()(input_ids=ids).logits, rtol=0.05, atol=0.05)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in made(20)))
+    monkeypatch.setattr("kd_lightning.runtime.gguf_files.dequantise", None)  # it is there
+    cfg = composed(
+        "data=lm_text", f"data.train_file={texts}", "data.block_size=16", "data.batch_size=4", "temperature=1",
+        f"teacher.checkpoint={file}", "teacher.precision=float32", "model@student=causal_lm_small",
+        "student.hidden_size=8", "student.num_layers=1", "student.num_heads=2", "distillation=sparse_kd",
+        "teacher.cache_top_k=8", "trainer.max_epochs=-1", "trainer.max_steps=1", "stages=[distill]", "validations=1",
+        f"run_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    train_all(Run(cfg, Console(file=StringIO())))
+    assert load_run(tmp_path / "run").tokenizer.get_vocab() == read.get_vocab()  # type: ignore[union-attr]
+
+
+def test_a_file_that_is_no_model_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_LIGHTNING_HOME", str(tmp_path / "home"))
+    (tmp_path / "other.gguf").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match=r"other\.gguf is no GGUF file of a causal language model"):
+        causal_lm(str(tmp_path / "other.gguf"), 300)
+    assert not list((tmp_path / "home" / "gguf").glob("*"))
 
 
 def test_eight_bits_are_blocks_of_q8_0(llama: Path, exports: Exports) -> None:

@@ -119,7 +119,7 @@ def test_a_batch_of_other_data_is_refused() -> None:
         MarginMSELoss()(ModelOutput(STUDENT), ModelOutput(TEACHER), {"labels": torch.zeros(12)})
     with pytest.raises(ValueError, match="temperature must be a positive number, got -1"):
         ContrastiveLoss(temperature=-1)
-    with pytest.raises(ValueError, match=r"student cosines \(1, 2\) and teacher cosines \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"student scores \(1, 2\) and teacher scores \(1, 3\)"):
         margin_mse(torch.zeros(1, 2), torch.zeros(1, 3), torch.tensor([0]), torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="must have the same shape"):
         cosine_scores(torch.zeros(2), torch.zeros(3))

@@ -99,3 +99,18 @@ def test_errors() -> None:
         regression(STUDENT, TEACHER, threshold=0.0)
     with pytest.raises(ValueError, match="target must be teacher or labels, got 'both'"):
         RegressionLoss(target="both")  # type: ignore[arg-type]
+
+
+def test_of_tokens_only_those_that_are_kept_count() -> None:
+    keep = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()
+    student, teacher = (randn(2, 3, 4, seed=seed) for seed in (1, 2))
+    expected = (student - teacher)[keep].square().mean()
+    hidden = [x.masked_fill(~keep.unsqueeze(2), math.nan) for x in (student, teacher)]
+    logits = hidden[0].requires_grad_()
+    term, batch = RegressionLoss(), {"keep": keep}
+    value = term(ModelOutput(logits), ModelOutput(hidden[1]), batch)
+    (gradient,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(value.detach(), expected)
+    assert gradient.isfinite().all()
+    assert not gradient[~keep].any()
+    assert term.counts(batch).tolist() == [3.0]

@@ -36,8 +36,11 @@ from kd_lightning.losses.fused_linear import FusedLinearKDLoss
 from kd_lightning.losses.generalized_jsd import GeneralizedJSDLoss
 from kd_lightning.losses.hint import HintLoss, LayerHintLoss
 from kd_lightning.losses.label_trust import LabelTrustLoss
+from kd_lightning.losses.list_labels import ListLabelsLoss
+from kd_lightning.losses.listwise_kl import ListwiseKLLoss
 from kd_lightning.losses.logit_mse import LogitMSELoss
 from kd_lightning.losses.margin_mse import MarginMSELoss
+from kd_lightning.losses.margin_mse_scores import MarginMSEScoresLoss
 from kd_lightning.losses.mgd import MGDLoss
 from kd_lightning.losses.minilm import MiniLMLoss
 from kd_lightning.losses.minilmv2 import MiniLMv2Loss
@@ -48,6 +51,7 @@ from kd_lightning.losses.nst import NSTLoss
 from kd_lightning.losses.ofd import OFDLoss
 from kd_lightning.losses.pair_labels import PairLabelsLoss
 from kd_lightning.losses.pkd import PKDLoss
+from kd_lightning.losses.ranknet import RankNetLoss
 from kd_lightning.losses.regression import RegressionLoss
 from kd_lightning.losses.relations import RelationTerm
 from kd_lightning.losses.reverse_kl import ReverseKLLoss
@@ -56,6 +60,8 @@ from kd_lightning.losses.similarity_kl import SimilarityKLLoss
 from kd_lightning.losses.simkd import SimKDLoss
 from kd_lightning.losses.skew_kl import SkewKLLoss
 from kd_lightning.losses.soft_target import SoftTargetLoss
+from kd_lightning.losses.span_labels import SpanLabelsLoss
+from kd_lightning.losses.span_soft_target import SpanSoftTargetLoss
 from kd_lightning.losses.sparse import SparseKDLoss
 from kd_lightning.losses.standardized import StandardizedLoss
 from kd_lightning.losses.task_term import TaskTerm
@@ -94,6 +100,17 @@ PAIRS: Batch = {
     "text": torch.arange(SIZE), "score": torch.tensor([NAN, 0.1, 0.1, 0.5, 0.5, 1.0, 1.0]),
 }  # fmt: skip
 """A single text and scored pairs; no batch of a step has half of one."""
+SPANS: Batch = {
+    "labels": torch.tensor([
+        [0, 1, 0, 2, 0], [3] + [IGNORE] * 4, [IGNORE] * 5, [IGNORE] * 5, [3] + [IGNORE] * 4, [1, 0, 0, 2, IGNORE],
+        [IGNORE] * 5,
+    ]),
+    "attention_mask": PADDING.long(), "keep": PADDING, "question": torch.tensor([0, 0, 1, 2, 2, 3, 4]),
+}  # fmt: skip
+LISTS: Batch = {
+    "group": torch.tensor([0, 1, 1, 1, 1, 3, 3]), "labels": torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 0.0, 1.0]),
+}  # fmt: skip
+"""A document alone and two queries; no batch of a step has a part of one."""
 TASKS: Batch = {"labels": SCORES, "task": torch.tensor([0, 0, 1, 0, 1, 1, 1])}
 
 
@@ -170,6 +187,9 @@ OTHERS: list[tuple[Callable[..., Term], tuple[int, ...], Batch]] = [
     (EmbeddingCosineLoss, ROWS, EXAMPLES),
     (CosineScoreLoss, ROWS, PAIRS),
     (PairLabelsLoss, ROWS, PAIRS),
+    (SpanLabelsLoss, (LENGTH, 2), SPANS),
+    (SpanSoftTargetLoss, (LENGTH, 2), SPANS),
+    *((term, SCORE, LISTS) for term in (ListLabelsLoss, ListwiseKLLoss, MarginMSEScoresLoss, RankNetLoss)),
     (lambda: TaskTerm(SoftTargetLoss(), "one", 0, range(0, 2), scores=True), ROWS, TASKS),
     (lambda: TaskTerm(RegressionLoss(target="labels"), "one", 1, range(2, 3), scores=True), ROWS, TASKS),
 ]  # fmt: skip

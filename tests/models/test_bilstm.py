@@ -174,3 +174,19 @@ def test_traces_to_a_graph_for_every_batch_size_and_length() -> None:
 def test_wrong_values_are_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         BiLSTM(2, 20, **options)  # type: ignore[arg-type]
+
+
+def test_without_a_kernel_in_16_bits_the_lstm_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processors without AVX512: torch refuses an LSTM in bfloat16 there, where nothing is trained."""
+    network = BiLSTM(3, 20, embedding_size=4, hidden_size=4).eval()
+    states: list[torch.Tensor] = []
+    network.states[1].register_forward_hook(lambda module, inputs, output: states.append(output))
+    monkeypatch.setattr("kd_lightning.models.bilstm._has_kernel", lambda dtype: False)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    with torch.inference_mode():
+        network(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(ids).logits
+    assert states[1].dtype == torch.float32
+    assert torch.equal(*states)
+    assert logits.dtype == torch.bfloat16  # what is linear is in 16 bits

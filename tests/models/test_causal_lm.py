@@ -202,6 +202,15 @@ class TestPretrained:
         with pytest.raises(ConfigError, match=r"data\.block_size=33: .*llama has positions for 32 tokens"):
             causal_lm(str(folder), V, 33)
 
+    @pytest.mark.parametrize(("tied", "lacking"), [(False, "lm_head"), (True, "layers.1.mlp.up")])
+    def test_a_checkpoint_that_lacks_weights_is_refused(self, tied: bool, lacking: str, tmp_path: Path) -> None:
+        saved = network("Llama", tie_word_embeddings=tied)
+        saved.save_pretrained(tmp_path)
+        assert causal_lm(str(tmp_path), V)
+        saved.save_pretrained(tmp_path, state_dict={k: v for k, v in saved.state_dict().items() if lacking not in k})
+        with pytest.raises(ConfigError, match=f"lacks 1 of its weights, such as .*{lacking}[^\\n]*$"):
+            causal_lm(str(tmp_path), V)
+
     def test_another_kind_of_checkpoint_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no such folder"):
             causal_lm(str(tmp_path / "nowhere"), V)

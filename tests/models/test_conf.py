@@ -13,6 +13,7 @@ from torch import nn
 from kd_lightning.models.adapt import run_network
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.causal_lm import causal_lm_small
+from kd_lightning.models.masked_lm import masked_lm_small
 from kd_lightning.pipeline.resolvers import register_resolvers
 from tests import ROOT
 from tests.models.test_timm import stand_in
@@ -21,11 +22,22 @@ from tests.pipeline.test_from_run import write_student
 
 FOLDER = ROOT / "conf" / "model"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "custom")  # the user names its target
-FILLED_IN = {"num_classes", "vocab_size", "block_size", "pad_token_id", "channels", "teacher", "per_token"}
-FILLED_IN |= {"special_tokens", "single_token"}
+FILLED_IN = {
+    "num_classes",
+    "vocab_size",
+    "block_size",
+    "pad_token_id",
+    "channels",
+    "teacher",
+    "per_token",
+    "embeds",
+    "data",
+}
+FILLED_IN |= {"special_tokens", "single_token", "spans"}
 IMAGES = {"pixel_values": torch.zeros(2, 1, 8, 8)}
 VISION = ("cnn", "resnet", "resnet_small", "timm", "simkd_cnn")
 LANGUAGE = ("causal_lm", "causal_lm_lora", "causal_lm_small", "causal_lm_from_teacher", "smollm2", "gemma3_270m")
+MASKED = ("masked_lm", "masked_lm_small", "masked_lm_from_teacher")
 __all__ = ["stand_in"]  # a fixture: timm is not installed
 
 
@@ -45,6 +57,7 @@ def test_the_promised_models_are_there() -> None:
         "resnet",
         "timm",
         *LANGUAGE,
+        *MASKED,
     }
     assert names <= {path.stem for path in FILES}
 
@@ -73,7 +86,9 @@ def test_keys_are_the_signature_each_with_a_comment(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem not in LANGUAGE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem not in LANGUAGE + MASKED], ids=lambda path: path.stem
+)
 def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
     node = composed(path)
     teacher = tiny("bert", 3)
@@ -90,7 +105,8 @@ def test_builds_and_runs(path: Path, tmp_path: Path) -> None:
         node.network.embedding_size = 8  # the tiny teacher is not wider
     network = instantiate(node, **given, _convert_="all")
     assert isinstance(network, nn.Module)
-    assert run_network(network, IMAGES if path.stem in VISION else batch()).logits.shape == (2, 3)
+    outputs = 1 if path.stem == "bi_encoder" else 3
+    assert run_network(network, IMAGES if path.stem in VISION else batch()).logits.shape == (2, outputs)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -102,6 +118,19 @@ def test_language_models_build_and_run(name: str, tmp_path: Path) -> None:
     given = {"teacher": causal_lm_small(VOCABULARY, 8, 8, 4, 2)} if name == "causal_lm_from_teacher" else {}
     network = instantiate(node, vocab_size=VOCABULARY, block_size=8, _convert_="all", **given)
     assert run_network(network, batch()).logits.shape == (2, 5, VOCABULARY)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_language_models_build_and_run(name: str, tmp_path: Path) -> None:
+    node = composed(FOLDER / f"{name}.yaml")
+    small = masked_lm_small(VOCABULARY, 8, hidden_size=8)
+    if "name" in list(node):
+        small.network.save_pretrained(tmp_path)
+        node["name"] = str(tmp_path)
+    given = {"teacher": small} if name == "masked_lm_from_teacher" else {}
+    network = instantiate(node, vocab_size=VOCABULARY, block_size=8, _convert_="all", **given)
+    places = {"masked_places": torch.tensor([[1], [2]])}
+    assert run_network(network, batch() | places).logits.shape == (2, 1, VOCABULARY)
 
 
 def test_the_reference_pair() -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -95,6 +96,28 @@ def test_outputs_that_are_cached_are_not_counted(
         assert found is not None
         assert (found.outputs > 0) is expected
         assert ("its outputs for" in output.getvalue()) is expected
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(9, [1, 3, 5, 7]), (2, [0, 1])])
+def test_a_few_batches_of_a_split_are_fetched(
+    batches: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+
+    class Split(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+        def __getitem__(self, places: list[int]) -> dict[str, torch.Tensor]:
+            fetched.append(places[0])
+            return {"x": torch.tensor(places)}
+
+    loader = torch.utils.data.DataLoader(
+        Split(),
+        sampler=[[place] for place in range(batches)],
+        batch_size=None,  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(module, "_seconds", lambda call, given: float(len(given)))
+    seconds = module._evaluation(torch.nn.Linear(1, 1), loader, torch.device("cpu"))
+    assert fetched == expected
+    assert seconds == len(expected) * batches
 
 
 def language_models(composed: Composed, tmp_path: Path, *more: str) -> Run:

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from kd_lightning.data import kept_texts
 from kd_lightning.pipeline import generate
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
@@ -30,7 +31,7 @@ Composed = Callable[..., DictConfig]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(generate, "PIECE", 4)
+    monkeypatch.setattr(kept_texts, "PIECE", 4)
     memoize._KEPT.clear()
     yield
     memoize._KEPT.clear()

@@ -40,7 +40,7 @@ def refused(
     monkeypatch.chdir(tmp_path)
 
     def make(*given: str) -> str:
-        own = ("student", "model@", "teacher.network")
+        own = ("student", "model@", "teacher.network", *["data"] * given[0].startswith("data="))
         kept = [o for o in tiny_overrides(toy_csv, tmp_path / "run") if not o.startswith(own)]
         with pytest.raises(KDError) as error:
             Run(composed(*kept, *given))
@@ -83,6 +83,17 @@ def test_a_run_that_is_not_there(refused: Callable[..., str], tmp_path: Path) ->
     (tmp_path / "runs/general").mkdir(parents=True)
     said = refused("model@student=from_run", "student.checkpoint=runs/generl", FINISHED)
     assert said == "student.checkpoint=runs/generl: there is no such run folder (did you mean runs/general?)"
+
+
+def test_an_encoder_that_looks_for_documents_and_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    ranks = ["data=ranking_files", "data.hard_negatives=3", "data.tokenizer=minilm", FINISHED]
+    said = refused(*ranks, "data.negatives_by=./encodr")
+    wanted = "no such folder; give a folder, minilm or a name on the Hugging Face hub (did you mean encoder?)"
+    assert said == f"data.negatives_by='./encodr': {wanted}"
+    assert refused(*ranks, "data.negatives_by=no/body").startswith("data.negatives_by=no/body: there is no such folder")
+    with pytest.raises(ReadError):
+        refused(*ranks, "data.negatives_by=./encodr", "data.hard_negatives=0")
 
 
 def test_what_is_there_is_not_asked_for_elsewhere(

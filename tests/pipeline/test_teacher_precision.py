@@ -16,18 +16,21 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
+from kd_lightning.data import QuestionFiles
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.models.causal_lm import CausalLM, causal_lm_small
+from kd_lightning.models.transformer import transformer
 from kd_lightning.pipeline.context import Run
 from kd_lightning.pipeline.run import build_caches, train_all
 from kd_lightning.pipeline.teacher_precision import check_precision
 from kd_lightning.runtime import memoize
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.tasks import CausalLanguageModeling, Classification, Regression, SentenceEmbedding, Task
+from kd_lightning.tasks import CausalLanguageModeling, Classification, Ranking, Regression, SentenceEmbedding, Task
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.teachers.cache import outputs
 from kd_lightning.types import Batch, ModelOutput
 from tests.data.corpus.texts import WORDS
+from tests.toy_questions import write_jsonl
 
 CPU = torch.device("cpu")
 
@@ -193,4 +196,40 @@ def test_embeddings_are_compared_by_their_cosines() -> None:
     line = check_precision(fine, FrozenTeacher(fine, "bf16"), data, CPU)
     assert re.fullmatch(r"bf16 against float32: mean cosine (1\.0|0\.99)\d+ \(at least 0\.99\), over 8 rows", line)
     with pytest.raises(ConfigError, match=r"teacher\.precision=bf16 against float32: mean cosine"):
+        check_precision(coarse, FrozenTeacher(coarse, "bf16"), data, CPU)
+
+
+def test_starts_and_ends_are_compared_by_windows(tmp_path: Path, own_home: Path) -> None:
+    data = QuestionFiles(
+        train_file=str(write_jsonl(tmp_path / "qa.jsonl")), validation_fraction=0.4, tokenizer="wordpiece:120",
+        max_length=40, stride=8, max_question_length=12,
+    )  # fmt: skip
+    data.prepare()
+    torch.manual_seed(0)
+    network = transformer(
+        hidden_size=16, num_layers=1, intermediate_size=16, max_length=40, **data.model_arguments("teacher")
+    ).eval()
+    line = check_precision(network, FrozenTeacher(copy.deepcopy(network), "bf16"), data, CPU)
+    found = re.search(r"KL [\d.e-]+ nats a row .* over (\d+) rows", line)
+    assert found is not None
+    assert 24 < int(found[1]) <= 32  # four batches of windows, and not of tokens
+
+
+class Rates(Embeds):
+    """A score for each text."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids).sum(1, keepdim=True)
+
+
+def test_rankings_are_compared_by_query() -> None:
+    grades = torch.tensor([1.0, 0.0])
+    batches = [
+        {**one, "labels": grades, "group": torch.full((2,), n), "index": torch.arange(2) + 2 * n}
+        for n, one in enumerate(blocks(60))
+    ]
+    data, fine, coarse = data_of(Ranking(), batches, 12), Rates(0.0), Rates(3000.0)
+    line = check_precision(fine, FrozenTeacher(fine, "bf16"), data, CPU)
+    assert line == "bf16 against float32: rank correlation 1.0000 by query (at least 0.95), over 8 rows"
+    with pytest.raises(ConfigError, match=r"teacher\.precision=bf16 against float32: rank correlation"):
         check_precision(coarse, FrozenTeacher(coarse, "bf16"), data, CPU)

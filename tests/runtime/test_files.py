@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from kd_lightning.export.write import filled
 from kd_lightning.runtime.assets import new_folder
-from kd_lightning.runtime.files import remove_temporary, replacing, temporary_folder, temporary_name, write_file
+from kd_lightning.runtime.errors import environment_fault
+from kd_lightning.runtime.files import (
+    Busy,
+    alone,
+    holder,
+    remove_temporary,
+    replacing,
+    temporary_folder,
+    temporary_name,
+    write_file,
+)
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -125,3 +139,42 @@ def test_a_temporary_folder_is_gone_whatever_happens(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), temporary_folder(tmp_path, "a"):
         raise ValueError("no")
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_lock_that_is_not_there_is_held_by_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "file").touch()
+    assert holder(tmp_path / "none") is None
+    assert holder(tmp_path / "file") is None
+    assert holder(tmp_path / "pipe") == "unknown (pipe: not a plain file)"
+    assert holder(tmp_path / "folder") == "unknown (folder: not a plain file)"
+    assert str(holder(tmp_path / "link")).startswith("unknown (link: ")
+    assert str(holder(tmp_path / "file/lock")).startswith("unknown (lock: ")
+
+
+def test_a_pipe_is_no_lock_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe") as raised, alone(tmp_path / "pipe", print):
+        pass
+    assert "remove it" in str(environment_fault(raised.value))
+
+
+def test_of_a_holders_name_one_short_line_is_shown(tmp_path: Path) -> None:
+    with filelock.FileLock(tmp_path / "lock"):
+        for given, shown in (("\x1b[2Ja\nb", "\\x1b[2Ja"), ("x" * 999, "x" * 200), ("\n", "another process")):
+            (tmp_path / "lock").write_text(given)
+            assert holder(tmp_path / "lock") == shown
+            with pytest.raises(Busy) as busy, alone(tmp_path / "lock", print, wait=False):
+                pass
+            assert str(busy.value) == shown
+
+
+def test_who_looks_at_a_lock_does_not_keep_it_from_its_holder(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    descriptor = os.open(tmp_path / "lock", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as `holder` does
+    threading.Thread(target=lambda: (time.sleep(0.2), os.close(descriptor))).start()
+    with alone(tmp_path / "lock", print, wait=False):
+        assert str(holder(tmp_path / "lock")).startswith("process ")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kd_lightning.runtime import gguf_files
 from kd_lightning.runtime.gguf import dequantise
 
 gguf = pytest.importorskip("gguf")
@@ -34,6 +35,7 @@ def write(path: Path) -> dict[str, np.ndarray]:
     writer.add_token_merges(["t h", "th e"])
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
+    writer.add_chat_template("{{ messages }}")
     shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
         shapes |= {
@@ -73,9 +75,43 @@ def test_a_gguf_file_becomes_a_folder_of_hugging_face(tmp_path: Path) -> None:
     torch.testing.assert_close(embedded.float(), torch.from_numpy(weights["token_embd"]), rtol=0.02, atol=0.03)
     assert network.lm_head.weight is embedded
     assert tokenizer.convert_ids_to_tokens(tokenizer("thee")["input_ids"]) == ["the", "e"]
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|end|>", "{{ messages }}")
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.gguf").write_bytes(b"no model")
     with pytest.raises(OSError, match=r"other\.gguf is no GGUF file of a causal language model"):
         dequantise(tmp_path / "other.gguf", tmp_path / "folder")
+
+
+def test_a_damaged_folder_is_written_anew_and_other_versions_have_one_of_their_own(
+    own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def fake(file: Path, folder: Path) -> None:
+        written.append(file)
+        for name in ("config.json", "weights"):
+            (folder / name).write_text(f"{name} of {file.name}")
+
+    monkeypatch.setattr(gguf_files, "dequantise", fake)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    folder = gguf_files.folder_of(str(file))
+    assert folder == gguf_files.folder_of(str(file))
+    assert folder.is_relative_to(own_home)
+    assert len(written) == 1
+    for damage in (
+        lambda: (folder / "weights").write_text("weights of other.gguf"),
+        lambda: (folder / "weights").unlink(),
+        lambda: (folder / gguf_files.SEAL).unlink(),
+    ):
+        count = len(written)
+        damage()
+        assert gguf_files.folder_of(str(file)) == folder
+        assert len(written) == count + 1
+        assert (folder / "weights").read_text() == "weights of model.gguf"
+    for name, value in (("version", lambda package: "0.0"), ("VERSION", 99)):
+        monkeypatch.setattr(gguf_files, name, value)
+        assert gguf_files.folder_of(str(file)) != folder
+    assert len(written) == 6

@@ -163,7 +163,7 @@ def test_a_teacher_is_scored_in_float32_whatever_its_students_were_told(
     models = of_network(run.teacher.network), run.predicting_teacher
     exact, rounded = (evaluate(run.task, model, batches).scores["cross_entropy"] for model in models)
     assert trainings.teacher_scores(job)["cross_entropy"] == pytest.approx(exact, abs=1e-6)
-    assert abs(exact - rounded) > 1e-5, "what they were told is rounded"
+    assert rounded != pytest.approx(exact, abs=1e-6), "what they were told is rounded"
 
 
 def test_a_recipe_that_trains_its_teachers_gives_them_to_another_run(

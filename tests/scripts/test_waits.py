@@ -16,6 +16,8 @@ BARE = {"join", "wait", "communicate", "recv", "get", "acquire", "result"}
 ALLOWED = {
     "kd_lightning/runtime/files.py: held.acquire()": "a live training's lock, released when its process dies",
     "kd_lightning/config/trust.py: _all.get()": "a context variable",
+    "tests/runtime/test_limits.py: SET.get()": "a context variable",
+    "kd_lightning/export/formats/executorch.py: Runtime.get()": "the runtime, of which a process has one",
     "scripts/faults/process.py: os.waitpid(child, 0)": "of a fork that was killed, or is at its `os._exit`",
     "scripts/benchmarks/common.py: ours.recv()": "after a `poll` with a limit",
     "scripts/trainings.py: future.result()": "of a future that `as_completed` gave, which hears of dead processes",

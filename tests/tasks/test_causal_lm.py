@@ -126,7 +126,7 @@ def test_scores_and_their_errors_are_by_document_whatever_the_batches(
     batch: Batch, logits: tuple[Tensor, Tensor], sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A document may go on in another row; logits are computed with a few at a time."""
-    monkeypatch.setattr("kd_lightning.tasks.causal_lm.MOST_LOGITS", 5 * V)
+    monkeypatch.setattr("kd_lightning.tasks.token_scores.MOST_LOGITS", 5 * V)
     document = torch.tensor([[4, 4, 4, 7, 7, 7, 7], [7] * 5 + [-1] * 2, [2] * 2 + [-1] * 5])
     place = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0], [15, 16, 0, 0, 0, 0, 0]])
     batch |= {"document_ids": document, "position_ids": place}

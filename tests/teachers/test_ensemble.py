@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd_lightning.models.adapt import run_network
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.teachers.cross_fitted import CrossFittedTeacher
 from kd_lightning.teachers.ensemble import Combine, EnsembleNetwork, EnsembleTeacher, fit_weights
 from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.types import Batch, ModelOutput
@@ -185,3 +186,18 @@ def test_members_of_other_classes_are_refused() -> None:
 def test_arguments_are_checked(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         EnsembleTeacher(**{"members": members(2), **arguments})
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_starts_and_ends_of_spans_have_no_probabilities_of_classes(combine: Combine) -> None:
+    own = [Says(torch.randn(6, 5, 2)) for _ in range(2)]
+    batch = {**BATCH, "question": torch.tensor([0, 1, 1])}
+    folds = torch.tensor([0, 0, 1, 1, -1, -1])
+    for teacher in (EnsembleTeacher(own, combine=combine), CrossFittedTeacher(own, folds, combine)):
+        if combine == "logits":
+            assert teacher(batch).logits.shape == (3, 5, 2)
+            continue
+        with pytest.raises(ConfigError, match="starts and ends of spans, have none: use logits"):
+            teacher(batch)
+    with pytest.raises(ConfigError, match="weights=confidence needs probabilities"):
+        EnsembleTeacher(own, "confidence", "logits")(batch)

@@ -261,3 +261,16 @@ def test_how_far_an_answer_depends_on_the_batch_it_was_asked_in(precision: Preci
         for i, n in enumerate(lengths.tolist())
     ]
     torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=share * float(together.abs().max()))
+
+
+class WithoutKernel(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive")
+
+
+def test_a_precision_that_the_processor_has_no_kernel_for_is_named() -> None:
+    batch = {"pixel_values": torch.ones(2, 3)}
+    with pytest.raises(ConfigError, match=r"teacher\.precision=bf16: this cpu cannot compute WithoutKernel so; set"):
+        FrozenTeacher(WithoutKernel(3, 2), "bf16")(batch)
+    with pytest.raises(RuntimeError, match="primitive descriptor"):
+        FrozenTeacher(WithoutKernel(3, 2))(batch)

@@ -111,3 +111,19 @@ def test_a_batch_ahead_carries_them() -> None:
     assert found.sparse.drawn
     assert isinstance(found, ModelOutput)
     assert found.logits.shape == (2, 4, 0)
+
+
+def test_of_masked_tokens_each_draw_is_that_of_its_place() -> None:
+    """The same as of all tokens, of which these rows are taken."""
+    table = nn.Embedding(V, V)
+    ids = torch.randint(0, V, (2, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": torch.arange(2)}
+    places = torch.tensor([[1, 4], [0, 6]])
+    teacher = SampledTeacher(FrozenTeacher(table), K)
+    whole, some = teacher(batch).sparse, teacher(batch | {"masked_places": places}).sparse
+    assert whole is not None
+    assert some is not None
+    assert some.ids.shape == (2, 2, K)
+    rows = torch.arange(2)[:, None]
+    assert torch.equal(some.ids, whole.ids[rows, places])
+    assert torch.equal(some.values, whole.values[rows, places])

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kd_lightning.runtime.mixing import mixed_seed
 from kd_lightning.tasks import Classification
 from kd_lightning.training.distillation import SupervisedModule
-from kd_lightning.training.module import NetworkModule, mixed_seed
+from kd_lightning.training.module import NetworkModule
 from kd_lightning.types import Batch
 
 

@@ -16,6 +16,9 @@ from kd_lightning.data.corpus.store import CorpusStore
 from kd_lightning.data.sampler import Positions
 from kd_lightning.types import IGNORE, Batch
 
+VERSION = 1
+"""Raised when a teacher reads other tokens of the same blocks."""
+
 Ints = NDArray[np.int64]
 
 
@@ -94,6 +97,13 @@ class TeacherReading:
     ends: bool
     pad_token_id: int
     special: tuple[Ints, Ints]
+
+    @property
+    def lengths(self) -> Ints:
+        """About how many tokens the teacher reads of each block, `(N,)`, by how many all of the text has."""
+        share = int(self.store.offsets[-1]) / max(int(self.blocks.store.offsets[-1]), 1)
+        found: Ints = np.ceil(self.blocks.lengths * share).astype(np.int64) + len(self.before)
+        return found
 
     @cached_property
     def turns(self) -> tuple[Turns, Turns]:
@@ -191,7 +201,10 @@ class TeacherReading:
         inside[:, 1:] = (document[:, 1:] >= 0) & (
             (document[:, 1:] == document[:, :-1]) | (self.blocks.packing == "concat")
         )
-        found["labels"] = np.where(inside & (found.pop("counted") > 0), found["input_ids"], IGNORE)
+        counts = inside & (found.pop("counted") > 0)
+        found["labels"] = np.where(counts, found["input_ids"], IGNORE)
+        if self.store.counted is not None:
+            found["keep"] = np.pad(counts[:, 1:], ((0, 0), (0, 1)))
         if self.blocks.packing == "documents":
             place = np.broadcast_to(np.arange(width), document.shape)
             begun = np.maximum.accumulate(np.where(inside, 0, place), axis=1)

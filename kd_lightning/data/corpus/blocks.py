@@ -61,6 +61,13 @@ class Blocks:
         """Tokens in each block, `(N,)`."""
         return self.ends - self.begins
 
+    def keys(self, index: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return a number of each block, `(B,)`, which its first document's text and the place in it decide."""
+        begin = self.begins[index]
+        first = np.searchsorted(self.starts, begin, side="right") - 1
+        hashes = mixed(self.store.hashes[self.documents[first]], 0)
+        return mixed(hashes ^ (begin - self.starts[first]).astype(np.uint64), 0)
+
     def batch(self, index: NDArray[np.int64]) -> Batch:
         """Return blocks, padded on the right to the longest of them.
 
@@ -267,27 +274,3 @@ class BlockDataset(BatchDataset):
     def __getitem__(self, positions: Positions | Sequence[int]) -> Batch:
         index = np.asarray(positions, np.int64) + self.span.start
         return self.blocks.batch(index) | {"index": torch.from_numpy(index)}
-
-
-def split_documents(hashes: NDArray[np.uint64], sizes: Mapping[str, int], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Hold documents out, by their content alone: copies of one text never stand in two splits.
-
-    Args:
-        hashes: Of the documents' texts, `(N,)`.
-        sizes: How many different texts each split gets.
-        seed: Of the draw.
-
-    Returns:
-        The positions of the rest, under `train`, and of each split.
-
-    >>> found = split_documents(np.array([7, 8, 7, 9], np.uint64), {"test": 1}, seed=0)
-    >>> {name: positions.tolist() for name, positions in found.items()}
-    {'train': [1, 3], 'test': [0, 2]}
-    """
-    texts, copies = np.unique(hashes, return_inverse=True)
-    rank = np.empty(len(texts), np.int64)
-    rank[np.argsort(mixed(texts, seed), kind="stable")] = np.arange(len(texts))
-    ends = np.cumsum(list(sizes.values()))
-    part = np.searchsorted(ends, rank[copies], side="right")
-    found = {"train": np.flatnonzero(part == len(sizes))}
-    return found | {name: np.flatnonzero(part == number) for number, name in enumerate(sizes)}

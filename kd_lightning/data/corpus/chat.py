@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import re
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kd_lightning.data.corpus.conversations import ASSISTANT, Conversation, Message
 from kd_lightning.data.corpus.store import Encoded, widths_of
-from kd_lightning.data.text.tokens import special_tokens, tokenizer_fingerprint
+from kd_lightning.data.text.tokens import before_text, special_tokens, tokenizer_fingerprint
 from kd_lightning.runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ PLAIN = """\
 {%- if add_generation_prompt %}
 {{- 'assistant\n' }}
 {%- endif %}"""
-"""The template `plain`, for tokenizers without chat tokens: the end-of-text token ends an assistant's turn."""
+"""The template `plain`, for tokenizers without chat tokens: the end-of-text token ends an assistant's turn.
+
+Before it stands what the tokenizer puts before any text, such as a BOS.
+"""
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -61,7 +65,8 @@ def template_of(tokenizer: PreTrainedTokenizerFast, name: str, given: str | None
     if given == "plain":
         if tokenizer.eos_token is None:
             raise ConfigError(f"data.chat_template=plain: {name} has no eos_token to end a turn with")
-        return PLAIN
+        before = "".join(map(str, tokenizer.convert_ids_to_tokens(before_text(tokenizer))))
+        return f"{{{{- {json.dumps(before)} }}}}\n{PLAIN}" if before else PLAIN
     if given is not None and "{" in given:
         return given
     if given is not None:

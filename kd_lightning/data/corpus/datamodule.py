@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.data.corpus import alignment
 from kd_lightning.data.corpus.alignment import AlignedDataset, TeacherReading
-from kd_lightning.data.corpus.blocks import BlockDataset, Blocks, JoinedBlocks, Packing, cut, split_documents
+from kd_lightning.data.corpus.blocks import BlockDataset, Blocks, JoinedBlocks, Packing, cut
 from kd_lightning.data.corpus.generated import GeneratedEncoder
+from kd_lightning.data.corpus.masking import MaskedBlocks, MaskedDataset, Masks
+from kd_lightning.data.corpus.splits import splits_of
 from kd_lightning.data.corpus.store import (
     COUNTED,
     FILES,
@@ -34,11 +37,10 @@ from kd_lightning.data.text.tokens import (
 )
 from kd_lightning.data.text.trim import PREFIX, trim_tokenizer
 from kd_lightning.runtime.assets import home
-from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
+from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.runtime.fingerprints import digest
-from kd_lightning.runtime.mixing import mixed
 from kd_lightning.runtime.seals import seal
-from kd_lightning.tasks import CausalLanguageModeling, Task
+from kd_lightning.tasks import CausalLanguageModeling, MaskedLanguageModeling, Task
 from kd_lightning.tasks.causal_lm import Kept
 
 if TYPE_CHECKING:
@@ -46,16 +48,20 @@ if TYPE_CHECKING:
 
 GENERATED = "generated"
 """The split of texts that a teacher generated."""
+MASKS = "masks"
+"""The training blocks again, masked otherwise."""
 LEARNED_FROM = 100_000
 """Documents that a tokenizer is learned from, where it is learned from the data."""
 
 
 class CorpusData(IndexedData):
-    """Documents, of which a language model predicts each token from those before it.
+    """Documents, of which a language model predicts each next token, or the masked ones.
 
     A subclass says where they come from, in `sources`. An example is a block of tokens. Batches have the entries of
-    `kd_lightning.data.corpus.blocks.Blocks.batch` and `index`, the number of the block: first those of the training
-    documents, which stand in an order that their texts decide, then validation, then test.
+    `kd_lightning.data.corpus.blocks.Blocks.batch`, or of `masking.MaskedBlocks.batch`, and `index`, the number of the
+    block: first those of the training documents, which stand in an order that their texts decide, then the same by
+    further masks, then validation, then test. A masked block begins and ends with the tokens that the tokenizer puts
+    around a text (`[CLS]`, `[SEP]`), within `block_size`. Validation and test have one mask each.
 
     A corpus is split by document, never by block. Where a split is not given, documents are drawn by their texts; of
     several copies of a text, and of training documents that are in another split too, no two splits have any.
@@ -66,8 +72,9 @@ class CorpusData(IndexedData):
             writes any other text; a checkpoint of Hugging Face then teaches with these tokens alone.
         block_size: Tokens of a block.
         packing: What stands in a block: `documents` one after the other, of which none sees another; the same as one
-            text (`concat`); or `none` but a single document.
-        end_of_text: Whether each document ends with the tokenizer's end-of-text token.
+            text (`concat`); or `none` but a single document. Masked ones are the last two.
+        end_of_text: Whether each document ends with the tokenizer's end-of-text token; a masked one that stands alone
+            does not.
         validation_fraction: How many of the documents to hold out for a missing validation split.
         test_fraction: How many to hold out for a missing test split.
         train_tokens: Train on so many tokens only; a smaller choice is part of a larger one. None: all.
@@ -75,12 +82,19 @@ class CorpusData(IndexedData):
         teacher_tokenizer: The teacher's, where it has one of its own: it must be the student's but for the padding.
         cross_tokenizer: Whether it may be another: batches then have the teacher's tokens of the same text under
             `teacher_*`, and `spans` of both that are the same bytes (`kd_lightning.data.corpus.alignment`).
+        mask_probability: Share of a block's tokens that are masked and predicted; 0: each token is, from those before.
+        mask_sets: How many masks each training block has: epoch e trains on mask `e % mask_sets`. All have an `index`,
+            so that a teacher's outputs can be cached. None: new masks in every epoch, which cannot be cached. The steps
+            do not depend on it.
         cache_dir: Where encoded documents are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `IndexedData`.
 
     Raises:
         ConfigError: An option out of its range.
     """
+
+    modality = "corpus"
+    sets_by = ("data.mask_sets", "data.mask_sets")
 
     def __init__(
         self,
@@ -94,6 +108,8 @@ class CorpusData(IndexedData):
         eval_tokens: int | None = None,
         teacher_tokenizer: str | None = None,
         cross_tokenizer: bool = False,
+        mask_probability: float = 0.0,
+        mask_sets: int | None = 1,
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
@@ -108,6 +124,16 @@ class CorpusData(IndexedData):
                 f"data.validation_fraction={validation_fraction:g} and data.test_fraction={test_fraction:g}: each must "
                 "lie between 0 and 1, their sum below 1"
             )
+        if not mask_probability and mask_sets != 1:
+            raise ConfigError(
+                f"data.mask_sets={'null' if mask_sets is None else mask_sets}: no token is masked; set "
+                "data.mask_probability=0.15 or another share, or leave it out (data.mask_sets=1)"
+            )
+        self.masks = Masks(mask_probability, mask_sets) if mask_probability else None
+        self._masked: MaskedBlocks | None = None
+        if self.masks is not None:
+            self.masks.check(packing, tokenizer, cross_tokenizer)
+            self.parts = self._without_pool = ("train", MASKS, "validation", "test")
         self.tokenizer_name, self.teacher_tokenizer_name = tokenizer, teacher_tokenizer
         self.cross_tokenizer = cross_tokenizer
         self._reading: TeacherReading | None = None
@@ -141,7 +167,7 @@ class CorpusData(IndexedData):
         store = encode_corpus(encoder, sources, self.cache_dir)
         if store.note:
             log.warning("%s", store.note)
-        documents = self._split(store)
+        documents = splits_of(store, self.shares, self.split_seed)
         if self.tokenizer_name.startswith(PREFIX):
             size, used = len(self._tokenizer), self._used(store, documents["train"])
             self._tokenizer, ids = trim_tokenizer(self._tokenizer, used)
@@ -152,20 +178,27 @@ class CorpusData(IndexedData):
         limits = {} if self.train_tokens is None else {"train": self.train_tokens}
         spread = {} if self.eval_tokens is None else dict.fromkeys(self.shares, self.eval_tokens)
         pad = int(self._tokenizer.pad_token_id)
-        self._blocks, counts = blocks, _ = cut(store, documents, self.block_size, self.packing, pad, limits, spread)
+        size = self.block_size if self.masks is None else self.masks.room(self._tokenizer, self.block_size)
+        self._blocks, counts = blocks, _ = cut(store, documents, size, self.packing, pad, limits, spread)
+        if self.masks is not None:
+            self._masked = self.masks.of(blocks, counts[0], self._tokenizer, self.split_seed)
+            counts = [counts[0], len(self._masked) - len(blocks), *counts[1:]]
         self._lay_out(counts)
         if teachers is not None:
             self._read_by(teachers, sources, blocks)
         self.teacher_key = {
             "corpus": digest({name: source.key for name, source in sources.items()}),
             "documents": digest({name: store.hashes[chosen].tolist() for name, chosen in documents.items()}),
-            "examples": len(self._blocks), "tokenizer": tokenizer_fingerprint(self._tokenizer),
+            "examples": self.num_examples, "tokenizer": tokenizer_fingerprint(self._tokenizer),
             "encoding": encoder.key, "block_size": self.block_size, "packing": self.packing,
             "train_tokens": self.train_tokens, "eval_tokens": self.eval_tokens, "version": VERSION,
         }  # fmt: skip
+        if self.masks is not None:
+            self.teacher_key["masks"] = self.masks.key(self.split_seed)
         self.fingerprint = self._labelled = digest(self.teacher_key)
         if teachers is not None:
-            self.teacher_key["teacher_tokenizer"] = tokenizer_fingerprint(teachers)
+            reads = [tokenizer_fingerprint(teachers), self._encoder_of(teachers).key, alignment.VERSION]
+            self.teacher_key["teacher_reads"] = digest(reads)
 
     def _of_teacher(self) -> PreTrainedTokenizerFast | None:
         """Return the teacher's tokenizer, if it is another than the student's.
@@ -181,10 +214,10 @@ class CorpusData(IndexedData):
         if not differs:
             return None
         if not self.cross_tokenizer:
+            other = ", or set data.cross_tokenizer=true and distillation=cross_tokenizer, which compares the same text"
             raise ConfigError(
                 f"the teacher's tokenizer {name} and data.tokenizer={self.tokenizer_name} differ in "
-                f"{', '.join(differs)}: give the data the teacher's, or set data.cross_tokenizer=true and "
-                "distillation=cross_tokenizer, which compares the same text"
+                f"{', '.join(differs)}: give the data the teacher's{other * (self.masks is None)}"
             )
         return teachers
 
@@ -223,7 +256,8 @@ class CorpusData(IndexedData):
 
     def _encoder_of(self, tokenizer: PreTrainedTokenizerFast) -> Encoder:
         """Return what turns documents into tokens of a teacher's tokenizer."""
-        return TextEncoder(tokenizer, self._end(tokenizer))
+        alone = self.masks is not None and self.packing == "none"
+        return TextEncoder(tokenizer, None if alone else self._end(tokenizer), bare=self.masks is not None)
 
     def _end(self, tokenizer: PreTrainedTokenizerFast) -> int | None:
         """Return the token that ends a document."""
@@ -238,37 +272,13 @@ class CorpusData(IndexedData):
             )
         return int(found)
 
-    def _split(self, store: CorpusStore) -> dict[str, NDArray[np.int64]]:
-        """Return which documents each split has; the training documents in an order that their texts decide."""
-        ends = np.cumsum(list(store.counts.values()))
-        found = {
-            name: np.arange(end - count, end) for (name, count), end in zip(store.counts.items(), ends, strict=True)
-        }
-        missing = [name for name in self.shares if name not in found]
-        train = found["train"]
-        if missing:
-            texts = len(np.unique(store.hashes[train]))
-            sizes = {name: max(1, round(self.shares[name] * texts)) for name in missing}
-            if sum(sizes.values()) >= texts:
-                raise DataError(
-                    f"data.train_file: {texts} different documents are too few to hold some out: give "
-                    f"more, or {' and '.join(f'data.{name}_file' for name in missing)}"
-                )
-            drawn = split_documents(store.hashes[train], sizes, self.split_seed)
-            found |= {name: train[positions] for name, positions in drawn.items()}
-        held_out = np.concatenate([store.hashes[found[name]] for name in self.shares])
-        both = np.isin(store.hashes[found["train"]], held_out)
-        if both.any():
-            log.warning("left out %d training documents that are validation or test documents too", both.sum())
-        train = found["train"][~both]
-        order = np.argsort(mixed(store.hashes[train], self.split_seed), kind="stable")
-        return {"train": train[order], **{name: found[name] for name in self.shares}}
-
     # -- what models need to know -------------------------------------------------------------------------------------
 
     @property
     def task(self) -> Task:
-        """The next token: of the teacher's where these alone are selected."""
+        """The masked tokens, or the next one: of the teacher's where these alone are selected."""
+        if self.masks is not None:
+            return MaskedLanguageModeling(len(self._tokenizer))
         if self._tokens == "teacher" and self._teachers_tokenizer is not None:
             return CausalLanguageModeling(len(self._teachers_tokenizer))
         return CausalLanguageModeling(len(self._tokenizer), self._kept)
@@ -276,12 +286,19 @@ class CorpusData(IndexedData):
     @property
     def title(self) -> str:
         """What is predicted, in a few words."""
-        return "next token"
+        return "next token" if self.masks is None else "masked tokens"
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether every training example has an `index`; fresh masks (`mask_sets=None`) have none."""
+        return self.masks is None or self.masks.sets is not None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """How many tokens each block has, `(num_examples,)`."""
-        return self._blocks.lengths
+        """How many tokens the teacher reads of each block, `(num_examples,)`; of its own about how many."""
+        if self._reading is not None:
+            return self._reading.lengths
+        return (self._blocks if self._masked is None else self._masked).lengths
 
     def model_arguments(self, role: Role) -> dict[str, int]:
         """Return what the data decide about a network: `vocab_size`, `pad_token_id` and `block_size`."""
@@ -368,6 +385,9 @@ class CorpusData(IndexedData):
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def _training_dataset(self) -> BlockDataset:
+        self.prepare()
+        if self._masked is not None:
+            return MaskedDataset(self._masked, range(self._spans[MASKS].stop), fresh=not self.repeatable)
         if not self._pool or GENERATED not in self.parts:
             return self._trained_on(self._dataset("train", "train"))
         data = self._dataset("train", GENERATED)
@@ -379,6 +399,8 @@ class CorpusData(IndexedData):
     def _dataset(self, first: str, last: str) -> BlockDataset:
         self.prepare()
         span = range(self._spans[first].start, self._spans[last].stop)
+        if self._masked is not None:
+            return MaskedDataset(self._masked, span)
         if self._reading is None or self._tokens == "student":
             return BlockDataset(self._blocks, span)
         return AlignedDataset(self._reading, span, self._tokens == "teacher")

@@ -92,23 +92,25 @@ class TextEncoder:
     """Encodes plain text.
 
     Attributes:
-        tokenizer: With the special tokens that it adds by itself.
+        tokenizer: The tokenizer.
         end: The token that ends a document, put there if it does not stand there; None for none.
+        bare: Whether the special tokens are left out that it puts around a text.
     """
 
     tokenizer: PreTrainedTokenizerFast
     end: int | None
+    bare: bool = False
     masks = False
     note = ""
 
     @property
     def key(self) -> list[Any]:
-        """The tokenizer and the end."""
-        return [tokenizer_fingerprint(self.tokenizer), self.end]
+        """The tokenizer, the end, and whether that is all."""
+        return [tokenizer_fingerprint(self.tokenizer), self.end, *["bare"] * self.bare]
 
     def __call__(self, documents: Sequence[str]) -> list[Encoded]:
         """Return each document's tokens."""
-        return encode_documents(self.tokenizer, documents, self.end)
+        return encode_documents(self.tokenizer, documents, self.end, self.bare)
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,13 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], end: int | None) -> list[Encoded]:
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], end: int | None, bare: bool = False
+) -> list[Encoded]:
     """Return each document's token ids, and how many bytes of its text each of them stands for."""
     encoded = tokenizer(
-        list(texts), return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False,
+        list(texts), add_special_tokens=not bare, return_offsets_mapping=True, return_attention_mask=False,
+        return_token_type_ids=False,
         verbose=False,  # it would warn of documents that are longer than a model's input: they are cut into blocks
     )  # fmt: skip
     found = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Iterable
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 """Raised when an image becomes other numbers, or these other files: what was made before is then not used any more."""
+
+SHOWN = 96
+"""The most pixels a side of an image in a report."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,17 @@ class ImageFormat:
         """Return bytes `(B, C, H, W)` as float32, less `mean`, over `std`."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return torch.from_numpy(pixels).float().div_(255).sub_(mean).div_(std)
+
+    def png(self, image: Tensor) -> str:
+        """Return a normalised image `(C, H, W)` as a PNG of at most `SHOWN` pixels a side, in base64."""
+        from PIL import Image
+
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        pixels = (image.cpu() * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        picture, file = Image.fromarray(pixels.squeeze(-1) if self.channels == 1 else pixels), io.BytesIO()
+        picture.thumbnail((SHOWN, SHOWN))
+        picture.save(file, format="PNG")
+        return base64.b64encode(file.getvalue()).decode()
 
 
 def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:

@@ -71,6 +71,10 @@ class ChatData(OwnDocuments):
         )
         super().__init__(train_file, validation_file, test_file, end_of_text=False, packing=packing, **options)
         self.reader = reader
+        if self.masks is not None:
+            raise ConfigError(
+                f"data.mask_probability={self.masks.probability:g}: of conversations the next tokens are learned; set 0"
+            )
         if self.packing == "concat":
             raise ConfigError("data.packing=concat: a conversation would see others; expected documents or none")
         if turns not in get_args(Turns):

@@ -52,15 +52,29 @@ class DebianPairs(EmbeddingData):
 
     def read(self) -> GroupCorpus:
         """Read the descriptions, fetching them if need be, and split their packages."""
-        path = Path(self.index_file).expanduser() if self.index_file else fetch_descriptions() / INDEX
-        packages = read_index(path, Described)
-        kept_index(path, self.sha256)
-        log.info("%s: %d packages, sha256 %s", path, len(packages), sha256(path))
         return assemble_texts(
-            list(pairs_of(packages)), None, None, fractions=self.fractions, split_seed=self.split_seed,
-            origin="debian_pairs",
+            pairs_of(described(self.index_file, self.sha256)[1]), None, None,
+            fractions=self.fractions, split_seed=self.split_seed, origin="debian_pairs",
             transfer=[text for name in self.transfer for text in GroupReader().texts(name)],
         )  # fmt: skip
+
+
+def described(index_file: str | None, wanted: str | None) -> tuple[Path, list[Described]]:
+    """Return the file of kept descriptions, or of those that are fetched, and its packages.
+
+    Args:
+        index_file: Where they are kept; None: fetch them if need be.
+        wanted: The sha256 that they have; None: any.
+
+    Raises:
+        ConfigError: They have another one.
+        DataError: They cannot be read.
+    """
+    path = Path(index_file).expanduser() if index_file else fetch_descriptions() / INDEX
+    packages = read_index(path, Described)
+    kept_index(path, wanted)
+    log.info("%s: %d packages, sha256 %s", path, len(packages), sha256(path))
+    return path, packages
 
 
 def pairs_of(packages: list[Described]) -> list[TextGroup]:

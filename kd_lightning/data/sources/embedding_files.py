@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from kd_lightning.data.sources.group_reader import GroupReader
-from kd_lightning.data.sources.hf_dataset import load_splits, usual_splits
+from kd_lightning.data.sources.hf_dataset import read_parts
 from kd_lightning.data.sources.records import Format
 from kd_lightning.data.text.embedding import EmbeddingData
-from kd_lightning.data.text.groups import GroupCorpus, TextGroup, assemble_texts
-from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.data.text.groups import GroupCorpus, assemble_texts
 
 
 class EmbeddingFiles(EmbeddingData):
@@ -59,8 +58,6 @@ class EmbeddingFiles(EmbeddingData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if (train_file is None) == (name is None):
-            raise ConfigError("give data.train_file or data.name, one of the two")
         self.files = {"train": train_file, "validation": validation_file, "test": test_file}
         self.dataset_name, self.config_name = name, config_name
         self.reader = GroupReader(
@@ -70,14 +67,11 @@ class EmbeddingFiles(EmbeddingData):
 
     def read(self) -> GroupCorpus:
         """Read the files or the data set, and hold out what is missing."""
-        found: dict[str, list[TextGroup] | None]
-        if self.dataset_name is None:
-            found = {part: None if path is None else self.reader.groups(path) for part, path in self.files.items()}
-        else:
-            splits = load_splits(self.dataset_name, self.config_name)
-            chosen = usual_splits(splits, self.dataset_name)
-            found = dict.fromkeys(self.files)
-            found |= {part: self.reader.split(splits, split, self.dataset_name) for part, split in chosen.items()}
+        found = read_parts(
+            self.files, self.dataset_name, self.config_name,
+            lambda path, part: self.reader.groups(path),
+            lambda splits, split, name, part: self.reader.split(splits, split, name),
+        )  # fmt: skip
         train = found["train"]
         assert train is not None
         return assemble_texts(

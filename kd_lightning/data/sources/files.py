@@ -56,7 +56,7 @@ class FileReader:
         ]
 
     def sentences_and_gaps(self, path: str | Path) -> list[Sentence | None]:
-        """Read one sentence per record, None for records without text.
+        """Read one sentence per record, None for records without text; of a list of second texts a pair each.
 
         Raises:
             DataError: The file cannot be used.
@@ -66,7 +66,8 @@ class FileReader:
             None
             if all(_is_gap(record.get(name)) for name in self.text_columns.values())
             else self._sentence(record, f"{place} {number}")
-            for number, record in records
+            for number, whole in records
+            for record in self._spread(whole)
         ]
 
     def examples(self, path: str | Path) -> RawExamples:
@@ -127,6 +128,12 @@ class FileReader:
                 f"{', '.join(SUFFIXES)} (each of them also .gz)"
             )
         return found
+
+    def _spread(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a record for each of its second texts, where they are a list; one without any if it is empty."""
+        name = self.text_pair_column
+        cell = record.get(name) if name is not None else None
+        return [{**record, name: one} for one in cell or [None]] if name and isinstance(cell, list) else [record]
 
     def _sentence(self, record: dict[str, Any], place: str) -> Sentence:
         return tuple([text_of(record.get(name), f"{place}, column {name!r}") for name in self.text_columns.values()])

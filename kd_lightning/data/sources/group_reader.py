@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.data.labels import folded
+from kd_lightning.data.labels import decimal_of, folded
 from kd_lightning.data.sources.files import FileReader, data_key
 from kd_lightning.data.sources.records import Format, check_columns, records_of
 from kd_lightning.data.text.corpus import is_blank, text_of
 from kd_lightning.data.text.groups import TextGroup
 from kd_lightning.runtime.errors import ConfigError, DataError
+
+Placed = tuple[str, Mapping[str, Any]]
+"""Where a record is, and its cells by their columns."""
+
+
+def placed_records(path: str, columns: Mapping[str, str], reader: FileReader) -> Iterator[Placed]:
+    """Return the records of a table, each with the name of its file and its line.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    word, records = records_of(Path(path), reader.kind(Path(path)), columns, reader.manner)
+    return ((f"{path}: {word} {number}", record) for number, record in records)
+
+
+def placed_rows(
+    splits: Mapping[str, Any], split: str, name: str, columns: Mapping[str, str], key: Callable[[str], str]
+) -> Iterator[Placed]:
+    """Return the rows of a data set's split, each with its number there.
+
+    Raises:
+        DataError: A column is missing.
+    """
+    table, source = splits[split], f"{name}, split {split!r}"
+    check_columns(table.column_names, columns, f"{source}: ", key)
+    rows = zip(*(table[column] for column in columns.values()), strict=True)
+    return (
+        (f"{source}: row {number}", dict(zip(columns.values(), cells, strict=True)))
+        for number, cells in enumerate(rows, start=1)
+    )
 
 
 @dataclass(frozen=True)
@@ -78,8 +108,7 @@ class GroupReader:
         if kind == "txt":
             found = [TextGroup((text,)) for (text,) in self._texts.sentences(path)]
         else:
-            word, records = records_of(Path(path), kind, self.columns, self._texts.manner)
-            found = self._read((f"{path}: {word} {number}", record) for number, record in records)
+            found = self._read(placed_records(path, self.columns, self._texts))
         if not found:
             raise DataError(f"{path}: there are no texts")
         return found
@@ -98,15 +127,9 @@ class GroupReader:
         Raises:
             DataError: Whatever is wrong with it.
         """
-        table, source = splits[split], f"{name}, split {split!r}"
-        check_columns(table.column_names, self.columns, f"{source}: ", self.key)
-        rows = zip(*(table[column] for column in self.columns.values()), strict=True)
-        found = self._read(
-            (f"{source}: row {number}", dict(zip(self.columns.values(), cells, strict=True)))
-            for number, cells in enumerate(rows, start=1)
-        )
+        found = self._read(placed_rows(splits, split, name, self.columns, self.key))
         if not found:
-            raise DataError(f"{source}: there are no texts")
+            raise DataError(f"{name}, split {split!r}: there are no texts")
         return found
 
     @property
@@ -115,7 +138,7 @@ class GroupReader:
             self.text_column, format=self.format, encoding=self.encoding, quotes=self.quotes, key=self.key
         )
 
-    def _read(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[TextGroup]:
+    def _read(self, records: Iterable[Placed]) -> list[TextGroup]:
         return [self._group(record, place) for place, record in records]
 
     def _group(self, record: Mapping[str, Any], place: str) -> TextGroup:
@@ -141,13 +164,10 @@ class GroupReader:
 
     def _score(self, cell: object, place: str) -> float:
         where = f"{place}, column {self.score_column!r}"
-        try:
-            score = float(cell) if isinstance(cell, str | int | float) else math.nan
-        except ValueError:
-            score = math.nan
+        score = decimal_of(cell)
         if not 0 <= score <= self.most_score:
             raise DataError(
-                f"{where}: the score {cell!r}: expected a number from 0 to {self.most_score:g} "
+                f"{where}: the score {repr(cell)[:40]}: expected a number from 0 to {self.most_score:g} "
                 f"({self.key('most_score')})"
             )
         return score / self.most_score

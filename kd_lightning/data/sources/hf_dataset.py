@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kd_lightning.data.labels import ClassNames, given_names, is_missing, label_of
 from kd_lightning.data.sources.files import FileReader, data_key
@@ -27,6 +27,8 @@ GLUE: dict[str, tuple[str, str | None]] = {
 
 VALIDATION = ("validation", "validation_matched", "valid", "val", "dev")
 """Names of validation splits."""
+
+Rows = TypeVar("Rows")
 
 PREFIX = "hf:"
 """Prefix of data sets in `data.transfer`."""
@@ -206,6 +208,34 @@ def usual_splits(splits: Mapping[str, Any], name: str) -> dict[str, str]:
     validation = next((split for split in VALIDATION if split in splits), None)
     found = {"train": "train", "validation": validation, "test": "test" if "test" in splits else None}
     return {part: split for part, split in found.items() if split is not None}
+
+
+def read_parts(
+    files: Mapping[str, str | None],
+    name: str | None,
+    config_name: str | None,
+    of_file: Callable[[str, str], Rows],
+    of_split: Callable[[Mapping[str, Any], str, str, str], Rows],
+) -> dict[str, Rows | None]:
+    """Read training, validation and test from files, or from the usual splits of a data set.
+
+    Args:
+        files: A file for each, or None.
+        name: The data set, where there is one.
+        config_name: Which of its configurations.
+        of_file: Reads a file, given what it is for.
+        of_split: Reads a split, given all splits, its name, the data set's and what it is for.
+
+    Raises:
+        ConfigError: Both are given, or neither.
+    """
+    if (files["train"] is None) == (name is None):
+        raise ConfigError("give data.train_file or data.name, one of the two")
+    if name is None:
+        return {part: None if path is None else of_file(path, part) for part, path in files.items()}
+    splits = load_splits(name, config_name)
+    chosen = usual_splits(splits, name)
+    return {part: of_split(splits, chosen[part], name, part) if part in chosen else None for part in files}
 
 
 def _is_labelled(table: Any, label_column: str) -> bool:

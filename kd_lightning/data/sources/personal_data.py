@@ -95,11 +95,11 @@ class PersonalData(TaggedData):
     Args:
         texts: Tagged sentences to train on.
         transfer_texts: Sentences of pieces of the training templates, without tags.
-        transfer: What the pieces stand among: sentences of `amazon`, `nyt`, `tweets` (see `Reviews`), files, data sets.
         held_out_texts: Sentences of the validation split, and of the test split.
         validation_fraction: Share of the templates for validation.
         test_fraction: Share of the templates for the test.
-        options: Those of `TaggedData`.
+        options: Those of `TaggedData`. The pieces stand among the sentences of `transfer`: `amazon`, `nyt`, `tweets`
+            (see `Reviews`), files, data sets.
 
     Raises:
         ConfigError: An option out of its range, or Faker is not installed.

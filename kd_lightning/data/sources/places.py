@@ -10,7 +10,9 @@ from typing import Any
 from kd_lightning.data.sources.records import format_of
 from kd_lightning.runtime.assets import PRETRAINED
 
-_KEYS = ("name", "folder", "tokenizer", "chat_template", "teacher_tokenizer", "transfer")
+_KEYS = (
+    "name", "folder", "tokenizer", "chat_template", "teacher_tokenizer", "transfer", "negatives_by", "generator",
+)  # fmt: skip
 _ENDINGS = ("_file", "_dir", "_folder", "path")
 _HUB = "hf:"
 

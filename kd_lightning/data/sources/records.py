@@ -76,7 +76,7 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
         delimiter = "\t" if kind == "tsv" else _delimiter(first[-1:], columns)
         return "line", _csv_records(path, everything, columns, manner, delimiter)
     if first and first[-1].lstrip().startswith("["):
-        entries = enumerate(_parsed(path, "".join(everything), 1), start=1)
+        entries = enumerate(parsed(path, "".join(everything), 1), start=1)
         return "entry", _objects(path, "entry", entries, columns, manner)
     return "line", _objects(path, "line", _json_lines(path, everything), columns, manner)
 
@@ -242,10 +242,15 @@ def _delimiter(header: Sequence[str], columns: Mapping[str, str]) -> str:
 def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
     for line, content in enumerate(lines, start=1):
         if content.strip():
-            yield line, _parsed(path, content.rstrip(), line)
+            yield line, parsed(path, content.rstrip(), line)
 
 
-def _parsed(path: Path, content: str, line: int) -> Any:
+def parsed(path: Path, content: str, line: int) -> Any:
+    """Return the value of a JSON text that begins on a line of a file.
+
+    Raises:
+        DataError: It is none.
+    """
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:

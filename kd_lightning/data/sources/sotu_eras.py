@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from kd_lightning.data.sources.records import Manner, lines_of
 from kd_lightning.data.sources.sotu import addresses
 from kd_lightning.data.text.corpus import Corpus, assemble_groups
 from kd_lightning.data.text.datamodule import TextData
+from kd_lightning.data.text.passages import passages
 from kd_lightning.runtime.errors import DataError
 
 STARTS = [1790, 1817, 1841, 1861, 1881, 1901, 1933, 1961, 1989]
@@ -26,7 +26,6 @@ WORDS = 160
 MOST = 16
 """Passages of an address, so that the longest of 33,000 words does not outweigh others."""
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _YEAR = re.compile(r"\b(?:1[789]|20)\d\d\b")
 
 
@@ -65,7 +64,7 @@ class SotuEras(TextData):
                 raise DataError(f"{path}: expected an address of {STARTS[0]} to 2021")
             text = "".join(lines_of(path, Manner("utf-8", True, data_key)))
             era = ERAS[bisect.bisect(STARTS, year) - 1]
-            rows += [((passage,), era, path.stem) for passage in passages(text)]
+            rows += [((passage,), era, path.stem) for passage in chosen_passages(text)]
         if absent := set(ERAS) - {era for _, era, _ in rows}:
             raise DataError(f"data.folder={self.folder} has no addresses of {', '.join(sorted(absent))}")
         return assemble_groups(
@@ -78,18 +77,9 @@ class SotuEras(TextData):
         )
 
 
-def passages(text: str) -> list[str]:
+def chosen_passages(text: str) -> list[str]:
     """Return an address in passages, without the rest that is shorter than one."""
-    found = list(_runs(_SENTENCE_END.split(_YEAR.sub("[year]", text))))
+    found = list(passages(_YEAR.sub("[year]", text), WORDS))
     if len(found) <= MOST:
         return found
     return [found[i] for i in np.linspace(0, len(found) - 1, MOST).round().astype(int)]
-
-
-def _runs(sentences: list[str]) -> Iterator[str]:
-    words: list[str] = []
-    for sentence in sentences:
-        words += sentence.split()
-        if len(words) >= WORDS:
-            yield " ".join(words)
-            words = []

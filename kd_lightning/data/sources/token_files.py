@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kd_lightning.data.sources.hf_dataset import load_splits, usual_splits
+from kd_lightning.data.sources.hf_dataset import read_parts
 from kd_lightning.data.sources.tagged_dataset import tagged_split
 from kd_lightning.data.sources.tagged_files import TaggedFormat, TaggedReader
-from kd_lightning.data.text.tagged import TaggedCorpus, TaggedText, assemble_tagged
+from kd_lightning.data.text.tagged import TaggedCorpus, assemble_tagged
 from kd_lightning.data.text.tagging import TaggedData
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.tasks.entities import Scheme, scheme_of
@@ -60,8 +60,6 @@ class TokenFiles(TaggedData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if (train_file is None) == (name is None):
-            raise ConfigError("give data.train_file or data.name, one of the two")
         if scheme not in (None, "bio", "bioes", "io"):
             raise ConfigError(f"data.scheme={scheme!r} is unknown{did_you_mean(str(scheme), ('bio', 'bioes', 'io'))}")
         self.files = {"train": train_file, "validation": validation_file, "test": test_file}
@@ -76,7 +74,11 @@ class TokenFiles(TaggedData):
 
     def read(self) -> TaggedCorpus:
         """Read the files or the data set, and hold out what is missing."""
-        found = self._from_files() if self.dataset_name is None else self._from_dataset(self.dataset_name)
+        found = read_parts(
+            self.files, self.dataset_name, self.config_name,
+            lambda path, part: self.reader.tagged(path),
+            lambda splits, split, name, part: tagged_split(splits, split, name, self.reader),
+        )  # fmt: skip
         train = found["train"]
         assert train is not None
         return assemble_tagged(
@@ -84,14 +86,3 @@ class TokenFiles(TaggedData):
             fractions=self.fractions, split_seed=self.split_seed,
             transfer=[text for path in self.transfer for text in self.reader.untagged(path)],
         )  # fmt: skip
-
-    def _from_files(self) -> dict[str, list[TaggedText] | None]:
-        return {part: None if path is None else self.reader.tagged(path) for part, path in self.files.items()}
-
-    def _from_dataset(self, name: str) -> dict[str, list[TaggedText] | None]:
-        splits = load_splits(name, self.config_name)
-        chosen = usual_splits(splits, name)
-        return {
-            part: tagged_split(splits, chosen[part], name, self.reader) if part in chosen else None
-            for part in ("train", "validation", "test")
-        }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence
 from kd_lightning.data.text.dataset import FreshViews, TokenDataset
+from kd_lightning.data.text.generated import Generated, Prompts
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours, nearest_words
 from kd_lightning.data.text.tokenized import ROLES, TokenizedData
 from kd_lightning.data.text.tokens import (
@@ -61,6 +62,11 @@ class TextData(TokenizedData, ClassificationData):
         crop_probability: How often a view is cropped to a random run of its words.
         crop_share: How long that run is, as a share of the words.
         transfer: Unlabelled sentences: files, or names that the source knows.
+        generate: How many sentences a language model writes for the transfer set (`Generated`, for all of these).
+        generator: That model.
+        generate_from: What it continues: `words` or `classes`.
+        generate_temperature: Of its draw.
+        generate_top_p: The mass that it draws from.
         cache_dir: Where encoded sentences are kept; by default under `$KD_LIGHTNING_HOME`.
         options: Those of `TokenizedData` and `ClassificationData`; sentences of more than `max_length` tokens are cut.
             Sentences of `transfer` come after those that `train_examples` leaves out, and `transfer_examples` does not
@@ -81,6 +87,11 @@ class TextData(TokenizedData, ClassificationData):
         crop_probability: float = 0.0,
         crop_share: float = 0.5,
         transfer: Sequence[str] = (),
+        generate: int = 0,
+        generator: str | None = None,
+        generate_from: Prompts = "words",
+        generate_temperature: float = 1.0,
+        generate_top_p: float = 0.95,
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
@@ -99,6 +110,8 @@ class TextData(TokenizedData, ClassificationData):
         self._chances = chances
         # A copy for a teacher with another tokenizer has the same views.
         self._neighbours_in = self.tokenizer_names["teacher"]
+        self.generated = Generated(generate, generator, generate_from, generate_temperature, generate_top_p)
+        self._written: list[Sentence] | None = None
         self.transfer = [transfer] if isinstance(transfer, str) else list(transfer)
         self.cache_dir = Path(cache_dir) if cache_dir else home() / "tokens"
 
@@ -112,7 +125,11 @@ class TextData(TokenizedData, ClassificationData):
         """Read, split and encode everything; a second call does nothing."""
         if self.fingerprint:
             return
-        corpus = self._drawn(self.read())
+        corpus = self.drawn()
+        self._load_tokenizers([text for sentence in corpus.train.texts for text in sentence])
+        if self._written is None:
+            self._written = self.generated.write(corpus, self.max_length, self.split_seed)
+        corpus = replace(corpus, transfer=[*corpus.transfer, *self._written])
         size = fmean(sum(len(text.encode()) for text in sentence) for sentence in corpus.train.texts)
         self.worth = worth(size, self.max_length)
         self._decide_views(len(corpus.train), len(corpus.transfer))
@@ -136,14 +153,14 @@ class TextData(TokenizedData, ClassificationData):
             self._labels = np.full(examples, IGNORE, np.int64)
         for name in ("train", "validation", "test"):
             self._labels[self._spans[name].start : self._spans[name].stop] = getattr(corpus, name).labels
-        self._load_tokenizers([text for sentence in corpus.train.texts for text in sentence])
         self._fresh = None if self.repeatable else views
         self.texts_per_example = len(corpus.train.texts[0])
         self.class_names = corpus.class_names
         self._encode([text for name in self.parts for text in parts[name]])
 
-    def _drawn(self, corpus: Corpus) -> Corpus:
-        """Return the corpus with `train_examples` labelled sentences; others join the transfer set."""
+    def drawn(self) -> Corpus:
+        """Read the corpus, with `train_examples` labelled sentences; others join the transfer set."""
+        corpus = self.read()
         scores = np.asarray(corpus.train.labels)
         labels = np.zeros(len(scores), np.int64) if corpus.regression else scores
         train, left = self._draw(stratified_order(labels, self.split_seed), labels)
@@ -176,7 +193,7 @@ class TextData(TokenizedData, ClassificationData):
         digest = sentences_digest(texts)
         sentences = digest.hexdigest()
         prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
-        self._stores: dict[str, TokenStore] = {}
+        self._stores: dict[Role, TokenStore] = {}
         for role in ROLES[: 1 + self.has_two_tokenizers]:
             tokenizer = self.tokenizer_of(role)
             self._stores[role] = encode_store(tokenizer, texts, sentences, self.max_length, self.cache_dir)
@@ -249,16 +266,6 @@ class TextData(TokenizedData, ClassificationData):
         self.prepare()
         sentences = [(text,) if isinstance(text, str) else text for text in texts]
         return encode_batch(self.tokenizer_of(role), sentences, self.max_length)
-
-    def with_one_reader(self) -> Self:
-        """Return the same data for a teacher with the student's tokens."""
-        chosen = self._copy()
-        tokenizer = chosen.teacher_tokenizer = self.student_tokenizer
-        chosen.tokenizer_names = dict.fromkeys(ROLES, self.tokenizer_names["student"])
-        chosen._stores = dict.fromkeys(ROLES, self._stores["student"])
-        own = {"tokenizer": tokenizer_fingerprint(tokenizer), "truncation": tokenizer.truncation_side}
-        chosen.teacher_key = {**self.teacher_key, **own}
-        return chosen
 
     # -- batches ------------------------------------------------------------------------------------------------------
 

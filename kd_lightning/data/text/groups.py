@@ -8,12 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_lightning.data.classification import check_fractions
 from kd_lightning.data.text.corpus import normalise
 from kd_lightning.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
+
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -115,24 +119,48 @@ def _held_out(groups: list[TextGroup], fractions: list[float], seed: int, origin
     """Return the rest and a random part for each fraction of the pairs; connected groups stay together."""
     check_fractions(fractions, origin)
     owner = connected(groups)
-    paired = np.unique(owner[np.array([len(group.texts) > 1 for group in groups], bool)])
-    if not len(paired):
+    paired = np.array([len(group.texts) > 1 for group in groups], bool)
+    if not paired.any():
         return [groups, *([] for _ in fractions)]
-    order = paired[np.random.default_rng(seed).permutation(len(paired))]
+    part_of = dealt(owner, paired, fractions, seed)
+    if part_of is None:
+        raise DataError(
+            f"{origin}: the pairs of {len(groups)} groups of texts fall into {len(np.unique(owner[paired]))} that have "
+            f"nothing in common, too few to split into {len(fractions) + 1} parts; give data.validation_file and "
+            "data.test_file"
+        )
+    return [[group for group, own in zip(groups, part_of, strict=True) if own == number]
+            for number in range(len(fractions) + 1)]  # fmt: skip
+
+
+def dealt(owner: Numbers, chosen: Flags, fractions: Sequence[float], seed: int) -> Numbers | None:
+    """Deal groups out at random, those of one owner together: 0 for the rest, 1 and more for fractions.
+
+    Args:
+        owner: What each group is dealt out with, `(N,)`.
+        chosen: Which groups may be held out, `(N,)`; an owner with any may, all others are the rest.
+        fractions: How much of these owners to hold out.
+        seed: Of the draw.
+
+    Returns:
+        Each group's part, `(N,)`; None where nothing would be left.
+
+    >>> dealt(np.array([0, 0, 1, 2]), np.ones(4, bool), [0.3, 0.3], 0).tolist()
+    [1, 1, 2, 0]
+    """
+    drawn = np.unique(owner[chosen])
+    order = drawn[np.random.default_rng(seed).permutation(len(drawn))]
     sizes = [max(1, round(fraction * len(order))) for fraction in fractions]
     if sum(sizes) >= len(order):
-        raise DataError(
-            f"{origin}: the pairs of {len(groups)} groups of texts fall into {len(order)} that have nothing in common, "
-            f"too few to split into {len(sizes) + 1} parts; give data.validation_file and data.test_file"
-        )
+        return None
     part_of = np.zeros(int(owner.max()) + 1, np.int64)
     for number, piece in enumerate(np.split(order, np.cumsum([len(order) - sum(sizes), *sizes])[:-1])):
         part_of[piece] = number
-    return [[group for group, own in zip(groups, part_of[owner], strict=True) if own == number]
-            for number in range(len(sizes) + 1)]  # fmt: skip
+    found: Numbers = part_of[owner]
+    return found
 
 
-def connected(groups: Sequence[TextGroup]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def connected(groups: Sequence[TextGroup]) -> Numbers:
     """Return a number for each group, equal for those that a chain of common texts or sources connects.
 
     >>> connected([TextGroup(("a", "b")), TextGroup(("c", "d")), TextGroup(("B", "e"))]).tolist()

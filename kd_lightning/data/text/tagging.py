@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
@@ -14,9 +12,10 @@ from numpy.typing import NDArray
 from kd_lightning.data.datamodule import Role, check_least
 from kd_lightning.data.text.tagged import TaggedCorpus, TaggedText
 from kd_lightning.data.text.tokenized import ROLES, TokenizedData
-from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
-from kd_lightning.data.text.words import VERSION, Windows, WordDataset, encode_words
+from kd_lightning.data.text.tokens import tokenizer_fingerprint
+from kd_lightning.data.text.words import VERSION, Windows, WordDataset, encode_alike
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
+from kd_lightning.runtime.fingerprints import content_digest
 from kd_lightning.tasks import TokenClassification
 from kd_lightning.types import IGNORE
 
@@ -35,7 +34,8 @@ class TaggedData(TokenizedData):
         stride: How many tokens two windows of a text share.
         transfer: More texts, for the teacher to tag.
         max_length: The longest window in tokens.
-        options: Those of `TokenizedData`. Student and teacher read the same tokens.
+        options: Those of `TokenizedData`. Where student and teacher have other tokenizers, their windows have the same
+            words, and a word's first tokens correspond.
 
     Raises:
         ConfigError: An option out of its range.
@@ -70,47 +70,57 @@ class TaggedData(TokenizedData):
         corpus = self.read()
         self.class_names = corpus.tags
         self._load_tokenizers([text.text for text in corpus.train])
-        prints = {tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES}
-        if len(prints) > 1:
+        prints = [tokenizer_fingerprint(self.tokenizer_of(role)) for role in ROLES]
+        if prints[0] != prints[1] and self.label == "all":
             raise ConfigError(
-                f"data.teacher_tokenizer={self.tokenizer_names['teacher']!r} reads other tokens than the student's "
-                f"{self.tokenizer_names['student']!r}: tags are compared token by token; give both the same tokenizer"
+                f"data.label=all: the teacher's tokenizer {self.tokenizer_names['teacher']!r} makes other tokens of a "
+                f"word than the student's {self.tokenizer_names['student']!r}, and only first ones correspond; set "
+                "data.label=first"
             )
         of_parts: dict[str, list[TaggedText]] = {name: getattr(corpus, name) for name in self.parts}
         texts = [text for part in of_parts.values() for text in part]
-        self._windows = encode_words(self.student_tokenizer, texts, self.max_length, self.stride)
+        tokenizers = [self.tokenizer_of(role) for role in ROLES[: len(set(prints))]]
+        encoded = encode_alike(tokenizers, texts, self.max_length, self.stride)
+        self._stores: dict[Role, Windows] = {"student": encoded[0], "teacher": encoded[-1]}
         begins = np.cumsum([0, *map(len, of_parts.values())])
-        self._lay_out(np.diff(np.searchsorted(self._windows.texts, begins)).tolist())
-        self._labels = self._token_labels(texts)
-        self._name_all(of_parts, prints.pop())
+        self._lay_out(np.diff(np.searchsorted(encoded[0].texts, begins)).tolist())
+        self._labels: dict[Role, NDArray[np.int64]] = {
+            role: self._token_labels(texts, windows) for role, windows in self._stores.items()
+        }
+        self._name_all(of_parts, prints)
 
-    def _token_labels(self, texts: Sequence[TaggedText]) -> NDArray[np.int64]:
+    def _token_labels(self, texts: Sequence[TaggedText], windows: Windows) -> NDArray[np.int64]:
         """Return the class of each token of a word, `IGNORE` for any other."""
         code = {tag: number for number, tag in enumerate(self.class_names)}
         inner = np.array([code.get("I" + tag[1:], code[tag]) if tag[0] == "B" else code[tag] for tag in code])
         tags = [[IGNORE] * len(text.words) if text.tags is None else [code[tag] for tag in text.tags] for text in texts]
         starts = np.cumsum([0, *map(len, tags)])[:-1]
-        owner = np.repeat(self._windows.texts, self._windows.lengths)
+        owner = np.repeat(windows.texts, windows.lengths)
         flat = np.concatenate([np.asarray(codes, np.int64) for codes in tags])
-        counts = self._windows.words >= 0
+        counts = windows.words >= 0
         labels = np.full(len(owner), IGNORE, np.int64)
-        labels[counts] = flat[starts[owner[counts]] + self._windows.words[counts]]
-        later = (labels != IGNORE) & ~self._windows.begins
+        labels[counts] = flat[starts[owner[counts]] + windows.words[counts]]
+        later = (labels != IGNORE) & ~windows.begins
         labels[later] = inner[labels[later]]
         return labels
 
-    def _name_all(self, of_parts: dict[str, list[TaggedText]], tokenizer: str) -> None:
-        """Name the data with the pool and without, and as far as a teacher's outputs depend on them."""
+    def _name_all(self, of_parts: dict[str, list[TaggedText]], tokenizers: list[str]) -> None:
+        """Name the data with the pool and without, and as far as a teacher's outputs depend on them.
+
+        Where a text has several windows these depend on both tokenizers, and a teacher's outputs with them.
+        """
+        student, teacher = tokenizers
+        cut = bool((self.windows.cut >= 0).any())
         reading = {
-            "words": VERSION, "tokenizer": tokenizer, "max_length": self.max_length, "stride": self.stride,
-            "label": self.label,
+            "words": VERSION, "tokenizer": teacher, "max_length": self.max_length, "stride": self.stride,
+            "label": self.label, "cut_by": sorted({student, teacher}) if cut else None,
         }  # fmt: skip
         for pool, names in ((True, self.parts), (False, self._without_pool)):
             content = {name: [[text.text, text.words, text.tags] for text in of_parts[name]] for name in names}
-            self._fingerprints[pool] = _sha256([content, self.class_names, reading])
+            self._fingerprints[pool] = content_digest([content, self.class_names, reading, student])
         self.fingerprint, self._labelled = self._fingerprints[True], self._fingerprints[False]
         words = [[text.text, text.words] for part in of_parts.values() for text in part]
-        self.teacher_key = {"texts": _sha256(words), "examples": len(self._windows), **reading}
+        self.teacher_key = {"texts": content_digest(words), "examples": len(self.windows), **reading}
 
     # -- what models need to know -------------------------------------------------------------------------------------
 
@@ -126,13 +136,13 @@ class TaggedData(TokenizedData):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each window, `(num_examples,)`."""
-        return self._windows.lengths
+        """Number of the teacher's tokens in each window, `(num_examples,)`."""
+        return self._stores["teacher"].lengths
 
     @property
     def windows(self) -> Windows:
-        """All windows, by `index`."""
-        return self._windows
+        """All windows, by `index`, as the student reads them."""
+        return self._stores["student"]
 
     def model_arguments(self, role: Role) -> dict[str, int]:
         """Return what the data decide about a network: beside its sizes that it predicts for each token."""
@@ -143,19 +153,25 @@ class TaggedData(TokenizedData):
         """The longest window in tokens, and that an example is one text."""
         return {"max_length": self.max_length, "texts": 1}
 
+    def with_one_reader(self) -> Self:
+        """Return the same windows for a teacher with the student's tokens."""
+        chosen = super().with_one_reader()
+        chosen._labels = dict.fromkeys(ROLES, self._labels["student"])
+        return chosen
+
     def reading(self, tokenizer: str) -> Self:
-        """Return these data, whose teacher reads what the student reads.
+        """Return the same data for a teacher with another tokenizer; itself if it already has it.
 
         Raises:
-            ConfigError: It is to read with another tokenizer.
+            ConfigError: For it long texts have other windows.
         """
-        self.prepare()
-        if tokenizer_fingerprint(load_tokenizer(tokenizer, [])) != self.teacher_key["tokenizer"]:
+        other = super().reading(tokenizer)
+        if not np.array_equal(other.windows.words, self.windows.words):
             raise ConfigError(
-                f"the teacher's tokenizer {tokenizer!r} is not the student's: tags are compared token by token; set "
-                f"data.tokenizer={tokenizer}"
+                f"teacher.checkpoint: with the tokenizer {tokenizer!r} texts of more than data.max_length="
+                f"{self.max_length} tokens are cut elsewhere than for the other teachers; raise data.max_length"
             )
-        return self
+        return other
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -165,9 +181,7 @@ class TaggedData(TokenizedData):
     def _dataset(self, first: str, last: str) -> WordDataset:
         self.prepare()
         span = range(self._spans[first].start, self._spans[last].stop)
-        pad = int(self.student_tokenizer.pad_token_id)
-        return WordDataset(self._windows, self._labels, self.label == "all", span, pad)
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+        readers = self._readers()
+        windows = {prefix: self._stores[role] for prefix, role in readers.items()}
+        padding = {prefix: int(self.tokenizer_of(role).pad_token_id) for prefix, role in readers.items()}
+        return WordDataset(windows, self._labels[readers[""]], self.label == "all", span, padding)

@@ -35,6 +35,7 @@ class TokenizedData(IndexedData):
         check_least(4, max_length=max_length)
         self.tokenizer_names = {"student": tokenizer, "teacher": teacher_tokenizer or tokenizer}
         self.max_length = max_length
+        self._stores: dict[Role, Any]  # the encoded texts; set by `prepare`
         self._readings: dict[str, Self] = {}  # the same data for other teachers, by their tokenizers
 
     def _load_tokenizers(self, training_texts: list[str]) -> dict[str, PreTrainedTokenizerFast]:
@@ -43,6 +44,8 @@ class TokenizedData(IndexedData):
         loaded = {name: load_tokenizer(name, training_texts) for name in sorted(set(names.values()))}
         self.student_tokenizer: PreTrainedTokenizerFast = loaded[names["student"]]
         self.teacher_tokenizer: PreTrainedTokenizerFast = loaded[names["teacher"]]
+        if len({tokenizer_fingerprint(tokenizer) for tokenizer in loaded.values()}) == 1:
+            self.tokenizer_names = dict.fromkeys(ROLES, names["student"])  # the same by two names
         for name, tokenizer in loaded.items():
             if self.max_length > tokenizer.model_max_length:
                 longest = tokenizer.model_max_length
@@ -91,6 +94,16 @@ class TokenizedData(IndexedData):
             other.prepare()
             self._readings[fingerprint] = other
         return self._readings[fingerprint].select(self._tokens, self._pool)
+
+    def with_one_reader(self) -> Self:
+        """Return the same data for a teacher with the student's tokens."""
+        chosen = self._copy()
+        tokenizer = chosen.teacher_tokenizer = self.student_tokenizer
+        chosen.tokenizer_names = dict.fromkeys(ROLES, self.tokenizer_names["student"])
+        chosen._stores = dict.fromkeys(ROLES, self._stores["student"])
+        own = {"tokenizer": tokenizer_fingerprint(tokenizer), "truncation": tokenizer.truncation_side}
+        chosen.teacher_key = self.teacher_key | {name: own[name] for name in own.keys() & self.teacher_key.keys()}
+        return chosen
 
     def _readers(self) -> dict[str, Role]:
         """Return the token stores of a batch by the prefix of their names."""

@@ -20,6 +20,7 @@ from kd_lightning.data.text.augment import MASK
 from kd_lightning.data.text.corpus import Sentence
 from kd_lightning.runtime.assets import TOKENIZERS, discard_folder, fetch, new_folder
 from kd_lightning.runtime.errors import ConfigError, KDError
+from kd_lightning.runtime.gguf_files import folder_of, is_gguf
 from kd_lightning.runtime.seals import check_seal, read_sealed, seal, write_sealed
 from kd_lightning.types import Batch
 
@@ -39,7 +40,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     """Load a fast tokenizer; without a padding token (GPT-2) it pads with its end-of-text token.
 
     Args:
-        name: An asset such as `"minilm"`; a folder or a Hugging Face name; or one learned from `training_texts`:
+        name: An asset such as `"minilm"`; a folder, GGUF file or Hugging Face name; or learned from `training_texts`:
             `"wordpiece:8000"` for a WordPiece vocabulary of at most that size (larger when the texts have more distinct
             characters), or `"bpe:8000"` for byte pairs, which write any text and are what language models read.
         training_texts: The texts for learning a vocabulary.
@@ -55,7 +56,7 @@ def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedT
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
-    place = str(fetch(name)) if name in TOKENIZERS else name
+    place = str(fetch(name) if name in TOKENIZERS else folder_of(name) if is_gguf(name) else name)
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
@@ -150,6 +151,14 @@ def before_text(tokenizer: Any) -> list[int]:
     encoded = tokenizer("a", return_special_tokens_mask=True)
     mask = [*encoded["special_tokens_mask"], 0]
     return list(encoded["input_ids"][: mask.index(0)])
+
+
+def around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before a text, and behind it."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    before = before_text(tokenizer)
+    return before, [token for token, special in pairs if special][len(before) :]
 
 
 def special_tokens(tokenizer: Any) -> NDArray[np.int64]:
@@ -334,7 +343,7 @@ def _write_store(
             with path.open("ab") as file:
                 np.fromiter(itertools.chain.from_iterable(encoded[name]), dtype).tofile(file)
     if truncated:
-        log.info("%d of %d sentences were cut to %d tokens", truncated, len(sentences), max_length)
+        log.info("%d of %d sentences were cut to %d tokens (data.max_length)", truncated, len(sentences), max_length)
     offsets = np.cumsum(np.concatenate(lengths))
     np.save(folder / "offsets.npy", offsets)
     meta = {"fingerprint": fingerprint, "types": typed, "sentences": len(sentences), "tokens": int(offsets[-1])}

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kd_lightning.data.batches import BatchDataset
-from kd_lightning.data.sampler import Positions, Turn
+from kd_lightning.data.text.flat import Entry, FlatDataset
 from kd_lightning.data.text.tagged import TaggedText
-from kd_lightning.data.text.tokens import CHUNK, padded
+from kd_lightning.data.text.tokens import CHUNK, around_text
 from kd_lightning.runtime.errors import ConfigError
-from kd_lightning.types import IGNORE, Batch
+from kd_lightning.types import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-VERSION = 1
+VERSION = 2
 """Goes up when texts become other windows, or other words count in them."""
 
 
@@ -29,7 +27,7 @@ VERSION = 1
 class Windows:
     """Texts as tokens, one after the other in flat arrays; a long text in several windows that overlap.
 
-    A word counts in one window only: in that where it has most tokens on both sides.
+    A word counts in one window only: in that where it has most words on both sides.
 
     Attributes:
         tokens: Of all windows, `(T,)` int32.
@@ -69,70 +67,66 @@ class Windows:
 def encode_words(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[TaggedText], max_length: int, stride: int
 ) -> Windows:
-    """Return texts as windows of tokens.
+    """Return texts as windows of tokens; see `encode_alike`."""
+    return encode_alike([tokenizer], texts, max_length, stride)[0]
+
+
+def encode_alike(
+    tokenizers: Sequence[PreTrainedTokenizerFast], texts: Sequence[TaggedText], max_length: int, stride: int
+) -> list[Windows]:
+    """Return texts as windows of tokens, for each tokenizer; a window has the same words in all of them.
+
+    A window is a run of words that fits for each tokenizer; of a word that is longer than a window the first tokens are
+    there.
 
     Args:
-        tokenizer: What encodes the words, each for itself; a space before it counts where there is one in the text.
+        tokenizers: What encodes the words, each for itself; a space before one counts where there is one in the text.
         texts: The texts.
         max_length: Of a window, special tokens included.
-        stride: How many tokens two windows of a text share.
+        stride: The most tokens that two windows of a text share.
 
     Raises:
         ConfigError: Windows that do not get on.
     """
-    room = max_length - tokenizer.num_special_tokens_to_add()
-    if not 0 <= stride < room:
+    rooms = [max_length - tokenizer.num_special_tokens_to_add() for tokenizer in tokenizers]
+    if not 0 <= stride < min(rooms):
         raise ConfigError(
-            f"data.stride={stride}: expected less than the {room} tokens of a text that fit into "
+            f"data.stride={stride}: expected less than the {min(rooms)} tokens of a text that fit into "
             f"data.max_length={max_length}"
         )
-    tokens: list[Any] = []
-    words: list[Any] = []
-    owners: list[NDArray[np.int64]] = []
+    around = [around_text(tokenizer) for tokenizer in tokenizers]
+    found: list[list[tuple[Ints, Ints]]] = [[] for _ in tokenizers]
+    owners: list[int] = []
     for start in range(0, len(texts), CHUNK):
-        for encoded in _encoded(tokenizer, texts[start : start + CHUNK], max_length, stride):
-            owners.append(np.full(len(encoded), start + int(encoded[0][2]), np.int64))
-            numbers = [np.array([-1 if word is None else word for word in found], np.int32) for _, found, _ in encoded]
-            words += _counted_once(numbers, room - stride)
-            tokens += [ids for ids, _, _ in encoded]
-    offsets = np.cumsum([0, *map(len, tokens)])
-    flat = np.concatenate([np.asarray(ids, np.int32) for ids in tokens])
-    return Windows(flat, offsets, np.concatenate(words), np.concatenate(owners))
+        chunk = texts[start : start + CHUNK]
+        for number, pieces in enumerate(zip(*(_pieces(one, chunk) for one in tokenizers), strict=True), start=start):
+            runs = _runs([np.array([*map(len, words)]) for words in pieces], rooms, stride)
+            counted = _counted(runs)
+            owners += [number] * len(runs)
+            for windows, words, room, special in zip(found, pieces, rooms, around, strict=True):
+                windows += [_window(words, run, own, room, special) for run, own in zip(runs, counted, strict=True)]
+    return [_stored(windows, owners) for windows in found]
 
 
-Window = tuple[list[int], list[int | None], int]
-"""Tokens, the word that each is of, and the number of the text."""
+Ints = NDArray[np.int32]
 
 
-def _encoded(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[TaggedText], max_length: int, stride: int
-) -> list[list[Window]]:
-    """Return the windows of each text; a word without any token becomes the unknown token."""
+def _pieces(tokenizer: PreTrainedTokenizerFast, texts: Sequence[TaggedText]) -> list[list[list[int]]]:
+    """Return the tokens of each word of each text; a word without any has the unknown token."""
     words = [_spaced(text) for text in texts]
-    found = _windows(tokenizer, words, max_length, stride)
-    nothing = str(tokenizer.unk_token or tokenizer.eos_token or tokenizer.pad_token)
-    for i, windows in enumerate(found):
-        seen = {word for _, numbers, _ in windows for word in numbers}
-        if len(seen - {None}) < len(words[i]):
-            readable = [word if number in seen else nothing for number, word in enumerate(words[i])]
-            found[i] = [(*window[:2], i) for window in _windows(tokenizer, [readable], max_length, stride)[0]]
-    return found
-
-
-def _windows(
-    tokenizer: PreTrainedTokenizerFast, words: list[list[str]], max_length: int, stride: int
-) -> list[list[Window]]:
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
-    try:
-        encoded: Any = tokenizer(
-            words, is_split_into_words=True, truncation=True, max_length=max_length, stride=stride,
-            return_overflowing_tokens=True, return_attention_mask=False, return_token_type_ids=False,
-        )  # fmt: skip
-    finally:
-        tokenizer.truncation_side = side
-    found: list[list[Window]] = [[] for _ in words]
-    for text, window in zip(encoded["overflow_to_sample_mapping"], encoded.encodings, strict=True):
-        found[text].append((window.ids, window.word_ids, text))
+    encoded: Any = tokenizer(
+        words, is_split_into_words=True, add_special_tokens=False, return_attention_mask=False,
+        return_token_type_ids=False, verbose=False,
+    )  # fmt: skip
+    nothing: Any = tokenizer.convert_tokens_to_ids(
+        str(tokenizer.unk_token or tokenizer.eos_token or tokenizer.pad_token)
+    )
+    found = []
+    for text, one in zip(words, encoded.encodings, strict=True):
+        pieces: list[list[int]] = [[] for _ in text]
+        for token, word in zip(one.ids, one.word_ids, strict=True):
+            pieces[word].append(token)
+        found.append([piece or [nothing] for piece in pieces])
     return found
 
 
@@ -143,72 +137,92 @@ def _spaced(text: TaggedText) -> list[str]:
     ]
 
 
-def _counted_once(windows: list[NDArray[np.int32]], step: int) -> list[NDArray[np.int32]]:
-    """Return the words of a text's windows, each left in one of them and -1 in the others.
+def _runs(counts: Sequence[NDArray[np.int64]], rooms: Sequence[int], stride: int) -> list[range]:
+    """Return the words of each window of a text.
 
     Args:
-        windows: Of each window the word that each of its tokens is of, -1 for special tokens.
-        step: From the first token of a window to that of the next one, special tokens left aside.
+        counts: Of each tokenizer how many tokens each word has, `(W,)`.
+        rooms: Of each how many tokens fit.
+        stride: The most that two windows share.
+
+    >>> _runs([np.ones(10, int)], [6], 4)
+    [range(0, 6), range(2, 8), range(4, 10)]
     """
-    if len(windows) == 1:
-        return windows
-    first: dict[int, int] = {}  # where each word begins, counted through the text
-    for number, words in enumerate(windows):
-        for place, word in enumerate(words[words >= 0].tolist(), start=number * step):
-            first[word] = min(place, first.get(word, place))
-    owner: dict[int, tuple[float, int]] = {}  # how much stands around it in its window, and which that is
-    for number, words in enumerate(windows):
-        start, size = number * step, int((words >= 0).sum())
-        for word in set(words[words >= 0].tolist()):
-            before = first[word] - start if number else np.inf
-            behind = start + size - 1 - first[word] if number < len(windows) - 1 else np.inf
-            if before >= 0 and (around := float(min(before, behind))) > owner.get(word, (-1.0, 0))[0]:
-                owner[word] = (around, number)
-    return [
-        np.array([word if owner.get(word, (0, -1))[1] == number else -1 for word in words.tolist()], np.int32)
-        for number, words in enumerate(windows)
-    ]
+    ends = [np.concatenate([[0], np.minimum(count, room).cumsum()]) for count, room in zip(counts, rooms, strict=True)]
+    found, start, total = [], 0, len(counts[0])
+    while True:
+        fits = [np.searchsorted(end, end[start] + room, "right") - 1 for end, room in zip(ends, rooms, strict=True)]
+        stop = int(min(fits))
+        found.append(range(start, stop))
+        if stop == total:
+            return found
+        shared = (np.searchsorted(end, end[stop] - stride) for end in ends)
+        # Otherwise the next word would not fit behind what is shared, and the window would show nothing new.
+        room_for_next = (np.searchsorted(end, end[stop + 1] - room) for end, room in zip(ends, rooms, strict=True))
+        start = max(start + 1, *map(int, shared), *map(int, room_for_next))
 
 
-class WordDataset(BatchDataset):
+def _counted(runs: Sequence[range]) -> list[set[int]]:
+    """Return which words count in each window: a word where most words are on both of its sides."""
+    best: dict[int, tuple[float, int]] = {}
+    for number, run in enumerate(runs):
+        for word in run:
+            before = word - run.start if number else np.inf
+            behind = run.stop - 1 - word if number < len(runs) - 1 else np.inf
+            if (around := float(min(before, behind))) > best.get(word, (-1.0, 0))[0]:
+                best[word] = (around, number)
+    found: list[set[int]] = [set() for _ in runs]
+    for word, (_, number) in best.items():
+        found[number].add(word)
+    return found
+
+
+def _window(
+    words: Sequence[list[int]], run: range, counted: set[int], room: int, around: tuple[list[int], list[int]]
+) -> tuple[Ints, Ints]:
+    """Return a window's tokens, and the word of each that counts, -1 for others."""
+    before, behind = around
+    tokens, owners = list(before), [-1] * len(before)
+    for word in run:
+        pieces = words[word][:room]
+        tokens += pieces
+        owners += [word if word in counted else -1] * len(pieces)
+    return np.array(tokens + behind, np.int32), np.array(owners + [-1] * len(behind), np.int32)
+
+
+def _stored(windows: Sequence[tuple[Ints, Ints]], texts: Sequence[int]) -> Windows:
+    tokens, words = (np.concatenate(part) for part in zip(*windows, strict=True))
+    offsets = np.cumsum([0, *(len(window) for window, _ in windows)])
+    return Windows(tokens, offsets, words, np.array(texts, np.int64))
+
+
+class WordDataset(FlatDataset):
     """A run of windows of tagged texts.
 
     Batches have `input_ids`, `attention_mask`, `labels` and `keep` `(B, L)`, `index` and `window_of` `(B,)`; where
-    every token of a word counts also `begins` `(B, L)`, which of them is its first.
+    every token of a word counts also `begins` `(B, L)`, which of them is its first. Of a teacher's own tokens they have
+    `teacher_input_ids`, `teacher_attention_mask` and `teacher_rows` `(B, L')`: where the words begin that count.
 
     Args:
-        windows: Of all texts there are.
+        windows: Of all texts there are, by the prefix of their names in the batch.
         labels: The class of each token of a word, `(T,)` int64; of those that do not count it is not read.
         every_token: Whether every token of a word counts, and not its first alone.
         span: Which of the windows these are.
-        pad_token_id: What batches are padded with.
+        padding: What batches are padded with, by prefix.
     """
 
     def __init__(
-        self, windows: Windows, labels: NDArray[np.int64], every_token: bool, span: range, pad_token_id: int
-    ) -> None:
-        self.windows, self.span, self.cut = windows, span, windows.cut
-        begins = windows.begins
-        keep = windows.words >= 0 if every_token else begins
-        self.entries: dict[str, tuple[NDArray[Any], int]] = {
-            "input_ids": (windows.tokens, pad_token_id), "labels": (np.where(keep, labels, IGNORE), IGNORE),
-            "keep": (keep, False),
-        }  # fmt: skip
-        if every_token:
-            self.entries["begins"] = (begins, False)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each window, `(len(self),)`."""
-        return self.windows.lengths[self.span.start : self.span.stop]
-
-    def _turn(self, epoch: int) -> Turn:
-        return np.arange(len(self)), self.lengths
-
-    def __getitem__(self, positions: Positions | Sequence[int]) -> Batch:
-        index = np.asarray(positions, np.int64) + self.span.start
-        place, mask = padded(self.windows.offsets, index)
-        batch = {name: np.where(mask, flat[place], fill) for name, (flat, fill) in self.entries.items()}
-        batch |= {"attention_mask": mask.astype(np.int64), "index": index, "window_of": self.cut[index]}
-        batch["input_ids"] = batch["input_ids"].astype(np.int64)
-        return {name: torch.from_numpy(entry) for name, entry in batch.items()}
+        self, windows: Mapping[str, Windows], labels: NDArray[np.int64], every_token: bool, span: range,
+        padding: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        own, begins = windows[""], windows[""].begins
+        keep = own.words >= 0 if every_token else begins
+        entries: dict[str, Entry] = {"labels": (np.where(keep, labels, IGNORE), IGNORE)}
+        entries |= {"keep": (keep, False)} | ({"begins": (begins, False)} if every_token else {})
+        of_prefix: dict[str, dict[str, Entry]] = {
+            prefix: {"input_ids": (one.tokens.astype(np.int64), padding[prefix])}
+            | ({"rows": (one.begins, False)} if prefix else entries)
+            for prefix, one in windows.items()
+        }
+        offsets = {prefix: one.offsets for prefix, one in windows.items()}
+        super().__init__(offsets, of_prefix, {"window_of": own.cut}, span)

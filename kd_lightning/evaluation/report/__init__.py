@@ -5,7 +5,7 @@ so a report can be printed or drawn again without the run. Nothing here imports 
 """
 
 from kd_lightning.evaluation.report.build import SCHEMA_VERSION, build_report
-from kd_lightning.evaluation.report.files import load_report, write_report
+from kd_lightning.evaluation.report.files import PAGE, load_report, write_report
 from kd_lightning.evaluation.report.findings import findings
 from kd_lightning.evaluation.report.results import (
     Curve,
@@ -20,6 +20,7 @@ from kd_lightning.evaluation.report.table import comparison_rows, markdown_table
 from kd_lightning.evaluation.report.text import report_markdown, summary
 
 __all__ = [
+    "PAGE",
     "SCHEMA_VERSION",
     "Curve",
     "DataSummary",

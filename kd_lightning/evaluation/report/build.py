@@ -44,6 +44,7 @@ def build_report(
     selection: str | None = None,
     notes: Sequence[str] = (),
     samples: Sequence[Mapping[str, Any]] = (),
+    details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Assemble the report, schema version 3 (docs/report_schema.md).
 
@@ -60,6 +61,7 @@ def build_report(
         selection: How checkpoints were selected, if not by `data.monitor` on validation.
         notes: What was found before the comparison; the first of the warnings.
         samples: How models go on with some prompts, as `evaluation.generated.samples` returns it.
+        details: What single models confuse, how they are calibrated and where student and teacher differ most.
 
     Returns:
         Plain JSON data; NaN and infinities become None.
@@ -101,6 +103,7 @@ def build_report(
         "stages": dict(stages_seconds),
         "environment": dict(environment),
         **({"samples": samples} if samples else {}),
+        **({"details": details} if details else {}),
     }
     plain: dict[str, Any] = to_plain(report)
     plain["warnings"] = [*notes, *findings(plain)]

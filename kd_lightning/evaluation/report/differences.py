@@ -137,6 +137,11 @@ def ratios(scores: Mapping[str, list[float]], name: str, baseline: str, directio
     }
 
 
+def gap_is_noise(report: Mapping[str, Any]) -> bool:
+    """Return whether the gap T - S between the teacher and the student from labels may be noise."""
+    return is_noise(report["differences"].get("teacher", {}).get("baseline"))
+
+
 def is_noise(difference: Mapping[str, Any] | None) -> bool:
     """Return whether a difference is below twice its standard error, if that is known."""
     if difference is None or difference["mean"] is None or difference["standard_error"] is None:

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.evaluation.report.build import SCHEMA_VERSION
-from kd_lightning.evaluation.report.text import report_markdown
+from kd_lightning.evaluation.report.page import run_page
+from kd_lightning.evaluation.report.text import captions, report_markdown
 from kd_lightning.runtime.errors import DataError, KDError
 from kd_lightning.runtime.files import write_file
 from kd_lightning.runtime.seals import read_sealed, sealed_text
 
+PAGE = "report.html"
+"""The page of a run."""
+
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write `report.json`, `report.md`, `curves.png`, `tradeoff.png` and, with shares, `shares.png`.
+    """Write `report.json`, `report.md`, `report.html` and the pictures that the report has figures for.
 
     Everything is rendered before the first file is touched, and each file replaces its predecessor in one step: a
     failure leaves the old report as it was.
@@ -30,18 +34,21 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> Path:
     Raises:
         ValueError: If the report holds nan or infinity (`build_report` leaves none).
     """
-    from kd_lightning.evaluation.report.pictures import curves_figure, shares_figure, tradeoff_figure
+    from kd_lightning.evaluation.report.pictures import FIGURES
 
     folder = Path(folder)
     contents: dict[str, bytes] = {}
-    for name, draw in (("curves", curves_figure), ("tradeoff", tradeoff_figure), ("shares", shares_figure)):
+    for name, draw in FIGURES.items():
         figure = draw(report)
         if figure is not None:
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=150)
-            contents[f"{name}.png"] = picture.getvalue()
+            contents[name] = picture.getvalue()
+    titles = captions(report)
+    page = run_page(report, [(titles[name], picture) for name, picture in contents.items()])
     contents["report.json"] = sealed_text(report).encode()
-    contents["report.md"] = report_markdown(report, pictures=tuple(contents)).encode()
+    contents[PAGE] = page.encode()
+    contents["report.md"] = report_markdown(report, pictures=tuple(FIGURES.keys() & contents.keys())).encode()
     for name, content in contents.items():
         write_file(folder / name, content)
     return folder / "report.md"

@@ -9,6 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.evaluation.report.results import monitor, role, score_title
+from kd_lightning.evaluation.report.style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    SERIES,
+    TITLE,
+    End,
+    name_lines,
+    new_figure,
+    spread_out,
+    tidy,
+)
 from kd_lightning.evaluation.report.table import count, short
 from kd_lightning.runtime.borders import drawn
 
@@ -16,25 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, for colour-blind readers
-COLOURS = {
-    "teacher": "#000000",
-    "assistant": "#56B4E9",
-    "baseline": "#E69F00",
-    "baseline_initialised": "#CC79A7",
-    "distilled": "#0072B2",
-    "finetuned": "#009E73",
-}
-MARKERS = {
-    "teacher": "*",
-    "assistant": "v",
-    "baseline": "o",
-    "baseline_initialised": "D",
-    "distilled": "s",
-    "finetuned": "^",
-}
-
-TERM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+PANELS = 4
+"""Of several tasks, those whose calibration is drawn."""
 
 
 def curves_figure(report: Mapping[str, Any]) -> Figure | None:
@@ -54,10 +49,12 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
     figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     main = monitor(report)
+    ends: list[End] = []
     teacher = report["models"].get("teacher", {}).get("validation", {}).get(main)
     if teacher and teacher["mean"] is not None:
         title = drawn(report["models"]["teacher"]["title"])
         axes.axhline(teacher["mean"], color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label=title, zorder=1)
+        ends.append(End(None, teacher["mean"], title, COLOURS["teacher"]))
     for name, (steps, means, deviations) in points.items():
         start = points["distilled"][0][-1] if name == "finetuned" and "distilled" in points else 0
         x = [start + step for step in steps]
@@ -65,18 +62,19 @@ def curves_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.plot(
             x, means, label=title, color=COLOURS[role(name)], marker=MARKERS[role(name)], markersize=4, linewidth=1.8
         )
+        ends.append(End(x[-1], means[-1], title, COLOURS[role(name)]))
         if any(deviations):
             low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
             high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
             axes.fill_between(x, low, high, color=COLOURS[role(name)], alpha=0.18, linewidth=0)
     seeds = len(report["seeds"])
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
-    axes.set_title(f"Learning curves{spread}", fontsize=11)
+    axes.set_title(f"Learning curves{spread}", fontsize=TITLE)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel(drawn(f"validation {score_title(report)}"))
     axes.set_xlim(left=0)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)  # never over a line
     tidy(axes)
+    name_lines(axes, ends)
     return figure
 
 
@@ -136,7 +134,7 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
         axes = figure.add_subplot(1, len(panels), number)
         for term, seeds in terms.items():
             steps, means, _ = mean_series(seeds)
-            colour = TERM_COLOURS[every.index(term) % len(TERM_COLOURS)]
+            colour = SERIES[every.index(term) % len(SERIES)]
             marker = "o" if len(steps) < 30 else ""
             axes.plot(
                 steps, [100 * mean for mean in means], label=drawn(term), color=colour, marker=marker, markersize=4
@@ -147,8 +145,57 @@ def shares_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.set_xlim(left=0)
         tidy(axes)
     handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     return figure
+
+
+def calibration_figure(report: Mapping[str, Any]) -> Figure | None:
+    """Draw how often predictions are right against how sure they are: a panel a task, a line a model.
+
+    A marker's area is the share of the examples; on the diagonal, probabilities are what they claim to be.
+
+    Returns:
+        The figure; None if no model predicts classes.
+    """
+    parts = [part for part in report.get("details", {}).get("parts", ()) if any(_bins(part).values())]
+    if not parts:
+        return None
+    figure = new_figure(max(1.0 + 4.2 * min(len(parts), PANELS), 7.5), 4.2)
+    for number, part in enumerate(parts[:PANELS], start=1):
+        axes = figure.add_subplot(1, min(len(parts), PANELS), number)
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+        for name, bins in _bins(part).items():
+            colour, title = COLOURS[role(name)], drawn(report["models"][name]["title"])
+            if nothing := part["models"][name].get("unpredicted"):
+                title += f" ({nothing:,} NaN left out)"
+            total = sum(one["examples"] for one in bins)
+            x, y = ([one[key] for one in bins] for key in ("confidence", "accuracy"))
+            axes.plot(x, y, color=colour, linewidth=1.4, label=title)
+            axes.scatter(x, y, s=[12 + 300 * one["examples"] / total for one in bins], color=colour, alpha=0.5)
+        axes.set_xlabel("probability of the predicted class")
+        axes.set_ylabel("share of predictions that are right")
+        axes.set_title(drawn(part["name"]) if part["name"] else "", fontsize=TITLE)
+        axes.set_xlim(0, 1.03)
+        axes.set_ylim(0, 1.03)
+        tidy(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _bins(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bins of confidence of the models that have some."""
+    models = {name: model.get("bins") for name, model in part["models"].items()}
+    return {name: models[name] for name in COLOURS if models.get(name)}
+
+
+FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
+    "curves.png": curves_figure,
+    "tradeoff.png": tradeoff_figure,
+    "shares.png": shares_figure,
+    "calibration.png": calibration_figure,
+}
+"""What draws each picture, by its file's name."""
 
 
 def mean_curve(curves: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], list[float]]:
@@ -175,35 +222,6 @@ def mean_series(series: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[fl
     values = [[seed[step] for seed in seeds] for step in steps]
     means = [statistics.fmean(row) for row in values]
     return steps, means, [statistics.stdev(row) if len(row) > 1 else 0.0 for row in values]
-
-
-def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart until neighbours are at least `gap` apart.
-
-    The order and the mean of every moved group are kept.
-
-    >>> spread_out([0.0, 0.1, 5.0], gap=1.0)
-    [-0.45, 0.55, 5.0]
-    """
-    groups: list[list[int]] = []  # runs of touching labels, spaced evenly around their mean
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-
-    def middle(group: list[int]) -> float:
-        return statistics.fmean(wanted[i] for i in group)
-
-    def half(group: list[int]) -> float:
-        return gap * (len(group) - 1) / 2
-
-    for index in order:
-        groups.append([index])
-        while len(groups) > 1 and middle(groups[-1]) - half(groups[-1]) < middle(groups[-2]) + half(groups[-2]) + gap:
-            last = groups.pop()
-            groups[-1] = groups[-1] + last
-    placed = [0.0] * len(wanted)
-    for group in groups:
-        for rank, index in enumerate(group):
-            placed[index] = round(middle(group) - half(group) + gap * rank, 9)
-    return placed
 
 
 def _tradeoff_panel(axes: Axes, report: Mapping[str, Any], section: str, key: str) -> None:
@@ -250,17 +268,3 @@ def _terms(curves: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 def _tick_writer(write: Callable[[float], str]) -> Callable[[float, float], str]:
     """Adapt a number format to matplotlib's ticks, where 10.0M becomes 10M."""
     return lambda value, _position: re.sub(r"\.0+(?=\D|$)", "", write(value))
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure with constrained layout; sizes in inches."""
-    from matplotlib.figure import Figure  # takes most of a second, and is only needed here
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def tidy(axes: Axes) -> None:
-    """Remove the axes' superfluous lines."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)

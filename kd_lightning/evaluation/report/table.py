@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kd_lightning.evaluation.report.differences import is_noise
+from kd_lightning.evaluation.report.differences import gap_is_noise
 from kd_lightning.evaluation.report.results import score_title
 from kd_lightning.runtime.borders import markdown, shown, visible
 
@@ -28,6 +28,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
     models = report["models"]
     batch_size = next((m["throughput"]["batch_size"] for m in models.values() if m["throughput"]), None)
     throughput = "examples/s" + (f" (batch {batch_size})" if batch_size else "")
+    withheld = gap_is_noise(report)
     speeds: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "latency p50 / p95, ms": lambda m: _latency(m["latency_ms"]),
         throughput: lambda m: _part(m["throughput"], "examples_per_second", short),
@@ -42,7 +43,7 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
         **speeds,
         "training time, s": lambda m: spread(m["training_seconds"], lambda value: f"{value:.1f}"),
         **({OUTPUTS: _outputs} if any(model.get("outputs_seconds") for model in models.values()) else {}),
-        "gap closed": lambda m: spread(m.get("distillation_ratio"), _two_digits),
+        "gap closed": lambda m: MISSING if withheld else spread(m.get("distillation_ratio"), _two_digits),
     }
     rows = [[name, *(cell(model) for model in models.values())] for name, cell in cells.items()]
     return [["", *(model["title"] for model in models.values())], *rows]
@@ -103,7 +104,7 @@ def ratio_line(report: Mapping[str, Any]) -> str:
     ratio, same = report["distillation_ratio"], report["distillation_ratio_same_start"]
     if ratio["mean"] is None:
         return "distillation ratio (S_kd - S) / (T - S): undefined"
-    if is_noise(report["differences"]["teacher"].get("baseline")):
+    if gap_is_noise(report):
         return "distillation ratio (S_kd - S) / (T - S): not given, the gap T - S may be noise"
     seeds = f" over {len(ratio['values'])} seeds" if len(ratio["values"]) > 1 else ""
     start = f"; against the same start {spread(same, _two_digits)}" if same["mean"] is not None else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from kd_lightning.evaluation.report.differences import is_noise
+from kd_lightning.evaluation.report.differences import gap_is_noise, is_noise
 from kd_lightning.evaluation.report.results import monitor, score_title, sign
 from kd_lightning.evaluation.report.table import MISSING, as_markdown, markdown_table, ratio_line, short
 from kd_lightning.runtime.borders import fence, markdown, visible
@@ -42,40 +42,52 @@ def report_markdown(report: Mapping[str, Any], pictures: Collection[str] = ("cur
     Returns:
         The text of report.md.
     """
-    data, environment, title = report["data"], report["environment"], score_title(report)
-    splits = ", ".join(f"{markdown(name)} {size:,}" for name, size in data["splits"].items())
+    environment = report["environment"]
     parts = [f"# {markdown(report['task'])}: distillation report", markdown(summary(report))]
     parts += ["\n".join(f"> **Warning.** {markdown(warning)}" for warning in report["warnings"]).replace("\n", "\n>\n")]
     parts += ["## Comparison on the test split", markdown_table(report), ratio_line(report) + "."]
-    captions = {
-        "curves.png": f"Validation {title} during training",
-        "tradeoff.png": f"Test {title} against size and against latency",
-        "shares.png": "Each loss term's share of the distillation's loss and gradient",
-    }
-    parts += [f"![{markdown(caption)}]({name})" for name, caption in captions.items() if name in pictures]
+    parts += [f"![{markdown(caption)}]({name})" for name, caption in captions(report).items() if name in pictures]
     parts += [
         _errors_by_unit(report),
         _samples(report),
         "## How to read it",
-        markdown(report["selection"]),
-        f"Seeds: {', '.join(map(str, report['seeds']))}. Data: {markdown(data['name'])} ({splits})."
-        + _chance_text(data),
-        _difference_text(report, title),
-        _speed_text(report),
-        _outputs_text(report),
+        *map(markdown, reading(report)),
         "## How to reproduce it",
         f"{(marks := fence(report['command']))}\n{visible(report['command'])}\n{marks}",
         as_markdown(
-            [["setting", "value"], *([name, _value(value)] for name, value in report["settings"].items())], ":--"
+            [["setting", "value"], *([name, cell(value)] for name, value in report["settings"].items())], ":--"
         ),
         as_markdown([["stage", "seconds"], *([name, short(value)] for name, value in report["stages"].items())]),
-        as_markdown([["environment", ""], *([name, _value(value)] for name, value in environment.items())], ":--"),
+        as_markdown([["environment", ""], *([name, cell(value)] for name, value in environment.items())], ":--"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def captions(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return what each picture shows, by its file's name."""
+    title = score_title(report)
+    return {
+        "curves.png": f"Validation {title} during training",
+        "tradeoff.png": f"Test {title} against size and against latency",
+        "shares.png": "Each loss term's share of the distillation's loss and gradient",
+        "calibration.png": "How often predictions of each confidence are right, on the test split",
+    }
+
+
+def reading(report: Mapping[str, Any]) -> list[str]:
+    """Return how the figures are to be read, a paragraph each."""
+    data = report["data"]
+    splits = ", ".join(f"{name} {size:,}" for name, size in data["splits"].items())
+    seeds = ", ".join(map(str, report["seeds"]))
+    found = [
+        report["selection"], f"Seeds: {seeds}. Data: {data['name']} ({splits}).{_chance_text(data)}",
+        _difference_text(report, score_title(report)), _speed_text(report), _outputs_text(report),
+    ]  # fmt: skip
+    return [text for text in found if text]
+
+
 def _errors_by_unit(report: Mapping[str, Any]) -> str:
-    """Return scores with errors by document, and what the distillation changes, of language models."""
+    """Return scores with errors by document or query, and what the distillation changes."""
     models, unit = report["models"], report["data"].get("unit", "example")
     if unit == "example":
         return ""
@@ -87,8 +99,9 @@ def _errors_by_unit(report: Mapping[str, Any]) -> str:
             changes = [one if name == monitor(report) else one["scores"].get(name) for one in against.values()]
             cells = [model["test"].get(name) for model in models.values()] + changes
             rows.append([spec["title"], *map(_with_error, cells)])
+    why = "Documents of a query are ranked together" if unit == "query" else f"Tokens of a {unit} are alike"
     return (
-        f"## Standard errors by {unit}\n\nTokens of a {unit} are alike, so errors are over the {units:,} test {unit}s. "
+        f"## Standard errors by {unit}\n\n{why}, so errors are over the {units:,} test {_several(unit)}. "
         f"Differences are {unit} by {unit}, and include the variation over seeds.\n\n{as_markdown(rows)}"
     )
 
@@ -119,19 +132,24 @@ def _chance_text(data: Mapping[str, Any]) -> str:
         return text
     error = _score(data["standard_error"])
     units, unit = data.get("units", data["n_test"]), data.get("unit", "example")
-    return f"{text} With {units:,} test {unit}s the standard error of a score is up to {error}."
+    return f"{text} With {units:,} test {_several(unit)} the standard error of a score is up to {error}."
+
+
+def _several(unit: str) -> str:
+    """Return a unit in the plural."""
+    return "queries" if unit == "query" else f"{unit}s"
 
 
 def _score(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-def _value(value: Any) -> str:
+def cell(value: Any) -> str:
     """Write a setting in one cell."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {cell(item)}" for name, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_value, value)) or "none"
+        return ", ".join(map(cell, value)) or "none"
     return "unknown" if value is None else str(value)
 
 
@@ -172,10 +190,12 @@ def _gain(report: Mapping[str, Any], baseline: float, distilled: float) -> str:
     better = sign(report, monitor(report))
     if ratio is None:
         return f"There was no gap for distillation to close: {compared}."
+    if gap_is_noise(report):
+        return f"The gap to the teacher may be noise, so that there is little to gain here or to conclude: {compared}."
     if better * distilled <= max(better * value for value in best):
-        return f"Distillation did not help: {compared}."
-    if is_noise(report["differences"]["teacher"].get("baseline")):
-        return f"The gap to the teacher may be noise: {compared}."
+        changes = report["differences"].get("distilled", {}).values()
+        noise = ", or its gain is lost in noise" if changes and all(map(is_noise, changes)) else ""
+        return f"Distillation did not help{noise}: {compared}."
     from_start = f", {100 * same:.0f}% of what the same start leaves" if same is not None else ""
     return f"Distillation closed {100 * ratio:.0f}% of the gap to the teacher{from_start}: {compared}."
 
@@ -185,13 +205,13 @@ def _difference_text(report: Mapping[str, Any], title: str) -> str:
     sentences = []
     for baseline, difference in report["differences"].get("distilled", {}).items():
         if difference["standard_error"] is not None:
-            same = f"compared on the same test {report['data'].get('unit', 'example')}s"
+            same = f"compared on the same test {_several(report['data'].get('unit', 'example'))}"
             method = same if difference["paired"] else "as if from independent test sets"
             sentences.append(
                 f"Distilled minus {report['models'][baseline]['title']}: {difference['mean']:+.3f} {title}, standard "
                 f"error {difference['standard_error']:.3f} ({method}, variation over seeds included)."
             )
-    return markdown(" ".join(sentences))
+    return " ".join(sentences)
 
 
 def _outputs_text(report: Mapping[str, Any]) -> str:
@@ -204,7 +224,7 @@ def _outputs_text(report: Mapping[str, Any]) -> str:
                 f"runs, whose stored outputs were read, and {spent['training']:.1f} s within the students' training "
                 "time."
             )
-    return markdown(" ".join(sentences))
+    return " ".join(sentences)
 
 
 def generation_text(rows: Sequence[Mapping[str, Any]], target: str) -> str:

@@ -2,7 +2,7 @@
 
 A format is a module with
 
-* `FILE`, the file with the weights, `QUANTIZE`, its precisions, `NEEDS` and `READS`, packages
+* `FILE`, the file that is loaded, `QUANTIZE`, its precisions, `NEEDS` and `READS`, packages
   for writing and loading it;
 * `check(model)`, which refuses a student that the format cannot hold, before anything is written;
 * `write(source, quantize, folder)`, which writes the model and returns the details of the format;
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from kd_lightning.export.source import Source
     from kd_lightning.training.run_folder import TrainedModel
 
-FORMATS = ("safetensors", "huggingface", "pt2", "onnx", "gguf", "peft", "sentence_transformers")
+FORMATS = (
+    "safetensors", "huggingface", "pt2", "onnx", "executorch", "openvino", "gguf", "peft", "sentence_transformers",
+)  # fmt: skip
+EXTRAS = {"onnx": "export", "executorch": "executorch", "openvino": "openvino", "gguf": "lm", "peft": "lm"}
+"""The extra of the package that installs what a format needs."""
+
 QUANTIZE = ("none", "int8-weights", "int8-dynamic", "int8-static", "fp16", "bf16")
 
 
@@ -37,10 +42,12 @@ class Written:
     Attributes:
         inputs: Names of the model's inputs, in order.
         opset: ONNX's.
+        beside: Files of weights beside `FILE`.
     """
 
     inputs: list[str]
     opset: int | None = None
+    beside: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -90,5 +97,4 @@ def check_choice(format: str, quantize: str) -> Format:
 def require_packages(format: str, names: tuple[str, ...]) -> None:
     """Raise `ConfigError` if a package is missing."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        extra = "export" if format == "onnx" else "lm"
-        raise ConfigError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[{extra}]'")
+        raise ConfigError(f"format {format} needs {', '.join(missing)}: pip install 'kd-lightning[{EXTRAS[format]}]'")

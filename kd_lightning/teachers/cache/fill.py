@@ -91,6 +91,11 @@ def attention_mask(batch: Batch) -> Tensor | None:
     return batch.get("teacher_attention_mask" if own else "attention_mask")
 
 
+def stored_rows(batch: Batch) -> Tensor | None:
+    """Return which rows of the teacher's logits are stored: its own `teacher_keep`, `keep`, or None: all."""
+    return batch.get("teacher_keep", batch.get("keep"))
+
+
 def check_repeatable(teacher: Run, batch: Batch) -> ModelOutput:
     """Return the teacher's output for a batch, after running it twice.
 
@@ -147,12 +152,12 @@ def fill(
             seconds = PREDICTING.seconds - before
             mask = attention_mask(part)
             if not begun:
-                size = estimate(cache, output, mask, lengths, part.get("keep"))
+                size = estimate(cache, output, mask, lengths, stored_rows(part))
                 say(f"teacher outputs: {size}, in {cache.folder}")
                 check_room(cache, size)
                 begun = True
             count += len(part["index"])
-            cache.add(part["index"], output, mask, seconds, part.get("keep"))
+            cache.add(part["index"], output, mask, seconds, stored_rows(part))
     if alone and not cache.complete:
         number = cache.manifest.num_examples
         raise CacheError(

@@ -143,9 +143,10 @@ def specs_of(output: ModelOutput, mask: Tensor | None, storage: Storage, keep: T
     given = output.sparse and (output.sparse.values.shape[-1], output.sparse.drawn)
     if given not in (None, (storage.top_k, storage.drawn)):
         raise CacheError(f"the teacher gives {given[0]} logits of each token, and {storage} is for others")
-    tokens = None if mask is None else mask.shape[1]
     found = []
     for name, value in named(output).items():
+        places = keep if name == "logits" and keep is not None else mask
+        tokens = None if places is None else places.shape[1]
         kind: Kind = "example"
         shape = tuple(value.shape[1:])
         if tokens is not None and len(shape) == 3 and shape[1:] == (tokens, tokens):
@@ -171,7 +172,9 @@ def named(output: ModelOutput) -> dict[str, Tensor | SparseLogits]:
     return {"logits": output.logits if output.sparse is None else output.sparse, **output.features}
 
 
-def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Tensor | None) -> None:
+def check_shapes(
+    specs: list[Spec], output: ModelOutput, index: Tensor, mask: Tensor | None, keep: Tensor | None = None
+) -> None:
     """Check that an output has the names and shapes of the first one.
 
     Raises:
@@ -184,9 +187,10 @@ def check_shapes(specs: list[Spec], output: ModelOutput, index: Tensor, mask: Te
     for spec in specs:
         shape: tuple[int, ...] = spec.shape
         if spec.kind != "example":
-            if mask is None:
+            places = keep if spec.kind == "row" and keep is not None else mask
+            if places is None:
                 raise CacheError(f"{spec.name} is stored for real tokens only: its batches need an attention mask")
-            tokens = mask.shape[1]
+            tokens = places.shape[1]
             shape = (*shape, tokens, tokens) if spec.kind == "pair" else (tokens, *shape)
         if tuple(values[spec.name].shape) != (len(index), *shape):
             raise CacheError(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_lightning.models.adapt import is_input
+from kd_lightning.models.adapt import PLACES, is_input
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.runtime.files import write_file
 from kd_lightning.teachers.cache.manifest import CONTENTS, MANIFEST, Manifest, ShardRecord, cannot_write
@@ -33,7 +33,7 @@ Contents = NDArray[np.bytes_]
 def contents_of(batches: Iterable[Batch], number: int) -> Contents:
     """Return the digest of what a network reads of each example: all that it is given, without padding.
 
-    What counts of its outputs (`keep`) is part of it, since only that is stored.
+    What counts of its outputs (`keep`, `masked_places`) is part of it, since only that is stored.
 
     Args:
         batches: Batches that together contain every example, in any order, with the teacher's entries under the plain
@@ -43,8 +43,10 @@ def contents_of(batches: Iterable[Batch], number: int) -> Contents:
     found = np.zeros(number, f"S{BYTES}")
     for batch in batches:
         mask = batch.get("attention_mask")
-        entries = {name: batch[name] for name in sorted(batch) if is_input(name) or name == "keep"}
-        rows = {name: _rows(value, mask) for name, value in entries.items() if name != "attention_mask"}
+        entries = {name: batch[name] for name in sorted(batch) if is_input(name) or name in ("keep", PLACES)}
+        own = (PLACES, "keep") if PLACES in batch else ()  # as wide as the most masked tokens of a text
+        rows = {name: _rows(value, batch["keep"] if name in own else mask) for name, value in entries.items()
+                if name != "attention_mask"}  # fmt: skip
         heads = {name: f"{name} {entries[name].dtype}".encode() for name in rows}
         for place, index in enumerate(batch["index"].tolist()):
             digest = hashlib.blake2b(digest_size=BYTES)

@@ -347,7 +347,7 @@ class TeacherCache:
         with torch.inference_mode(False), torch.no_grad():
             index, mask, keep = index.cpu(), _on_cpu(mask), _on_cpu(keep)
             specs = self.manifest.specs or specs_of(output, mask, self.manifest.storage, keep)
-            check_shapes(specs, output, index, mask)
+            check_shapes(specs, output, index, mask, keep)
             self._places.check_range(index.numpy())
             fresh = torch.from_numpy(self._places.fresh(index.numpy()))
             if len(fresh) == 0:

@@ -44,6 +44,7 @@ class SealedCheckpoints(TorchCheckpointIO):
         known = seals["files"]
         if path.name == RESUME:  # Lightning logs a step's row after the callbacks that save it
             seals["logs"] = {name: _text(log) for name, log in _logs(path.parent.parent).items()}
+            seals["step"] = checkpoint["global_step"]
             seals["pending"] = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         with replacing(path) as temporary:
             torch.save(checkpoint, temporary)

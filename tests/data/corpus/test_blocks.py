@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_lightning.data.corpus.blocks import Blocks, Packing, cut, split_documents
+from kd_lightning.data.corpus.blocks import Blocks, Packing, cut
+from kd_lightning.data.corpus.splits import split_documents
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.types import IGNORE
 from tests.data.corpus.texts import made, stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from tokenizers import processors
 
 from kd_lightning.data import ChatData
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
@@ -123,6 +125,40 @@ def test_a_tokenizer_without_chat_tokens_reads_the_plain_template(tmp_path: Path
     module = data(tmp_path, Path("bpe:300"), [TALK, *talks(9)], chat_template="plain")
     assert counted(module) == ["the people, ümlauts<|endoftext|>", "laws<|im_end|> and peace<|endoftext|>"]
     assert "generation" in str(module.tokenizer_of("student").chat_template)  # the run's tokenizer has it
+
+
+@pytest.mark.parametrize("turns", ["all", "everything"])
+def test_the_plain_template_begins_as_the_tokenizer_begins_a_text(tmp_path: Path, turns: str) -> None:
+    """Once a conversation, wherever it stands in a block, and as the tokenizer that is saved with the run writes it."""
+    ordinary = load_tokenizer("bpe:300", [" ".join(WORDS), *(m["content"] for m in TALK)])
+    ordinary.add_special_tokens({"bos_token": "<s>"})
+    write_tokenizer(ordinary, tmp_path / "named")  # it has one, and puts none before a text
+    bos = ordinary.bos_token_id
+    ordinary.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    write_tokenizer(ordinary, tmp_path / "put")
+    stores = {}
+    for name, expected in (("named", 0), ("put", 1)):
+        module = data(tmp_path, tmp_path / name, [TALK, *talks(9)], chat_template="plain", turns=turns)
+        module.prepare()
+        store = stores[name] = module._blocks.store
+        for begin, end in itertools.pairwise(store.offsets):
+            assert store.tokens[begin:end].tolist().count(bos) == expected
+            assert (int(store.tokens[begin]) == bos) == bool(expected)
+            assert not store.counted[begin]
+            assert store.widths[begin : begin + expected].sum() == 0
+        saved: Any = module.tokenizer_of("student")
+        text = saved.apply_chat_template(TALK, tokenize=False)
+        ids = saved(text, add_special_tokens=False)["input_ids"]
+        assert ids == store.tokens[: store.offsets[1]].tolist()
+    without, within = stores["named"], stores["put"]
+    firsts = within.offsets[:-1]
+    assert np.delete(within.tokens, firsts).tolist() == without.tokens.tolist()
+    counted_of = np.delete(within.counted, firsts)
+    if turns == "everything":  # what the first token was, its BOS predicts now
+        counted_of[without.offsets[:-1]] = False
+    assert counted_of.tolist() == without.counted.tolist()
 
 
 def test_prompt_and_response_are_a_conversation_of_two_turns(tmp_path: Path, tokenizer: Path) -> None:
@@ -318,7 +354,12 @@ def test_the_yaml_lists_every_option() -> None:
     options = set(yaml.safe_load((ROOT / "conf/data/chat.yaml").read_text(encoding="utf-8"))) - {"_target_"}
     parser = ArgumentParser()
     parser.add_class_arguments(ChatData)
-    assert options == set(parser.get_defaults().keys())
+    assert options == set(parser.get_defaults().keys()) - {"mask_probability", "mask_sets"}
+
+
+def test_conversations_are_not_masked(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mask_probability=0\.15: of conversations the next tokens are learned"):
+        data(tmp_path, tokenizer, mask_probability=0.15, packing="none")
 
 
 def test_data_sets_are_read_as_files_are(tmp_path: Path, tokenizer: Path) -> None:

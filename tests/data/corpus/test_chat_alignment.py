@@ -131,7 +131,31 @@ def test_one_template_serves_both_where_the_teacher_has_none(tmp_path: Path, tok
     module = crossed(tmp_path, tokenizer, talks(9), chat_template="plain", teacher_tokenizer=bare)
     found = spanned(module)
     assert sum(ends for _, ends in found) == len(module._reading.turns[1].begins)  # type: ignore[union-attr]
+    assert module.tokenizer_of("student").bos_token is None
     with pytest.raises(ConfigError, match=r"^data\.teacher_tokenizer='.*bare' has no chat template: set data\.chat_"):
         crossed(tmp_path, tokenizer, talks(9), teacher_tokenizer=bare).prepare()
     with pytest.raises(ConfigError, match=r"data\.cross_tokenizer=true: .* set data\.turns to all, or last"):
         crossed(tmp_path, tokenizer, talks(9), turns="everything")
+
+
+@pytest.mark.parametrize("teacher_has_one", [True, False])
+def test_a_student_with_a_token_before_a_text_reads_it_once(tmp_path: Path, teacher_has_one: bool) -> None:
+    """By the template `plain`, also where the teacher has none, whose tokens then begin with a role."""
+    own = teacher(tmp_path / "own", None)
+    other = load_tokenizer("bpe:350", [" ".join(WORDS[:6])] * 4)
+    write_tokenizer(other, tmp_path / "without")
+    names = (tmp_path / "without", own) if teacher_has_one else (own, tmp_path / "without")
+    module = data(
+        tmp_path, Path(names[0]), talks(9), chat_template="plain", teacher_tokenizer=str(names[1]), cross_tokenizer=True
+    )
+    module.prepare()
+    for role, has in (("student", not teacher_has_one), ("teacher", teacher_has_one)):
+        bos = module.tokenizer_of(role).bos_token_id
+        loader = module.select(tokens=role).val_dataloader()  # type: ignore[arg-type]
+        for batch in loader:
+            real = batch["attention_mask"] == 1
+            begins = batch["position_ids"][real] == 0
+            assert (bos is not None) == has
+            assert not has or torch.equal(batch["input_ids"][real] == bos, begins)
+    spans = torch.cat([batch["spans"].flatten(0, 1) for batch in module.val_dataloader()])
+    assert (spans[:, 1] > 0).sum() > 5

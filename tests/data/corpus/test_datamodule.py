@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from kd_lightning.data import LMTextData, Sotu
+from kd_lightning.data import GeneralDocuments, LMTextData, Sotu
 from kd_lightning.data.text.tokens import load_tokenizer, write_tokenizer
 from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.types import IGNORE, Batch
@@ -182,15 +182,21 @@ def test_data_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     data(tmp_path, made(20), tokenizer=str(tmp_path / "endless"), end_of_text=False).prepare()
 
 
-@pytest.mark.parametrize("source", [LMTextData, Sotu])
-def test_the_yaml_lists_every_option(source: type) -> None:
-    name = {"LMTextData": "lm_text", "Sotu": "sotu"}[source.__name__]
+@pytest.mark.parametrize(
+    ("name", "source", "without"),
+    [
+        ("lm_text", LMTextData, set()),
+        ("sotu", Sotu, {"validation_fraction", "test_fraction"}),
+        ("masked_text", LMTextData, {"cross_tokenizer"}),
+        ("general_documents", GeneralDocuments, {"cross_tokenizer"}),
+    ],
+)
+def test_the_yaml_lists_every_option(name: str, source: type, without: set[str]) -> None:
     path = ROOT / "conf" / "data" / f"{name}.yaml"
     options = set(yaml.safe_load(path.read_text(encoding="utf-8"))) - {"_target_"}
     parser = ArgumentParser()
     parser.add_class_arguments(source)
-    expected = set(parser.get_defaults().keys())
-    assert options == (expected - {"validation_fraction", "test_fraction"} if source is Sotu else expected)
+    assert options == set(parser.get_defaults().keys()) - without
 
 
 class TestSotu:

@@ -226,6 +226,16 @@ def test_sentences_line_up_with_the_file(tmp_path: Path) -> None:
     assert FileReader().sentences_and_gaps(path) == [("one",), None, ("three",)]
 
 
+def test_a_list_of_second_texts_has_a_row_for_each_and_is_not_empty(tmp_path: Path) -> None:
+    path, reader = tmp_path / "a.jsonl", FileReader(text_column="query", text_pair_column="found")
+    rows = [{"query": "a", "found": ["b", "c"]}, {"query": "", "found": []}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert reader.sentences_and_gaps(path) == [("a", "b"), ("a", "c"), None]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"query": "d", "found": []}]))
+    with pytest.raises(DataError, match=r"a\.jsonl: line 3, column 'found': the text is empty"):
+        reader.sentences_and_gaps(path)
+
+
 def test_whoever_reads_names_the_options_as_they_are_called(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("sentence,label\n")

@@ -62,6 +62,14 @@ def test_data_sets(tmp_path: Path) -> None:
             '{"query": "a", "found": "b", "like": "good"}', GroupReader("query", "found", score_column="like"),
             r"line 1, column 'like': the score 'good'",
         ),
+        (
+            f'{{"query": "a", "found": "b", "like": 1{"0" * 400}}}',
+            GroupReader("query", "found", score_column="like"), r"line 1, column 'like': the score 10000",
+        ),
+        (
+            '{"query": "a", "found": "b", "like": "0_1"}', GroupReader("query", "found", score_column="like"),
+            r"line 1, column 'like': the score '0_1'",
+        ),
         ("", PAIRS, r"there are no texts"),
         ('{"query": "a", "found": "b"', PAIRS, r"line 1, character \d+: not JSON"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd_lightning.data import SotuEras
-from kd_lightning.data.sources.sotu_eras import ERAS, MOST, STARTS, WORDS, passages
+from kd_lightning.data.sources.sotu_eras import ERAS, MOST, STARTS, WORDS, chosen_passages
 from kd_lightning.runtime import assets
 from kd_lightning.runtime.errors import DataError, KDError
 
@@ -27,11 +27,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_passages_are_whole_sentences_without_years() -> None:
-    found = passages(" ".join(sentence("x", i) for i in range(17)))
+    found = chosen_passages(" ".join(sentence("x", i) for i in range(17)))
     assert len(found) == 2, "the rest is too short"
     assert all(WORDS <= len(text.split()) < WORDS + 23 and text.endswith("here.") for text in found)
     assert all("1894" not in text and text.startswith("In [year] x spoke") for text in found)
-    long = passages(" ".join(sentence("x", i) for i in range(300)))
+    long = chosen_passages(" ".join(sentence("x", i) for i in range(300)))
     assert (len(long), len(set(long))) == (MOST, MOST)
 
 

@@ -49,6 +49,36 @@ def test_training_batches_have_whole_groups(made: Any) -> None:
     assert sorted(seen) == list(range(84))
 
 
+def test_groups_that_are_left_out_give_the_teacher_their_texts_alone(made: Any) -> None:
+    few, some, rest = (made(train_examples=10, transfer_examples=count) for count in (0, 12, None))
+    assert [data.sizes["train"] for data in (few, some, rest)] == [20] * 3
+    assert [data.sizes["transfer"] for data in (few, some, rest)] == [0, 24, 64]
+
+    def texts(data: EmbeddingFiles, part: str) -> set[tuple[int, ...]]:
+        rows = data._dataset(part, part)
+        return {tuple(rows[[n]]["input_ids"][0].tolist()) for n in range(len(rows))}
+
+    assert texts(some, "transfer") < texts(rest, "transfer"), "a smaller choice is part of a larger one"
+    assert not texts(rest, "transfer") & texts(rest, "train")
+    sizes = torch.cat([batch["group"] for batch in rest.train_dataloader()]).bincount()
+    assert sorted(sizes[sizes > 0].tolist()) == [1] * 64 + [2] * 10
+    alone = torch.cat([batch["group"] for batch in rest.select(pool=False).train_dataloader()]).bincount()
+    assert alone[alone > 0].tolist() == [2] * 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transfer_examples": 1}, r"data\.transfer_examples=1, but 0 groups are left for it: use fewer"),
+        ({"train_examples": 40, "transfer_examples": 3}, r"data\.transfer_examples=3, but 2 groups are left"),
+        ({"transfer_examples": -1}, r"data\.transfer_examples=-1: expected 0 or more"),
+    ],
+)
+def test_no_more_groups_give_texts_than_are_left(made: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        made(**options)
+
+
 def test_evaluations_go_through_texts_by_length_each_once(made: Any) -> None:
     data = made(eval_batch_size=8)
     ranges = {"val": (84, 96), "test": (96, 120), "all": (0, 120)}

@@ -24,7 +24,7 @@ def make(toy_csv: Callable[..., Path], tmp_path: Path) -> Callable[..., TextFile
 
 
 def drawn(data: TextData) -> Corpus:
-    return data._drawn(data.read())
+    return data.drawn()
 
 
 def test_a_smaller_choice_is_part_of_a_larger_one_and_even_over_the_classes(make: Callable[..., TextFiles]) -> None:

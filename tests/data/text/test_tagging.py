@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from kd_lightning.data import TokenFiles
+from kd_lightning.data.datamodule import Role
+from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.runtime.errors import ConfigError, DataError
+from kd_lightning.teachers.frozen import FrozenTeacher
 from kd_lightning.types import IGNORE
 
 LINES = "Ada B-PER\nLovelace I-PER\ncame O\nto O\nParis B-LOC\n. O\n\n"
@@ -109,7 +112,10 @@ def test_folds_leave_out_training_windows(train: str) -> None:
         ({"stride": -1}, "data.stride=-1: expected 0 or more"),
         ({"stride": 14}, "data.stride=14: expected less than the 14 tokens"),
         ({"scheme": "bilou"}, "data.scheme='bilou' is unknown"),
-        ({"teacher_tokenizer": "wordpiece:10"}, "data.teacher_tokenizer='wordpiece:10' reads other tokens than"),
+        (
+            {"teacher_tokenizer": "wordpiece:10", "label": "all"},
+            "data.label=all: the teacher's tokenizer 'wordpiece:10'",
+        ),
         ({"name": "conll2003"}, "give data.train_file or data.name, one of the two"),
         ({"class_names": ["O", "PER"]}, "data.class_names: 'PER' is no tag of the scheme"),
     ],
@@ -119,16 +125,91 @@ def test_options_that_do_not_fit_are_refused(train: str, options: dict[str, Any]
         make(train, **options).prepare()
 
 
-def test_a_teacher_of_other_tokens_is_refused(train: str, tmp_path: Path) -> None:
-    data = make(train)
+def begun(data: TokenFiles, batch: dict[str, torch.Tensor], role: Role) -> list[list[str]]:
+    """The first tokens of each row's words, as text."""
+    prefix, rows = ("teacher_", "teacher_rows") if role == "teacher" else ("", "keep")
+    tokenizer = data.tokenizer_of(role)
+    return [
+        [str(token).removeprefix("##") for token in tokenizer.convert_ids_to_tokens(ids[keep])]
+        for ids, keep in zip(batch[f"{prefix}input_ids"], batch[rows], strict=True)
+    ]
+
+
+def test_windows_of_two_tokenizers_have_the_same_words(train: str) -> None:
+    data = make(train, teacher_tokenizer="wordpiece:10", max_length=24)  # the teacher's tokens are characters
+    alone = make(train, max_length=24)
+    data.prepare(), alone.prepare()
+    assert data.num_examples > alone.num_examples
+    seen = 0
+    for batch in data.all_dataloader():
+        assert batch["teacher_input_ids"].shape[1] <= 24
+        assert batch["teacher_rows"].sum(1).equal(batch["keep"].sum(1))
+        for own, others in zip(begun(data, batch, "student"), begun(data, batch, "teacher"), strict=True):
+            assert [word[0] for word in own] == [word[0] for word in others]
+            seen += len(own)
+    assert seen == 30 * 6 + 60
+    teacher = data.select(tokens="teacher", pool=False)
+    for batch in teacher.test_dataloader():
+        assert "teacher_rows" not in batch
+        assert (batch["labels"] != IGNORE).equal(batch["keep"])  # what a teacher is fine-tuned on
+    assert data.lengths.sum() > data.windows.lengths.sum()
+
+
+def test_a_teacher_reads_the_students_tokens_or_its_own(train: str, tmp_path: Path) -> None:
+    data = make(train, max_length=24)
     data.prepare()
     data.student_tokenizer.save_pretrained(tmp_path / "same")
     assert data.reading(str(tmp_path / "same")) is data
-    other = make(train, tokenizer="wordpiece:10")
+    other = make(train, tokenizer="wordpiece:10", max_length=128)
     other.prepare()
     other.student_tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"is not the student's: tags are compared token by token; set data\.token"):
+    with pytest.raises(ConfigError, match=r"more than data\.max_length=24 tokens are cut elsewhere"):
         data.reading(str(tmp_path / "other"))
+    longer = make(train, max_length=512)
+    read = longer.reading(str(tmp_path / "other"))
+    assert read.has_two_tokenizers
+    assert "teacher_rows" in next(iter(read.test_dataloader()))
+    back = read.with_one_reader()
+    assert not back.has_two_tokenizers
+    assert "teacher_rows" not in next(iter(back.test_dataloader()))
+    assert back.teacher_key == longer.teacher_key != read.teacher_key
+
+
+def test_a_former_student_reads_the_windows_that_two_tokenizers_cut(train: str) -> None:
+    """As a teacher of the next one; another first teacher cuts other windows, and is part of the key."""
+    small, large = (make(train, teacher_tokenizer=f"wordpiece:{size}", max_length=24) for size in (10, 60))
+    backs = [data.with_one_reader() for data in (small, large)]
+    for back in backs:
+        batches = list(back.select(tokens="teacher").train_dataloader())
+        assert sum(int(batch["keep"].sum()) for batch in batches) > 100
+        assert all((batch["labels"] != IGNORE).equal(batch["keep"]) for batch in batches)
+    assert backs[0].windows.offsets.tolist() != backs[1].windows.offsets.tolist()
+    assert backs[0].teacher_key != backs[1].teacher_key
+
+
+@pytest.mark.parametrize("label", ["first", "all"])
+def test_one_tokenizer_by_two_names_is_one(train: str, tmp_path: Path, label: str) -> None:
+    data = make(train)
+    data.prepare()
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        data.student_tokenizer.save_pretrained(folder)
+    both = make(train, tokenizer=folders[0], teacher_tokenizer=folders[1], label=label)
+    batch = next(iter(both.train_dataloader()))
+    assert not any(name.startswith("teacher_") for name in batch)
+    assert not both.has_two_tokenizers
+
+
+def test_a_teachers_logits_stand_at_the_students_words(train: str) -> None:
+    data = make(train, teacher_tokenizer="wordpiece:10")
+    batch = next(iter(data.train_dataloader()))
+    network = BiLSTM(5, len(data.teacher_tokenizer), per_token=True)
+    found = FrozenTeacher(network)(batch).logits
+    own = {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")}
+    expected = network.eval()(own["input_ids"], own["attention_mask"]).logits
+    assert found.shape == (*batch["input_ids"].shape, 5)
+    torch.testing.assert_close(found[batch["keep"]], expected[own["rows"]].detach())
+    assert not found[~batch["keep"]].any()
 
 
 def test_a_folder_of_a_data_set(tmp_path: Path) -> None:

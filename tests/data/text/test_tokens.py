@@ -100,7 +100,9 @@ def test_cut_sentences_are_counted(tokenizer, tmp_path: Path, caplog: pytest.Log
     caplog.set_level(logging.INFO, logger="kd_lightning")
     for _ in range(2):
         encode(tokenizer, TEXTS, 20, tmp_path)
-    assert [record.getMessage() for record in caplog.records] == ["1 of 4 sentences were cut to 20 tokens"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 4 sentences were cut to 20 tokens (data.max_length)"
+    ]
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "foreign", "meta"])

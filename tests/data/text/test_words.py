@@ -4,13 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kd_lightning.data.text.tagged import Place, TaggedText, from_words, split_words
 from kd_lightning.data.text.tokens import load_tokenizer
-from kd_lightning.data.text.words import Windows, WordDataset, encode_words
+from kd_lightning.data.text.words import Windows, WordDataset, _counted, _runs, encode_words
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE
 
@@ -105,6 +107,27 @@ def test_a_words_first_token_is_what_the_tokenizer_makes_of_it(tokenizer: Any) -
                 )
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 14), st.integers(1, 14)), min_size=1, max_size=40), st.integers(4, 12),
+    st.integers(4, 12), st.integers(0, 3),
+)  # fmt: skip
+def test_every_window_has_room_for_its_words_and_a_word_that_counts(
+    counts: list[tuple[int, int]], room: int, other: int, stride: int
+) -> None:
+    lengths = [np.array(column) for column in zip(*counts, strict=True)]
+    runs = _runs(lengths, [room, other], stride)
+    counted = _counted(runs)
+    assert all(counted)
+    assert sorted(word for own in counted for word in own) == list(range(len(counts)))
+    for run in runs:
+        for column, most in zip(lengths, (room, other), strict=True):
+            assert np.minimum(column, most)[list(run)].sum() <= most or len(run) == 1
+
+
+def test_a_long_word_makes_two_windows_and_no_more() -> None:
+    assert len(_runs([np.array([1] * 40 + [200] + [1] * 40)], [126], 32)) == 3
+
+
 def test_single_windows_are_the_texts_tokens() -> None:
     tokenizer = TOKENIZERS["wordpiece"]()
     windows = encode_words(tokenizer, TEXTS[:4], 512, 0)
@@ -128,7 +151,7 @@ def test_batches_pad_and_mark_the_first_tokens() -> None:
     windows = encode_words(tokenizer, [text("word a"), text("a")], 32, 4)
     labels = np.where(windows.words >= 0, windows.words, IGNORE).astype(np.int64)
     pad = int(tokenizer.pad_token_id)
-    first, every = (WordDataset(windows, labels, every, range(2), pad)[[0, 1]] for every in (False, True))
+    first, every = (WordDataset({"": windows}, labels, every, range(2), {"": pad})[[0, 1]] for every in (False, True))
     pieces = len(tokenizer.tokenize("word"))
     assert pieces > 1
     assert first["keep"].int().tolist() == [[0, 1, *[0] * (pieces - 1), 1, 0], [0, 1, *[0] * (pieces + 1)]]

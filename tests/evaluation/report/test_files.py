@@ -16,7 +16,13 @@ from kd_lightning.runtime.files import write_file
 def test_files_are_written_and_read_again(five: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     assert write_report(five, folder) == folder / "report.md"
-    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "report.json", "report.md", "tradeoff.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "curves.png",
+        "report.html",
+        "report.json",
+        "report.md",
+        "tradeoff.png",
+    ]
     for name in ("curves.png", "tradeoff.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert (folder / name).stat().st_size > 10_000

@@ -19,7 +19,7 @@ from kd_lightning.evaluation.report.sweep import report_sweep
 from kd_lightning.evaluation.report.sweep.page import render
 from kd_lightning.evaluation.report.sweep.pictures import figures
 from kd_lightning.evaluation.report.text import report_markdown
-from kd_lightning.export.benchmark import picture
+from kd_lightning.export.benchmark_files import picture
 from tests.evaluation.report.examples import printed
 from tests.evaluation.report.sweeps import begin, finish, grid, students
 from tests.evaluation.report.test_shares import shared
@@ -109,8 +109,8 @@ def test_pictures_of_a_sweep(name: str, points: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHORT)
 def test_the_picture_of_a_benchmark(name: str, tmp_path: Path) -> None:
-    row = {"name": name, "kind": "onnx", "latency_ms": {"p50": 1.0}, "file_bytes": 1000}
-    picture({"rows": [row, {**row, "kind": "teacher"}]}, tmp_path / "benchmark.png")
+    row = {"name": name, "kind": "onnx", "of": "student", "latency_ms": {"p50": 1.0}, "file_bytes": 1000}
+    picture({"rows": [row, {**row, "of": "teacher"}]}, tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 

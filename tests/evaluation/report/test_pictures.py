@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kd_lightning.evaluation.report import Curve, read_curve
-from kd_lightning.evaluation.report.pictures import curves_figure, mean_curve, spread_out, tradeoff_figure
+from kd_lightning.evaluation.report.pictures import curves_figure, mean_curve, tradeoff_figure
+from kd_lightning.evaluation.report.style import spread_out
 from kd_lightning.runtime.errors import DataError
 from tests.evaluation.report.examples import TITLES
 
@@ -69,6 +70,9 @@ def test_curves_picture(everything: dict[str, Any]) -> None:
     assert axes.get_ylabel() == "validation accuracy"
     lines = {line.get_label(): line for line in axes.lines}
     assert set(lines) == set(TITLES.values())
+    assert {text.get_text(): text.get_color() for text in axes.texts} == {
+        name: line.get_color() for name, line in lines.items()
+    }
     assert lines["teacher"].get_linestyle() == "--"
     assert list(lines["teacher"].get_ydata()) == pytest.approx([0.856, 0.856])
     assert len(axes.collections) == 4  # a band for each student

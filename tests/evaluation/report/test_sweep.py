@@ -384,11 +384,11 @@ def test_folders_that_are_no_sweep(tmp_path: Path) -> None:
     (tmp_path / "seed_0").mkdir()
     with pytest.raises(KDError, match="holds a single run, not a sweep: it is not finished"):
         report_sweep(tmp_path)
-    (tmp_path / "report.md").write_text("")
-    with pytest.raises(KDError, match=r"holds a single run, not a sweep: its report is .*report\.md"):
+    (tmp_path / "report.html").write_text("")
+    with pytest.raises(KDError, match=r"holds a single run, not a sweep: its report is .*report\.html"):
         report_sweep(tmp_path)
-    with pytest.raises(KDError, match=r"report\.md: a file; expected the folder of a sweep"):
-        report_sweep(tmp_path / "report.md")
+    with pytest.raises(KDError, match=r"report\.html: a file; expected the folder of a sweep"):
+        report_sweep(tmp_path / "report.html")
     begin(tmp_path / "runs" / "mine", alpha=1)
     with pytest.raises(KDError, match=r"but folders of some: kd-report .*runs/mine"):
         report_sweep(tmp_path / "runs")

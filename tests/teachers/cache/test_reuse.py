@@ -177,3 +177,22 @@ def test_a_set_of_nothing_new_asks_nothing(tmp_path: Path, smaller: TeacherCache
     index = (KNOWN.lengths[rows] > 0).nonzero().squeeze(1)  # this teacher tells empty inputs apart
     mask = KNOWN.mask(rows[index])
     assert same(cache.lookup(index, mask), KNOWN.say(rows[index], mask))
+
+
+def test_which_tokens_are_masked_is_part_of_what_is_read_and_the_padding_of_their_places_is_not() -> None:
+    def found(*batches: Batch) -> list[bytes]:
+        return list(contents_of(batches, 2))
+
+    batch: Batch = {
+        "input_ids": torch.tensor([[2, 9, 8, 3], [2, 9, 3, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "masked_places": torch.tensor([[1, 2], [1, 0]]), "keep": torch.tensor([[True, True], [True, False]]),
+        "index": torch.arange(2),
+    }  # fmt: skip
+    alone = [{name: entry[i : i + 1] for name, entry in batch.items()} for i in (0, 1)]
+    for name in ("masked_places", "keep"):
+        alone[1][name] = alone[1][name][:, :1]
+    assert found(batch) == found(*alone)
+    other = found({**batch, "masked_places": torch.tensor([[1, 2], [2, 0]])})
+    assert other[0] == found(batch)[0]
+    assert other[1] != found(batch)[1]

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.evaluation.report.pictures import COLOURS
+from kd_lightning.evaluation.report.style import COLOURS
 from kd_lightning.evaluation.report.sweep.points import Value, title_of
 from kd_lightning.runtime.borders import drawn, visible
 

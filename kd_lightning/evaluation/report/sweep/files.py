@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.config.resolvers import folder_name
+from kd_lightning.evaluation.report.html import Picture
 from kd_lightning.evaluation.report.sweep.build import build_sweep
-from kd_lightning.evaluation.report.sweep.page import Picture, render, sentences
+from kd_lightning.evaluation.report.sweep.page import render, sentences
 from kd_lightning.evaluation.report.sweep.points import read_points
 from kd_lightning.runtime.borders import json_text
 from kd_lightning.runtime.files import remove_temporary, write_file

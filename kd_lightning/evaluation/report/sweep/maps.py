@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.evaluation.report.pictures import COLOURS, new_figure, tidy
+from kd_lightning.evaluation.report.style import COLOURS, new_figure, tidy
 from kd_lightning.evaluation.report.sweep.axes import (
     CHOSEN,
     WIDTH,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from kd_lightning.evaluation.report import html
+from kd_lightning.evaluation.report.html import Picture
 from kd_lightning.evaluation.report.sweep.axes import LETTERS, baseline_of, label
 from kd_lightning.evaluation.report.sweep.points import better_of, title_of
 from kd_lightning.evaluation.report.table import spread
-from kd_lightning.runtime.borders import visible
 
-Picture = tuple[str, bytes]
-"""Its caption and its PNG."""
 UNFINISHED = "running or stopped: start the same sweep again to resume it"
 
 
@@ -25,19 +22,11 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
         name: The sweep's name, for the heading.
         pictures: The pictures between summary and tables, in order.
     """
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: visible(value, keep="\n"),
-    )
-    return environment.get_template("page.html").render(
+    return html.render(
+        "sweep/page.html",
+        pictures,
         title=f"Sweep {name}",
         sentences=sentences(document),
-        figures=[{"caption": caption, "data": base64.b64encode(data).decode()} for caption, data in pictures],
         names=[parameter["name"] for parameter in document["parameters"]],
         score=title_of(document),
         has_baseline=baseline_of(document["configurations"]) is not None,
@@ -46,7 +35,7 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
             ("Failed points", [_lost(point, f"{point['type']}: {point['error']}") for point in document["failed"]]),
             ("Unfinished points", [_lost(point, UNFINISHED) for point in document["unfinished"]]),
         ],
-        footer=_footer(document["environment"]),
+        footer=html.footer(document["environment"]),
     )  # fmt: skip
 
 
@@ -129,13 +118,3 @@ def _lost(point: Mapping[str, Any], reason: str) -> dict[str, Any]:
         "setting": setting(point["values"]), "reason": reason, "traceback": point.get("traceback"),
         "command": point["command"],
     }  # fmt: skip
-
-
-def _footer(environment: Mapping[str, Any]) -> str:
-    """Return the machine and the versions of the sweep."""
-    if not environment:
-        return ""
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
-    machine = f"{environment.get('cpu', 'unknown processor')}, {environment.get('cores', '?')} cores"
-    devices = "".join(f", {device}" for device in environment.get("cuda_devices", []))
-    return f"{machine}{devices}; Python {environment.get('python')}, {versions}; {environment.get('date', '')[:10]}"

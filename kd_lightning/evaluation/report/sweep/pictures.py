@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd_lightning.evaluation.report.pictures import COLOURS, TERM_COLOURS, new_figure, tidy
+from kd_lightning.evaluation.report.style import COLOURS, SERIES, new_figure, tidy
 from kd_lightning.evaluation.report.sweep.axes import CHOSEN, WIDTH, label, ramp, ratios, score_label, tick
 from kd_lightning.evaluation.report.sweep.maps import maps
 from kd_lightning.evaluation.report.sweep.points import Value, title_of
@@ -28,7 +28,7 @@ PRICES = (
     ),
 )
 """The costs of accuracy: a file name, the key of a configuration, a caption."""
-STUDENTS = [colour for colour in TERM_COLOURS if colour not in (COLOURS["baseline"], COLOURS["teacher"])]
+STUDENTS = [colour for colour in SERIES if colour not in (COLOURS["baseline"], COLOURS["teacher"])]
 
 
 def figures(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:

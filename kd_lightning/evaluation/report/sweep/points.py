@@ -114,7 +114,7 @@ def read_points(folder: Path) -> list[Point]:
     if points:
         return points
     if any((folder / name).exists() for name in ("report.json", "config.yaml", "teacher", "seed_0")):
-        where = f"its report is {folder / 'report.md'}" if (folder / "report.md").exists() else "it is not finished"
+        where = f"its report is {folder / 'report.html'}" if (folder / "report.html").exists() else "it is not finished"
         raise ConfigError(f"{folder} holds a single run, not a sweep: {where}")
     if sweeps := sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{OVERRIDES}")}):
         raise ConfigError(
