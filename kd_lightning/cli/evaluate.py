@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from kd_lightning.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from kd_lightning.tasks.evaluation import Evaluation
     from kd_lightning.training.run_folder import TrainedModel
+log = logging.getLogger(__name__)
 
 
 def score_split(model: TrainedModel, run: Path, split: str) -> Evaluation:
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_model(given.run, given.seed)
         if given.file:
             data = data_settings(given.run)
+            own = Path(data.get("train_file") or "")
+            if own.is_file() and Path(given.file).is_file() and own.samefile(given.file):
+                log.warning("the run learned from texts of this file: without --file its test split alone is scored")
             found = score_file(model, given.file, reader_for(data, given), is_numbered(data))
         else:
             found = score_split(model, given.run, given.split)

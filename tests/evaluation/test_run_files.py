@@ -182,3 +182,24 @@ def test_eval_takes_numbers_for_words_only_from_a_run_that_numbered_them(
     assert "unknown label '0': the classes are food, science" in message
     run = make_run(class_names=["food", "science"])
     assert scores(capsys, run, "--file", tmp_path / "new.csv")["examples"] == 1
+
+
+def test_a_text_in_place_of_the_folder_is_refused_before_standard_input_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    expected = "kd-predict: a lovely film: no such folder; the first argument is the run or export that predicts"
+    assert refused(predict, "a lovely film") == expected
+
+
+def test_eval_says_where_a_file_is_one_that_the_run_learned_from(
+    make_run: Run, toy_csv: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(train_file=str(toy_csv))
+    evaluate.main([str(run), "--file", str(toy_csv)])
+    assert "the run learned from texts of this file: without --file its test split alone is scored" in caplog.text
+    caplog.clear()
+    (tmp_path / "other.csv").write_text(toy_csv.read_text())
+    evaluate.main([str(run), "--file", str(tmp_path / "other.csv")])
+    assert not caplog.text

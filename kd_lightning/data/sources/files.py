@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.data.labels import label_of
-from kd_lightning.data.sources.records import SUFFIXES, Format, Manner, Record, format_of, records_of
+from kd_lightning.data.sources.records import SUFFIXES, Format, Manner, Record, format_of, read_each, records_of
 from kd_lightning.data.text.corpus import RawExamples, Sentence, is_blank, text_of
 from kd_lightning.runtime.errors import ConfigError, DataError
 
@@ -49,11 +49,8 @@ class FileReader:
         """
         plain = self.kind(Path(path)) == "txt"
         place, records = self._records(path)
-        return [
-            self._sentence(record, f"{place} {number}")
-            for number, record in records
-            if not (plain and is_blank(record[self.text_column]))
-        ]
+        kept = (one for one in records if not (plain and is_blank(one[1][self.text_column])))
+        return read_each(place, kept, self._sentence)
 
     def sentences_and_gaps(self, path: str | Path) -> list[Sentence | None]:
         """Read one sentence per record, None for records without text; of a list of second texts a pair each.
@@ -61,14 +58,13 @@ class FileReader:
         Raises:
             DataError: The file cannot be used.
         """
+
+        def read(record: dict[str, Any], where: str) -> Sentence | None:
+            is_empty = all(_is_gap(record.get(name)) for name in self.text_columns.values())
+            return None if is_empty else self._sentence(record, where)
+
         place, records = self._records(path)
-        return [
-            None
-            if all(_is_gap(record.get(name)) for name in self.text_columns.values())
-            else self._sentence(record, f"{place} {number}")
-            for number, whole in records
-            for record in self._spread(whole)
-        ]
+        return read_each(place, ((number, one) for number, whole in records for one in self._spread(whole)), read)
 
     def examples(self, path: str | Path) -> RawExamples:
         """Read the sentences and labels of a file.
@@ -80,13 +76,17 @@ class FileReader:
             raise DataError(
                 f"{path}: plain text has no labels; use it in data.transfer, or give CSV, TSV, JSONL or Parquet"
             )
-        texts, labels, numbers = [], [], []
-        place, records = self._records(path, labelled=True)
+        numbers: list[int] = []
         column = f", column {self.label_column!r}"
-        for number, record in records:
-            texts.append(self._sentence(record, f"{place} {number}"))
-            labels.append(sys.intern(label_of(record.get(self.label_column), f"{place} {number}{column}")))
-            numbers.append(number)
+
+        def read(record: Record, where: str) -> tuple[Sentence, str]:
+            numbers.append(record[0])
+            text = self._sentence(record[1], where)
+            return text, sys.intern(label_of(record[1].get(self.label_column), where + column))
+
+        place, records = self._records(path, labelled=True)
+        found = read_each(place, ((one[0], one) for one in records), read)
+        texts, labels = [text for text, _ in found], [label for _, label in found]
         return RawExamples(texts, labels, str(path), lambda i: f"{place} {numbers[i]}{column}")
 
     @property

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_lightning.data.labels import decimal_of, folded
 from kd_lightning.data.sources.files import FileReader, data_key
-from kd_lightning.data.sources.records import Format, check_columns, records_of
+from kd_lightning.data.sources.records import Format, Record, check_columns, read_each, records_of
 from kd_lightning.data.text.corpus import is_blank, text_of
 from kd_lightning.data.text.groups import TextGroup
 from kd_lightning.runtime.errors import ConfigError, DataError
 
-Placed = tuple[str, Mapping[str, Any]]
-"""Where a record is, and its cells by their columns."""
+Placed = tuple[str, Iterator[Record]]
+"""Where records are, such as "my.csv: line", and each with its number there."""
 
 
-def placed_records(path: str, columns: Mapping[str, str], reader: FileReader) -> Iterator[Placed]:
-    """Return the records of a table, each with the name of its file and its line.
+def placed_records(path: str, columns: Mapping[str, str], reader: FileReader) -> Placed:
+    """Return the records of a table.
 
     Raises:
         DataError: The file cannot be read.
     """
     word, records = records_of(Path(path), reader.kind(Path(path)), columns, reader.manner)
-    return ((f"{path}: {word} {number}", record) for number, record in records)
+    return f"{path}: {word}", records
 
 
 def placed_rows(
     splits: Mapping[str, Any], split: str, name: str, columns: Mapping[str, str], key: Callable[[str], str]
-) -> Iterator[Placed]:
-    """Return the rows of a data set's split, each with its number there.
+) -> Placed:
+    """Return the rows of a data set's split.
 
     Raises:
         DataError: A column is missing.
@@ -40,10 +40,8 @@ def placed_rows(
     table, source = splits[split], f"{name}, split {split!r}"
     check_columns(table.column_names, columns, f"{source}: ", key)
     rows = zip(*(table[column] for column in columns.values()), strict=True)
-    return (
-        (f"{source}: row {number}", dict(zip(columns.values(), cells, strict=True)))
-        for number, cells in enumerate(rows, start=1)
-    )
+    numbered = ((number, dict(zip(columns.values(), cells, strict=True))) for number, cells in enumerate(rows, start=1))
+    return f"{source}: row", numbered
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class GroupReader:
         if kind == "txt":
             found = [TextGroup((text,)) for (text,) in self._texts.sentences(path)]
         else:
-            found = self._read(placed_records(path, self.columns, self._texts))
+            found = read_each(*placed_records(path, self.columns, self._texts), self._group)
         if not found:
             raise DataError(f"{path}: there are no texts")
         return found
@@ -127,7 +125,7 @@ class GroupReader:
         Raises:
             DataError: Whatever is wrong with it.
         """
-        found = self._read(placed_rows(splits, split, name, self.columns, self.key))
+        found = read_each(*placed_rows(splits, split, name, self.columns, self.key), self._group)
         if not found:
             raise DataError(f"{name}, split {split!r}: there are no texts")
         return found
@@ -137,9 +135,6 @@ class GroupReader:
         return FileReader(
             self.text_column, format=self.format, encoding=self.encoding, quotes=self.quotes, key=self.key
         )
-
-    def _read(self, records: Iterable[Placed]) -> list[TextGroup]:
-        return [self._group(record, place) for place, record in records]
 
     def _group(self, record: Mapping[str, Any], place: str) -> TextGroup:
         """Return the group of a record.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kd_lightning.data.labels import ClassNames, given_names, is_missing, label_of
 from kd_lightning.data.sources.files import FileReader, data_key
-from kd_lightning.data.sources.records import check_columns
+from kd_lightning.data.sources.records import check_columns, read_each
 from kd_lightning.data.text.corpus import Corpus, RawExamples, Sentence, assemble, text_of
 from kd_lightning.data.text.datamodule import TextData
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
@@ -140,15 +140,14 @@ class HFDataset(TextData):
         source = f"{self.dataset_name}, split {split!r}"
         check_columns(table.column_names, self.reader.columns, f"{source}: ", data_key)
 
-        def where(i: int) -> str:
-            return f"{source}: row {i + 1}, column {self.reader.label_column!r}"
+        names, column = self._names_of(table) or [], f", column {self.reader.label_column!r}"
 
-        names = self._names_of(table) or []
-        labels = [
-            names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else label_of(cell, where(i))
-            for i, cell in enumerate(table[self.reader.label_column])
-        ]
-        return RawExamples(list(_sentences(table, self.reader.text_columns, source)), labels, source, where)
+        def read(cell: Any, where: str) -> str:
+            return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else label_of(cell, where + column)
+
+        labels = read_each(f"{source}: row", enumerate(table[self.reader.label_column], start=1), read)
+        texts = _sentences(table, self.reader.text_columns, source)
+        return RawExamples(texts, labels, source, lambda i: f"{source}: row {i + 1}{column}")
 
 
 def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
@@ -170,10 +169,13 @@ def unlabelled(name: str, reader: FileReader) -> list[Sentence]:
     return found
 
 
-def _sentences(table: Any, columns: Mapping[str, str], source: str) -> Iterator[Sentence]:
-    for i, cells in enumerate(zip(*(table[column] for column in columns.values()), strict=True), 1):
+def _sentences(table: Any, columns: Mapping[str, str], source: str) -> list[Sentence]:
+    def read(cells: Sequence[Any], where: str) -> Sentence:
         pairs = zip(cells, columns.values(), strict=True)
-        yield tuple([text_of(cell, f"{source}: row {i}, column {column!r}") for cell, column in pairs])
+        return tuple([text_of(cell, f"{where}, column {column!r}") for cell, column in pairs])
+
+    rows = zip(*(table[column] for column in columns.values()), strict=True)
+    return read_each(f"{source}: row", enumerate(rows, start=1), read)
 
 
 def load_splits(name: str, config_name: str | None) -> Mapping[str, Any]:

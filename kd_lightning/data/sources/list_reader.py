@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from kd_lightning.data.labels import decimal_of, folded
 from kd_lightning.data.sources.files import FileReader, data_key
 from kd_lightning.data.sources.group_reader import Placed, placed_records, placed_rows
-from kd_lightning.data.sources.records import Format
+from kd_lightning.data.sources.records import Format, read_each
 from kd_lightning.data.text.corpus import text_of
 from kd_lightning.data.text.lists import RankedList
 from kd_lightning.runtime.errors import ConfigError, DataError
@@ -111,9 +111,10 @@ class ListReader:
         """
         return self._read(placed_rows(splits, split, name, self.columns, self.key), judged, f"{name}, split {split!r}")
 
-    def _read(self, records: Iterable[Placed], judged: bool, source: str) -> list[RankedList]:
+    def _read(self, placed: Placed, judged: bool, source: str) -> list[RankedList]:
         found: dict[str, _Query] = {}
-        for place, record in records:
+
+        def read(record: Mapping[str, Any], place: str) -> None:
             text = text_of(record.get(self.query_column), f"{place}, column {self.query_column!r}")
             query = found.setdefault(folded(text), _Query(place, text))
             for document, grade in self._documents(record, place):
@@ -123,6 +124,8 @@ class ListReader:
                 elif self.positive_column is None or known != grade:
                     twice = "twice" if before == place else f"as in {before.removeprefix(f'{source}: ')}"
                     raise DataError(f"{place}: the query {text[:80]!r} has the document {document[:80]!r} {twice}")
+
+        read_each(*placed, read)
         for query in found.values():
             if not query.documents:
                 raise DataError(f"{query.place}: the query {query.text[:80]!r} has no documents")

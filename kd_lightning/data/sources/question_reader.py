@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,12 @@ from kd_lightning.data.sources.files import data_key
 from kd_lightning.data.sources.records import (
     ZIPPED,
     Manner,
-    Record,
     check_columns,
     check_file,
     format_of,
     lines_of,
     parsed,
+    read_each,
     records_of,
 )
 from kd_lightning.data.text.questions import Answer, Question, checked
@@ -64,7 +65,7 @@ class QuestionReader:
             found = list(self._squad(file, known))
         else:
             word, records = records_of(file, kind, self.columns(known), self._manner)
-            found = [self.question(record, f"{path}: {word}", number, known) for number, record in records]
+            found = read_each(f"{path}: {word}", records, partial(self.question, known=known))
         if not found:
             raise DataError(f"{path}: there are no questions")
         return found
@@ -81,11 +82,9 @@ class QuestionReader:
         table, source = splits[split], f"{name}, split {split!r}"
         check_columns(table.column_names, self.columns(True), f"{source}: ", data_key)
         columns = list(self.columns(True).values())
-        rows: Iterator[Record] = (
-            (number, dict(zip(columns, cells, strict=True)))
-            for number, cells in enumerate(zip(*(table[column] for column in columns), strict=True), start=1)
-        )
-        return [self.question(record, f"{source}: row", number) for number, record in rows]
+        rows = enumerate(zip(*(table[column] for column in columns), strict=True), start=1)
+        records = ((number, dict(zip(columns, cells, strict=True))) for number, cells in rows)
+        return read_each(f"{source}: row", records, self.question)
 
     def columns(self, known: bool) -> dict[str, str]:
         """Return the columns that a record needs, by the options that name them."""
@@ -95,13 +94,12 @@ class QuestionReader:
         )
         return {option: name for option, name in names.items() if name is not None}
 
-    def question(self, record: Mapping[str, Any], source: str, number: int, known: bool = True) -> Question:
+    def question(self, record: Mapping[str, Any], place: str, known: bool = True) -> Question:
         """Return the question of a record.
 
         Raises:
             DataError: It holds something else.
         """
-        place = f"{source} {number}"
         id_ = place if self.id_column is None else _id(record[self.id_column], f"{place}, column {self.id_column!r}")
         texts = [_text(record[name], f"{place}, column {name!r}") for name in (self.text_column, self.text_pair_column)]
         answers = _answers(record[self.answers_column], f"{place}, column {self.answers_column!r}") if known else None

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
 
+T = TypeVar("T")
+Read = TypeVar("Read")
 Format = Literal["csv", "tsv", "jsonl", "parquet", "txt"]
 Record = tuple[int, dict[str, Any]]
 """A record and the line where it begins (in a Parquet file its row, in a JSON array its place), counted from 1."""
@@ -32,6 +34,9 @@ SUFFIXES: dict[str, Format] = {
 ZIPPED = ".gz"
 DELIMITERS = ",;\t|"
 """Delimiters of CSV files; the first that yields the required columns is used."""
+
+NAMED = 20
+"""Faulty records that a message names."""
 
 csv.field_size_limit(2**31 - 1)  # Python's default limit is 131,072 characters
 
@@ -79,6 +84,33 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
         entries = enumerate(parsed(path, "".join(everything), 1), start=1)
         return "entry", _objects(path, "entry", entries, columns, manner)
     return "line", _objects(path, "line", _json_lines(path, everything), columns, manner)
+
+
+def read_each(place: str, records: Iterable[tuple[int, T]], read: Callable[[T, str], Read]) -> list[Read]:
+    """Return what is read of each record; the error is of the first faulty one, and numbers the others.
+
+    Args:
+        place: Where records are, such as "my.csv: line".
+        records: Each with its number there.
+        read: Reads a record, given its place, such as "my.csv: line 7".
+
+    Raises:
+        DataError: What `read` raised first.
+    """
+    found, faulty, first = [], [], None
+    for number, record in records:
+        try:
+            found.append(read(record, f"{place} {number}"))
+        except DataError as error:
+            first = first or error
+            faulty.append(number)
+    if first is None:
+        return found
+    others = faulty[1:]
+    if not others:
+        raise first
+    listed = ", ".join(map(str, others[:NAMED])) + (", ..." if len(others) > NAMED else "")
+    raise DataError(f"{first} ({place.rpartition(' ')[2]}s {listed} are faulty, too)") from first
 
 
 def column_names(path: Path, kind: Format, manner: Manner) -> list[str]:

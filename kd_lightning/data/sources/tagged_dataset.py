@@ -9,7 +9,7 @@ from typing import Any
 from kd_lightning.data.sources.files import data_key
 from kd_lightning.data.sources.records import check_columns
 from kd_lightning.data.sources.tagged_files import TaggedReader
-from kd_lightning.data.text.tagged import Place, TaggedText
+from kd_lightning.data.text.tagged import TaggedText
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
@@ -33,10 +33,8 @@ def tagged_split(splits: Mapping[str, Any], split: str, name: str, reader: Tagge
     reader = replace(reader, names=reader.names or stored_names(table, reader))
     columns = list(reader.columns.values())
     rows = zip(*(table[column] for column in columns), strict=True)
-    return [
-        reader.text(dict(zip(columns, cells, strict=True)), Place(f"{source}: row", number))
-        for number, cells in enumerate(rows, start=1)
-    ]
+    records = ((number, dict(zip(columns, cells, strict=True))) for number, cells in enumerate(rows, start=1))
+    return reader.texts(f"{source}: row", records)
 
 
 def stored_names(table: Any, reader: TaggedReader) -> list[str]:

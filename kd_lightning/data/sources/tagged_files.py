@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kd_lightning.data.sources.files import FileReader, data_key
-from kd_lightning.data.sources.records import Manner, check_file, lines_of, records_of
+from kd_lightning.data.sources.records import Manner, Record, check_file, lines_of, read_each, records_of
 from kd_lightning.data.text.tagged import Place, TaggedText, from_spans, from_words, split_words
 from kd_lightning.runtime.errors import DataError
 from kd_lightning.tasks.entities import Scheme
@@ -57,7 +57,7 @@ class TaggedReader:
             found = list(self._columns(Path(path)))
         else:
             word, records = records_of(Path(path), kind, self.columns, self._manner)
-            found = [self.text(record, Place(f"{path}: {word}", number)) for number, record in records]
+            found = self.texts(f"{path}: {word}", records)
         if not found:
             raise DataError(f"{path}: there are no texts")
         return found
@@ -79,6 +79,15 @@ class TaggedReader:
         if self.text_column is None:
             return {"tokens_column": self.tokens_column, "tags_column": self.tags_column}
         return {"text_column": self.text_column, "spans_column": self.spans_column}
+
+    def texts(self, source: str, records: Iterable[Record]) -> list[TaggedText]:
+        """Return the tagged texts of numbered records.
+
+        Raises:
+            DataError: Whatever is wrong with them.
+        """
+        numbered = ((number, (number, record)) for number, record in records)
+        return read_each(source, numbered, lambda one, _: self.text(one[1], Place(source, one[0])))
 
     def text(self, record: Mapping[str, Any], place: Place) -> TaggedText:
         """Return the tagged text of a record.

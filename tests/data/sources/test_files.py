@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from kd_lightning.data.sources.files import FileReader
+from kd_lightning.data.sources.records import NAMED
 from kd_lightning.runtime.errors import ConfigError, DataError
 
 ROWS = [('good, "really" good', "yes"), ("很好，真的", "no"), ("two\nlines", "yes"), ("plain", "no")]
@@ -110,6 +111,21 @@ def test_errors_of_json_lines(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         FileReader().examples(path)
     assert f"a.jsonl: {message}" in str(caught.value)
+
+
+def test_all_faulty_records_are_named_in_one_message(tmp_path: Path) -> None:
+    """Whoever mends them one by one would read the file as often as it has faults."""
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n ,1\nx,1\ny,\n,0\n")
+    message = r"a\.csv: line 2, column 'text': the text is empty; .* \(lines 4, 5 are faulty, too\)$"
+    with pytest.raises(DataError, match=message):
+        FileReader().examples(path)
+    path.write_text("text,label\n" + " ,1\n" * (NAMED + 2))
+    with pytest.raises(DataError, match=rf" \(lines 3, .*, {NAMED + 2}, \.\.\. are faulty, too\)$"):
+        FileReader().sentences(path)
+    path.write_text("text,label\n ,1\nx,1\n")
+    with pytest.raises(DataError, match=r"remove the example$"):
+        FileReader().examples(path)
 
 
 def test_errors_of_parquet(tmp_path: Path) -> None:
