@@ -67,13 +67,14 @@ def table() -> str:
         return "Not measured yet: `python scripts/defaults.py`.\n"
     lines = [
         "| data, goal | budget | seeds | teacher | from labels | same start | distilled | gap closed | "
-        "from the same start | minutes (estimated) |",
+        "from the same start | minutes of all seeds (estimated) |",
         "| :-- | :-- |" + " --: |" * 8,
     ]
     for budget, rows in document.items():
         for name, one in rows.items():
             scores = [percent(one.get(model)) for model in MODELS]
-            took = f"{one['seconds'] / 60:.0f} ({one['estimated_seconds'] / 60:.0f})" if one["seconds"] else ""
+            cores = f"{one['environment']['threads']} core{'s' * (one['environment']['threads'] > 1)}"
+            took = f"{one['seconds'] / 60:.0f} ({one['estimated_seconds'] / 60:.0f}), {cores}" if one["seconds"] else ""
             shares = [_share(one["ratio"]), _share(one["ratio_same_start"])]
             lines.append(
                 f"| {name.replace('/', ', ')} | {budget} | {one['seeds']} | {' | '.join([*scores, *shares, took])} |"

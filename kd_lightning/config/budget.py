@@ -56,8 +56,8 @@ class Amounts:
 
 AMOUNTS: dict[tuple[Modality, Budget], Amounts] = {
     ("text", "quick"): Amounts(14_000, (1, 12), 48_000, 24_000, 25_000),
-    ("text", "standard"): Amounts(22_000, (2, 20), 192_000, 64_000, 120_000),
-    ("text", "best"): Amounts(37_000, (3, 30), 512_000, 192_000, 300_000),
+    ("text", "standard"): Amounts(22_000, (2, 20), 384_000, 64_000, 120_000),
+    ("text", "best"): Amounts(37_000, (3, 30), 1_024_000, 192_000, 300_000),
     ("image", "quick"): Amounts(150_000, (2, 40), 64_000, 64_000, 60_000),
     ("image", "standard"): Amounts(430_000, (4, 60), 192_000, 192_000, 120_000),
     ("image", "best"): Amounts(1_000_000, (8, 90), 512_000, 512_000, 360_000),
@@ -93,7 +93,7 @@ def student_examples(budget: Budget, modality: Modality, labelled: int, started:
     """Return how many examples, `worth` `each`, a student is trained on; `started`: from trained layers.
 
     >>> student_examples("standard", "text", 10_000, started=False)
-    192000
+    384000
     """
     if modality == "corpus":
         return CORPUS_EPOCHS[budget] * labelled
