@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with trusting_folders(given.trust):
         if given.texts and given.file:
             raise ConfigError("give sentences or --file, not both")
-        if not given.run.exists():
+        if not (given.texts or given.file or given.run.exists()):
             raise ConfigError(f"{given.run}: no such folder; the first argument is the run or export that predicts")
         lines = None if given.file else read_given(given.texts, given.encoding or "utf-8")
         if lines is not None and not any(map(str.strip, lines)):
