@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_lightning.data.labels import decimal_of, folded
 from kd_lightning.data.sources.files import FileReader, data_key
-from kd_lightning.data.sources.records import Format, Record, check_columns, read_each, records_of
+from kd_lightning.data.sources.records import Format, Placed, placed_rows, read_each, records_of
 from kd_lightning.data.text.corpus import is_blank, text_of
 from kd_lightning.data.text.groups import TextGroup
 from kd_lightning.runtime.errors import ConfigError, DataError
-
-Placed = tuple[str, Iterator[Record]]
-"""Where records are, such as "my.csv: line", and each with its number there."""
 
 
 def placed_records(path: str, columns: Mapping[str, str], reader: FileReader) -> Placed:
@@ -27,21 +24,6 @@ def placed_records(path: str, columns: Mapping[str, str], reader: FileReader) ->
     """
     word, records = records_of(Path(path), reader.kind(Path(path)), columns, reader.manner)
     return f"{path}: {word}", records
-
-
-def placed_rows(
-    splits: Mapping[str, Any], split: str, name: str, columns: Mapping[str, str], key: Callable[[str], str]
-) -> Placed:
-    """Return the rows of a data set's split.
-
-    Raises:
-        DataError: A column is missing.
-    """
-    table, source = splits[split], f"{name}, split {split!r}"
-    check_columns(table.column_names, columns, f"{source}: ", key)
-    rows = zip(*(table[column] for column in columns.values()), strict=True)
-    numbered = ((number, dict(zip(columns.values(), cells, strict=True))) for number, cells in enumerate(rows, start=1))
-    return f"{source}: row", numbered
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from kd_lightning.data.labels import decimal_of, folded
 from kd_lightning.data.sources.files import FileReader, data_key
-from kd_lightning.data.sources.group_reader import Placed, placed_records, placed_rows
-from kd_lightning.data.sources.records import Format, read_each
+from kd_lightning.data.sources.group_reader import placed_records
+from kd_lightning.data.sources.records import Format, Placed, placed_rows, read_each
 from kd_lightning.data.text.corpus import text_of
 from kd_lightning.data.text.lists import RankedList
 from kd_lightning.runtime.errors import ConfigError, DataError

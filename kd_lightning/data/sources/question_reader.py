@@ -13,16 +13,16 @@ from kd_lightning.data.sources.files import data_key
 from kd_lightning.data.sources.records import (
     ZIPPED,
     Manner,
-    check_columns,
     check_file,
     format_of,
     lines_of,
     parsed,
+    placed_rows,
     read_each,
     records_of,
 )
 from kd_lightning.data.text.questions import Answer, Question, checked
-from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
+from kd_lightning.runtime.errors import DataError
 
 QuestionFormat = Literal["squad", "jsonl", "parquet"]
 ANSWERS = "an object with the lists text and answer_start, or a list of objects with a text and an answer_start"
@@ -77,14 +77,7 @@ class QuestionReader:
             ConfigError: No such split.
             DataError: No such column, or what a record must not hold.
         """
-        if split not in splits:
-            raise ConfigError(f"data: {split!r} is no split of {name}{did_you_mean(split, splits)}")
-        table, source = splits[split], f"{name}, split {split!r}"
-        check_columns(table.column_names, self.columns(True), f"{source}: ", data_key)
-        columns = list(self.columns(True).values())
-        rows = enumerate(zip(*(table[column] for column in columns), strict=True), start=1)
-        records = ((number, dict(zip(columns, cells, strict=True))) for number, cells in rows)
-        return read_each(f"{source}: row", records, self.question)
+        return read_each(*placed_rows(splits, split, name, self.columns(True), data_key), self.question)
 
     def columns(self, known: bool) -> dict[str, str]:
         """Return the columns that a record needs, by the options that name them."""

@@ -20,6 +20,9 @@ Format = Literal["csv", "tsv", "jsonl", "parquet", "txt"]
 Record = tuple[int, dict[str, Any]]
 """A record and the line where it begins (in a Parquet file its row, in a JSON array its place), counted from 1."""
 
+Placed = tuple[str, Iterator[Record]]
+"""Where records are, such as "my.csv: line", and each with its number there."""
+
 SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -86,6 +89,24 @@ def records_of(path: Path, kind: Format, columns: Mapping[str, str], manner: Man
     return "line", _objects(path, "line", _json_lines(path, everything), columns, manner)
 
 
+def placed_rows(
+    splits: Mapping[str, Any], split: str, name: str, columns: Mapping[str, str], key: Callable[[str], str]
+) -> Placed:
+    """Return the rows of a data set's split.
+
+    Raises:
+        ConfigError: No such split.
+        DataError: A column is missing.
+    """
+    if split not in splits:
+        raise ConfigError(f"data: {split!r} is no split of {name}{did_you_mean(split, splits)}")
+    table, source = splits[split], f"{name}, split {split!r}"
+    check_columns(table.column_names, columns, f"{source}: ", key)
+    rows = zip(*(table[column] for column in columns.values()), strict=True)
+    numbered = ((number, dict(zip(columns.values(), cells, strict=True))) for number, cells in enumerate(rows, start=1))
+    return f"{source}: row", numbered
+
+
 def read_each(place: str, records: Iterable[tuple[int, T]], read: Callable[[T, str], Read]) -> list[Read]:
     """Return what is read of each record; the error is of the first faulty one, and numbers the others.
 
@@ -110,7 +131,10 @@ def read_each(place: str, records: Iterable[tuple[int, T]], read: Callable[[T, s
     if not others:
         raise first
     listed = ", ".join(map(str, others[:NAMED])) + (", ..." if len(others) > NAMED else "")
-    raise DataError(f"{first} ({place.rpartition(' ')[2]}s {listed} are faulty, too)") from first
+    word = place.rpartition(" ")[2]
+    words = "entries" if word == "entry" else f"{word}s"
+    which = f"{word} {listed} is" if len(others) == 1 else f"{words} {listed} are"
+    raise DataError(f"{first} ({which} faulty, too)") from first
 
 
 def column_names(path: Path, kind: Format, manner: Manner) -> list[str]:

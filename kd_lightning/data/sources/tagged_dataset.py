@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from kd_lightning.data.sources.files import data_key
-from kd_lightning.data.sources.records import check_columns
+from kd_lightning.data.sources.records import placed_rows
 from kd_lightning.data.sources.tagged_files import TaggedReader
 from kd_lightning.data.text.tagged import TaggedText
-from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 
 def tagged_split(splits: Mapping[str, Any], split: str, name: str, reader: TaggedReader) -> list[TaggedText]:
@@ -26,15 +25,8 @@ def tagged_split(splits: Mapping[str, Any], split: str, name: str, reader: Tagge
         ConfigError: No such split.
         DataError: No such column, or what the reader refuses.
     """
-    if split not in splits:
-        raise ConfigError(f"data: {split!r} is no split of {name}{did_you_mean(split, splits)}")
-    table, source = splits[split], f"{name}, split {split!r}"
-    check_columns(table.column_names, reader.columns, f"{source}: ", data_key)
-    reader = replace(reader, names=reader.names or stored_names(table, reader))
-    columns = list(reader.columns.values())
-    rows = zip(*(table[column] for column in columns), strict=True)
-    records = ((number, dict(zip(columns, cells, strict=True))) for number, cells in enumerate(rows, start=1))
-    return reader.texts(f"{source}: row", records)
+    place, records = placed_rows(splits, split, name, reader.columns, data_key)
+    return replace(reader, names=reader.names or stored_names(splits[split], reader)).texts(place, records)
 
 
 def stored_names(table: Any, reader: TaggedReader) -> list[str]:

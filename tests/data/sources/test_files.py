@@ -126,6 +126,13 @@ def test_all_faulty_records_are_named_in_one_message(tmp_path: Path) -> None:
     path.write_text("text,label\n ,1\nx,1\n")
     with pytest.raises(DataError, match=r"remove the example$"):
         FileReader().examples(path)
+    path.write_text("text,label\n ,1\n ,1\n")
+    with pytest.raises(DataError, match=r" \(line 3 is faulty, too\)$"):
+        FileReader().examples(path)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": ""}] * 3))
+    with pytest.raises(DataError, match=r"a\.json: entry 1, .* \(entries 2, 3 are faulty, too\)$"):
+        FileReader().sentences(path)
 
 
 def test_errors_of_parquet(tmp_path: Path) -> None:
