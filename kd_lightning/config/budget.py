@@ -56,8 +56,8 @@ class Amounts:
 
 AMOUNTS: dict[tuple[Modality, Budget], Amounts] = {
     ("text", "quick"): Amounts(14_000, (1, 12), 48_000, 24_000, 25_000),
-    ("text", "standard"): Amounts(22_000, (2, 20), 384_000, 64_000, 120_000),
-    ("text", "best"): Amounts(37_000, (3, 30), 1_024_000, 192_000, 300_000),
+    ("text", "standard"): Amounts(22_000, (2, 20), 384_000, 64_000, 240_000),
+    ("text", "best"): Amounts(37_000, (3, 30), 1_024_000, 192_000, 480_000),
     ("image", "quick"): Amounts(150_000, (2, 40), 64_000, 64_000, 60_000),
     ("image", "standard"): Amounts(430_000, (4, 60), 192_000, 192_000, 120_000),
     ("image", "best"): Amounts(1_000_000, (8, 90), 512_000, 512_000, 360_000),
@@ -107,7 +107,7 @@ def views_and_sets(
     """Return how many views a labelled example, `worth` `each`, has in a set, and how many sets there are.
 
     >>> views_and_sets("standard", "text", 10_000, 0), views_and_sets("standard", "text", 1_000, 10_000)
-    ((5, 2), (6, 16))
+    ((5, 4), (6, 16))
     """
     views = (round(AMOUNTS[modality, budget].outputs / each) - labelled - transfer) // labelled
     if views < 1:

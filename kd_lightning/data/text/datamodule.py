@@ -22,7 +22,7 @@ from kd_lightning.data.text.augment import Changes, Views
 from kd_lightning.data.text.corpus import Corpus, Sentence
 from kd_lightning.data.text.dataset import FreshViews, TokenDataset
 from kd_lightning.data.text.generated import Generated, Prompts
-from kd_lightning.data.text.substitutes import ClassWords, Neighbours, nearest_words
+from kd_lightning.data.text.substitutes import ClassWords, Neighbours, NoEmbeddings, nearest_words
 from kd_lightning.data.text.tokenized import ROLES, TokenizedData
 from kd_lightning.data.text.tokens import (
     TokenStore,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ReplaceBy = Literal["neighbours", "class"]
+REPLACED = 0.1
+"""How often a word is replaced where that is `auto`, and there are words to replace it by."""
 
 
 class TextData(TokenizedData, ClassificationData):
@@ -54,7 +56,8 @@ class TextData(TokenizedData, ClassificationData):
     Args:
         mask_probability: How often a view's word is masked.
         ngram_probability: How often a view is cut to at most five words.
-        replace_probability: How often a view's word is replaced.
+        replace_probability: How often a view's word is replaced; `auto`: 0.1, or 0 where `replace_by` is `neighbours`
+            and the teacher's tokenizer comes with no word embeddings.
         replace_by: Words by which: `neighbours` in the word embeddings of the checkpoint that the teacher's tokenizer
             belongs to, or words of other training sentences of the same `class`.
         drop_probability: How often a view's word is dropped.
@@ -80,9 +83,9 @@ class TextData(TokenizedData, ClassificationData):
         self,
         mask_probability: float = 0.1,
         ngram_probability: float = 0.25,
-        replace_probability: float = 0.0,
+        replace_probability: float | Literal["auto"] = "auto",
         replace_by: ReplaceBy = "neighbours",
-        drop_probability: float = 0.0,
+        drop_probability: float = 0.05,
         swap_probability: float = 0.0,
         crop_probability: float = 0.0,
         crop_share: float = 0.5,
@@ -96,11 +99,14 @@ class TextData(TokenizedData, ClassificationData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self._may_replace = replace_probability == "auto"
         chances: dict[str, Any] = {
-            "replace_probability": replace_probability, "drop_probability": drop_probability,
-            "swap_probability": swap_probability, "crop_probability": crop_probability, "crop_share": crop_share,
+            "replace_probability": REPLACED if replace_probability == "auto" else replace_probability,
+            "drop_probability": drop_probability, "swap_probability": swap_probability,
+            "crop_probability": crop_probability, "crop_share": crop_share,
         }  # fmt: skip
         check_probabilities(mask_probability=mask_probability, ngram_probability=ngram_probability, **chances)
+        chances = {name: float(value) for name, value in chances.items()}  # 0 and 0.0 are one fingerprint
         if replace_by not in get_args(ReplaceBy):
             hint = did_you_mean(str(replace_by), get_args(ReplaceBy))
             raise ConfigError(f"data.replace_by={replace_by!r} is unknown{hint}")
@@ -178,7 +184,13 @@ class TextData(TokenizedData, ClassificationData):
             return Changes(**self._chances, substitutes=ClassWords(corpus.train.texts, labels))
         texts = [text for sentence in corpus.train.texts for text in sentence]
         tokenizer = load_tokenizer(self._neighbours_in, texts)
-        return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in, tokenizer))
+        try:
+            return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in, tokenizer))
+        except NoEmbeddings:
+            if not self._may_replace:
+                raise
+            self._chances = self._chances | {"replace_probability": 0.0}
+            return Changes(**self._chances)
 
     def _load_tokenizers(self, training_texts: list[str]) -> dict[str, PreTrainedTokenizerFast]:
         loaded = super()._load_tokenizers(training_texts)

@@ -31,6 +31,10 @@ _TRIES = 10
 _CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 
 
+class NoEmbeddings(ConfigError):
+    """Raised where a checkpoint has no word embeddings for its tokenizer."""
+
+
 @dataclass(frozen=True)
 class ClassWords:
     """Substitutes from other sentences of the same class, drawn by their frequency.
@@ -102,7 +106,7 @@ def nearest_words(texts: Iterable[str], checkpoint: str, tokenizer: PreTrainedTo
         tokenizer: The checkpoint's.
 
     Raises:
-        ConfigError: The checkpoint has no weights to read, or no table that fits the tokenizer.
+        NoEmbeddings: The checkpoint has no weights to read, or no table that fits the tokenizer.
     """
     tokens = _whole_words(tokenizer)
     wanted = {core for text in texts for _, word in words(text) if (core := _core(word))}
@@ -150,7 +154,7 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
     try:
         path = cached_file(place, "model.safetensors")
     except (OSError, ValueError) as error:
-        raise ConfigError(
+        raise NoEmbeddings(
             f"{key} has no model.safetensors beside it to read word embeddings from; set data.teacher_tokenizer to a "
             "pretrained checkpoint, or data.replace_by=class"
         ) from error
@@ -162,4 +166,4 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
             if len(shape) == 2 and 0 <= shape[0] - vocabulary <= MOST_PADDING_ROWS:
                 table: NDArray[np.float32] = file.get_tensor(name).float().numpy()
                 return table
-    raise ConfigError(f"{key} has no word embeddings of its {vocabulary} tokens in {path}; use data.replace_by=class")
+    raise NoEmbeddings(f"{key} has no word embeddings of its {vocabulary} tokens in {path}; use data.replace_by=class")

@@ -225,11 +225,28 @@ def test_off_the_fingerprint_is_what_it_was(data: Callable[..., TextFiles]) -> N
     prints = []
     for change in ({}, {"crop_share": 0.3}, {"replace_by": "class"}, {"drop_probability": 0.1}):
         for sets in (1, None):
-            made = data(mask_probability=0.1, view_sets=sets, **change)
+            off = {"replace_probability": 0.0, "drop_probability": 0.0}
+            made = data(mask_probability=0.1, view_sets=sets, **off | change)
             made.prepare()
             prints.append(made.fingerprint)
     assert prints[:2] == prints[2:4] == prints[4:6]
     assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("sets", [1, None])
+def test_auto_replaces_where_there_are_words_to_replace_by(
+    data: Callable[..., TextFiles], checkpoint: Checkpoint, sets: int | None
+) -> None:
+    def fingerprint(**options: Any) -> str:
+        made = data(view_sets=sets, **options)
+        made.prepare()
+        return made.fingerprint
+
+    assert fingerprint() == fingerprint(replace_probability=0.1) != fingerprint(replace_probability=0.0)
+    Path(checkpoint.folder, "model.safetensors").unlink()
+    assert fingerprint() == fingerprint(replace_probability=0.0)
+    by_class = {"replace_by": "class"}
+    assert fingerprint(**by_class) == fingerprint(**by_class, replace_probability=0.1) != fingerprint()
 
 
 def test_a_teacher_with_another_tokenizer_meets_the_same_views(
