@@ -39,7 +39,10 @@ def fail(folder: Path, error: str) -> None:
     write_sealed(folder / "failure.json", record)
 
 
-def finish(folder: Path, score: float, baseline: float | None = 0.75, size: int = 4_000_000, seeds: int = 1) -> None:
+def finish(
+    folder: Path, score: float, baseline: float | None = 0.75, size: int = 4_000_000, seeds: int = 1,
+    same_start: float | None = None,
+) -> None:  # fmt: skip
     """Give it a result: a validation score, and 0.1 less on test, or so."""
     scores = [score + 0.01 * (i - (seeds - 1) / 2) for i in range(seeds)]
     changes: dict[str, Any] = {
@@ -49,6 +52,8 @@ def finish(folder: Path, score: float, baseline: float | None = 0.75, size: int 
     results = [model("teacher", [0.85]), model("distilled", [s - 0.01 for s in scores], **changes)]
     if baseline is not None:
         results.append(model("baseline", [baseline - 0.01] * seeds, **changes))
+    if same_start is not None:
+        results.append(model("baseline_initialised", [same_start - 0.01] * seeds, **changes))
     results[1].test[:] = [{**entry, "accuracy": s - 0.1234} for entry, s in zip(results[1].test, scores, strict=True)]
     report = report_of(results, seeds=list(range(seeds)))
     write_sealed(folder / "report.json", report)

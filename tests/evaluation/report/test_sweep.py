@@ -134,7 +134,7 @@ def test_the_page_shows_the_test_score_of_the_chosen_one_only(tmp_path: Path) ->
         "alpha",
         "validation accuracy",
         "seeds",
-        "against labels only",
+        "against the student from labels",
         "test accuracy",
     ]
     assert rows == [
@@ -208,15 +208,31 @@ def test_the_heat_map(tmp_path: Path) -> None:
     axes, bar = drawn(grid(tmp_path))["heatmap"].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("alpha", "temperature")
     image = axes.images[0]
-    np.testing.assert_allclose(np.asarray(image.get_array()), [[0.765, 0.805], [0.74, 0.82]])
-    assert image.cmap(image.norm(0.75))[:3] == pytest.approx((1, 1, 1), abs=0.01), "the student from labels is white"
-    red, _, blue, _ = image.cmap(image.norm(0.765))
+    np.testing.assert_allclose(np.asarray(image.get_array()), [[0.015, 0.055], [-0.01, 0.07]])
+    assert image.cmap(image.norm(0.0))[:3] == pytest.approx((1, 1, 1), abs=0.01), "the student from labels is white"
+    red, _, blue, _ = image.cmap(image.norm(0.015))
     assert blue > red, "what is better than that is blue"
     written = {text.get_text() for text in axes.texts}
-    assert {"0.805", "±0.007, n=2", "0.820", "n=1"} <= written
+    assert {"+0.055", "±0.007, n=2", "-0.010", "n=1"} <= written
     (frame,) = axes.patches
     assert frame.get_xy() == pytest.approx((0.52, -0.48)), "around alpha=0.9, temperature=1"
-    assert bar.get_ylabel() == "validation accuracy"
+    assert bar.get_ylabel() == "validation accuracy: gain over the\nstudent from labels"
+
+
+def test_the_gain_is_that_over_the_student_with_the_same_start_seed_by_seed(tmp_path: Path) -> None:
+    for alpha, score in ((0.1, 0.78), (0.9, 0.81)):
+        finish(begin(tmp_path, temperature=1, alpha=alpha), score, baseline=0.70, same_start=0.79, seeds=3)
+        finish(begin(tmp_path, temperature=4, alpha=alpha), score, baseline=0.70, same_start=0.79, seeds=3)
+    found = document(tmp_path)
+    assert found["against"] == "baseline_initialised"
+    assert found["configurations"][0]["gain"]["values"] == pytest.approx([0.02 + 0.01 * i for i in (-1, 0, 1)])
+    assert found["configurations"][-1]["baseline"]["mean"] == pytest.approx(0.79)
+    assert "the same student from labels with the same start has 0.790" in " ".join(sentences(found))
+    axes, bar = drawn(tmp_path)["heatmap"].axes
+    assert {"+0.020", "-0.010"} <= {text.get_text() for text in axes.texts}
+    assert bar.get_ylabel() == "validation accuracy: gain over the\nstudent from labels, same start"
+    finish(begin(tmp_path, temperature=8, alpha=0.9), 0.8, baseline=0.70)
+    assert document(tmp_path)["against"] == "baseline", "not all have one with the same start"
 
 
 def test_a_heat_map_without_a_student_from_labels_and_with_a_hole(tmp_path: Path) -> None:
@@ -225,7 +241,7 @@ def test_a_heat_map_without_a_student_from_labels_and_with_a_hole(tmp_path: Path
     image = drawn(tmp_path)["heatmap"].axes[0].images[0]
     assert np.ma.getmaskarray(np.ma.masked_invalid(image.get_array())).tolist() == [[False, False], [False, True]]
     report_sweep(tmp_path)
-    assert "against labels only" not in (tmp_path / "report.html").read_text()
+    assert "against the student" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_heat_map_for_each_strategy(tmp_path: Path) -> None:
@@ -244,7 +260,10 @@ def test_a_shade_is_the_same_step_in_every_heat_map(tmp_path: Path) -> None:
             folder = begin(tmp_path, **{"model@student": student}, temperature=temperature, alpha=alpha)
             finish(folder, base + (step if alpha > 0.5 else -step), baseline=base)
     images = [drawn(tmp_path)[f"heatmap_{number}"].axes[0].images[0] for number in (1, 2)]
-    assert [(image.norm.vmin + image.norm.vmax) / 2 for image in images] == pytest.approx([0.80, 0.70])
+    assert [np.asarray(image.get_array())[0].tolist() for image in images] == [
+        pytest.approx([-0.01, 0.01]), pytest.approx([-0.05, 0.05]),
+    ]  # fmt: skip
+    assert [image.norm.vmin + image.norm.vmax for image in images] == [0, 0], "the student from labels is white"
     assert [image.norm.vmax - image.norm.vmin for image in images] == pytest.approx([0.1, 0.1])
 
 

@@ -48,10 +48,14 @@ def tick(value: Value) -> str:
     return drawn("\n".join(textwrap.wrap(visible(label(value)), LETTERS, max_lines=3, placeholder="…")), keep="\n")
 
 
-def baseline_of(configurations: Configurations) -> float | None:
-    """Return the mean validation score of the students from labels, None without any."""
-    means = [entry["baseline"]["mean"] for entry in configurations if entry["baseline"]["mean"] is not None]
-    return statistics.fmean(means) if means else None
+def has_baselines(configurations: Configurations) -> bool:
+    """Return whether each configuration has students from labels to be compared with."""
+    return all(entry["gain"]["mean"] is not None for entry in configurations)
+
+
+def baseline_name(document: Mapping[str, Any]) -> str:
+    """Return what the students from labels are called."""
+    return "student from labels" if document["against"] == "baseline" else "student from labels, same start"
 
 
 def score_label(document: Mapping[str, Any]) -> str:

@@ -14,6 +14,8 @@ from kd_lightning.evaluation.report.differences import describe
 from kd_lightning.evaluation.report.sweep.points import Point, Value, values_of
 
 Key = tuple[Value, ...]
+SAME_START = "baseline_initialised"
+"""In a report: the student from labels that starts as the distilled one does."""
 
 
 def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
@@ -27,7 +29,9 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
         points: What `read_points` returns.
 
     Returns:
-        `score` (what was measured), `scores` (how it is to be read), `parameters` (what the points differ in but for
+        `score` (what was measured), `scores` (how it is to be read), `against` (the model of a report that the
+        distilled students are compared with: the one from labels, with the same start where all points have one),
+        `parameters` (what the points differ in but for
         the seed, with the mean over all else of each value), `configurations` (the best first), `chosen` (None where no
         point is finished), `noise` (the standard deviation over seeds, pooled over configurations), `teacher` (its
         validation score and its price; None where there is none), `search` (whether a sweeper chose the points as it
@@ -38,14 +42,19 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
     for point in points:
         if point.score is not None:
             groups.setdefault(tuple(point.value(name) for name in names), []).append(point)
-    configurations = [_configuration(dict(zip(names, key, strict=True)), group) for key, group in groups.items()]
     finished = [point for group in groups.values() for point in group]
+    started = bool(finished) and all(point.report and SAME_START in point.report["models"] for point in finished)
+    against = SAME_START if started else "baseline"
+    configurations = [
+        _configuration(dict(zip(names, key, strict=True)), group, against) for key, group in groups.items()
+    ]
     scores: dict[str, Any] = next((point.report["scores"] for point in finished if point.report), {})
     better = -1 if finished and scores.get(finished[0].metric or "", {}).get("mode") == "min" else 1
     configurations.sort(key=lambda entry: -better * entry["validation"]["mean"])
     plain: dict[str, Any] = to_plain({
         "score": finished[0].metric if finished else None,
         "scores": scores,
+        "against": against,
         "parameters": [_parameter(name, configurations) for name in names],
         "configurations": configurations,
         "chosen": _chosen(configurations, groups, names),
@@ -65,16 +74,20 @@ def _varied(points: Sequence[Point]) -> list[str]:
     return [key for key in keys if key != "seed" and len({point.value(key) for point in points}) > 1]
 
 
-def _configuration(values: dict[str, Value], points: Sequence[Point]) -> dict[str, Any]:
+def _configuration(values: dict[str, Value], points: Sequence[Point], against: str) -> dict[str, Any]:
     """Describe the finished points that differ only in the seed."""
-    models = [point.report["models"] for point in points if point.report]
+    scores = [point.scores("validation") for point in points]
     baselines = [
-        values_of(entry["baseline"], "validation", points[0].metric) for entry in models if "baseline" in entry
+        values_of(point.report["models"].get(against, {"validation": {}}), "validation", point.metric)
+        for point in points
+        if point.report
     ]
+    pairs = [pair for pair in zip(scores, baselines, strict=True) if len(pair[0]) == len(pair[1])]
     return {
         "values": values,
-        "validation": describe(score for point in points for score in point.scores("validation")),
-        "baseline": describe(score for scores in baselines for score in scores),
+        "validation": describe(score for one in scores for score in one),
+        "baseline": describe(score for one in baselines for score in one),
+        "gain": describe(score - base for pair in pairs for score, base in zip(*pair, strict=True)),
         **_price([point.model for point in points]),
         "points": [
             {"folder": point.folder.name, "seed": point.seed, "score": point.score, "command": point.command}

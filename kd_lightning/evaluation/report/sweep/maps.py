@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from kd_lightning.evaluation.report.style import COLOURS, new_figure, tidy
 from kd_lightning.evaluation.report.sweep.axes import (
     CHOSEN,
     WIDTH,
     Configurations,
-    baseline_of,
+    baseline_name,
+    has_baselines,
     label,
     ramp,
     ratios,
@@ -76,13 +78,16 @@ def _seeds(document: Mapping[str, Any]) -> int | None:
 
 
 def _map_caption(document: Mapping[str, Any], entries: Configurations, setting: str) -> str:
-    seeds, base = _seeds(document), baseline_of(entries)
+    seeds = _seeds(document)
     what = {None: "Mean over n seeds and standard deviation", 1: "One seed each"}.get(
         seeds, f"Mean over {seeds} seeds and standard deviation"
     )
-    plane = "" if base is None else (
-        f" White is the student from labels alone ({base:.3f}); orange is worse than it, blue is better."
-    )  # fmt: skip
+    plane = ""
+    if has_baselines(entries):
+        base = statistics.fmean(entry["baseline"]["mean"] for entry in entries)
+        plane = (
+            f" What distillation gains over the {baseline_name(document)} ({base:.3f}): blue is better, orange worse."
+        )
     where = f" ({setting})" if setting else ""
     return f"{what}{where}. The chosen one is framed; grey failed or is not finished.{plane}"
 
@@ -98,17 +103,18 @@ def _map_figure(
     means = np.full((len(rows), len(columns)), np.nan)
     figure = new_figure(max(WIDTH, 1.4 + 0.9 * len(columns)), 1.3 + 0.6 * max(len(rows), 2))
     axes = figure.add_subplot()
+    shown, write = _shown(entries)
     colours, norm = _scale(document, entries)
     for entry in entries:
         column, row = columns.index(entry["values"][pair[0]]), rows.index(entry["values"][pair[1]])
-        mean, below = entry["validation"]["mean"], _below(entry["validation"], _seeds(document) is None)
+        mean, below = entry[shown]["mean"], _below(entry[shown], _seeds(document) is None)
         means[row, column] = mean
         red, green, blue, _ = colours(norm(mean))
         text: dict[str, Any] = {
             "color": "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.6 else "black",
             "ha": "center", "va": "center",
         }  # fmt: skip
-        axes.text(column, row + (0.17 if below else 0), f"{mean:.3f}", fontsize=10, **text)
+        axes.text(column, row + (0.17 if below else 0), write(mean), fontsize=10, **text)
         axes.text(column, row - 0.22, below, fontsize=8, **text)
         if entry["values"] == document["chosen"]["values"]:
             axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor="black", lw=2))
@@ -120,8 +126,13 @@ def _map_figure(
     axes.set_ylabel(drawn(pair[1]))
     if setting:
         axes.set_title(drawn(setting, letters=200), fontsize=10, wrap=True)
-    _colour_bar(figure, axes, image, document, baseline_of(entries))
+    _colour_bar(figure, axes, image, document, entries)
     return figure
+
+
+def _shown(entries: Configurations) -> tuple[Literal["gain", "validation"], Callable[[float], str]]:
+    """Return which figure of configurations is drawn, the gain where there is one, and how it is written."""
+    return ("gain", "{:+z.3f}".format) if has_baselines(entries) else ("validation", "{:.3f}".format)
 
 
 def _below(found: Mapping[str, Any], numbered: bool) -> str:
@@ -131,38 +142,33 @@ def _below(found: Mapping[str, Any], numbered: bool) -> str:
 
 
 def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colormap, Normalize]:
-    """Return colours for validation scores: white for labels alone, orange worse, blue better.
+    """Return colours for gains, white for none, orange for worse and blue for better; or for validation scores.
 
     Shades are comparable across maps.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    base = baseline_of(entries)
-    if base is None:
-        means = [entry["validation"]["mean"] for entry in document["configurations"]]
+    shown, _ = _shown(entries)
+    means = [entry[shown]["mean"] for entry in document["configurations"] if entry[shown]["mean"] is not None]
+    if shown == "validation":
         colours, norm = ramp("#d6e6f2"), Normalize(min(max(means) - 1e-6, *means), max(means))
         return colours if better_of(document) > 0 else colours.reversed(), norm
-    reach = max(
-        1e-6,
-        *(
-            abs(
-                entry["validation"]["mean"] - (base if entry["baseline"]["mean"] is None else entry["baseline"]["mean"])
-            )
-            for entry in document["configurations"]
-        ),
-    )
+    reach = max(1e-6, *map(abs, means))
     ends = [COLOURS["baseline"], "#ffffff", COLOURS["distilled"]][:: better_of(document)]
-    return LinearSegmentedColormap.from_list("kd", ends), Normalize(base - reach, base + reach)
+    return LinearSegmentedColormap.from_list("kd", ends), Normalize(-reach, reach)
 
 
-def _colour_bar(figure: Figure, axes: Axes, image: Any, document: Mapping[str, Any], base: float | None) -> None:
-    """Add the used part of the scale, with a mark for the student from labels."""
-    bar = figure.colorbar(image, ax=axes, label=score_label(document))
+def _colour_bar(figure: Figure, axes: Axes, image: Any, document: Mapping[str, Any], entries: Configurations) -> None:
+    """Add the used part of the scale."""
+    shown, _ = _shown(entries)
+    name = score_label(document)
+    if shown == "gain":
+        name = f"{name}: gain over the\n{baseline_name(document)}"
+    bar = figure.colorbar(image, ax=axes, label=name)
     bar.outline.set_visible(False)
-    if base is not None:
-        means = [entry["validation"]["mean"] for entry in document["configurations"]]
-        bar.ax.set_ylim(max(min([base, *means]), image.norm.vmin), min(max([base, *means]), image.norm.vmax))
-        bar.ax.axhline(base, color=COLOURS["baseline"], linewidth=3)
+    if shown == "gain":
+        means = [entry["gain"]["mean"] for entry in document["configurations"] if entry["gain"]["mean"] is not None]
+        bar.ax.set_ylim(min(0.0, *means), max(1e-6, *means))
 
 
 def _scatter_figure(document: Mapping[str, Any], pair: Sequence[str]) -> Figure:
@@ -171,7 +177,7 @@ def _scatter_figure(document: Mapping[str, Any], pair: Sequence[str]) -> Figure:
     configurations = document["configurations"][::-1]  # the best on top
     x, y = ([entry["values"][name] for entry in configurations] for name in pair)
     colours, norm = _scale(document, configurations)
-    means = [entry["validation"]["mean"] for entry in configurations]
+    means = [entry[_shown(configurations)[0]]["mean"] for entry in configurations]
     image = axes.scatter(x, y, c=means, cmap=colours, norm=norm, s=70, edgecolor="#444444", linewidth=0.6)
     best = document["chosen"]["values"]
     axes.scatter(best[pair[0]], best[pair[1]], s=220, facecolor="none", edgecolor=CHOSEN, linewidth=2)
@@ -180,5 +186,5 @@ def _scatter_figure(document: Mapping[str, Any], pair: Sequence[str]) -> Figure:
     axes.set_xlabel(drawn(pair[0]))
     axes.set_ylabel(drawn(pair[1]))
     tidy(axes)
-    _colour_bar(figure, axes, image, document, baseline_of(configurations))
+    _colour_bar(figure, axes, image, document, configurations)
     return figure

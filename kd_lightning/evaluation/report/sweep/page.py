@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_lightning.evaluation.report import html
 from kd_lightning.evaluation.report.html import Picture
-from kd_lightning.evaluation.report.sweep.axes import LETTERS, baseline_of, label
+from kd_lightning.evaluation.report.sweep.axes import LETTERS, baseline_name, has_baselines, label
 from kd_lightning.evaluation.report.sweep.points import better_of, title_of
 from kd_lightning.evaluation.report.table import spread
 
@@ -29,7 +29,8 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
         sentences=sentences(document),
         names=[parameter["name"] for parameter in document["parameters"]],
         score=title_of(document),
-        has_baseline=baseline_of(document["configurations"]) is not None,
+        baseline=baseline_name(document),
+        has_baseline=has_baselines(document["configurations"]),
         rows=[_row(document, rank) for rank in range(len(document["configurations"]))],
         lost=[
             ("Failed points", [_lost(point, f"{point['type']}: {point['error']}") for point in document["failed"]]),
@@ -64,12 +65,13 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     ]
     others = []
     if (base := best["baseline"])["mean"] is not None:
-        others.append(f"the same student from labels alone has {spread(base)}")
+        start = "alone" if document["against"] == "baseline" else "with the same start"
+        others.append(f"the same student from labels {start} has {spread(base)}")
     if document["teacher"] is not None:
         others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
         lines.append(f"On validation {', '.join(others)}.")
-    if base["mean"] is not None and better_of(document) * (best["validation"]["mean"] - base["mean"]) <= 0:
+    if base["mean"] is not None and better_of(document) * best["gain"]["mean"] <= 0:
         lines.append("The chosen configuration is no better than that student: distillation did not help here.")
     return [*lines, *_sensitivity(document, best), counts]
 
@@ -96,8 +98,8 @@ def _sensitivity(document: Mapping[str, Any], best: Mapping[str, Any]) -> list[s
 def _row(document: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Return one configuration as the table's texts."""
     entry = document["configurations"][rank]
-    mean, base = entry["validation"]["mean"], entry["baseline"]["mean"]
-    gain = None if base is None else round(mean - base, 3) + 0.0  # no -0.000
+    gain = entry["gain"]["mean"]
+    gain = None if gain is None else round(gain, 3) + 0.0  # no -0.000
     return {
         "cells": [{"text": label(value), "long": len(label(value)) > LETTERS} for value in entry["values"].values()],
         "validation": spread(entry["validation"]),

@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_lightning.evaluation.report.style import COLOURS, SERIES, new_figure, tidy
-from kd_lightning.evaluation.report.sweep.axes import CHOSEN, WIDTH, label, ramp, ratios, score_label, tick
+from kd_lightning.evaluation.report.sweep.axes import (
+    CHOSEN,
+    WIDTH,
+    baseline_name,
+    label,
+    ramp,
+    ratios,
+    score_label,
+    tick,
+)
 from kd_lightning.evaluation.report.sweep.maps import maps
 from kd_lightning.evaluation.report.sweep.points import Value, title_of
 from kd_lightning.evaluation.report.table import count, short
@@ -99,7 +108,7 @@ def _parameter_figure(document: Mapping[str, Any], parameter: Mapping[str, Any])
             {"linestyle": "--", "linewidth": 1.2} if lined else {"linestyle": "none", "marker": "_", "ms": 14}
         )
         x, levels = zip(*base, strict=True)
-        axes.plot(x, levels, color=COLOURS["baseline"], label="student from labels", zorder=1, **style)
+        axes.plot(x, levels, color=COLOURS["baseline"], label=baseline_name(document), zorder=1, **style)
     if document["teacher"] is not None:
         level = document["teacher"]["validation"]
         axes.axhline(level, color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label="teacher", zorder=1)
@@ -218,7 +227,7 @@ def _price_figure(document: Mapping[str, Any], price: str) -> Figure:
         bases += [(cost, e["baseline"]["mean"]) for cost, e in priced if e["baseline"]["mean"] is not None]
     if bases:
         x, y = zip(*bases, strict=True)
-        axes.plot(x, y, "_", ms=14, color=COLOURS["baseline"], label="student from labels")
+        axes.plot(x, y, "_", ms=14, color=COLOURS["baseline"], label=baseline_name(document))
     if (teacher := document["teacher"]) and teacher[price]:
         axes.plot(teacher[price], teacher["validation"], "*", ms=11, color=COLOURS["teacher"], label="teacher")
     axes.set_xscale("log")
