@@ -19,8 +19,8 @@ from rich.console import Console
 from torch import nn
 
 from kd_lightning.data import FashionMNIST, TextFiles
-from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
+from kd_lightning.data.image import views as images
 from kd_lightning.data.text import augment, tokens
 from kd_lightning.models.bilstm import BiLSTM
 from kd_lightning.models.rebuild import versions

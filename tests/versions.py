@@ -23,8 +23,8 @@ from kd_lightning.data.corpus import alignment, chat, masking
 from kd_lightning.data.corpus import store as corpus
 from kd_lightning.data.corpus.blocks import Packing, cut
 from kd_lightning.data.corpus.conversations import Conversation
-from kd_lightning.data.image import datamodule as images
 from kd_lightning.data.image import store
+from kd_lightning.data.image import views as images
 from kd_lightning.data.text import augment, lists, negatives, question_windows, ranking, tokens, words
 from kd_lightning.data.text import embedding as pairs
 from kd_lightning.data.text.grouped import GroupDataset
@@ -366,7 +366,7 @@ COMPONENTS = {
     "masks": Component(masking.VERSION, "data/corpus/masking.py", make_masks),
     "views": Component(augment.VERSION, "data/text/augment.py", make_views),
     "pixels": Component(store.VERSION, "data/image/store.py", make_pixels, 1e-6),
-    "image views": Component(images.VERSION, "data/image/datamodule.py", make_image_views),
+    "image views": Component(images.VERSION, "data/image/views.py", make_image_views),
     "teacher outputs": Component(frozen.VERSION, "teachers/frozen.py", make_outputs, 1e-4),
     "teacher precisions": Component(frozen.VERSION, "teachers/frozen.py", make_halves, 0.03),
     "stored outputs": Component(manifest.FORMAT, "teachers/cache/manifest.py (FORMAT)", make_stored, 1e-6),

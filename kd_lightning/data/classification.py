@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from kd_lightning.config.budget import Budget, views_and_sets
 from kd_lightning.data.batches import Dataset_
-from kd_lightning.data.datamodule import IndexedData, check_least
+from kd_lightning.data.datamodule import IndexedData
+from kd_lightning.data.options import check_least
 from kd_lightning.data.sampler import Share
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 from kd_lightning.tasks import Classification, Regression, Task
@@ -161,22 +162,3 @@ class ClassificationData(IndexedData):
         if self.pool_ratio is not None:
             data.share = Share(self.sizes["train"], self.pool_ratio, self.seed)
         return super()._trained_on(data)
-
-
-def check_probabilities(**options: float) -> None:
-    """Refuse data options outside [0, 1]."""
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"data.{name}={value}: expected a probability, 0 to 1")
-
-
-def check_fractions(fractions: Sequence[float], source: str) -> None:
-    """Refuse impossible shares to hold out.
-
-    Raises:
-        ConfigError: A fraction outside (0, 1), or fractions that leave nothing.
-    """
-    if any(not 0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
-        given = ", ".join(f"{fraction:g}" for fraction in fractions)
-        message = f"cannot hold out the fractions {given} of {source}: each must lie between 0 and 1, their sum below 1"
-        raise ConfigError(f"{message}; change data.validation_fraction or data.test_fraction")

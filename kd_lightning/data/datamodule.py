@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import numbers
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import lightning as L
 import numpy as np
-from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from kd_lightning.config.budget import Modality
 from kd_lightning.data.batches import BatchDataset, Dataset_, in_batches
-from kd_lightning.data.sampler import BucketBatchSampler, position, rank_and_world
+from kd_lightning.data.options import check_least
+from kd_lightning.data.resume import ResumableData
+from kd_lightning.data.sampler import BucketBatchSampler, rank_and_world
 from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.tasks import Task
@@ -35,16 +33,7 @@ log = logging.getLogger(__name__)
 Role = Literal["teacher", "student"]
 
 
-def check_least(lowest: int, **options: int) -> None:
-    """Refuse data options that are no whole numbers, or below `lowest`."""
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise ConfigError(f"data.{name}={value!r}: expected a whole number")
-        if value < lowest:
-            raise ConfigError(f"data.{name}={value}: expected {lowest} or more")
-
-
-class IndexedData(L.LightningDataModule, ABC):
+class IndexedData(ResumableData, ABC):
     """Examples with a stable `index`, in batches of similar length, resumable.
 
     Subclasses define the examples and the task.
@@ -110,7 +99,6 @@ class IndexedData(L.LightningDataModule, ABC):
         self.around: Callable[[DataLoader[Batch]], Any] | None = None
         self._tokens: Literal["student", "teacher", "both"] = "both"
         self._pool = True
-        self._resume: tuple[int, int] | None = None
         self._share = (0, 1)
         self._left_out: NDArray[np.bool_] | None = None  # by `index`: a fold that is not trained on
         self._spans: dict[str, range]
@@ -368,37 +356,6 @@ class IndexedData(L.LightningDataModule, ABC):
             lambda _: data.whole, self.eval_batch_size, shuffle=False, rank=rank, world_size=world
         )
         return in_batches(data, sampler, self.num_workers, self.seed)
-
-    # -- resuming -----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in training as the trainer counts it (workers may have fetched further)."""
-        if self.trainer is None:
-            return {}
-        epochs: Any = self.trainer.fit_loop.epoch_progress.current
-        epoch, batches = position(self.trainer)
-        between = epochs.ready == epochs.processed
-        return {**self._order(), "epoch": epoch, "batches": batches, "between_epochs": between}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume training batches at the position of a checkpoint.
-
-        Raises:
-            ConfigError: The data or batches differ from the checkpoint's, or Lightning cannot resume from it.
-        """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return  # an evaluation may use other batches
-        for name, now in self._order().items():
-            if state_dict.get(name) != now:
-                given = f"{now!r}, but the checkpoint was trained with {state_dict.get(name)!r}"
-                raise ConfigError(f"cannot resume: the data's {name} is {given}; restore it or start a new run")
-        if self.trainer is not None and self.trainer.max_steps != -1 and state_dict["between_epochs"]:
-            # Lightning 2.6 then counts one batch of the next epoch to the finished one and skips the others.
-            message = "cannot resume: the checkpoint is from after an epoch's end, which Lightning gets wrong"
-            raise ConfigError(f"{message} with trainer.max_steps; limit by trainer.max_epochs, or save at a step")
-        self._resume = (state_dict["epoch"], state_dict["batches"])
-        # Lightning looks for the position only in the loader, and warns that there is none.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
 
     def _order(self) -> dict[str, Any]:
         """Return what determines the sequence of training batches."""

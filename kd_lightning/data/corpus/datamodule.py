@@ -27,7 +27,8 @@ from kd_lightning.data.corpus.store import (
     TextEncoder,
     encode_corpus,
 )
-from kd_lightning.data.datamodule import IndexedData, Role, check_least, log
+from kd_lightning.data.datamodule import IndexedData, Role, log
+from kd_lightning.data.options import check_least
 from kd_lightning.data.text.tokens import (
     before_text,
     load_tokenizer,

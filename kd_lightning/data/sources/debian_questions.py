@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_lightning.data.classification import check_fractions
-from kd_lightning.data.datamodule import check_least
+from kd_lightning.data.options import check_fractions, check_least
 from kd_lightning.data.sources.debian_index import Described
 from kd_lightning.data.sources.debian_pairs import described
 from kd_lightning.data.text.passages import SENTENCE_END

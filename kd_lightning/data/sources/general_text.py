@@ -11,7 +11,7 @@ from typing import Any
 
 from kd_lightning.data.corpus.datamodule import CorpusData
 from kd_lightning.data.corpus.store import Source
-from kd_lightning.data.datamodule import check_least
+from kd_lightning.data.options import check_least
 from kd_lightning.data.sources.debian_pairs import DebianPairs
 from kd_lightning.data.sources.files import data_key
 from kd_lightning.data.sources.records import Manner, lines_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_lightning.data.datamodule import check_least
+from kd_lightning.data.options import check_least
 from kd_lightning.data.sources.reviews import transfer_sentences
 from kd_lightning.data.text.tagged import Place, TaggedCorpus, TaggedText, from_spans
 from kd_lightning.data.text.tagging import TaggedData

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd_lightning.data.classification import check_fractions
 from kd_lightning.data.labels import (
     NO_LABEL,
     ClassNames,
@@ -19,6 +18,7 @@ from kd_lightning.data.labels import (
     given_names,
     positions_in,
 )
+from kd_lightning.data.options import check_fractions
 from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.errors import DataError
 

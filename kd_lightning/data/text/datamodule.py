@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_lightning.config.budget import worth
-from kd_lightning.data.classification import ClassificationData, check_probabilities
+from kd_lightning.data.classification import ClassificationData
 from kd_lightning.data.datamodule import Role
+from kd_lightning.data.options import check_probabilities
 from kd_lightning.data.splits import stratified_order
 from kd_lightning.data.text import augment, tokens
 from kd_lightning.data.text.augment import Changes, Views

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.datamodule import Role
+from kd_lightning.data.options import check_least
 from kd_lightning.data.text import tokens
 from kd_lightning.data.text.grouped import GroupData
 from kd_lightning.data.text.groups import GroupCorpus, TextGroup

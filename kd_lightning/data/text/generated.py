@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
-from kd_lightning.data.classification import check_probabilities
-from kd_lightning.data.datamodule import check_least
 from kd_lightning.data.kept_texts import PIECE, KeptTexts
 from kd_lightning.data.labels import folded
+from kd_lightning.data.options import check_least, check_probabilities
 from kd_lightning.data.text.corpus import Corpus, Sentence, is_blank
 from kd_lightning.data.text.ends import text_ends
 from kd_lightning.data.text.tokens import before_text, load_tokenizer, tokenizer_fingerprint

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data.batches import BatchDataset
-from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.datamodule import Role
+from kd_lightning.data.options import check_least
 from kd_lightning.data.sampler import Positions, Turn
 from kd_lightning.data.text import tokens
 from kd_lightning.data.text.corpus import Sentence

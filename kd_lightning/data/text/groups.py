@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.data.classification import check_fractions
+from kd_lightning.data.options import check_fractions
 from kd_lightning.data.text.corpus import normalise
 from kd_lightning.runtime.errors import DataError
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_lightning.data.classification import check_fractions
 from kd_lightning.data.labels import folded
+from kd_lightning.data.options import check_fractions
 from kd_lightning.data.text.groups import TextGroup, connected, dealt
 from kd_lightning.runtime.errors import DataError
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.datamodule import Role
+from kd_lightning.data.options import check_least
 from kd_lightning.data.text.corpus import normalise
 from kd_lightning.data.text.flat import FlatDataset
 from kd_lightning.data.text.question_windows import VERSION, QuestionWindows, encode_questions, span_labels_of

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_lightning.data.classification import check_fractions
 from kd_lightning.data.labels import check_unicode
+from kd_lightning.data.options import check_fractions
 from kd_lightning.data.text.corpus import is_blank, normalise
 from kd_lightning.runtime.errors import DataError
 

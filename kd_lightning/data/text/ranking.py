@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.config.budget import worth
-from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.datamodule import Role
+from kd_lightning.data.options import check_least
 from kd_lightning.data.text import tokens
 from kd_lightning.data.text.corpus import Sentence
 from kd_lightning.data.text.grouped import GroupData

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.data.datamodule import Role, check_least
+from kd_lightning.data.datamodule import Role
+from kd_lightning.data.options import check_least
 from kd_lightning.data.text.tagged import TaggedCorpus, TaggedText
 from kd_lightning.data.text.tokenized import ROLES, TokenizedData
 from kd_lightning.data.text.tokens import tokenizer_fingerprint

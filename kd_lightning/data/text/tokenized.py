@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from kd_lightning.data.datamodule import IndexedData, Role, check_least
+from kd_lightning.data.datamodule import IndexedData, Role
+from kd_lightning.data.options import check_least
 from kd_lightning.data.text.tokens import load_tokenizer, tokenizer_fingerprint
 from kd_lightning.runtime.errors import ConfigError
 

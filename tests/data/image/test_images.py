@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data import FashionMNIST
-from kd_lightning.data.image.datamodule import ImageViews, make_image_view
+from kd_lightning.data.image.views import ImageViews, make_image_view
 from kd_lightning.data.sampler import BucketBatchSampler
 from kd_lightning.data.splits import stratified_order
 from kd_lightning.runtime.errors import ConfigError

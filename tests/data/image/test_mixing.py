@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data import FashionMNIST
-from kd_lightning.data.image.datamodule import ImageViews, Mixing, cutmix, make_image_view, mixup
+from kd_lightning.data.image.views import ImageViews, Mixing, cutmix, make_image_view, mixup
 from kd_lightning.runtime.errors import ConfigError
 from kd_lightning.types import IGNORE
 from tests.data.images import write_fashion
