@@ -9,7 +9,8 @@ import re
 import textwrap
 
 from kd_lightning.config.instantiate import conf_dir
-from kd_lightning.config.schema import FinetuneConfig, GeneratedConfig, OnPolicyConfig, RunConfig, TeacherConfig, docs
+from kd_lightning.config.parsing import docs
+from kd_lightning.config.schema import FinetuneConfig, GeneratedConfig, OnPolicyConfig, RunConfig, TeacherConfig
 
 KINDS = {
     "": RunConfig, "teacher.": TeacherConfig, "on_policy.": OnPolicyConfig, "generated.": GeneratedConfig,

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from kd_lightning.config.parsing import docs, hints
 from kd_lightning.config.schema import (
     FinetuneConfig,
     GeneratedConfig,
@@ -17,8 +18,6 @@ from kd_lightning.config.schema import (
     RunConfig,
     TaskConfig,
     TeacherConfig,
-    docs,
-    hints,
 )
 from kd_lightning.config.values import words
 

@@ -1,4 +1,4 @@
-"""The schema of a run's configuration: keys with docs and types, and parsing to typed settings.
+"""The schema of a run's configuration: keys with docs and types.
 
 The docstring under a field is the one place that tells what its key is for: the comments of conf/config.yaml and
 `kd-train --help` come from it. conf/config.yaml has the defaults. What names a class (`Node`) stays a dictionary, since
@@ -7,23 +7,18 @@ its keys are the arguments of that class.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config.budget import Budget
 from kd_lightning.config.instantiate import to_dict
 from kd_lightning.config.numbers import check_numbers
-from kd_lightning.config.values import Range, check_value
+from kd_lightning.config.parsing import read_group, refuse_missing, values_of
+from kd_lightning.config.values import Range
 from kd_lightning.runtime.errors import ConfigError, did_you_mean
 
 Node = dict[str, Any]
@@ -41,10 +36,6 @@ Dialect = Literal["vllm", "sglang", "llama.cpp"]
 Precision = Literal["float32", "bf16", "float16", "8bit", "int8-dynamic"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
-NODES = (
-    "data", "student", "distillation", "optimizer", "scheduler", "trainer", "callbacks", "logger", "network",
-)  # fmt: skip
-"""The keys that conf/ has choices for."""
 STAGES: tuple[str, ...] = get_args(StageName)
 """All stages, in the order in which they run."""
 CACHE_MODES = ("auto", "off", "require", "refresh")
@@ -316,15 +307,15 @@ class RunConfig:
         """
         plain: dict[str, Any] = to_dict(settings) if OmegaConf.is_config(settings) else dict(settings)
         if isinstance(settings, DictConfig):
-            _refuse_missing(settings, plain)
-        cfg = _read(cls, "", plain)
+            refuse_missing(settings, plain)
+        cfg = read_group(cls, "", plain)
         check_numbers(cfg.as_dict())  # in the order of the fields: what others are made from comes first
         _check_stages(cfg.stages)
         _check_name(cfg.name)
         _check_teacher("teacher.", plain["teacher"])
         for name, task in cfg.tasks.items():
             prefix = f"tasks.{name}.teacher."
-            _values(TeacherConfig, prefix, task.teacher)
+            values_of(TeacherConfig, prefix, task.teacher)
             _check_teacher(prefix, task.teacher)
         return cfg
 
@@ -381,59 +372,6 @@ class RunConfig:
         )
 
 
-Group = TypeVar("Group", RunConfig, TeacherConfig, OnPolicyConfig, GeneratedConfig, FinetuneConfig, TaskConfig)
-
-
-def _refuse_missing(settings: DictConfig, plain: dict[str, Any]) -> None:
-    """Refuse keys that have no value yet; a network that `teacher.checkpoint` replaces does without them."""
-    missing, unused = sorted(map(str, OmegaConf.missing_keys(settings))), "teacher.network."
-    if OmegaConf.select(settings, "teacher.checkpoint") is not None:
-        for key in [key for key in missing if key.startswith(unused) and "." not in key.removeprefix(unused)]:
-            del plain["teacher"]["network"][key.removeprefix(unused)]
-            missing.remove(key)
-    if missing:
-        raise ConfigError(f"{missing[0]} needs a value: kd-train {missing[0]}=...")
-
-
-def _read(kind: type[Group], prefix: str, node: dict[str, Any]) -> Group:
-    """Read a group of keys."""
-    values = _values(kind, prefix, node)
-    needed = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
-    if lacking := [key for key in needed if key not in node]:
-        raise ConfigError(f"{prefix}{lacking[0]} was removed (~{prefix}{lacking[0]}), and no run can do without it")
-    return kind(**values)
-
-
-def _values(kind: type, prefix: str, node: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys that are there as their fields have them."""
-    types = hints(kind)
-    if unknown := [str(key) for key in node if key not in types]:
-        raise ConfigError(f"{prefix}{unknown[0]}: there is no such key{did_you_mean(unknown[0], types)}")
-    return {key: _value(f"{prefix}{key}", value, types[key]) for key, value in node.items()}
-
-
-def _value(path: str, value: Any, expected: Any) -> Any:
-    """Return a key's value as its field has it."""
-    group = is_dataclass(expected) or get_origin(expected) is dict
-    if group and value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{path}={value!r} is no group of keys{_choice(path)}")
-    if value is not None and is_dataclass(expected):
-        return _read(typing.cast(type[Any], expected), f"{path}.", value)
-    if value is not None and get_origin(expected) is dict and is_dataclass(inside := get_args(expected)[1]):
-        return {name: _value(f"{path}.{name}", one, inside) for name, one in value.items()}
-    check_value(path, value, expected)
-    return value
-
-
-def _choice(path: str) -> str:
-    """Return how a group is chosen on the command line, if conf/ has choices."""
-    above, _, name = path.rpartition(".")
-    group = "model" if name in ("student", "network") else name
-    if name not in NODES:
-        return ""
-    return f"; to choose one: {group}@{path}=NAME" if above or group == "model" else f"; to choose one: {path}=NAME"
-
-
 def _check_stages(stages: list[Any]) -> None:
     if stages != sorted(set(stages), key=STAGES.index) or not stages:
         raise ConfigError(f"stages={stages} must be some of {list(STAGES)}, in this order, each once")
@@ -456,22 +394,3 @@ def _check_teacher(prefix: str, given: dict[str, Any]) -> None:
         )
     if given.get("checkpoint") == []:
         raise ConfigError(f"{prefix}checkpoint=[] names no teacher: give one, a list of several, or null")
-
-
-@cache
-def hints(kind: type) -> dict[str, Any]:
-    """Return the types of a group's keys by name."""
-    found = typing.get_type_hints(kind, include_extras=True)
-    return {one.name: found[one.name] for one in fields(kind)}
-
-
-@cache
-def docs(kind: type) -> dict[str, str]:
-    """Return what a group's keys are for, by name: the docstrings under its fields."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for above, below in pairwise(definition.body):
-        if isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name) and isinstance(below, ast.Expr):
-            found[above.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return found

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import DictConfig
 
 from comment_config import commented
-from kd_lightning.config import schema
+from kd_lightning.config import parsing
 from kd_lightning.config.help import keys_help
 from kd_lightning.config.instantiate import conf_dir
 from kd_lightning.config.schema import (
@@ -59,7 +59,7 @@ def test_the_comments_of_the_configuration_are_the_docs() -> None:
 
 
 def test_another_doc_is_another_comment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schema.docs(RunConfig), "compile", "Another doc.")
+    monkeypatch.setitem(parsing.docs(RunConfig), "compile", "Another doc.")
     text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
     assert commented(text).count("# Another doc.\ncompile: false\n") == 1
     assert "# Whether to torch.compile the students." not in commented(text)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config import schema
 from kd_lightning.config.instantiate import conf_dir, to_dict
+from kd_lightning.config.parsing import docs
 from kd_lightning.config.schema import (
     OUTPUTS,
     FinetuneConfig,
@@ -22,7 +23,6 @@ from kd_lightning.config.schema import (
     RunConfig,
     TaskConfig,
     TeacherConfig,
-    docs,
 )
 from kd_lightning.config.values import Range, check_value, words
 from kd_lightning.runtime.errors import ConfigError
