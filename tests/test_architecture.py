@@ -16,6 +16,7 @@ import pytest
 from draw_architecture import GROUND, LAYERS, PACKAGE, PICTURE, Import, between_rooms, draw, imports, room
 from tests import ROOT
 
+MOST_LINES = 400
 FLOOR = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -51,6 +52,12 @@ def circle(found: list[Import]) -> list[str]:
     except CycleError as error:
         return list(error.args[1])
     return []
+
+
+def long_files(package: Path) -> list[str]:
+    """Return the files that are to be split."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sorted(package.rglob("*.py"))}
+    return [f"{path.relative_to(package)} has {count} lines" for path, count in lines.items() if count > MOST_LINES]
 
 
 def entries(package: Path) -> list[str]:
@@ -115,6 +122,13 @@ def test_no_modules_need_each_other() -> None:
 def test_the_top_level_has_few_entries_and_every_module_a_room() -> None:
     assert len(entries(PACKAGE)) <= 14
     assert homeless(PACKAGE) == []
+
+
+def test_files_are_short(tmp_path: Path) -> None:
+    assert long_files(PACKAGE) == []
+    (tmp_path / "long.py").write_text("x = 1\n" * (MOST_LINES + 1))
+    (tmp_path / "short.py").write_text("x = 1\n" * MOST_LINES)
+    assert long_files(tmp_path) == [f"long.py has {MOST_LINES + 1} lines"]
 
 
 def test_losses_need_torch_and_nothing_else() -> None:

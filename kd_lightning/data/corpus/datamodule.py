@@ -21,14 +21,13 @@ from kd_lightning.data.corpus.store import (
     COUNTED,
     FILES,
     VERSION,
-    CorpusStore,
     Encoder,
     Source,
     TextEncoder,
     encode_corpus,
 )
 from kd_lightning.data.datamodule import IndexedData, Role, log
-from kd_lightning.data.options import check_least
+from kd_lightning.data.options import check_fractions, check_least
 from kd_lightning.data.text.tokens import (
     before_text,
     load_tokenizer,
@@ -120,11 +119,7 @@ class CorpusData(IndexedData):
         if packing not in get_args(Packing):
             raise ConfigError(f"data.packing={packing!r} is unknown{did_you_mean(str(packing), get_args(Packing))}")
         shares = {"validation": validation_fraction, "test": test_fraction}
-        if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
-            raise ConfigError(
-                f"data.validation_fraction={validation_fraction:g} and data.test_fraction={test_fraction:g}: each must "
-                "lie between 0 and 1, their sum below 1"
-            )
+        check_fractions(list(shares.values()), "the documents")
         if not mask_probability and mask_sets != 1:
             raise ConfigError(
                 f"data.mask_sets={'null' if mask_sets is None else mask_sets}: no token is masked; set "
@@ -170,7 +165,7 @@ class CorpusData(IndexedData):
             log.warning("%s", store.note)
         documents = splits_of(store, self.shares, self.split_seed)
         if self.tokenizer_name.startswith(PREFIX):
-            size, used = len(self._tokenizer), self._used(store, documents["train"])
+            size, used = len(self._tokenizer), store.used(documents["train"], self.train_tokens)
             self._tokenizer, ids = trim_tokenizer(self._tokenizer, used)
             self._kept = Kept(ids, size)
             log.info("vocabulary trimmed from %d to %d tokens", size, len(ids))
@@ -238,14 +233,6 @@ class CorpusData(IndexedData):
             if same < turns:
                 log.warning("%d of %d turns are another text in the teacher's template: left out", turns - same, turns)
         self._teachers_tokenizer, self.other_tokens = tokenizer, True
-
-    def _used(self, store: CorpusStore, documents: NDArray[np.int64]) -> list[int]:
-        """Return the tokens of the training text."""
-        found, left = np.zeros(len(self._tokenizer), bool), self.train_tokens or int(store.offsets[-1])
-        for begin, end in zip(store.offsets[documents], store.offsets[documents + 1], strict=True):
-            found[store.tokens[begin : min(end, begin + left)]] = True
-            left = max(left - int(end - begin), 0)
-        return [int(number) for number in np.flatnonzero(found)]
 
     def _learned_from(self, source: Source) -> Iterator[str]:
         """Return the texts that a tokenizer is learned from."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from kd_lightning.runtime.assets import apt_reason, home, new_folder, run_tool
+from kd_lightning.runtime.assets import home, new_folder
+from kd_lightning.runtime.downloads import apt_reason, run_tool
 from kd_lightning.runtime.errors import ConfigError, DataError, KDError
 from kd_lightning.runtime.files import temporary_folder
 from kd_lightning.runtime.seals import check_seal, read_sealed, seal, sha256, write_sealed

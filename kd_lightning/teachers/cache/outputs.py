@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
@@ -236,6 +236,21 @@ def encode(spec: Spec, value: Tensor | SparseLogits, mask: Tensor | None, index:
     found = {name: value.to(spec.parts[name][1], copy=True)}  # what is stored is not for others to change
     _check_finite(spec, found[name], owner)
     return found
+
+
+def encode_all(
+    specs: Sequence[Spec], values: Mapping[str, Tensor | SparseLogits], index: Tensor, mask: Tensor | None,
+    keep: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Encode all outputs of a batch, with the examples' `index` and numbers of tokens."""
+    tensors: dict[str, Tensor] = {"index": index.clone()}
+    for spec in specs:
+        tensors |= encode(spec, values[spec.name], keep if spec.kind == "row" else mask, index)
+    if mask is not None and any(spec.kind != "example" for spec in specs):
+        tensors["length"] = mask.sum(1, dtype=torch.int32)
+    if keep is not None and any(spec.kind == "row" for spec in specs):
+        tensors["rows"] = keep.sum(1, dtype=torch.int32)
+    return tensors
 
 
 def _largest(spec: Spec, value: Tensor, rows: Tensor, owner: Tensor) -> dict[str, Tensor]:

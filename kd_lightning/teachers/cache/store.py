@@ -6,30 +6,25 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_lightning.runtime.errors import CacheError
 from kd_lightning.teachers.cache.manifest import MANIFEST, REFRESH, Manifest, remedy
-from kd_lightning.teachers.cache.outputs import Spec, Storage, check_shapes, decode, encode, named, specs_of
-from kd_lightning.teachers.cache.places import NOWHERE, Places, read
+from kd_lightning.teachers.cache.outputs import Storage, check_shapes, encode_all, named, specs_of
 from kd_lightning.teachers.cache.shards import (
     Limits,
     Segment,
-    cooked,
-    empty,
     join,
-    open_shard,
     shard_problem,
     write_shard,
 )
-from kd_lightning.teachers.cache.upkeep import InUse, Say, locked, log, problems, shard_files, sweep
+from kd_lightning.teachers.cache.stored import StoredOutputs
+from kd_lightning.teachers.cache.upkeep import InUse, Say, drop_damaged, locked, log, problems, shard_files, sweep
 from kd_lightning.types import ModelOutput, SparseLogits
 
 DEFAULT_STORAGE = Storage()
@@ -37,7 +32,7 @@ DEFAULT_LIMITS = Limits()
 Begin = Callable[[Path, Manifest], None]
 
 
-class TeacherCache:
+class TeacherCache(StoredOutputs):
     """Teacher outputs by example `index`. Use `create`, `open` or `refreshing` instead of the constructor.
 
     Any number of processes may read without a lock. Adding needs no lock either: each shard is written under the lock,
@@ -58,23 +53,13 @@ class TeacherCache:
     def __init__(
         self, folder: Path, manifest: Manifest, limits: Limits, manifest_name: str = MANIFEST, *, in_use: InUse
     ) -> None:
-        self.folder, self.manifest, self.limits = folder, manifest, limits
+        super().__init__(folder, manifest, limits)
         self._manifest_name, self._in_use = manifest_name, in_use
         self.run = ""
-        self._device = torch.device("cpu")
-        self._segments: dict[int, Segment] = {}
-        self._mapped: set[str] = set()  # names of the shards among them
-        self._waiting: list[int] = []  # those not yet in a file
+        self._waiting: list[int] = []  # segments not yet in a file
         self._waiting_bytes = 0
-        self._next = 0
         self._written = time.monotonic()
         self._seconds = 0.0
-        self._known = 0
-        self._in_memory = False  # all outputs for all examples
-        self._places = Places(manifest.num_examples, variable=False)
-        self._tables: dict[str, dict[str, Tensor]] = {}  # by output and part
-        self._list_outputs()
-        self._prepare()
 
     # -- creating and opening -----------------------------------------------------------------------------------------
 
@@ -148,14 +133,7 @@ class TeacherCache:
                 "runs the teacher on these examples again and teacher.cache=refresh on all of them"
             )
         if wrong:
-            with locked(folder, say):
-                manifest = Manifest.read(folder / MANIFEST)
-                wrong = problems(folder, manifest)
-                manifest.shards = [record for record in manifest.shards if record not in wrong]
-                manifest.write(folder / MANIFEST)
-                for record, problem in wrong.items():
-                    say(f"{problem}: dropped, its {record.examples} examples will be computed again")
-                    (folder / record.file).unlink(missing_ok=True)
+            manifest = drop_damaged(folder, say)
         return cls(folder, manifest, limits, in_use=in_use)
 
     @classmethod
@@ -211,89 +189,6 @@ class TeacherCache:
         self.__init__(  # type: ignore[misc]
             state["folder"], manifest, state["limits"], state["name"], in_use=in_use
         )
-
-    # -- reading ------------------------------------------------------------------------------------------------------
-
-    @property
-    def complete(self) -> bool:
-        """Whether the outputs of all N examples are stored."""
-        return self._known == self.manifest.num_examples
-
-    @property
-    def stored(self) -> int:
-        """How many examples' outputs are stored."""
-        return self._known
-
-    def known(self, index: Tensor) -> Tensor:
-        """Return whether each example is stored, `(B,)` bool on the CPU."""
-        return torch.from_numpy(self._places.known(index.cpu().numpy()))
-
-    def missing(self) -> Tensor:
-        """Return the examples that are not stored yet, ascending, `(M,)` int64."""
-        return torch.from_numpy(np.flatnonzero(self._places.segment == NOWHERE))
-
-    def to(self, device: torch.device | str) -> Self:
-        """Return outputs on this device from now on; tables held in memory move there."""
-        self._device = torch.device(device)
-        with torch.inference_mode(False):
-            for table in self._tables.values():
-                table.update({name: part.to(self._device) for name, part in table.items()})
-        self._list_outputs()
-        return self
-
-    def lookup(
-        self,
-        index: Tensor,
-        mask: Tensor | None = None,
-        features: Sequence[str] | None = None,
-        keep: Tensor | None = None,
-    ) -> ModelOutput:
-        """Return the stored outputs for a batch, in its order, as float32 on the device of `to`.
-
-        Args:
-            index: The examples, `(B,)` int64, in any order, with repetitions.
-            mask: `(B, L)`, nonzero at real tokens, if an output is per token. Padding may be on either side and of
-                another length than in the teacher's batch; outputs are zero there.
-            features: The stored features to return; None: all.
-            keep: `(B, L)`, the kept rows, if logits are per token; other rows are zero.
-
-        Raises:
-            CacheError: An example is missing, or has another number of tokens than when it was stored.
-        """
-        if torch.is_inference_mode_enabled():  # autograd does not accept tensors created in inference mode
-            with torch.inference_mode(False):
-                return self.lookup(index, mask, features, keep)
-        here = None
-        if not self._in_memory:
-            here = index.cpu().numpy()
-            self._places.check(here)
-        if index.device != self._device:
-            index = index.to(self._device)
-        values: dict[str, Any] = {}
-        try:
-            for spec, exact in self._outputs:
-                if features is not None and spec.name != "logits" and spec.name not in features:
-                    continue
-                places = keep if spec.kind == "row" else mask
-                output = self._read(spec, index, here, places) if exact is None else exact.index_select(0, index)
-                values[spec.name] = output
-        except (IndexError, RuntimeError):
-            self._places.check(index.cpu().numpy())
-            raise
-        logits = values.pop("logits")
-        if isinstance(logits, SparseLogits):
-            return ModelOutput(logits.values[..., :0], values, logits)
-        return ModelOutput(logits, values)
-
-    def _read(
-        self, spec: Spec, rows: Tensor, here: NDArray[np.int64] | None, mask: Tensor | None
-    ) -> Tensor | SparseLogits:
-        """Return one output of a batch from its table or the mapped files; `here` is `rows` as an array."""
-        if (table := self._tables.get(spec.name)) is not None:
-            return decode(spec, {name: part.index_select(0, rows) for name, part in table.items()})
-        assert here is not None
-        found = read(spec, self._places, self._segments, here, mask)
-        return found.to(self._device)
 
     # -- adding -------------------------------------------------------------------------------------------------------
 
@@ -359,13 +254,7 @@ class TeacherCache:
                     for name, value in values.items() for rows in (fresh.to(value.device),)
                 }  # fmt: skip
                 index, mask, keep = index[fresh], *(None if x is None else x[fresh] for x in (mask, keep))
-            tensors: dict[str, Tensor] = {"index": index.clone()}
-            for spec in specs:
-                tensors |= encode(spec, values[spec.name], keep if spec.kind == "row" else mask, index)
-            if mask is not None and any(spec.kind != "example" for spec in specs):
-                tensors["length"] = mask.sum(1, dtype=torch.int32)
-            if keep is not None and any(spec.kind == "row" for spec in specs):
-                tensors["rows"] = keep.sum(1, dtype=torch.int32)
+            tensors = encode_all(specs, values, index, mask, keep)
             if not self.manifest.specs:
                 self.manifest.specs = specs
                 self._prepare()
@@ -407,51 +296,6 @@ class TeacherCache:
             raise
         self.manifest = manifest
         self._open_shards()
-
-    # -- bookkeeping --------------------------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        """Allocate the tables, once the specs are known, and open the shards."""
-        specs, number = self.manifest.specs, self.manifest.num_examples
-        if not specs:
-            return
-        self._places = Places(number, variable=any(spec.kind != "example" for spec in specs))
-        with torch.inference_mode(False):
-            for spec in specs:
-                if spec.kind == "example" and spec.unit_bytes * number <= self.limits.resident_bytes:
-                    self._tables[spec.name] = {
-                        name: empty((number, *shape), dtype).to(self._device)
-                        for name, (shape, dtype) in spec.parts.items()
-                    }
-        self._list_outputs()
-        self._open_shards()
-
-    def _list_outputs(self) -> None:
-        """List the outputs, each with its table if that holds final values, so that reading is one gather."""
-        self._outputs: list[tuple[Spec, Tensor | None]] = []
-        for spec in self.manifest.specs:
-            exact = spec.name in self._tables and spec.top_k is None and spec.dtype == "float32"
-            self._outputs.append((spec, self._tables[spec.name][next(iter(spec.parts))] if exact else None))
-
-    def _open_shards(self) -> None:
-        for record in self.manifest.shards:
-            if record.file not in self._mapped:
-                self._take_in(open_shard(self.folder, record))
-                self._mapped.add(record.file)
-
-    def _take_in(self, segment: Segment) -> int:
-        """Register a segment, from which its examples are read from now on; return its number."""
-        number, self._next = self._next, self._next + 1
-        self._segments[number] = segment
-        self._known += int((self._places.segment[segment.index] == NOWHERE).sum())
-        self._in_memory = self.complete and len(self._tables) == len(self.manifest.specs)
-        self._places.register(number, segment)
-        rows = torch.from_numpy(segment.index).to(self._device)
-        with torch.inference_mode(False):
-            for table in self._tables.values():
-                for name, part in table.items():
-                    part[rows] = cooked(segment.parts[name], part.dtype).to(self._device)
-        return number
 
     def _catch_up(self) -> None:
         """Read what other processes have written since; the caller holds the lock."""

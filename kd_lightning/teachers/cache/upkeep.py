@@ -132,6 +132,24 @@ def problems(folder: Path, manifest: Manifest) -> dict[ShardRecord, str]:
     return {record: wrong for record, wrong in found.items() if wrong is not None}
 
 
+def drop_damaged(folder: Path, say: Say) -> Manifest:
+    """Remove damaged shards, whose examples are predicted again, and return the manifest of the rest.
+
+    Args:
+        folder: The cache's.
+        say: Receives a line for each shard.
+    """
+    with locked(folder, say):
+        manifest = Manifest.read(folder / MANIFEST)
+        wrong = problems(folder, manifest)
+        manifest.shards = [record for record in manifest.shards if record not in wrong]
+        manifest.write(folder / MANIFEST)
+        for record, problem in wrong.items():
+            say(f"{problem}: dropped, its {record.examples} examples will be computed again")
+            (folder / record.file).unlink(missing_ok=True)
+    return manifest
+
+
 def read_contents(folder: Path, manifest: Manifest) -> bytes:
     """Return the digests of what the teacher reads of each example; none where the cache has none.
 

@@ -160,7 +160,10 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ({"train_tokens": 1}, r"data\.train_tokens=1: expected 2 or more"),
         ({"eval_tokens": 1}, r"data\.eval_tokens=1: expected 2 or more"),
         ({"packing": "document"}, r"data\.packing='document' is unknown; did you mean 'documents'\?"),
-        ({"validation_fraction": 0.6, "test_fraction": 0.5}, "data.validation_fraction=0.6 and data.test_fraction=0.5"),
+        (
+            {"validation_fraction": 0.6, "test_fraction": 0.5},
+            r"cannot hold out the fractions 0\.6, 0\.5 of",
+        ),
         ({"batch_size": 0}, r"data\.batch_size=0"),
     ],
 )

@@ -142,7 +142,7 @@ def _below(found: Mapping[str, Any], numbered: bool) -> str:
 
 
 def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colormap, Normalize]:
-    """Return colours for gains, white for none, orange for worse and blue for better; or for validation scores.
+    """Return colours for gains, or for validation scores: white is no gain, orange worse, blue better.
 
     Shades are comparable across maps.
     """
