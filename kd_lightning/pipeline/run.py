@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from kd_lightning.pipeline.estimate import estimate
 from kd_lightning.pipeline.generate import add_texts
 from kd_lightning.pipeline.preflight import preflight
-from kd_lightning.pipeline.prepare import prepare
+from kd_lightning.pipeline.prepare import link_shared, prepare
 from kd_lightning.pipeline.run_records import write_plan
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.pipeline.teacher_check import finish_teacher
@@ -46,6 +46,7 @@ def train_all(run: Run, begin: Callable[[], None] | None = None, command: str = 
     distils = any(stage.distils for stage in stages)
     if distils:
         add_texts(run)  # where the teacher is finished, so that the estimate counts them
+    link_shared(run, stages)
     if rank() == 0:
         run.clock = estimate(run, stages, trials)
     for stage in stages:

@@ -25,12 +25,15 @@ from kd_lightning.evaluation.evaluator import text_batches
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
+from kd_lightning.pipeline.prepare import link_shared
 from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime.errors import ConfigError, KDError
 from kd_lightning.runtime.fingerprints import network_digest
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.run_folder import (
     finish_stage,
+    is_finished,
     load_run,
     model_of,
     read_stage,
@@ -233,6 +236,20 @@ def test_runs_with_and_without_views_share_teacher_and_baseline(
     assert folders[0] == folders[1]
     read = [json.loads((tmp_path / f"{views}/seed_0/distill/settings.json").read_text()) for views in (0, 1)]
     assert read[0]["settings"]["data"] != read[1]["settings"]["data"]
+
+
+def test_what_another_run_has_finished_counts_as_finished_before_any_training(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    chosen = [o for o in overrides if not o.startswith(("run_dir", "student", "model@student"))]
+    chosen += [*STARTED, f"shared_dir={tmp_path / 'shared'}"]
+    run(composed(*chosen, f"run_dir={tmp_path / 'first'}"))
+    second = Run(composed(*chosen, "temperature=3", f"run_dir={tmp_path / 'second'}"), Console(file=StringIO()))
+    stages = plan(second)
+    link_shared(second, stages)
+    done = {stage.path for stage in stages if is_finished(second.folder / stage.path)}
+    assert done == {stage.path for stage in stages} - {"seed_0/distill"} > {"teacher", "seed_0/baseline_initialised"}
+    assert "providers" not in vars(second), "the teacher is read when it is needed"
 
 
 def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothing_from_the_teacher(
