@@ -15,7 +15,7 @@ import argparse
 from typing import Any
 
 from kd_lightning.evaluation.report.style import COLOURS, MARKERS, SMALL, TITLE, End, name_lines, new_figure, tidy
-from trainings import ROOT, parsed, percent, read_result, report_of, write_result
+from trainings import ROOT, parsed, percent, read_result, report_of, write_result, written
 
 RUNS, RESULT = ROOT / "runs" / "defaults", ROOT / "results" / "defaults.json"
 
@@ -95,14 +95,14 @@ def table() -> str:
         return "Not measured yet: `python scripts/defaults.py`.\n"
     lines = [
         "| data, goal | budget | seeds | teacher | from labels | same start | distilled | gap closed | "
-        "from the same start | minutes of all seeds (estimated) |",
+        "from the same start | minutes of all seeds |",
         "| :-- | :-- |" + " --: |" * 8,
     ]
     for budget, rows in document.items():
         for name, one in rows.items():
             scores = [percent(one.get(model)) for model in MODELS]
             cores = f"{one['environment']['threads']} core{'s' * (one['environment']['threads'] > 1)}"
-            took = f"{one['seconds'] / 60:.0f} ({one['estimated_seconds'] / 60:.0f}), {cores}" if one["seconds"] else ""
+            took = f"{one['seconds'] / 60:.0f}, {cores}" if one["seconds"] else ""
             shares = [_share(one["ratio"]), _share(one["ratio_same_start"])]
             lines.append(
                 f"| {name.replace('/', ', ')} | {budget} | {one['seeds']} | {' | '.join([*scores, *shares, took])} |"
@@ -139,7 +139,7 @@ def picture() -> None:
 
 
 def _share(ratio: dict[str, Any]) -> str:
-    return "" if ratio["mean"] is None else f"{ratio['mean']:.2f}"
+    return written(ratio, lambda value: f"{value:.2f}")
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
         lines.append(f"On validation {', '.join(others)}.")
-    if base["mean"] is not None and better_of(document) * best["gain"]["mean"] <= 0:
+    if best["gain"]["mean"] is not None and better_of(document) * best["gain"]["mean"] <= 0:
         lines.append("The chosen configuration is no better than that student: distillation did not help here.")
     return [*lines, *_sensitivity(document, best), counts]
 
