@@ -129,7 +129,7 @@ def picture() -> None:
         axes.set_xticks(labels, [f"{count:,}" for count in labels])
         axes.minorticks_off()
         axes.set_title(title, fontsize=TITLE)
-        axes.set_xlabel("labelled texts; the teacher labels the others")
+        axes.set_xlabel("labelled texts; the teacher labels up to 10,000 others")
         axes.set_ylabel("test accuracy, %" if axes.get_subplotspec().is_first_col() else "")
         tidy(axes)
         name_lines(axes, ends)

@@ -240,6 +240,11 @@ class Run:
         """The teacher, trained or loaded; of several tasks theirs side by side."""
         return self.providers[0].loaded
 
+    def forget_teachers(self) -> None:
+        """Read the teachers again when they are needed next."""
+        for name in ("providers", "source", "predicting_teacher"):
+            vars(self).pop(name, None)
+
     @cached_property
     def source(self) -> LoadedTeacher:
         """The teacher that a student is made from: of several the first one."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kd_lightning.data import MultiTaskData
 from kd_lightning.pipeline.estimate import expected
 from kd_lightning.pipeline.preflight import preflight
-from kd_lightning.pipeline.prepare import decided
+from kd_lightning.pipeline.prepare import new_networks, stage_settings
 from kd_lightning.pipeline.run_records import PlannedStage
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.pipeline.status import stage_status
@@ -56,10 +56,7 @@ def look_ahead(run: Run) -> Outlook:
     """
     stages = plan(run)
     trials = preflight(run, stages)
-    for stage, settings in decided(run, stages):
-        folder = run.folder / stage.path
-        if is_finished(folder) or (folder / "settings.json").is_file():
-            check_fingerprint(folder, digest(settings), settings)
+    _check_settings(run, stages)
     fates = [_fate(run, stage) for stage in stages]
     unfinished = any(stage.kind == "teacher" and not is_finished(run.folder / stage.path) for stage in stages)
     taught = run.has_teacher and any(stage.distils for stage in stages)
@@ -75,6 +72,18 @@ def _missing(run: Run, stored: dict[Path, int] | None) -> int:
         return examples
     several = isinstance(run.data, MultiTaskData)
     return max(examples - (sum(stored.values()) if several else min(stored.values())), 0)
+
+
+def _check_settings(run: Run, stages: Sequence[Stage]) -> None:
+    """Refuse a stage that has begun with other settings, as far as those before it are finished."""
+    for stage in stages:
+        folder = run.folder / stage.path
+        if is_finished(folder) or (folder / "settings.json").is_file():
+            network, network_settings, _ = new_networks(run, stage)
+            settings = stage_settings(run, stage, network, network_settings)
+            check_fingerprint(folder, digest(settings), settings)
+        elif stage.kind in ("teacher", "assistant"):
+            return  # those after it depend on what it becomes
 
 
 def _fate(run: Run, stage: Stage) -> str:

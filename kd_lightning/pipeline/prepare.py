@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kd_lightning.config.instantiate import build, in_sweep
+from kd_lightning.config.instantiate import build
 from kd_lightning.config.schema import OUTPUTS, Node
 from kd_lightning.models.cohort import joined
 from kd_lightning.models.rebuild import describe
@@ -24,7 +24,7 @@ from kd_lightning.runtime.fingerprints import digest, file_digest, read_json
 from kd_lightning.teachers.clock import PREDICTING
 from kd_lightning.training.callbacks import CacheFilling, MeanTeacher, TeacherTime
 from kd_lightning.training.distillation import DistillationModule, SupervisedModule, connecting_batch
-from kd_lightning.training.run_folder import is_finished, load_stage
+from kd_lightning.training.run_folder import load_stage
 from kd_lightning.training.stage import VERSION, Training
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def prepare(run: Run, stage: Stage) -> Training:
     network, network_settings, peers = new_networks(run, stage)
     settings = stage_settings(run, stage, network, network_settings)
     training = Training(
-        name=stage.name, folder=_kept(run, stage, settings), settings=settings, network=network,
+        name=stage.name, folder=kept_folder(run, stage, settings), settings=settings, network=network,
         network_settings=network_settings, module=partial(_supervised, run, stage), data=data, role=stage.role,
         trainer=stage.trainer, validations=stage.validations, checkpoint_every=cfg.checkpoint_every_n_steps,
         callbacks=cfg.callbacks, loggers=cfg.logger, steps=stage.steps, rate=stage.rate,
@@ -63,27 +63,6 @@ def stage_settings(run: Run, stage: Stage, network: nn.Module, network_settings:
     """Return everything that decides a stage's result; the stages before it are finished."""
     deciding = _deciding(run, stage, training_data(run, stage))
     return {"network": network_settings, **deciding, **_origins(run, stage, network)}
-
-
-def decided(run: Run, stages: Sequence[Stage]) -> Iterator[tuple[Stage, dict[str, Any]]]:
-    """Yield stages with what decides their results, as far as those that they learn from are finished."""
-    for stage in stages:
-        if stage.start is not None and not is_finished(run.folder / stage.start):
-            continue
-        network, network_settings, _ = new_networks(run, stage)
-        yield stage, stage_settings(run, stage, network, network_settings)
-        if stage.kind in ("teacher", "assistant") and not is_finished(run.folder / stage.path):
-            return
-
-
-def link_shared(run: Run, stages: Sequence[Stage]) -> None:
-    """Link stages that other runs have finished in `shared_dir` to the run's folder, before its time is estimated."""
-    if run.cfg.shared_dir is not None and not in_sweep():
-        probe = Run(run.cfg, run.console, run.data)  # a teacher may still be trained on: this run has not read it yet
-        for stage, settings in decided(probe, stages):
-            place = _shared_place(run, stage, settings)
-            if place is not None and is_finished(place):
-                _kept(run, stage, settings)
 
 
 def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Module]]:
@@ -144,16 +123,16 @@ def _origins(run: Run, stage: Stage, network: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shared_place(run: Run, stage: Stage, settings: dict[str, Any]) -> Path | None:
+def shared_place(run: Run, stage: Stage, settings: dict[str, Any]) -> Path | None:
     """Return where `shared_dir` has a stage; None where it is the run's own."""
     if run.cfg.shared_dir is None or stage.kind == "distill" or stage.start is not None:
         return None  # a teacher's further training is inside the teacher's
     return Path(run.cfg.shared_dir).absolute() / f"{Path(stage.path).name}-{digest(settings)}"
 
 
-def _kept(run: Run, stage: Stage, settings: dict[str, Any]) -> Path:
+def kept_folder(run: Run, stage: Stage, settings: dict[str, Any]) -> Path:
     """Return a stage's folder; for stages shared by `shared_dir`, the run's folder links to it."""
-    folder, place = run.folder / stage.path, _shared_place(run, stage, settings)
+    folder, place = run.folder / stage.path, shared_place(run, stage, settings)
     if place is None:
         return folder
     if not folder.exists():

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from kd_lightning.pipeline.estimate import estimate
 from kd_lightning.pipeline.generate import add_texts
 from kd_lightning.pipeline.preflight import preflight
-from kd_lightning.pipeline.prepare import link_shared, prepare
+from kd_lightning.pipeline.prepare import prepare
 from kd_lightning.pipeline.run_records import write_plan
+from kd_lightning.pipeline.shared import link_shared
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.pipeline.teacher_check import finish_teacher
 from kd_lightning.runtime.clock import duration
@@ -43,10 +44,10 @@ def train_all(run: Run, begin: Callable[[], None] | None = None, command: str = 
     trials = preflight(run, stages)
     if begin is not None:
         begin()
+    link_shared(run, stages)
     distils = any(stage.distils for stage in stages)
     if distils:
         add_texts(run)  # where the teacher is finished, so that the estimate counts them
-    link_shared(run, stages)
     if rank() == 0:
         run.clock = estimate(run, stages, trials)
     for stage in stages:
@@ -56,7 +57,7 @@ def train_all(run: Run, begin: Callable[[], None] | None = None, command: str = 
         if fresh:  # where the first stages are finished, with these settings
             _keep_plan(run, stages, command)
         _train(run, stage)
-        if fresh:  # it can be used while the others are trained
+        if fresh or not (run.folder / "config.yaml").is_file():  # it can be used while the others are trained
             _keep_config(run)
         if run.clock is not None and stage.path in run.clock.parts:
             say(run.console, f"about {duration(run.clock.left(stage.path))} left")
@@ -86,6 +87,7 @@ def _train(run: Run, stage: Stage) -> None:
         train(training, run.console)
         if stage.kind == "teacher":
             finish_teacher(run, stage)
+            run.forget_teachers()  # what was read of them before may not be the best of them any more
 
 
 def score(run: Run) -> float:

@@ -91,6 +91,12 @@ def findings_of(folder: Path) -> list[str]:
     return [str(line) for line in read_sealed(path, remove_it(path))["lines"]] if path.is_file() else []
 
 
+def is_checked(folder: Path) -> bool:
+    """Return whether a finished teacher has been checked, and so will not be trained on any more."""
+    path = folder / FILE
+    return path.is_file() and bool(read_sealed(path, remove_it(path)).get("done"))
+
+
 def by_budget(trainer: Node) -> bool:
     """Return whether the budget decides how long a network is trained, and not the user."""
     return trainer.get("max_steps") in (-1, None) and trainer.get("max_epochs") == "auto"
@@ -183,7 +189,7 @@ def _keep(run: Run, stage: Stage, linear: dict[str, Any] | None, lines: Sequence
     """Print and write what was found; what led to a further training is printed before that."""
     with first():
         if rank() == 0:
-            write_sealed(run.folder / stage.path / FILE, {"linear": linear, "lines": list(lines)})
+            write_sealed(run.folder / stage.path / FILE, {"linear": linear, "lines": list(lines), "done": True})
     for line in lines:
         if "it is trained on for" not in line:
             say(run.console, f"{stage.name}  {line}")

@@ -25,15 +25,15 @@ from kd_lightning.evaluation.evaluator import text_batches
 from kd_lightning.evaluation.report import load_report
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.prepare import link_shared
 from kd_lightning.pipeline.run import train_all
+from kd_lightning.pipeline.shared import link_shared
 from kd_lightning.pipeline.stages import plan
 from kd_lightning.runtime.errors import ConfigError, KDError
-from kd_lightning.runtime.fingerprints import network_digest
+from kd_lightning.runtime.fingerprints import network_digest, read_json
+from kd_lightning.runtime.seals import write_sealed
 from kd_lightning.teachers import FrozenTeacher
 from kd_lightning.training.run_folder import (
     finish_stage,
-    is_finished,
     load_run,
     model_of,
     read_stage,
@@ -238,18 +238,43 @@ def test_runs_with_and_without_views_share_teacher_and_baseline(
     assert read[0]["settings"]["data"] != read[1]["settings"]["data"]
 
 
-def test_what_another_run_has_finished_counts_as_finished_before_any_training(
-    composed: Composed, overrides: list[str], tmp_path: Path
+def test_what_another_run_has_finished_is_not_in_the_time_that_is_expected(
+    composed: Composed, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kd_lightning.pipeline.estimate.LEAST", 1)
     chosen = [o for o in overrides if not o.startswith(("run_dir", "student", "model@student"))]
     chosen += [*STARTED, f"shared_dir={tmp_path / 'shared'}"]
-    run(composed(*chosen, f"run_dir={tmp_path / 'first'}"))
+    first, _, _ = run(composed(*chosen, f"run_dir={tmp_path / 'first'}"))
+    assert first.clock is not None
+    assert {"teacher", "seed_0/baseline", "seed_0/baseline_initialised"} < set(first.clock.parts)
+    second, _, _ = run(composed(*chosen, "temperature=3", f"run_dir={tmp_path / 'second'}"))
+    assert second.clock is not None
+    assert set(second.clock.parts) == {"seed_0/distill", "report"}
+    assert (second.folder / "teacher").resolve() == (first.folder / "teacher").resolve()
+
+
+def test_a_teacher_that_may_still_be_trained_on_is_not_taken_for_finished(
+    composed: Composed, overrides: list[str], tmp_path: Path
+) -> None:
+    chosen = [o for o in overrides if not o.startswith("run_dir")] + [f"shared_dir={tmp_path / 'shared'}"]
+    first, _, _ = run(composed(*chosen, f"run_dir={tmp_path / 'first'}"))
+    checked = (first.folder / "teacher" / "check.json").resolve()
+    write_sealed(checked, {**read_json(checked), "done": False})
     second = Run(composed(*chosen, "temperature=3", f"run_dir={tmp_path / 'second'}"), Console(file=StringIO()))
-    stages = plan(second)
-    link_shared(second, stages)
-    done = {stage.path for stage in stages if is_finished(second.folder / stage.path)}
-    assert done == {stage.path for stage in stages} - {"seed_0/distill"} > {"teacher", "seed_0/baseline_initialised"}
-    assert "providers" not in vars(second), "the teacher is read when it is needed"
+    link_shared(second, plan(second))
+    assert not list(second.folder.glob("**/stage.json"))
+
+
+def test_a_teacher_is_read_again_after_its_check(
+    composed: Composed, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been trained on, and its first training read before, by an estimate."""
+    before: list[object] = []
+    monkeypatch.setattr("kd_lightning.pipeline.run.finish_teacher", lambda run, _: before.append(run.teacher))
+    pipeline = Run(composed(*overrides), Console(file=StringIO()))
+    train_all(pipeline)
+    assert len(before) == 1
+    assert pipeline.teacher is not before[0]
 
 
 def test_the_baseline_starts_where_the_distilled_student_starts_and_takes_nothing_from_the_teacher(

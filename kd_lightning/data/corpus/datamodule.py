@@ -165,7 +165,8 @@ class CorpusData(IndexedData):
             log.warning("%s", store.note)
         documents = splits_of(store, self.shares, self.split_seed)
         if self.tokenizer_name.startswith(PREFIX):
-            size, used = len(self._tokenizer), store.used(documents["train"], self.train_tokens)
+            size = len(self._tokenizer)
+            used = store.used(documents["train"], size, self.train_tokens)
             self._tokenizer, ids = trim_tokenizer(self._tokenizer, used)
             self._kept = Kept(ids, size)
             log.info("vocabulary trimmed from %d to %d tokens", size, len(ids))

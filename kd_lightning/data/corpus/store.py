@@ -150,14 +150,15 @@ class CorpusStore:
         """Tokens in each document, `(N,)`."""
         return np.diff(self.offsets)
 
-    def used(self, documents: NDArray[np.int64], limit: int | None = None) -> list[int]:
+    def used(self, documents: NDArray[np.int64], vocabulary: int, limit: int | None = None) -> list[int]:
         """Return which tokens some documents have, ascending.
 
         Args:
             documents: Their numbers.
+            vocabulary: How many tokens there are.
             limit: Only so many tokens count, from the first document on.
         """
-        found = np.zeros(int(self.tokens.max(initial=0)) + 1, bool)
+        found = np.zeros(vocabulary, bool)
         left = int(self.offsets[-1]) if limit is None else limit
         for begin, end in zip(self.offsets[documents], self.offsets[documents + 1], strict=True):
             found[self.tokens[begin : min(end, begin + left)]] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,6 @@ from kd_lightning.data.text.tokens import (
     TokenStore,
     encode_batch,
     encode_store,
-    load_tokenizer,
     mask_token,
     sentences_digest,
     tokenizer_fingerprint,
@@ -40,6 +40,8 @@ from kd_lightning.types import IGNORE, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 ReplaceBy = Literal["neighbours", "class"]
 REPLACED = 0.1
@@ -184,12 +186,12 @@ class TextData(TokenizedData, ClassificationData):
             labels = [int(label) for label in corpus.train.labels]
             return Changes(**self._chances, substitutes=ClassWords(corpus.train.texts, labels))
         texts = [text for sentence in corpus.train.texts for text in sentence]
-        tokenizer = load_tokenizer(self._neighbours_in, texts)
         try:
-            return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in, tokenizer))
-        except NoEmbeddings:
+            return Changes(**self._chances, substitutes=nearest_words(texts, self._neighbours_in))
+        except NoEmbeddings as error:
             if not self._may_replace:
                 raise
+            log.info("%s; no words are replaced in views (data.replace_probability=auto)", error)
             self._chances = self._chances | {"replace_probability": 0.0}
             return Changes(**self._chances)
 

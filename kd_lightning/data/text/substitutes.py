@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data.text.augment import words
+from kd_lightning.data.text.tokens import is_learned, load_tokenizer
 from kd_lightning.runtime.assets import PRETRAINED, fetch
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.seals import read_sealed
 from kd_lightning.types import MOST_PADDING_ROWS
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
 NEAREST = 10
 """Number of neighbours of a word. TinyBERT (Jiao et al. 2019, arXiv 1909.10351) draws from 15."""
 
+WEIGHTS = "model.safetensors"
+
 _TRIES = 10
+_KEY = "data.replace_by=neighbours: {!r}, the teacher's tokenizer,"
 _CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 
 
@@ -94,32 +99,42 @@ class Neighbours:
         return before + (found[0].upper() + found[1:] if core[0].isupper() else found) + after
 
 
-def nearest_words(texts: Iterable[str], checkpoint: str, tokenizer: PreTrainedTokenizerFast) -> Neighbours:
+def nearest_words(texts: Iterable[str], checkpoint: str) -> Neighbours:
     """Return the neighbours of the words of texts in a checkpoint's word embeddings.
 
     Whole words are those with a single token. The nearest have the largest cosine after subtracting the table's mean
-    row, a large common offset.
+    row, a large common offset. Cosines are rounded, and equal ones are in alphabetical order, so that the neighbours
+    are the same on all processors.
 
     Args:
         texts: The texts with the words.
-        checkpoint: `"minilm"`, a folder or a Hugging Face name: what `tokenizer` was loaded from.
-        tokenizer: The checkpoint's.
+        checkpoint: Whose tokenizer the teacher reads with: `"minilm"`, a folder, a Hugging Face name, or the folder
+            `tokenizer` of a training of ours; there the table is that of the checkpoint which it started from, if any,
+            so that a teacher and those fine-tuned from it have the same views.
 
     Raises:
-        NoEmbeddings: The checkpoint has no weights to read, or no table that fits the tokenizer.
+        NoEmbeddings: The checkpoint has no weights, or no table that fits the tokenizer.
+        ConfigError: It cannot be read.
     """
+    place = _weights(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    rows = embeddings(place, len(tokenizer), checkpoint)
     tokens = _whole_words(tokenizer)
     wanted = {core for text in texts for _, word in words(text) if (core := _core(word))}
     known = sorted(word for word in {*wanted, *(word.lower() for word in wanted)} if word in tokens)
     candidates = sorted(tokens)
-    rows = embeddings(checkpoint, len(tokenizer))
-    rows = rows - rows.mean(0)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-    others = rows[[tokens[word] for word in candidates]]
+    mean = rows.mean(0, dtype=np.float64)
+
+    def directions(some: Sequence[str]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = rows[[tokens[word] for word in some]] - mean
+        found /= np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
+        return found
+
+    others, later = directions(candidates).T, np.arange(len(candidates)) * 1e-12
     table: dict[str, list[str]] = {}
     for start in range(0, len(known), 1024):
         chunk = known[start : start + 1024]
-        cosines = torch.from_numpy(rows[[tokens[word] for word in chunk]] @ others.T)
+        cosines = torch.from_numpy((directions(chunk) @ others).round(6) - later)
         best = cosines.topk(min(NEAREST + 1, len(candidates))).indices.tolist()
         for word, places in zip(chunk, best, strict=True):
             near = [candidates[i] for i in places if candidates[i].lower() != word.lower()][:NEAREST]
@@ -142,23 +157,52 @@ def _whole_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {text: ids[0] for text, ids in zip(found, encoded, strict=True) if len(ids) == 1 and ids[0] != unknown}
 
 
-def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
-    """Return the table of word embeddings `(V, H)` in a checkpoint's `model.safetensors`."""
-    from safetensors import safe_open
+def _weights(checkpoint: str) -> Path:
+    """Return the file with a checkpoint's weights.
+
+    Raises:
+        NoEmbeddings: It has none, such as a tokenizer that is learned from the data.
+        ConfigError: It cannot be reached.
+    """
     from transformers.utils.hub import cached_file
 
-    key = f"data.replace_by=neighbours: {checkpoint!r}, the teacher's tokenizer,"
-    place = str(fetch(checkpoint)) if checkpoint in PRETRAINED else checkpoint
-    if Path(place).name == "tokenizer" and Path(place).parent.joinpath("model.safetensors").is_file():
-        place = str(Path(place).parent)  # a network of ours, whose tokenizer has its own folder
+    key, place = _KEY.format(checkpoint), _origin(checkpoint)
+    remedy = "; set data.teacher_tokenizer to a pretrained checkpoint, or data.replace_by=class"
+    lacking = NoEmbeddings(f"{key} has no model.safetensors beside it to read word embeddings from{remedy}")
+    if is_learned(place):
+        raise lacking
+    folder = str(fetch(place)) if place in PRETRAINED else place
+    if Path(folder).is_dir():
+        if not (found := Path(folder) / WEIGHTS).is_file():
+            raise lacking
+        return found
     try:
-        path = cached_file(place, "model.safetensors")
+        cached = cached_file(folder, WEIGHTS, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise NoEmbeddings(
-            f"{key} has no model.safetensors beside it to read word embeddings from; set data.teacher_tokenizer to a "
-            "pretrained checkpoint, or data.replace_by=class"
+        raise ConfigError(
+            f"{key} could not be read for its word embeddings ({str(error).splitlines()[0]}){remedy}"
         ) from error
-    with safe_open(path, "pt") as file:
+    if cached is None:
+        raise lacking
+    return Path(cached)
+
+
+def _origin(checkpoint: str) -> str:
+    """Return the checkpoint that a training of ours started from, or its own folder; any other name as it is."""
+    folder = Path(checkpoint).parent
+    if Path(checkpoint).name != "tokenizer" or not (folder / WEIGHTS).is_file():
+        return checkpoint
+    settings = folder / "settings.json"
+    network = read_sealed(settings, f"train {folder} again")["settings"]["network"] if settings.is_file() else {}
+    name = str(network.get("name"))
+    return name if name in PRETRAINED or (Path(name) / WEIGHTS).is_file() else str(folder)
+
+
+def embeddings(weights: Path, vocabulary: int, checkpoint: str) -> NDArray[np.float32]:
+    """Return the table of word embeddings `(V, H)` in a file of weights; `checkpoint` is what the message names."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
         for name in sorted(file.keys()):
             if "emb" not in name and "wte" not in name:
                 continue
@@ -166,4 +210,7 @@ def embeddings(checkpoint: str, vocabulary: int) -> NDArray[np.float32]:
             if len(shape) == 2 and 0 <= shape[0] - vocabulary <= MOST_PADDING_ROWS:
                 table: NDArray[np.float32] = file.get_tensor(name).float().numpy()
                 return table
-    raise NoEmbeddings(f"{key} has no word embeddings of its {vocabulary} tokens in {path}; use data.replace_by=class")
+    raise NoEmbeddings(
+        f"{_KEY.format(checkpoint)} has no word embeddings of its {vocabulary} tokens in {weights}; use "
+        "data.replace_by=class"
+    )

@@ -36,6 +36,11 @@ VERSION = 3
 """Raised when a text becomes other tokens, or these other files: what was made before is then not used any more."""
 
 
+def is_learned(name: str) -> bool:
+    """Return whether a tokenizer of this name is learned from the data."""
+    return name.partition(":")[0] in ("wordpiece", "bpe")
+
+
 def load_tokenizer(name: str, training_texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer; without a padding token (GPT-2) it pads with its end-of-text token.
 

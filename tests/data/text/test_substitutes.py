@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kd_lightning.data import TextFiles
 from kd_lightning.data.text.augment import MASK, Changes, Views, make_view
 from kd_lightning.data.text.substitutes import ClassWords, Neighbours, nearest_words
 from kd_lightning.data.text.tokens import load_tokenizer
 from kd_lightning.runtime.errors import ConfigError
+from kd_lightning.runtime.seals import write_sealed
 
 TEXTS = [" ".join(f"w{i}x{j}" for j in range(20)) for i in range(200)]
 CHINESE = "这部电影的画面很美，但是故事太长了"
@@ -161,24 +162,53 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def test_neighbours_are_the_nearest_words(checkpoint: Checkpoint) -> None:
-    tokenizer = load_tokenizer(checkpoint.folder)
-    found = nearest_words(["Cword, and eword!", "unheard"], checkpoint.folder, tokenizer)
+    found = nearest_words(["Cword, and eword!", "unheard"], checkpoint.folder)
     assert set(found.table) == {"cword", "eword"}
     assert len(found.table["cword"]) == 10
     assert set(found.table["cword"][:4]) == {checkpoint.words[i] for i in (0, 1, 3, 4)}
-    assert found.digest == nearest_words(["eword cword"], checkpoint.folder, tokenizer).digest
-    assert found.digest != nearest_words(["eword"], checkpoint.folder, tokenizer).digest
+    assert found.digest == nearest_words(["eword cword"], checkpoint.folder).digest
+    assert found.digest != nearest_words(["eword"], checkpoint.folder).digest
 
 
 def test_the_tokenizer_of_a_finished_run_has_its_networks_embeddings_above_it(checkpoint: Checkpoint) -> None:
     folder = Path(checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.folder)
-    before = nearest_words(["cword eword"], checkpoint.folder, tokenizer)
+    before = nearest_words(["cword eword"], checkpoint.folder)
     tokenizer.save_pretrained(str(folder / "tokenizer"))
-    assert nearest_words(["cword eword"], str(folder / "tokenizer"), tokenizer).table == before.table
+    assert nearest_words(["cword eword"], str(folder / "tokenizer")).table == before.table
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"has no model\.safetensors beside it"):
-        nearest_words(["cword eword"], str(folder / "tokenizer"), tokenizer)
+        nearest_words(["cword eword"], str(folder / "tokenizer"))
+
+
+def test_the_tokenizer_of_a_fine_tuned_teacher_has_the_embeddings_that_it_started_from(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """So that a run with this teacher has the views of the run that trained it, and finds its outputs stored."""
+    before, teacher = nearest_words(["cword eword"], checkpoint.folder), tmp_path / "run" / "teacher"
+    load_tokenizer(checkpoint.folder).save_pretrained(str(teacher / "tokenizer"))
+    tensors = load_file(Path(checkpoint.folder) / "model.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, teacher / "model.safetensors")
+    assert nearest_words(["cword eword"], str(teacher / "tokenizer")).table != before.table, "another table"
+    network = {"_target_": "kd_lightning.models.hf.pretrained", "name": checkpoint.folder}
+    write_sealed(teacher / "settings.json", {"settings": {"network": network}})
+    assert nearest_words(["cword eword"], str(teacher / "tokenizer")).digest == before.digest
+    network["name"] = str(tmp_path / "moved away")
+    write_sealed(teacher / "settings.json", {"settings": {"network": network}})
+    assert nearest_words(["cword eword"], str(teacher / "tokenizer")).digest != before.digest, "what is there"
+
+
+def test_a_checkpoint_out_of_reach_is_refused_and_not_taken_for_one_without_words(
+    data: Callable[..., TextFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise OSError("no connection\nto the hub")
+
+    made = data(view_sets=None)
+    made._neighbours_in = "someone/bert"
+    monkeypatch.setattr("transformers.utils.hub.cached_file", unreachable)
+    with pytest.raises(ConfigError, match=r"'someone/bert', .* could not be read for its word embeddings \(no connect"):
+        made.prepare()
 
 
 @pytest.fixture

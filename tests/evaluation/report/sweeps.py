@@ -41,7 +41,7 @@ def fail(folder: Path, error: str) -> None:
 
 def finish(
     folder: Path, score: float, baseline: float | None = 0.75, size: int = 4_000_000, seeds: int = 1,
-    same_start: float | None = None,
+    same_start: float | None = None, stages: list[str] | None = None,
 ) -> None:  # fmt: skip
     """Give it a result: a validation score, and 0.1 less on test, or so."""
     scores = [score + 0.01 * (i - (seeds - 1) / 2) for i in range(seeds)]
@@ -59,7 +59,7 @@ def finish(
     write_sealed(folder / "report.json", report)
     values = dict(o.split("=", 1) for o in json.loads((folder / "overrides.json").read_text())["overrides"])
     config = {
-        "stages": ["teacher", "baseline", "distill"],
+        "stages": stages or ["teacher", "baseline", "distill"],
         "seed": int(values.get("seed", 0)),
         "alpha": 0.9,
         "temperature": 2,

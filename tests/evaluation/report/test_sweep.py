@@ -134,7 +134,7 @@ def test_the_page_shows_the_test_score_of_the_chosen_one_only(tmp_path: Path) ->
         "alpha",
         "validation accuracy",
         "seeds",
-        "against the student from labels",
+        "gain over the student from labels",
         "test accuracy",
     ]
     assert rows == [
@@ -241,7 +241,27 @@ def test_a_heat_map_without_a_student_from_labels_and_with_a_hole(tmp_path: Path
     image = drawn(tmp_path)["heatmap"].axes[0].images[0]
     assert np.ma.getmaskarray(np.ma.masked_invalid(image.get_array())).tolist() == [[False, False], [False, True]]
     report_sweep(tmp_path)
-    assert "against the student" not in (tmp_path / "report.html").read_text()
+    assert "gain over the student" not in (tmp_path / "report.html").read_text()
+
+
+def test_where_nothing_is_distilled_there_is_no_gain(tmp_path: Path) -> None:
+    for temperature, alpha in ((1, 0.1), (1, 0.9), (4, 0.1), (4, 0.9)):
+        finish(begin(tmp_path, temperature=temperature, alpha=alpha), 0.7 + alpha / 10, stages=["teacher", "baseline"])
+    found = document(tmp_path)
+    assert found["against"] is None
+    assert found["configurations"][0]["gain"]["mean"] is None
+    assert drawn(tmp_path)["heatmap"].axes[1].get_ylabel() == "validation accuracy"
+
+
+def test_of_a_score_that_is_better_when_lower_the_gain_is_positive_too(tmp_path: Path) -> None:
+    for alpha in (0.1, 0.9):
+        finish(begin(tmp_path, alpha=alpha), 0.5 + alpha / 10, baseline=0.55)
+        path = next(folder for folder in tmp_path.iterdir() if str(alpha) in folder.name) / "report.json"
+        report = json.loads(path.read_text())
+        report["scores"]["accuracy"]["mode"] = "min"
+        write_sealed(path, {key: value for key, value in report.items() if key != "checksum"})
+    gains = {entry["values"]["alpha"]: entry["gain"]["mean"] for entry in document(tmp_path)["configurations"]}
+    assert gains[0.1] > 0 > gains[0.9]
 
 
 def test_a_heat_map_for_each_strategy(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def tick(value: Value) -> str:
     return drawn("\n".join(textwrap.wrap(visible(label(value)), LETTERS, max_lines=3, placeholder="…")), keep="\n")
 
 
-def has_baselines(configurations: Configurations) -> bool:
+def has_gains(configurations: Configurations) -> bool:
     """Return whether each configuration has students from labels to be compared with."""
     return all(entry["gain"]["mean"] is not None for entry in configurations)
 

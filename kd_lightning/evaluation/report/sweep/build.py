@@ -29,9 +29,9 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
         points: What `read_points` returns.
 
     Returns:
-        `score` (what was measured), `scores` (how it is to be read), `against` (the model of a report that the
-        distilled students are compared with: the one from labels, with the same start where all points have one),
-        `parameters` (what the points differ in but for
+        `score` (what was measured), `scores` (how it is to be read), `against` (the model of a report that
+        distilled students are compared with: the one from labels, with the same start where all points have one; None
+        where nothing is distilled), `parameters` (what the points differ in but for
         the seed, with the mean over all else of each value), `configurations` (the best first), `chosen` (None where no
         point is finished), `noise` (the standard deviation over seeds, pooled over configurations), `teacher` (its
         validation score and its price; None where there is none), `search` (whether a sweeper chose the points as it
@@ -43,13 +43,12 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
         if point.score is not None:
             groups.setdefault(tuple(point.value(name) for name in names), []).append(point)
     finished = [point for group in groups.values() for point in group]
-    started = bool(finished) and all(point.report and SAME_START in point.report["models"] for point in finished)
-    against = SAME_START if started else "baseline"
-    configurations = [
-        _configuration(dict(zip(names, key, strict=True)), group, against) for key, group in groups.items()
-    ]
+    against = _against(finished)
     scores: dict[str, Any] = next((point.report["scores"] for point in finished if point.report), {})
     better = -1 if finished and scores.get(finished[0].metric or "", {}).get("mode") == "min" else 1
+    configurations = [
+        _configuration(dict(zip(names, key, strict=True)), group, against, better) for key, group in groups.items()
+    ]
     configurations.sort(key=lambda entry: -better * entry["validation"]["mean"])
     plain: dict[str, Any] = to_plain({
         "score": finished[0].metric if finished else None,
@@ -68,32 +67,45 @@ def build_sweep(points: Sequence[Point]) -> dict[str, Any]:
     return plain
 
 
+def _against(finished: Sequence[Point]) -> str | None:
+    """Return the model that distilled students are compared with; None where nothing is distilled."""
+    if not any(point.model_name in ("distilled", "finetuned") for point in finished):
+        return None
+    started = all(point.report and SAME_START in point.report["models"] for point in finished)
+    return SAME_START if started else "baseline"
+
+
 def _varied(points: Sequence[Point]) -> list[str]:
     """Return the keys that differ between points, except the seed, in command-line order."""
     keys = dict.fromkeys(key for point in points for key in point.overrides)
     return [key for key in keys if key != "seed" and len({point.value(key) for point in points}) > 1]
 
 
-def _configuration(values: dict[str, Value], points: Sequence[Point], against: str) -> dict[str, Any]:
+def _configuration(
+    values: dict[str, Value], points: Sequence[Point], against: str | None, better: int
+) -> dict[str, Any]:
     """Describe the finished points that differ only in the seed."""
-    scores = [point.scores("validation") for point in points]
-    baselines = [
-        values_of(point.report["models"].get(against, {"validation": {}}), "validation", point.metric)
-        for point in points
-        if point.report
-    ]
-    pairs = [pair for pair in zip(scores, baselines, strict=True) if len(pair[0]) == len(pair[1])]
+    pairs = [pair for point in points for pair in _pairs(point, against)]
     return {
         "values": values,
-        "validation": describe(score for one in scores for score in one),
-        "baseline": describe(score for one in baselines for score in one),
-        "gain": describe(score - base for pair in pairs for score, base in zip(*pair, strict=True)),
+        "validation": describe(score for point in points for score in point.scores("validation")),
+        "baseline": describe(base for _, base in pairs if base is not None),
+        "gain": describe(better * (score - base) for score, base in pairs if score is not None and base is not None),
         **_price([point.model for point in points]),
         "points": [
             {"folder": point.folder.name, "seed": point.seed, "score": point.score, "command": point.command}
             for point in points
         ],
     }  # fmt: skip
+
+
+def _pairs(point: Point, against: str | None) -> list[tuple[float | None, float | None]]:
+    """Return a point's scores on validation, each with that of the student from labels of the same seed."""
+    models = {} if point.report is None else point.report["models"]
+    if against not in models:
+        return []
+    score, base = (one["validation"].get(point.metric, {"values": []}) for one in (point.model, models[against]))
+    return list(zip(score["values"], base["values"], strict=False))
 
 
 def _chosen(

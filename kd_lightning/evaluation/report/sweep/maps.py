@@ -12,7 +12,7 @@ from kd_lightning.evaluation.report.sweep.axes import (
     WIDTH,
     Configurations,
     baseline_name,
-    has_baselines,
+    has_gains,
     label,
     ramp,
     ratios,
@@ -83,7 +83,7 @@ def _map_caption(document: Mapping[str, Any], entries: Configurations, setting: 
         seeds, f"Mean over {seeds} seeds and standard deviation"
     )
     plane = ""
-    if has_baselines(entries):
+    if has_gains(entries):
         base = statistics.fmean(entry["baseline"]["mean"] for entry in entries)
         plane = (
             f" What distillation gains over the {baseline_name(document)} ({base:.3f}): blue is better, orange worse."
@@ -132,7 +132,7 @@ def _map_figure(
 
 def _shown(entries: Configurations) -> tuple[Literal["gain", "validation"], Callable[[float], str]]:
     """Return which figure of configurations is drawn, the gain where there is one, and how it is written."""
-    return ("gain", "{:+z.3f}".format) if has_baselines(entries) else ("validation", "{:.3f}".format)
+    return ("gain", "{:+z.3f}".format) if has_gains(entries) else ("validation", "{:.3f}".format)
 
 
 def _below(found: Mapping[str, Any], numbered: bool) -> str:
@@ -154,7 +154,7 @@ def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colorm
         colours, norm = ramp("#d6e6f2"), Normalize(min(max(means) - 1e-6, *means), max(means))
         return colours if better_of(document) > 0 else colours.reversed(), norm
     reach = max(1e-6, *map(abs, means))
-    ends = [COLOURS["baseline"], "#ffffff", COLOURS["distilled"]][:: better_of(document)]
+    ends = [COLOURS["baseline"], "#ffffff", COLOURS["distilled"]]
     return LinearSegmentedColormap.from_list("kd", ends), Normalize(-reach, reach)
 
 

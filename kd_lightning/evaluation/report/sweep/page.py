@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_lightning.evaluation.report import html
 from kd_lightning.evaluation.report.html import Picture
-from kd_lightning.evaluation.report.sweep.axes import LETTERS, baseline_name, has_baselines, label
+from kd_lightning.evaluation.report.sweep.axes import LETTERS, baseline_name, label
 from kd_lightning.evaluation.report.sweep.points import better_of, title_of
 from kd_lightning.evaluation.report.table import spread
 
@@ -30,7 +30,7 @@ def render(document: Mapping[str, Any], name: str, pictures: Sequence[Picture]) 
         names=[parameter["name"] for parameter in document["parameters"]],
         score=title_of(document),
         baseline=baseline_name(document),
-        has_baseline=has_baselines(document["configurations"]),
+        has_baseline=any(entry["gain"]["mean"] is not None for entry in document["configurations"]),
         rows=[_row(document, rank) for rank in range(len(document["configurations"]))],
         lost=[
             ("Failed points", [_lost(point, f"{point['type']}: {point['error']}") for point in document["failed"]]),
@@ -71,7 +71,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         others.append(f"the teacher {document['teacher']['validation']:.3f}")
     if others:
         lines.append(f"On validation {', '.join(others)}.")
-    if best["gain"]["mean"] is not None and better_of(document) * best["gain"]["mean"] <= 0:
+    if best["gain"]["mean"] is not None and best["gain"]["mean"] <= 0:
         lines.append("The chosen configuration is no better than that student: distillation did not help here.")
     return [*lines, *_sensitivity(document, best), counts]
 

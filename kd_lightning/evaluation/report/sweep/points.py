@@ -66,12 +66,17 @@ class Point:
         """Return its (first) seed."""
         return self.value("seed")
 
+    @property
+    def model_name(self) -> str:
+        """Return the scored model's name in the report."""
+        assert self.config is not None
+        return _DECIDING[self.config["stages"][-1]]
+
     @cached_property
     def model(self) -> dict[str, Any]:
         """Return the report's entry of the scored model."""
         assert self.report is not None
-        assert self.config is not None
-        found: dict[str, Any] = self.report["models"][_DECIDING[self.config["stages"][-1]]]
+        found: dict[str, Any] = self.report["models"][self.model_name]
         return found
 
     def scores(self, split: str) -> list[float]:
