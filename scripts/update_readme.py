@@ -258,6 +258,8 @@ def sweep() -> str:
         "| :-- | --: | :-- | --: | :-- | --: |",
     ]
     documents = {file.stem: _read(file) for file in sorted((ROOT / "results" / "sweeps").glob("*.json"))}
+    if not documents:
+        return "Not measured yet: `python scripts/sweep.py`.\n"
     for name, document in documents.items():
         entries = document["configurations"]
         default = next(entry for entry in entries if entry["values"] == {"temperature": 2, "alpha": 0.9})
@@ -269,6 +271,8 @@ def sweep() -> str:
     for name, document in documents.items():
         machine, points = document["environment"], sum(len(entry["points"]) for entry in document["configurations"])
         lines += [
+            "",
+            f"![Gain over temperature and alpha, {name}](../results/sweeps/{name}.png)",
             "",
             f"`{name}`: `{document['command']}`, {points} points, {machine['cpu']}, {machine['date'][:10]}.",
         ]
