@@ -55,7 +55,7 @@ class Amounts:
 
 
 AMOUNTS: dict[tuple[Modality, Budget], Amounts] = {
-    ("text", "quick"): Amounts(14_000, (1, 12), 48_000, 24_000, 25_000),
+    ("text", "quick"): Amounts(14_000, (1, 12), 96_000, 24_000, 18_000),
     ("text", "standard"): Amounts(22_000, (2, 20), 384_000, 64_000, 240_000),
     ("text", "best"): Amounts(37_000, (3, 30), 1_024_000, 192_000, 480_000),
     ("image", "quick"): Amounts(150_000, (2, 40), 64_000, 64_000, 60_000),

@@ -42,8 +42,8 @@ def test_the_budget_decides_what_is_auto(steps: Callable[..., dict[str, int]]) -
     auto = ["trainer.max_epochs=auto", "teacher.trainer.max_epochs=auto", "budget=quick"]
     found = steps(*auto)
     assert found["teacher"] == 12 * 6
-    assert found["seed_0/distill"] == 48_000 // 16
-    assert steps(*auto, "trainer.accumulate_grad_batches=4")["seed_0/distill"] == 48_000 // 64
+    assert found["seed_0/distill"] == 96_000 // 16
+    assert steps(*auto, "trainer.accumulate_grad_batches=4")["seed_0/distill"] == 96_000 // 64
     assert steps(*auto, "trainer.max_steps=5")["seed_0/distill"] == 5
 
 
