@@ -242,7 +242,9 @@ class Run:
 
     def forget_teachers(self) -> None:
         """Read the teachers again when they are needed next."""
-        for name in ("providers", "source", "predicting_teacher"):
+        for provider in vars(self).get("providers", []):
+            provider.forget()
+        for name in ("source", "predicting_teacher"):
             vars(self).pop(name, None)
 
     @cached_property

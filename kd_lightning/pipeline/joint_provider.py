@@ -40,6 +40,12 @@ class JointProvider:
         fingerprint = digest([member.fingerprint for member in members])
         return LoadedTeacher(SideBySide([member.network for member in members]), fingerprint, title, None, members)
 
+    def forget(self) -> None:
+        """Read the teachers again when they are needed next."""
+        vars(self).pop("loaded", None)
+        for provider in self.providers.values():
+            provider.forget()
+
     def check(self, teachers: Sequence[tuple[nn.Module, LoadedTeacher | None]]) -> Teacher:
         """Refuse before any training what cannot be kept or predicted; see `TeacherProvider.check`."""
         given = zip(self.providers.values(), teachers, strict=True)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def link_shared(run: Run, stages: Sequence[Stage]) -> None:
-    """Link teachers and baselines of `shared_dir` to the run's folder, so that they count as finished in its estimate.
+    """Link finished stages of `shared_dir` to the run's folder, before its time is estimated.
 
-    Of the teachers only those that will not be trained on; baselines, which may start from them, only where all
-    teachers are there. What is distilled may depend on texts that are still to be generated. A sweep has no estimate.
+    These are teachers that will not be trained on any more, and baselines where all teachers are there, from which they
+    may start. What is distilled may depend on texts that are still to be generated. A sweep has no estimate.
     """
     if run.cfg.shared_dir is None or in_sweep():
         return

@@ -85,6 +85,11 @@ class TeacherProvider:
         """The finished teacher."""
         return self._load()
 
+    def forget(self) -> None:
+        """Read the teacher again when it is needed next."""
+        vars(self).pop("loaded", None)
+        self._temperature = None
+
     @property
     def members(self) -> list[LoadedTeacher]:
         """Those that have a cache each: an ensemble's; cross-fitted teachers predict as one."""

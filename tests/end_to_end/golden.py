@@ -37,12 +37,13 @@ FILE = Path(__file__).with_name("golden.json")
 ASSISTANT = "assistants=[{_target_: kd_lightning.models.bilstm.BiLSTM, embedding_size: 12, hidden_size: 12}]"
 TRANSFORMER = [f"teacher.network.{size}" for size in ("hidden_size=16", "num_layers=2", "num_heads=2")]
 ALL = "stages=[teacher,baseline,distill,finetune]"
+VIEWS = ["data.views=1", "data.replace_probability=0", "data.drop_probability=0"]
 TOY = {
     "all stages": [
         ALL,
         "seeds=2",
         "student.dropout=0.2",
-        "data.views=1",
+        *VIEWS,
         "trainer.max_steps=22",
         "finetune.max_epochs=1",
     ],
@@ -54,7 +55,7 @@ TOY = {
     "mean teacher": [
         "teacher.ema=0.9",
         "stages=[distill]",
-        "data.views=1",
+        *VIEWS,
         "trainer.max_steps=22",
         "student.dropout=0.3",
     ],
@@ -105,6 +106,7 @@ def overrides_of(name: str, folder: Path) -> list[str]:
         *teacher,
         f"data.tokenizer={tokenizer}",
         *budget,
+        *VIEWS,
         "student.hidden_size=8",
         "teacher.optimizer.lr=5e-5",
         ALL,

@@ -70,7 +70,7 @@ def test_all_is_measured_or_what_is_named(
     monkeypatch.setattr(script, "RESULT", tmp_path / "results.json")
     monkeypatch.setattr(script, "train", lambda name, *_: measured.append(name) or report)
     monkeypatch.setattr(script, "row", lambda _: {"models": {}})
-    monkeypatch.setattr(script, "picture", lambda _: None, raising=False)
+    monkeypatch.setattr(script, "picture", lambda *_: None, raising=False)
     for given in ([], [names[1]]):
         measured.clear()
         monkeypatch.setattr("sys.argv", ["script.py", *given])

@@ -81,7 +81,7 @@ def make(toy_csv: Path, own_home: Path) -> Callable[..., TextFiles]:
 
 
 def test_folds_of_texts(make: Callable[..., TextFiles]) -> None:
-    data = make(views=2, view_sets=2, mask_probability=0, ngram_probability=0)
+    data = make(views=2, view_sets=2, mask_probability=0, ngram_probability=0, drop_probability=0)
     folds = data.folds(3)
     train = data.sizes["train"]
     assert np.ptp(np.bincount(folds[:train])) <= 1

@@ -188,7 +188,7 @@ def _weights(checkpoint: str) -> Path:
 
 
 def _origin(checkpoint: str) -> str:
-    """Return the checkpoint that a training of ours started from, or its own folder; any other name as it is."""
+    """Return what a training of ours started from, or its own folder; any other name as it is."""
     folder = Path(checkpoint).parent
     if Path(checkpoint).name != "tokenizer" or not (folder / WEIGHTS).is_file():
         return checkpoint
@@ -199,7 +199,7 @@ def _origin(checkpoint: str) -> str:
 
 
 def embeddings(weights: Path, vocabulary: int, checkpoint: str) -> NDArray[np.float32]:
-    """Return the table of word embeddings `(V, H)` in a file of weights; `checkpoint` is what the message names."""
+    """Return the table of word embeddings `(V, H)` in a file of weights; messages name `checkpoint`."""
     from safetensors import safe_open
 
     with safe_open(weights, "pt") as file:
