@@ -103,7 +103,7 @@ def table() -> str:
             scores = [percent(one.get(model)) for model in MODELS]
             cores = f"{one['environment']['threads']} core{'s' * (one['environment']['threads'] > 1)}"
             took = f"{one['seconds'] / 60:.0f}, {cores}" if one["seconds"] else ""
-            shares = [_share(one["ratio"]), _share(one["ratio_same_start"])]
+            shares = [written(one[ratio], lambda value: f"{value:.2f}") for ratio in ("ratio", "ratio_same_start")]
             lines.append(
                 f"| {name.replace('/', ', ')} | {budget} | {one['seeds']} | {' | '.join([*scores, *shares, took])} |"
             )
@@ -136,10 +136,6 @@ def picture() -> None:
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, fontsize=SMALL, frameon=False, loc="outside lower center", ncols=len(LINES))
     figure.savefig(RESULT.with_suffix(".png"), dpi=150)
-
-
-def _share(ratio: dict[str, Any]) -> str:
-    return written(ratio, lambda value: f"{value:.2f}")
 
 
 def main() -> None:

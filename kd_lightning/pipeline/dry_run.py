@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kd_lightning.data import MultiTaskData
 from kd_lightning.pipeline.estimate import expected
 from kd_lightning.pipeline.preflight import preflight
-from kd_lightning.pipeline.prepare import new_networks, stage_settings
+from kd_lightning.pipeline.prepare import settings_of
 from kd_lightning.pipeline.run_records import PlannedStage
 from kd_lightning.pipeline.stages import Stage, plan
 from kd_lightning.pipeline.status import stage_status
@@ -79,8 +79,7 @@ def _check_settings(run: Run, stages: Sequence[Stage]) -> None:
     for stage in stages:
         folder = run.folder / stage.path
         if is_finished(folder) or (folder / "settings.json").is_file():
-            network, network_settings, _ = new_networks(run, stage)
-            settings = stage_settings(run, stage, network, network_settings)
+            settings = settings_of(run, stage)
             check_fingerprint(folder, digest(settings), settings)
         elif stage.kind in ("teacher", "assistant"):
             return  # those after it depend on what it becomes

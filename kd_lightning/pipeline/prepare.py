@@ -65,6 +65,12 @@ def stage_settings(run: Run, stage: Stage, network: nn.Module, network_settings:
     return {"network": network_settings, **deciding, **_origins(run, stage, network)}
 
 
+def settings_of(run: Run, stage: Stage) -> dict[str, Any]:
+    """Return `stage_settings` of a stage that is not trained now: its network is built, and thrown away."""
+    network, network_settings, _ = new_networks(run, stage)
+    return stage_settings(run, stage, network, network_settings)
+
+
 def new_networks(run: Run, stage: Stage) -> tuple[nn.Module, Node, list[nn.Module]]:
     """Return the network that is trained, its settings, and its peers: alike in every run of these seeds."""
     start = None if stage.start is None else run.folder / stage.start

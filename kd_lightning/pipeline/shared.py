@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kd_lightning.config.instantiate import in_sweep
 from kd_lightning.pipeline.context import Run
-from kd_lightning.pipeline.prepare import kept_folder, new_networks, shared_place, stage_settings
+from kd_lightning.pipeline.prepare import kept_folder, settings_of, shared_place
 from kd_lightning.pipeline.teacher_check import is_checked
 from kd_lightning.runtime.processes import first, rank
 from kd_lightning.training.run_folder import is_finished
@@ -36,8 +36,7 @@ def _link(run: Run, stages: Sequence[Stage]) -> None:
         if stage.start is not None or not (stage.kind == "teacher" or (stage.kind == "baseline" and learned)):
             continue
         if not is_finished(run.folder / stage.path):
-            network, network_settings, _ = new_networks(run, stage)
-            settings = stage_settings(run, stage, network, network_settings)
+            settings = settings_of(run, stage)
             place = shared_place(run, stage, settings)
             if place is not None and is_finished(place) and (stage.kind == "baseline" or is_checked(place)):
                 kept_folder(run, stage, settings)

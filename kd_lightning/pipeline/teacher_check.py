@@ -87,14 +87,18 @@ def finish_teacher(run: Run, stage: Stage) -> None:
 
 def findings_of(folder: Path) -> list[str]:
     """Return what the check of a teacher found, for the report."""
-    path = folder / FILE
-    return [str(line) for line in read_sealed(path, remove_it(path))["lines"]] if path.is_file() else []
+    return [str(line) for line in _read_check(folder).get("lines", [])]
 
 
 def is_checked(folder: Path) -> bool:
     """Return whether a finished teacher has been checked, and so will not be trained on any more."""
+    return bool(_read_check(folder).get("done"))
+
+
+def _read_check(folder: Path) -> dict[str, Any]:
+    """Return what a teacher's folder keeps of its check; nothing before that."""
     path = folder / FILE
-    return path.is_file() and bool(read_sealed(path, remove_it(path)).get("done"))
+    return read_sealed(path, remove_it(path)) if path.is_file() else {}
 
 
 def by_budget(trainer: Node) -> bool:
@@ -211,7 +215,7 @@ def _linear(run: Run, stage: Stage) -> dict[str, Any] | None:
         if rank() == 0 and not path.is_file():
             say(run.console, f"{stage.name}  is held against a linear classifier")
             write_sealed(path, {"linear": _fitted(run, stage, task), "lines": []})
-    kept: dict[str, Any] | None = read_sealed(path, remove_it(path))["linear"]
+    kept: dict[str, Any] | None = _read_check(path.parent)["linear"]
     return kept
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kd_lightning.data.labels import check_unicode
+from kd_lightning.data.options import check_fractions
 from kd_lightning.data.text.corpus import is_blank, normalise
 from kd_lightning.runtime.errors import ConfigError, DataError, did_you_mean
 from kd_lightning.tasks.entities import OUTSIDE, Scheme, Span, scheme_of, split_tag, tag_problem, tags_from, tags_of
@@ -246,12 +247,7 @@ def _without_repeats(texts: list[TaggedText]) -> list[TaggedText]:
 
 def _held_out(texts: list[TaggedText], fractions: Sequence[float], seed: int) -> list[list[TaggedText]]:
     """Return the rest and a part for each fraction, at random."""
-    if any(not 0 < fraction < 1 for fraction in fractions) or sum(fractions) >= 1:
-        given = ", ".join(f"{fraction:g}" for fraction in fractions)
-        raise ConfigError(
-            f"cannot hold out the fractions {given}: each must lie between 0 and 1, their sum below 1; change "
-            "data.validation_fraction or data.test_fraction"
-        )
+    check_fractions(fractions, "the training texts")
     sizes = [max(1, round(fraction * len(texts))) for fraction in fractions]
     if sum(sizes) >= len(texts):
         raise DataError(

@@ -135,6 +135,11 @@ def _shown(entries: Configurations) -> tuple[Literal["gain", "validation"], Call
     return ("gain", "{:+z.3f}".format) if has_gains(entries) else ("validation", "{:.3f}".format)
 
 
+def _means(document: Mapping[str, Any], shown: Literal["gain", "validation"]) -> list[float]:
+    """Return that figure of all configurations that have it."""
+    return [entry[shown]["mean"] for entry in document["configurations"] if entry[shown]["mean"] is not None]
+
+
 def _below(found: Mapping[str, Any], numbered: bool) -> str:
     """Return the text below a mean: its deviation, and the number of seeds if it varies."""
     deviation = [] if found["std"] is None else [f"±{found['std']:.3f}"]
@@ -149,7 +154,7 @@ def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colorm
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     shown, _ = _shown(entries)
-    means = [entry[shown]["mean"] for entry in document["configurations"] if entry[shown]["mean"] is not None]
+    means = _means(document, shown)
     if shown == "validation":
         colours, norm = ramp("#d6e6f2"), Normalize(min(max(means) - 1e-6, *means), max(means))
         return colours if better_of(document) > 0 else colours.reversed(), norm
@@ -160,14 +165,11 @@ def _scale(document: Mapping[str, Any], entries: Configurations) -> tuple[Colorm
 
 def _colour_bar(figure: Figure, axes: Axes, image: Any, document: Mapping[str, Any], entries: Configurations) -> None:
     """Add the used part of the scale."""
-    shown, _ = _shown(entries)
-    name = score_label(document)
-    if shown == "gain":
-        name = f"{name}: gain over the\n{baseline_name(document)}"
-    bar = figure.colorbar(image, ax=axes, label=name)
+    bar = figure.colorbar(image, ax=axes, label=score_label(document))
     bar.outline.set_visible(False)
-    if shown == "gain":
-        means = [entry["gain"]["mean"] for entry in document["configurations"] if entry["gain"]["mean"] is not None]
+    if has_gains(entries):
+        means = _means(document, "gain")
+        bar.set_label(f"{score_label(document)}: gain over the\n{baseline_name(document)}")
         bar.ax.set_ylim(min(0.0, *means), max(1e-6, *means))
 
 
