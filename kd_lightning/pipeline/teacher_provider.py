@@ -89,6 +89,7 @@ class TeacherProvider:
         """Read the teacher again when it is needed next."""
         vars(self).pop("loaded", None)
         self._temperature = None
+        self._measured.clear()  # another network may have the identity of one that is gone
 
     @property
     def members(self) -> list[LoadedTeacher]:
